@@ -1,0 +1,57 @@
+"""Every error a user can cause, by name. A message says what was found, where, and how to mend it."""
+
+
+class MMRefError(Exception):
+    """Base of all errors below: the command line prints the message alone, without a traceback."""
+
+
+class ConfigError(MMRefError):
+    """A config file or flag holds an unknown key, a value of the wrong type, or a combination that cannot work."""
+
+
+class BatchArithmeticError(ConfigError):
+    """The global batch does not divide over workers, accumulation and images per object."""
+
+
+class ClusterTooSmallError(MMRefError):
+    """The cluster has too few CPUs or GPUs for the workers and Ray Data beside them."""
+
+
+class RunDirectoryError(MMRefError):
+    """The run directory cannot be written, or holds a run of another config."""
+
+
+class ShardSetError(MMRefError):
+    """A shard set is missing, incomplete, or does not match its manifest."""
+
+
+class SourceError(MMRefError):
+    """A data source (folder, table, package) does not have the expected layout or content."""
+
+
+class SampleError(MMRefError):
+    """One sample cannot be used: broken image, no caption. Counted and replaced in training, listed in evaluation."""
+
+
+class TooManyBadSamplesError(MMRefError):
+    """More samples are broken than `data.max_bad_fraction` allows."""
+
+
+class TooFewObjectsError(ConfigError):
+    """The split has fewer objects than a global step needs."""
+
+
+class ModelError(MMRefError):
+    """A backbone or tokenizer cannot be loaded or does not fit the config."""
+
+
+class CheckpointError(MMRefError):
+    """A checkpoint is missing, incomplete, or belongs to another model."""
+
+
+class NonFiniteLossError(MMRefError):
+    """The loss is not finite: training stopped before any checkpoint was overwritten."""
+
+
+class EvaluationError(MMRefError):
+    """Nothing can be measured: scores or features hold NaN, or no query has a match in the gallery."""

@@ -1,0 +1,207 @@
+"""Ranking metrics of the person-retrieval protocol: R@1/5/10, mAP and mINP, in percent.
+
+Every query ranks every gallery item by score, highest first. A hit is the same object. Nothing is filtered out.
+Tie rule: of two items with equal scores, the one with the lower gallery index comes first.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from mmref.errors import EvaluationError
+
+RECALL_AT = (1, 5, 10)
+METRIC_NAMES = (*(f"R@{k}" for k in RECALL_AT), "mAP", "mINP")
+
+# Rows ranked at a time: their sort keys (8 bytes a score) should stay in the CPU's cache.
+_BLOCK_SCORES = 1 << 19
+
+ScoreFn = Callable[[slice, np.ndarray], np.ndarray]
+"""(rows of the queries in this chunk, their initial scores (q, G)) -> final scores (q, G)."""
+
+
+@dataclass(frozen=True)
+class PerQuery:
+    """What every query achieved, one entry per query, in the callers' order. Where `valid` is False the others are 0."""
+
+    first_rank: np.ndarray  # (q,) int64, rank of the best hit, from 1
+    ap: np.ndarray  # (q,) float64, average precision in [0, 1]
+    inp: np.ndarray  # (q,) float64, inverse negative penalty in [0, 1]: hits / rank of the last hit
+    valid: np.ndarray  # (q,) bool, False: the gallery holds no hit, and the query counts in no mean
+
+    def __len__(self) -> int:
+        return len(self.valid)
+
+    @property
+    def n_excluded(self) -> int:
+        """Queries without a single hit in the gallery."""
+        return int(len(self.valid) - self.valid.sum())
+
+    def take(self, rows: np.ndarray) -> Self:
+        """The queries `rows` (indices or a boolean mask), repeats allowed."""
+        return type(self)(self.first_rank[rows], self.ap[rows], self.inp[rows], self.valid[rows])
+
+    @classmethod
+    def concatenate(cls, parts: Iterable["PerQuery"]) -> Self:
+        """One PerQuery of several, in order."""
+        parts = list(parts)
+        return cls(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("first_rank", "ap", "inp", "valid")))
+
+    def values(self) -> np.ndarray:
+        """Each query's contribution to each metric, (q, 5) float64 in percent, columns as METRIC_NAMES."""
+        recalls = [(self.first_rank <= k) & self.valid for k in RECALL_AT]
+        return 100.0 * np.stack([*recalls, self.ap, self.inp], axis=1)
+
+
+def rank_positives(
+    scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of every query's hits, exact under ties.
+
+    Args:
+        scores: (q, G) float32, higher is better. Other types are cast to float32 first.
+        query_labels: (q,) object of each query; integers or strings.
+        gallery_labels: (G,) object of each gallery item.
+    Returns:
+        ranks: (n,) int64 from 1, ascending within a query, queries one after the other.
+        offsets: (q + 1,) int64; query i's ranks are ranks[offsets[i]:offsets[i + 1]], empty if it has no hit.
+    Raises:
+        EvaluationError: a score is NaN.
+        ValueError: the shapes do not fit together.
+    """
+    scores, query_labels, gallery_labels = _checked(scores, query_labels, gallery_labels)
+    n_gallery = len(gallery_labels)
+    offsets, columns = _hits(query_labels, gallery_labels)
+    ranks = np.empty(len(columns), dtype=np.int64)
+    block = max(1, _BLOCK_SCORES // max(1, n_gallery))
+    for start in range(0, len(scores), block):
+        stop = min(start + block, len(scores))
+        pairs = slice(offsets[start], offsets[stop])
+        rows = np.repeat(np.arange(stop - start), np.diff(offsets[start : stop + 1]))
+        keys = _sort_keys(scores[start:stop])
+        wanted = keys[rows, columns[pairs]]
+        keys.sort(axis=1)
+        found = 1 + _positions(keys, rows, wanted)
+        # One sort orders the ranks within every query: the row is the key's upper part.
+        found += rows * (n_gallery + 1)
+        found.sort()
+        ranks[pairs] = found - rows * (n_gallery + 1)
+    return ranks, offsets
+
+
+def score_ranking(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray) -> PerQuery:
+    """Per-query results of one block of scores; arguments and errors as in `rank_positives`."""
+    ranks, offsets = rank_positives(scores, query_labels, gallery_labels)
+    counts = np.diff(offsets)
+    valid = counts > 0
+    first_rank, ap, inp = np.zeros(len(counts), np.int64), np.zeros(len(counts)), np.zeros(len(counts))
+    if valid.any():
+        # Queries without hits have empty segments, which `reduceat` cannot express: the valid starts skip them.
+        starts, ends, n_hits = offsets[:-1][valid], offsets[1:][valid], counts[valid]
+        nth_hit = np.arange(len(ranks)) - np.repeat(starts, n_hits) + 1
+        first_rank[valid] = ranks[starts]
+        ap[valid] = np.add.reduceat(nth_hit / ranks, starts) / n_hits
+        inp[valid] = n_hits / ranks[ends - 1]
+    return PerQuery(first_rank, ap, inp, valid)
+
+
+def summarize(per_query: PerQuery, subset: np.ndarray | None = None) -> dict[str, float]:
+    """Mean over the valid queries, or over those of them in `subset` (indices or mask): {"R@1", ..., "mINP"} in percent.
+
+    Raises:
+        EvaluationError: no valid query is left.
+    """
+    chosen = per_query if subset is None else per_query.take(subset)
+    if not chosen.valid.any():
+        raise EvaluationError(
+            f"None of the {len(chosen)} queries has an item of the same object in the gallery: there is nothing to "
+            "average. Check that queries and gallery come from the same split and share their object ids."
+        )
+    return dict(zip(METRIC_NAMES, chosen.values()[chosen.valid].mean(axis=0).tolist(), strict=True))
+
+
+def evaluate_features(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    query_labels: np.ndarray,
+    gallery_labels: np.ndarray,
+    chunk: int = 1024,
+    score_fn: ScoreFn | None = None,
+) -> PerQuery:
+    """Rank a gallery for every query by the dot product of features, `chunk` queries at a time.
+
+    Args:
+        queries: (Nq, d) float32, L2-normalised where a cosine is meant.
+        gallery: (Ng, d) float32.
+        query_labels: (Nq,) object of each query; the same text may occur more than once.
+        gallery_labels: (Ng,) object of each gallery item.
+        chunk: queries scored at a time; memory grows with chunk x Ng, never with Nq x Ng.
+        score_fn: turns a chunk's initial scores into final ones, such as `refinement.refined_scores`.
+    Raises:
+        EvaluationError: a feature or score is NaN.
+    """
+    parts = []
+    for start in range(0, len(queries), chunk):
+        rows = slice(start, min(start + chunk, len(queries)))
+        scores = queries[rows] @ gallery.T  # (chunk, Ng)
+        if score_fn is not None:
+            scores = score_fn(rows, scores)
+        parts.append(score_ranking(scores, query_labels[rows], gallery_labels))
+    if not parts:
+        raise EvaluationError("There is no query to evaluate: the split holds no captions or images.")
+    return PerQuery.concatenate(parts)
+
+
+def _checked(
+    scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    scores = np.asarray(scores, dtype=np.float32)
+    query_labels, gallery_labels = np.asarray(query_labels), np.asarray(gallery_labels)
+    if scores.shape != (len(query_labels), len(gallery_labels)):
+        raise ValueError(
+            f"scores have shape {scores.shape}, but there are {len(query_labels)} query labels and "
+            f"{len(gallery_labels)} gallery labels"
+        )
+    # min() passes a NaN on: one pass, no temporary array.
+    if scores.size and np.isnan(scores.min()):
+        row, column = np.argwhere(np.isnan(scores))[0]
+        raise EvaluationError(
+            f"{int(np.isnan(scores).sum())} of {scores.size} scores are NaN (the first: query {row} of this chunk, "
+            f"gallery item {column}). A feature is not finite: check the checkpoint and the precision it ran in."
+        )
+    return scores, query_labels, gallery_labels
+
+
+def _hits(query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gallery columns of every query's hits, as offsets (q + 1,) and columns (n,)."""
+    by_label = np.argsort(gallery_labels, kind="stable")
+    ordered = gallery_labels[by_label]
+    low = np.searchsorted(ordered, query_labels, side="left")
+    counts = np.searchsorted(ordered, query_labels, side="right") - low
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    columns = by_label[np.repeat(low - offsets[:-1], counts) + np.arange(offsets[-1])]
+    return offsets, columns
+
+
+def _sort_keys(scores: np.ndarray) -> np.ndarray:
+    """(b, G) int64 whose ascending order is: score descending, then gallery index ascending. All distinct in a row."""
+    # Adding 0.0 turns -0.0 into 0.0: they are equal, but their bits are not.
+    bits = (scores + np.float32(0.0)).view(np.int32)
+    # Negative floats order backwards as integers: flip their magnitude. Then invert all: the best score comes first.
+    descending = ~(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF)))
+    return (descending.astype(np.int64) << 32) | np.arange(scores.shape[1], dtype=np.int64)
+
+
+def _positions(table: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Column of each value in its row of `table` (b, G), rows ascending; the value is known to be there."""
+    width = table.shape[1]
+    flat, base = table.ravel(), rows * width
+    low, high = np.zeros(len(rows), np.int64), np.full(len(rows), width - 1, np.int64)
+    for _ in range(width.bit_length()):
+        middle = (low + high) >> 1
+        beyond = flat[base + middle] < values
+        low = np.where(beyond, middle + 1, low)
+        high = np.where(beyond, high, middle)
+    return low

@@ -1,5 +1,7 @@
 """The vectorised ranking against a literal twin: one stable sort and one Python loop per query."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,9 +27,7 @@ def literal_summary(scores, query_labels, gallery_labels):
     for ranks in literal_ranks(scores, query_labels, gallery_labels):
         if ranks:
             precision = [k / rank for k, rank in enumerate(ranks, 1)]
-            rows.append(
-                [*(ranks[0] <= k for k in (1, 5, 10)), sum(precision) / len(ranks), len(ranks) / ranks[-1]]
-            )
+            rows.append([*(ranks[0] <= k for k in (1, 5, 10)), sum(precision) / len(ranks), len(ranks) / ranks[-1]])
     return dict(zip(METRIC_NAMES, 100 * np.mean(np.array(rows, float), axis=0), strict=True))
 
 
@@ -43,7 +43,7 @@ def random_case(rng, n_queries=70, n_gallery=90, n_objects=12, levels=None):
 def test_agrees_with_literal_twin(levels, n_objects):
     case = random_case(np.random.default_rng(n_objects), n_objects=n_objects, levels=levels)
     ranks, offsets = rank_positives(*case)
-    assert [ranks[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)] == literal_ranks(*case)
+    assert [ranks[a:b].tolist() for a, b in pairwise(offsets)] == literal_ranks(*case)
     assert summarize(score_ranking(*case)) == pytest.approx(literal_summary(*case), abs=1e-9)
 
 
@@ -57,7 +57,7 @@ def test_any_floats_and_labels(data):
     query_labels = data.draw(hnp.arrays(np.int64, q, elements=st.integers(0, 3)))
     gallery_labels = data.draw(hnp.arrays(np.int64, g, elements=st.integers(0, 3)))
     ranks, offsets = rank_positives(scores, query_labels, gallery_labels)
-    found = [ranks[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    found = [ranks[a:b].tolist() for a, b in pairwise(offsets)]
     assert found == literal_ranks(scores, query_labels, gallery_labels)
 
 

@@ -1,0 +1,319 @@
+"""Reference-based refinement: training references as anchors in which queries and gallery items are compared again.
+
+A test object has no reference of its own. Yet a query and an image of one new object resemble the same *known* objects,
+so that how they resemble the references (their codes) is a second opinion on how alike they are:
+
+    S = S_0 + weight * S_ref        on the top-p candidates of the first pass; the others keep S_0.
+
+S_ref is in [0, 1] for both kinds of code, so that a candidate only gains. Hence the rule for the items outside top-p needs
+no sentinel: a candidate's score is at least its S_0, which is at least theirs, and on equality the candidate has the
+lower gallery index. They keep their order and rank after all candidates. (design.md, section 2, item 6; the paper states
+that such a similarity exists, its form is ours.)
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from itertools import groupby, product
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from scipy import sparse
+
+from mmref.errors import ConfigError, EvaluationError
+from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, score_ranking, summarize
+
+Kind: TypeAlias = Literal["sparse", "dense"]
+Codes: TypeAlias = "sparse.csr_matrix | np.ndarray"
+"""Unit rows, (N, m) sparse or (N, c) dense."""
+
+# Similarities to references are made this many values at a time (64 MB of float32).
+_BLOCK_VALUES = 1 << 24
+# A sparse multiply-add costs about as much as this many dense ones: above it, a dense product is faster.
+_SPARSE_COST = 100
+
+
+@dataclass(frozen=True)
+class RefinementSettings:
+    """How results are refined. Costs no training: chosen on val from saved features, never on test.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    kind: Kind = "sparse"
+    """"sparse": softmax over the top_r nearest references; "dense": all similarities, centred per modality."""
+    weight: float = 0.2
+    """Weight of the reference-based similarity; 0 leaves the ranking as it is."""
+    top_r: int = 32
+    """References in a sparse code; clipped to the number of references."""
+    tau: float = 0.05
+    """Temperature of the softmax of a sparse code."""
+    top_p: int | None = None
+    """Candidates of the first pass that are refined; None refines all."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("sparse", "dense"):
+            raise ConfigError(f"refinement kind is {self.kind!r}: choose 'sparse' or 'dense'.")
+        if not 0 <= self.weight < float("inf"):
+            raise ConfigError(f"refinement weight is {self.weight}: it must be a finite number of at least 0.")
+        if self.top_r < 1 or not self.tau > 0:
+            raise ConfigError(f"refinement top_r = {self.top_r}, tau = {self.tau}: top_r >= 1 and tau > 0 are needed.")
+        if self.top_p is not None and self.top_p < 1:
+            raise ConfigError(f"refinement top_p is {self.top_p}: use at least 1, or none to refine every candidate.")
+
+
+class ReferenceSpace:
+    """The references of m objects as a space of codes. An object's similarity is that of its best reference.
+
+    Args:
+        references: (m, K, d) float32, or (m, d) for K = 1; rows are normalised here. An object with a zero row is
+            similar to nothing by that row.
+    Raises:
+        EvaluationError: a reference is not finite, or there are none.
+    """
+
+    def __init__(self, references: np.ndarray) -> None:
+        references = np.asarray(references, dtype=np.float32)
+        if references.ndim == 2:
+            references = references[:, None]
+        if references.ndim != 3 or references.shape[0] == 0:
+            raise EvaluationError(
+                f"references have shape {references.shape}, expected (objects, references, features)."
+            )
+        if not np.isfinite(references).all():
+            raise EvaluationError("references are not finite: the checkpoint comes from a run that diverged.")
+        self.n_objects, self.per_object, self.dim = references.shape
+        self._rows = np.ascontiguousarray(_unit(references).reshape(-1, self.dim))  # (m K, d)
+
+    def nearest(self, features: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
+        """The r nearest objects of each feature row: ids (N, r) int32 and cosines (N, r), descending. r <= m."""
+        ids = np.empty((len(features), r), np.int32)
+        cosines = np.empty((len(features), r), np.float32)
+        for rows, similarity in self._similarities(features):
+            near = np.argpartition(similarity, self.n_objects - r, axis=1)[:, self.n_objects - r :]
+            near.sort(axis=1)  # so that the stable sort below puts the lower id first on a tie
+            value = np.take_along_axis(similarity, near, axis=1)
+            order = np.argsort(-value, axis=1, kind="stable")
+            ids[rows] = np.take_along_axis(near, order, axis=1)
+            cosines[rows] = np.take_along_axis(value, order, axis=1)
+        return ids, cosines
+
+    def encode(self, features: np.ndarray, settings: RefinementSettings, mean: np.ndarray | None = None) -> Codes:
+        """Codes of L2-normalised features (N, d) of *one* modality, as unit rows.
+
+        Args:
+            mean: for dense codes of a few features (a search service): `coordinates(many features).mean(0)` of the same
+                modality. By default the mean of these features.
+        """
+        if settings.kind == "sparse":
+            return self.sparse_codes(*self.nearest(features, min(settings.top_r, self.n_objects)), settings.tau)
+        coordinates = self.coordinates(features)
+        coordinates -= coordinates.mean(axis=0) if mean is None else mean
+        return _unit(coordinates)
+
+    def coordinates(self, features: np.ndarray) -> np.ndarray:
+        """Features in coordinates (N, c) whose inner products are those of the similarities to all m objects."""
+        if self._factor is not None:
+            return features @ self._factor.T
+        result = np.empty((len(features), self.n_objects), np.float32)
+        for rows, similarity in self._similarities(features):
+            result[rows] = similarity
+        return result
+
+    def _similarities(self, features: np.ndarray) -> Iterable[tuple[slice, np.ndarray]]:
+        """(rows, their best cosine with each object (n, m)), a block of rows at a time."""
+        block = max(1, _BLOCK_VALUES // len(self._rows))
+        for start in range(0, len(features), block):
+            rows = slice(start, min(start + block, len(features)))
+            cosines = features[rows] @ self._rows.T  # (n, m K)
+            if self.per_object > 1:
+                cosines = cosines.reshape(-1, self.n_objects, self.per_object).max(axis=2)
+            yield rows, cosines
+
+    @cached_property
+    def _factor(self) -> np.ndarray | None:
+        """(d, d) T with R = Q T, Q orthonormal: R x and T x have the same inner products, means included.
+
+        So with one reference per object and m > d, dense codes need d numbers instead of m. A maximum over several
+        references is not linear and has no such short cut.
+        """
+        if self.per_object > 1 or self.n_objects <= self.dim:
+            return None
+        return np.asarray(np.linalg.qr(self._rows, mode="r"))
+
+    def sparse_codes(self, ids: np.ndarray, cosines: np.ndarray, tau: float) -> sparse.csr_matrix:
+        """Softmax over the given objects, as unit rows (N, m). Cosines are descending, so the first is the maximum."""
+        # A cosine does not see the scale of a code: the softmax's denominator is left out.
+        weights = _unit(np.exp((cosines - cosines[:, :1]) / np.float32(tau)))
+        indptr = np.arange(0, ids.size + 1, ids.shape[1])
+        return sparse.csr_matrix((weights.ravel(), ids.ravel(), indptr), shape=(len(ids), self.n_objects))
+
+
+def reference_similarity(queries: Codes, gallery: Codes) -> np.ndarray:
+    """S_ref of every pair, (q, G) float32 in [0, 1]: the cosine of sparse codes, (1 + cosine) / 2 of dense ones.
+
+    Sparse codes share few references: their product is sparse as long as that pays, dense by blocks of the gallery
+    after that (many references per code, or a few that everything resembles). Never more than (q, m) + (q, G) numbers.
+    """
+    if isinstance(queries, np.ndarray) or isinstance(gallery, np.ndarray):
+        cosines = queries @ gallery.T
+        cosines += 1
+        cosines *= 0.5
+        return np.clip(cosines, 0, 1, out=cosines)
+    n_queries, n_objects = queries.shape
+    n_gallery = gallery.shape[0]
+    uses = [np.bincount(codes.indices, minlength=n_objects).astype(np.float64) for codes in (queries, gallery)]
+    if uses[0] @ uses[1] * _SPARSE_COST <= float(n_queries) * n_objects * n_gallery:
+        cosines = np.asarray((queries @ gallery.T).todense(), dtype=np.float32)
+    else:
+        cosines = np.empty((n_queries, n_gallery), np.float32)
+        dense = queries.toarray()
+        block = max(1, _BLOCK_VALUES // n_objects)
+        for start in range(0, n_gallery, block):
+            cosines[:, start : start + block] = dense @ gallery[start : start + block].toarray().T
+    return np.clip(cosines, 0, 1, out=cosines)
+
+
+def candidates(initial: np.ndarray, top_p: int) -> np.ndarray:
+    """(q, G) bool, the top_p items of each row of scores; of equal scores the lower gallery index is in."""
+    n_gallery = initial.shape[1]
+    if top_p >= n_gallery:
+        return np.ones(initial.shape, dtype=bool)
+    threshold = np.partition(initial, n_gallery - top_p, axis=1)[:, n_gallery - top_p, None]
+    inside = initial >= threshold
+    crowded = np.flatnonzero(inside.sum(axis=1) > top_p)  # more ties at the threshold than places left
+    if len(crowded):
+        above, at = initial[crowded] > threshold[crowded], initial[crowded] == threshold[crowded]
+        places = top_p - above.sum(axis=1, keepdims=True)
+        inside[crowded] = above | (at & (np.cumsum(at, axis=1) <= places))
+    return inside
+
+
+def refine(initial: np.ndarray, similarity: np.ndarray, weight: float, inside: np.ndarray | None = None) -> np.ndarray:
+    """S = S_0 + weight * S_ref where `inside`, S_0 elsewhere; all arrays (q, G). Weight 0 returns S_0 itself."""
+    if weight == 0:
+        return initial
+    gain = similarity * np.float32(weight)
+    if inside is not None:
+        gain *= inside
+    gain += initial
+    return gain
+
+
+def refined_scores(
+    space: ReferenceSpace, settings: RefinementSettings, queries: np.ndarray, gallery: np.ndarray
+) -> ScoreFn:
+    """The score function of `evaluate_features` that refines: S_0 of a chunk of queries in, S out.
+
+    Args:
+        queries: (Nq, d) float32, all queries of the evaluation, L2-normalised: encoded once, here.
+        gallery: (Ng, d) float32, L2-normalised.
+    """
+    if settings.weight == 0:
+        return lambda rows, initial: initial
+    query_codes, gallery_codes = space.encode(queries, settings), space.encode(gallery, settings)
+
+    def score(rows: slice, initial: np.ndarray) -> np.ndarray:
+        inside = None if settings.top_p is None else candidates(initial, settings.top_p)
+        return refine(initial, reference_similarity(query_codes[rows], gallery_codes), settings.weight, inside)
+
+    return score
+
+
+def refinement_grid(
+    kinds: Iterable[Kind] = ("sparse", "dense"),
+    weights: Iterable[float] = (0.05, 0.1, 0.2, 0.4, 0.8),
+    top_rs: Iterable[int] = (16, 64, 256),
+    taus: Iterable[float] = (0.02, 0.05, 0.1),
+    top_ps: Iterable[int | None] = (None,),
+) -> list[RefinementSettings]:
+    """Every combination; `top_rs` and `taus` matter to sparse codes only."""
+    weights, top_ps = list(weights), list(top_ps)
+    sparse_codes = list(product(top_rs, taus))
+    grid: list[RefinementSettings] = []
+    for kind in kinds:
+        codes = sparse_codes if kind == "sparse" else [(RefinementSettings.top_r, RefinementSettings.tau)]
+        grid += [RefinementSettings(kind, w, r, tau, p) for (r, tau), p, w in product(codes, top_ps, weights)]
+    return grid
+
+
+def choose_refinement(
+    space: ReferenceSpace,
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    query_labels: np.ndarray,
+    gallery_labels: np.ndarray,
+    grid: Iterable[RefinementSettings] | None = None,
+    metric: str = "mAP+R@1",
+    chunk: int = 512,
+) -> tuple[RefinementSettings, list[dict[str, Any]]]:
+    """The best settings on val features, and a table of everything tried.
+
+    No refinement (weight 0) always competes and wins ties, so that refinement that does not help is declined.
+
+    Args:
+        queries, gallery: (Nq, d) and (Ng, d) float32 val features, L2-normalised, with their labels.
+        grid: settings to try, `refinement_grid()` by default.
+        metric: a metric of METRIC_NAMES, or several joined by "+": their sum is maximised.
+        chunk: queries scored at a time.
+    Returns:
+        The best settings, and per settings tried {"kind", "weight", "top_r", "tau", "top_p", "R@1", ..., "objective"},
+        the first without refinement.
+    Raises:
+        ConfigError: an unknown metric.
+        EvaluationError: no val query has a hit in the gallery.
+    """
+    terms = metric.split("+")
+    if unknown := [term for term in terms if term not in METRIC_NAMES]:
+        raise ConfigError(f"refinement is chosen by {metric!r}: {unknown[0]!r} is none of {', '.join(METRIC_NAMES)}.")
+    tried = [s for s in dict.fromkeys(refinement_grid() if grid is None else grid) if s.weight > 0]
+    declined = replace(tried[0] if tried else RefinementSettings(), weight=0.0)
+    # Settings that share a code lie side by side: each S_ref is made once, and used for all its weights.
+    code_of = partial(_code, n_objects=space.n_objects)
+    shared = [(code, list(group)) for code, group in groupby(sorted(tried, key=code_of), key=code_of)]
+    encoded = _encode_all(space, queries, gallery, [code for code, _ in shared])
+    parts: dict[RefinementSettings, list[PerQuery]] = {}
+    for start in range(0, len(queries), chunk):
+        rows = slice(start, min(start + chunk, len(queries)))
+        labels, initial = query_labels[rows], queries[rows] @ gallery.T
+        parts.setdefault(declined, []).append(score_ranking(initial, labels, gallery_labels))
+        insides = {p: None if p is None else candidates(initial, p) for p in {s.top_p for s in tried}}
+        for (_, group), (query_codes, gallery_codes) in zip(shared, encoded, strict=True):
+            similarity = reference_similarity(query_codes[rows], gallery_codes)
+            for settings in group:
+                scores = refine(initial, similarity, settings.weight, insides[settings.top_p])
+                parts.setdefault(settings, []).append(score_ranking(scores, labels, gallery_labels))
+    results = {settings: summarize(PerQuery.concatenate(parts[settings])) for settings in (declined, *tried)}
+    objective = {settings: sum(result[term] for term in terms) for settings, result in results.items()}
+    best = max(objective, key=lambda s: objective[s])  # max keeps the first: no refinement wins a tie
+    return best, [{**asdict(s), **results[s], "objective": objective[s]} for s in objective]
+
+
+def _code(settings: RefinementSettings, n_objects: int) -> tuple[str, int, float]:
+    """What a code depends on. Equal for top_r that are clipped to the same number, and for all dense settings."""
+    if settings.kind == "dense":
+        return "dense", 0, 0.0
+    return "sparse", min(settings.top_r, n_objects), settings.tau
+
+
+def _encode_all(
+    space: ReferenceSpace, queries: np.ndarray, gallery: np.ndarray, codes: list[tuple[str, int, float]]
+) -> list[tuple[Codes, Codes]]:
+    """Query and gallery codes of each (kind, r, tau). The nearest references are found once, for the largest r."""
+    largest = max((r for kind, r, _ in codes if kind == "sparse"), default=0)
+    near = [space.nearest(features, largest) for features in (queries, gallery)] if largest else []
+    result: list[tuple[Codes, Codes]] = []
+    for kind, r, tau in codes:
+        if kind == "dense":
+            dense = RefinementSettings(kind="dense")
+            result.append((space.encode(queries, dense), space.encode(gallery, dense)))
+        else:
+            pair = [space.sparse_codes(ids[:, :r], cosines[:, :r], tau) for ids, cosines in near]
+            result.append((pair[0], pair[1]))
+    return result
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Rows over the last axis to length 1; zero rows stay zero."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), np.float32(1e-12))

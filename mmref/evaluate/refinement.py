@@ -67,8 +67,8 @@ class ReferenceSpace:
     """The references of m objects as a space of codes. An object's similarity is that of its best reference.
 
     Args:
-        references: (m, K, d) float32, or (m, d) for K = 1; rows are normalised here. An object with a zero row is
-            similar to nothing by that row.
+        references: (m, K, d) float32, or (m, d) for K = 1; rows are normalised here. A zero row (never
+            trained) has cosine 0 with everything.
     Raises:
         EvaluationError: a reference is not finite, or there are none.
     """

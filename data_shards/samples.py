@@ -1,0 +1,72 @@
+"""What a source yields, how sample keys are escaped, and the fixed-hash split: the contract between sources and the builder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from urllib.parse import quote, unquote
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """One image. `ref` is whatever the source's `load` turns into encoded bytes: a path, a URL, a pair of names."""
+
+    image_id: str
+    ref: Any
+    captions: list[str]
+    caption_kinds: list[str] | None = None  # parallel to captions
+    extra: dict[str, Any] = field(default_factory=dict)  # goes into the sample's json
+
+
+@dataclass(frozen=True)
+class SourceObject:
+    """One object of one split with all of its images."""
+
+    split: str
+    object_id: str
+    images: list[SourceImage]
+
+
+class Source(Protocol):
+    """A dataset. Instances are pickled to workers, so keep them small; `load` runs there, in parallel."""
+
+    name: str
+    licence: str
+    origin: str  # where the data comes from, for the manifest
+    min_images: int  # an object with fewer usable images is left out
+
+    def objects(self) -> Iterable[SourceObject]:
+        """Each object once. Raises SourceError when the layout is not the expected one."""
+
+    def load(self, ref: Any) -> bytes:
+        """Encoded image (jpg, png, webp, ...). Raises SampleError or OSError: the image is listed and skipped."""
+
+    def write_extras(self, root: str) -> None:
+        """Writes files that belong to the set (licences, read-me) before its manifest."""
+
+
+def escape_key(text: str) -> str:
+    """WebDataset key for an id: no dot (a key ends at its first dot), no slash, ASCII. `unescape_key` reverses it."""
+    return quote(text, safe="").replace(".", "%2E").replace("~", "%7E")
+
+
+def unescape_key(key: str) -> str:
+    """Inverse of `escape_key`."""
+    return unquote(key)
+
+
+def hash_fraction(text: str) -> float:
+    """A fixed number in [0, 1) for an id: the first 8 bytes of its sha256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def hash_split(object_id: str, fractions: Mapping[str, float]) -> str:
+    """Split of an object by its id alone: adding or removing other objects moves nothing. Fractions sum to 1."""
+    position, edge = hash_fraction(object_id), 0.0
+    for split, fraction in fractions.items():
+        edge += fraction
+        if position < edge:
+            return split
+    return next(reversed(fractions))  # the sum may fall short of 1 by rounding

@@ -1,0 +1,168 @@
+"""Writes one shard: a tar whose bytes depend on the samples alone, and the byte offsets of its members."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tarfile
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from data_shards.samples import Source, SourceImage, SourceObject, escape_key
+from mmref.data.shards import sha256_of
+from mmref.errors import SampleError
+
+MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png"}  # stored as they are; WebP is told by two places, see image_ext
+BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """What happens to an image on its way into the tar."""
+
+    check: bool = True  # decode every image once and leave out what does not decode
+    resize_to_px: int | None = None  # re-encode so that the shorter side has at most this many pixels
+    quality: int = 90  # JPEG quality of re-encoded images
+
+
+@dataclass
+class ShardResult:
+    """A written shard: its manifest entry, index rows (without object_row) and what was left out."""
+
+    entry: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # "image id: reason"
+
+
+def image_ext(data: bytes) -> str | None:
+    """jpg, png or webp by the first bytes; None for anything else."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((ext for magic, ext in MAGIC.items() if data.startswith(magic)), None)
+
+
+def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
+    """Bytes to store and their ending. Other formats, and all images with resize_to_px, are encoded again.
+
+    Raises SampleError for an image that does not decode completely.
+    """
+    ext = image_ext(data)
+    if ext and not options.check and not options.resize_to_px:
+        return data, ext
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()  # reads to the end: a truncated file fails here
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleError(f"image does not decode: {error}") from error
+    if ext and not options.resize_to_px:
+        return data, ext
+    return _encode(image, options)
+
+
+def _encode(image: Image.Image, options: ImageOptions) -> tuple[bytes, str]:
+    """Lossless PNG where transparency or a palette would suffer from JPEG, JPEG otherwise."""
+    if options.resize_to_px and min(image.size) > options.resize_to_px:
+        scale = options.resize_to_px / min(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB") if image.mode == "P" else image
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    encoded = io.BytesIO()
+    if image.mode in ("RGB", "L", "CMYK"):
+        image.save(encoded, "JPEG", quality=options.quality)
+        return encoded.getvalue(), "jpg"
+    (image if image.mode in ("P", "RGBA", "LA", "1") else image.convert("RGB")).save(encoded, "PNG")
+    return encoded.getvalue(), "png"
+
+
+def _clean_captions(image: SourceImage) -> tuple[list[str], list[str] | None]:
+    """Captions without the empty ones and exact duplicates, with their kinds. Raises SampleError when none is left."""
+    kinds = image.caption_kinds or [""] * len(image.captions)
+    kept = {}
+    for caption, kind in zip(image.captions, kinds, strict=True):
+        if caption.strip():
+            kept.setdefault(caption.strip(), kind)
+    if not kept:
+        raise SampleError("no caption with text")
+    return list(kept), list(kept.values()) if image.caption_kinds else None
+
+
+def _prepare(source: Source, object_id: str, image: SourceImage, options: ImageOptions) -> tuple[bytes, str, bytes, int]:
+    """(image bytes, ending, json bytes, number of captions). Raises SampleError, or OSError from the source."""
+    captions, kinds = _clean_captions(image)
+    data, ext = prepare_image(source.load(image.ref), options)
+    meta: dict[str, Any] = {"object_id": object_id, "image_id": image.image_id, "captions": captions}
+    if kinds is not None:
+        meta["caption_kinds"] = kinds
+    meta.update({name: value for name, value in image.extra.items() if name not in meta})
+    return data, ext, json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode(), len(captions)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Adds a member and returns the offset of its first payload byte. Time, owner and mode are fixed."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode, info.uid, info.gid = len(data), 0, 0o644, 0, 0
+    tar.addfile(info, io.BytesIO(data))
+    return tar.offset - -(-len(data) // BLOCK) * BLOCK  # long names take extra headers, so count back from the end
+
+
+def write_shard(
+    source: Source, objects: list[SourceObject], root: str, file: str, options: ImageOptions, pack: bool = False
+) -> ShardResult:
+    """Writes `<root>/<file>` under a temporary name and moves it into place. An unusable image, or an object with fewer than
+    `source.min_images` usable ones, is left out and listed; any other error ends the build."""
+    path = os.path.join(root, file)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    result = ShardResult({"file": file})
+    try:
+        # GNU format: a key may be longer than the 100 characters of a plain header.
+        with open(temporary, "wb") as handle, tarfile.open(fileobj=handle, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            for item in objects:
+                _write_object(source, item, tar, options, result)
+        result.entry.update(samples=len(result.rows), bytes=os.path.getsize(temporary), sha256=sha256_of(temporary))
+        if pack:
+            result.entry["packed"] = f"{file}.gz"
+            _pack(temporary, f"{path}.gz")
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+    return result
+
+
+def _write_object(
+    source: Source, item: SourceObject, tar: tarfile.TarFile, options: ImageOptions, result: ShardResult
+) -> None:
+    usable = []
+    for image in item.images:
+        try:
+            usable.append((image, *_prepare(source, item.object_id, image, options)))
+        except (SampleError, OSError) as error:
+            result.skipped.append(f"{image.image_id}: {error}")
+    if len(usable) < source.min_images:
+        result.skipped += [f"{image.image_id}: object {item.object_id} has fewer than {source.min_images} images"
+                           for image, *_ in usable]
+        return
+    for image, data, ext, meta, n_captions in usable:
+        key = escape_key(image.image_id)
+        image_offset = _add(tar, f"{key}.{ext}", data)
+        json_offset = _add(tar, f"{key}.json", meta)
+        result.rows.append({
+            "object_id": item.object_id, "image_id": image.image_id, "key": key,
+            "image_offset": image_offset, "image_size": len(data), "image_ext": ext,
+            "json_offset": json_offset, "json_size": len(meta), "n_captions": n_captions,
+        })  # fmt: skip
+
+
+def _pack(path: str, target: str) -> None:
+    """Gzip with a fixed time and no file name, so that packing twice gives the same bytes."""
+    temporary = f"{target}.{os.getpid()}.tmp"
+    with open(path, "rb") as source, open(temporary, "wb") as handle:
+        with gzip.GzipFile(filename="", fileobj=handle, mode="wb", compresslevel=9, mtime=0) as packed:
+            shutil.copyfileobj(source, packed)
+    os.replace(temporary, target)
+

@@ -1,0 +1,389 @@
+"""Reader of shard sets: WebDataset tars with an index of byte offsets beside them, so that any sample can be read alone.
+
+Layout (written by `data_shards/build.py`): `manifest.json` last, so a set with a manifest is complete; `objects.parquet` (train
+objects and their rows); per split the tars and `<split>.index.parquet`, one row per image, an object's images side by side.
+A set may travel packed (`.tar.gz` beside the name in the manifest): `ShardSet.open` unpacks it once. numpy and pyarrow only.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from mmref.errors import SampleError, ShardSetError
+
+VERSION = 1
+MAX_OPEN_FILES = 64  # a process may hold readers of several splits; stay far below the usual limit of 1024
+INDEX_ARRAYS = {  # column of <split>.index.parquet -> dtype in SplitIndex
+    "object_row": np.int32,
+    "shard": np.int32,
+    "image_offset": np.int64,
+    "image_size": np.int64,
+    "json_offset": np.int64,
+    "json_size": np.int64,
+    "n_captions": np.int32,
+}
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path
+
+
+def _join(root: str, *parts: str) -> str:
+    return "/".join([root.rstrip("/"), *parts]) if _is_url(root) else os.path.join(root, *parts)
+
+
+def _read_bytes(path: str) -> bytes:
+    """Whole file, local or any fsspec URL. Raises OSError."""
+    if _is_url(path):
+        import fsspec  # only sets on object storage need it
+
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _size(path: str) -> int | None:
+    """Bytes of a file, None when there is none."""
+    if _is_url(path):
+        import fsspec
+
+        fs, inner = fsspec.core.url_to_fs(path)
+        return fs.size(inner) if fs.exists(inner) else None
+    return os.path.getsize(path) if os.path.isfile(path) else None
+
+
+def sha256_of(path: str) -> str:
+    """Hex digest of a local file or URL, read in 1 MiB pieces."""
+    if _is_url(path):
+        return hashlib.sha256(_read_bytes(path)).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One image as it lies in its tar: encoded bytes, file ending without the dot, and the sample's json."""
+
+    image_bytes: bytes
+    image_ext: str
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """Where every image of a split lies. Arrays have one entry per image, in tar order, an object's images adjacent.
+
+    `object_start` has n_objects + 1 entries: the images of object row r are object_start[r] .. object_start[r + 1] - 1.
+    `object_ids` has one entry per object row; `shard_paths` one per shard; `shard` indexes it.
+    """
+
+    split: str
+    shard_paths: list[str]
+    object_ids: list[str]
+    image_ids: list[str]
+    keys: list[str]
+    image_ext: list[str]
+    object_row: np.ndarray  # (images,) int32
+    shard: np.ndarray  # (images,) int32
+    image_offset: np.ndarray  # (images,) int64, bytes
+    image_size: np.ndarray  # (images,) int64, bytes
+    json_offset: np.ndarray  # (images,) int64, bytes
+    json_size: np.ndarray  # (images,) int64, bytes
+    n_captions: np.ndarray  # (images,) int32
+    object_start: np.ndarray = field(repr=False)  # (objects + 1,) int64
+
+    def __len__(self) -> int:
+        return len(self.object_row)
+
+    @property
+    def n_objects(self) -> int:
+        return len(self.object_ids)
+
+    @classmethod
+    def from_parquet(cls, path: str, split: str, shard_paths: list[str]) -> SplitIndex:
+        """Raises ShardSetError when columns are missing or object rows are not 0..n-1 in order."""
+        table = pq.read_table(io.BytesIO(_read_bytes(path)))
+        wanted = [*INDEX_ARRAYS, "object_id", "image_id", "key", "image_ext"]
+        missing = [name for name in wanted if name not in table.column_names]
+        if missing:
+            raise ShardSetError(f"{path}: columns {missing} are missing. Build the shard set again.")
+        arrays = {name: table[name].to_numpy().astype(dtype) for name, dtype in INDEX_ARRAYS.items()}
+        rows = arrays["object_row"]
+        # An object's images are adjacent and rows are contiguous exactly when rows start at 0 and rise by 0 or 1.
+        if len(rows) and (rows[0] != 0 or not np.isin(np.diff(rows), (0, 1)).all()):
+            raise ShardSetError(f"{path}: object rows are not 0, 1, 2, ... in order. Build the shard set again.")
+        first = np.flatnonzero(np.diff(rows, prepend=-1))
+        return cls(
+            split=split,
+            shard_paths=shard_paths,
+            object_ids=table["object_id"].take(first).to_pylist(),
+            image_ids=table["image_id"].to_pylist(),
+            keys=table["key"].to_pylist(),
+            image_ext=table["image_ext"].to_pylist(),
+            object_start=np.append(first, len(rows)).astype(np.int64),
+            **arrays,
+        )
+
+
+class SampleReader:
+    """Reads single samples of a split by byte range. Picklable: open files stay behind and are opened again on use."""
+
+    def __init__(self, index: SplitIndex) -> None:
+        self.index = index
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the cached files. The reader stays usable."""
+        while getattr(self, "_files", None):
+            os.close(self._files.popitem()[1])
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        if len(self._files) >= MAX_OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        self._files[shard] = os.open(self.index.shard_paths[shard], os.O_RDONLY)
+        return self._files[shard]
+
+    def _range(self, shard: int, offset: int, size: int, what: str) -> bytes:
+        path = self.index.shard_paths[shard]
+        try:
+            if _is_url(path):
+                import fsspec
+
+                fs, inner = fsspec.core.url_to_fs(path)
+                data = fs.cat_file(inner, start=offset, end=offset + size)
+            else:
+                data = os.pread(self._descriptor(shard), size, offset)
+        except OSError as error:
+            raise SampleError(f"{path}: cannot read {what} at byte {offset}: {error}") from error
+        if len(data) != size:
+            raise SampleError(f"{path}: {what} at byte {offset} is short: {len(data)} of {size} bytes.")
+        return data
+
+    def read_meta(self, i: int) -> dict[str, Any]:
+        """The json of image i: captions and ids, without reading the image. Raises SampleError."""
+        index, shard = self.index, int(self.index.shard[i])
+        data = self._range(shard, int(index.json_offset[i]), int(index.json_size[i]), "json")
+        try:
+            meta = json.loads(data)
+        except ValueError as error:  # covers broken UTF-8 as well
+            where = f"{index.shard_paths[shard]}: json of {index.keys[i]!r} at byte {index.json_offset[i]}"
+            raise SampleError(f"{where} is broken: {error}") from error
+        if not isinstance(meta, dict) or not isinstance(meta.get("captions"), list):
+            where = f"{index.shard_paths[shard]}: json of {index.keys[i]!r} at byte {index.json_offset[i]}"
+            raise SampleError(f"{where} has no list `captions`.")
+        return meta
+
+    def read(self, i: int) -> RawSample:
+        """Image i of the split. Raises SampleError (file, offset, what) when bytes are short or the json is broken."""
+        index = self.index
+        image = self._range(int(index.shard[i]), int(index.image_offset[i]), int(index.image_size[i]), "image")
+        return RawSample(image, index.image_ext[i], self.read_meta(i))
+
+
+class ShardSet:
+    """A complete shard set. `root` is a folder or a URL; `manifest` the parsed manifest.json."""
+
+    def __init__(self, root: str, manifest: dict[str, Any]) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, root: str) -> ShardSet:
+        """Raises ShardSetError when the set is missing, incomplete or of an unknown version."""
+        root = root if _is_url(root) else os.path.abspath(root)
+        path = _join(root, "manifest.json")
+        try:
+            manifest = json.loads(_read_bytes(path))
+        except OSError as error:
+            raise ShardSetError(
+                f"No complete shard set in {root}: manifest.json is missing, so its build did not finish or the path is "
+                "wrong. Build one with `mmref shards build SOURCE --out DIR`."
+            ) from error
+        except ValueError as error:
+            raise ShardSetError(f"{path} is not JSON ({error}). Build the shard set again.") from error
+        if manifest.get("version") != VERSION:
+            raise ShardSetError(
+                f"{path} has version {manifest.get('version')!r}, this program reads version {VERSION}. "
+                "Build the shard set again, or use the program version that wrote it."
+            )
+        if not isinstance(manifest.get("splits"), dict) or not manifest["splits"]:
+            raise ShardSetError(f"{path} names no splits. Build the shard set again.")
+        found = cls(root, manifest)
+        found._unpack()
+        return found
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.manifest["splits"])
+
+    def _unpack(self) -> None:
+        """Unpacks what travels as .tar.gz. Safe beside other processes: each writes its own file and moves it into place."""
+        for shard in (s for split in self.manifest["splits"].values() for s in split["shards"]):
+            path = _join(self.root, shard["file"])
+            packed = _join(self.root, shard["packed"]) if "packed" in shard else None
+            if packed is None or _is_url(self.root) or os.path.exists(path) or not os.path.exists(packed):
+                continue  # a shard that is missing altogether is reported by index() and verify()
+            try:
+                self._unpack_one(packed, path, shard["sha256"])
+            except (OSError, EOFError) as error:  # EOFError: the packed file ends early
+                raise ShardSetError(
+                    f"Cannot unpack {packed}: {error}. The folder must be writable the first time; else copy the shard "
+                    "set somewhere writable. If the file is damaged, fetch it again."
+                ) from error
+
+    @staticmethod
+    def _unpack_one(packed: str, path: str, sha256: str) -> None:
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".unpack-")
+        try:
+            with gzip.open(packed, "rb") as source, os.fdopen(handle, "wb") as target:
+                shutil.copyfileobj(source, target)
+            if sha256_of(temporary) != sha256:
+                raise ShardSetError(f"{packed} does not hold the shard that the manifest names. Fetch it again.")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    def _split(self, split: str) -> dict[str, Any]:
+        if split not in self.manifest["splits"]:
+            raise ShardSetError(f"{self.root} has no split {split!r}. It has: {', '.join(self.splits)}.")
+        return self.manifest["splits"][split]
+
+    def shard_paths(self, split: str) -> list[str]:
+        return [_join(self.root, shard["file"]) for shard in self._split(split)["shards"]]
+
+    def index(self, split: str) -> SplitIndex:
+        """Loads the index of a split. Raises ShardSetError for an unknown split, or shards that do not fit the manifest."""
+        entry = self._split(split)
+        for path, shard in zip(self.shard_paths(split), entry["shards"], strict=True):
+            problem = _size_problem(path, shard["bytes"])
+            if problem:
+                raise ShardSetError(f"{problem}. Run `mmref shards verify {self.root}`, then copy or build the set again.")
+        index = self._load_index(split)
+        if (len(index), index.n_objects) != (entry["images"], entry["objects"]):
+            raise ShardSetError(
+                f"{self.root}: the index of {split} has {len(index)} images of {index.n_objects} objects, the manifest says "
+                f"{entry['images']} of {entry['objects']}. Files of two builds are mixed: build the set again."
+            )
+        return index
+
+    def _load_index(self, split: str) -> SplitIndex:
+        path = _join(self.root, split, f"{split}.index.parquet")
+        try:
+            return SplitIndex.from_parquet(path, split, self.shard_paths(split))
+        except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
+            raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error
+
+    def train_object_ids(self) -> list[str]:
+        """Ids of the training objects by row. Raises ShardSetError when objects.parquet is missing or out of order."""
+        path = _join(self.root, "objects.parquet")
+        try:
+            table = pq.read_table(io.BytesIO(_read_bytes(path)), columns=["object_id", "row"])
+        except (OSError, ValueError, KeyError) as error:
+            raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error
+        if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))):
+            raise ShardSetError(f"{path}: rows are not 0, 1, 2, ... Build the shard set again.")
+        return table["object_id"].to_pylist()
+
+    def verify(self, checksums: bool = True) -> list[str]:
+        """Every problem found, one line each, starting with its name; an empty list means the set is sound.
+
+        Names: missing_shard, wrong_size, wrong_checksum, broken_tar, wrong_count, wrong_offset, broken_index,
+        wrong_objects, split_overlap. `checksums=False` leaves out reading every byte for the sha256.
+        """
+        problems: list[str] = []
+        owners: dict[str, str] = {}
+        for split in self.splits:
+            try:
+                index = self._load_index(split)
+            except ShardSetError as error:
+                problems.append(f"broken_index: {error}")
+                continue
+            problems += self._verify_counts(split, index)
+            for number, shard in enumerate(self.manifest["splits"][split]["shards"]):
+                problems += self._verify_shard(index, number, shard, checksums)
+            shared = [i for i in index.object_ids if owners.setdefault(i, split) != split]
+            if shared:
+                problems.append(f"split_overlap: {len(shared)} objects of {split} are in another split too, e.g. {shared[:3]}")
+            if split == "train":
+                problems += self._verify_objects(index)
+        return problems
+
+    def _verify_counts(self, split: str, index: SplitIndex) -> list[str]:
+        entry = self.manifest["splits"][split]
+        found = {"objects": index.n_objects, "images": len(index), "captions": int(index.n_captions.sum())}
+        found["samples in shards"] = sum(shard["samples"] for shard in entry["shards"])
+        expected = {**entry, "samples in shards": entry["images"]}
+        return [
+            f"wrong_count: {split}: {found[name]} {name} found, the manifest says {expected[name]}"
+            for name in found
+            if found[name] != expected[name]
+        ]
+
+    def _verify_objects(self, index: SplitIndex) -> list[str]:
+        try:
+            same = self.train_object_ids() == index.object_ids
+        except ShardSetError as error:
+            return [f"wrong_objects: {error}"]
+        return [] if same else ["wrong_objects: objects.parquet and the train index list different objects"]
+
+    def _verify_shard(self, index: SplitIndex, number: int, shard: dict[str, Any], checksums: bool) -> list[str]:
+        path = index.shard_paths[number]
+        problem = _size_problem(path, shard["bytes"])
+        problems = [problem] if problem else []
+        if problem and problem.startswith("missing_shard"):
+            return problems
+        if checksums and sha256_of(path) != shard["sha256"]:
+            problems.append(f"wrong_checksum: {path}: its sha256 is not the one in the manifest")
+        try:
+            with tarfile.open(fileobj=io.BytesIO(_read_bytes(path)) if _is_url(path) else open(path, "rb")) as tar:
+                members = {member.name: (member.offset_data, member.size) for member in tar}
+        except (tarfile.TarError, EOFError) as error:
+            return [*problems, f"broken_tar: {path}: {error}"]
+        rows = np.flatnonzero(index.shard == number)
+        if len(rows) != shard["samples"] or len(members) != 2 * shard["samples"]:
+            problems.append(
+                f"wrong_count: {path}: {len(members)} members and {len(rows)} index rows, "
+                f"the manifest says {shard['samples']} samples of 2 members"
+            )
+        wrong = [index.keys[i] for i in rows if not _row_matches(index, i, members)]
+        if wrong:
+            problems.append(f"wrong_offset: {path}: {len(wrong)} index rows do not point at their members, e.g. {wrong[:3]}")
+        return problems
+
+
+def _row_matches(index: SplitIndex, i: int, members: dict[str, tuple[int, int]]) -> bool:
+    image = members.get(f"{index.keys[i]}.{index.image_ext[i]}")
+    meta = members.get(f"{index.keys[i]}.json")
+    return image == (index.image_offset[i], index.image_size[i]) and meta == (index.json_offset[i], index.json_size[i])
+
+
+def _size_problem(path: str, expected: int) -> str | None:
+    size = _size(path)
+    if size is None:
+        return f"missing_shard: {path} does not exist"
+    return None if size == expected else f"wrong_size: {path} has {size} bytes, the manifest says {expected}"

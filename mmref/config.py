@@ -1,0 +1,429 @@
+"""One typed tree for a whole run. The line under every field is its `--help`; unknown keys are errors.
+
+`load_config(argv)` reads `--config FILE.yaml` first and flags (`--train.workers 2`) over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import yaml
+
+from mmref.errors import BatchArithmeticError, ConfigError
+
+
+@dataclass
+class DataConfig:
+    """Where the samples come from and how they are read."""
+
+    root: str = "data_shards/emoji"
+    """Shard set: a directory or URL that holds manifest.json."""
+    tokenizer: str = ""
+    """Hub id or directory of the tokenizer; empty: the one of the backbone, or `tokenizer/` inside the shard set."""
+    image_height: int = 64
+    """Height in pixels that images are resized to."""
+    image_width: int = 64
+    """Width in pixels that images are resized to."""
+    max_tokens: int = 24
+    """Captions are cut to this many tokens, special tokens included."""
+    image_mean: list[float] = field(default_factory=lambda: [0.481, 0.458, 0.408])
+    """Mean of the red, green and blue channels (0 to 1), subtracted from images."""
+    image_std: list[float] = field(default_factory=lambda: [0.269, 0.261, 0.276])
+    """Standard deviation of the channels (0 to 1), that images are divided by."""
+    flip: float = 0.5
+    """Probability of a horizontal flip in training."""
+    crop_padding: int = 4
+    """Pixels of padding for the random shifted crop in training; 0: none."""
+    erase: float = 0.0
+    """Probability of erasing a random rectangle (2 to 40 % of the image) in training."""
+    colour_jitter: float = 0.0
+    """Strength of random brightness, contrast and saturation in training; 0: none."""
+    readers: int = 1
+    """Ray Data actors (one CPU each) that read, decode and tokenise for one training worker."""
+    steps_per_task: int = 4
+    """Consecutive steps of one worker that a reader returns as one block: fewer is lower latency, more is less overhead."""
+    max_bad_fraction: float = 0.001
+    """Share of broken samples that is tolerated (each replaced by another image of its object) before training stops."""
+
+
+@dataclass
+class ModelConfig:
+    """Backbones and heads. Either `dual` (CLIP, SigLIP) or a pair `vision` + `text`."""
+
+    dual: str = ""
+    """Hub id or directory of a CLIP or SigLIP model."""
+    dual_config: Optional[dict[str, Any]] = None
+    """transformers config of a CLIP or SigLIP model to start from random weights: {model_type: clip, ...}."""
+    vision: str = ""
+    """Hub id or directory of the vision tower of a pair."""
+    vision_config: Optional[dict[str, Any]] = None
+    """transformers config of the vision tower to start from random weights: {model_type: convnextv2, ...}."""
+    text: str = ""
+    """Hub id or directory of the text tower of a pair."""
+    text_config: Optional[dict[str, Any]] = None
+    """transformers config of the text tower to start from random weights: {model_type: bert, ...}."""
+    embed_dim: int = 256
+    """Width d of the shared space of a pair (a dual encoder brings its own)."""
+    pool: Literal["auto", "first", "mean"] = "auto"
+    """Global feature of a tower of a pair: `first` token, `mean` over tokens, or `auto` (the tower's own pooler, else mean)."""
+    freeze_backbone: bool = False
+    """Train only projections and heads."""
+
+
+@dataclass
+class ReferenceConfig:
+    """The multi-modal references, `per_object` rows of width d for each training object."""
+
+    per_object: int = 1
+    """References K of one object."""
+    update: Literal["moving_average", "gradient"] = "moving_average"
+    """`moving_average`: references follow their object's features; `gradient`: global fusion as in the paper."""
+    momentum: float = 0.8
+    """Share of the old reference kept at each visit of its object (moving_average)."""
+    assign: Literal["nearest", "modality"] = "nearest"
+    """With K > 1 and moving_average: a feature updates its `nearest` reference, or images the even and texts the odd ones."""
+    negatives: Literal["batch", "all", "sampled"] = "all"
+    """Objects whose references are contrasted: those of the global batch, all, or the batch's plus `sampled_negatives`."""
+    sampled_negatives: int = 4096
+    """Random objects added to the batch's as negatives (negatives: sampled)."""
+    score: Literal["max", "lme"] = "max"
+    """With K > 1 an object's score is its best reference, or the log-mean-exp over them."""
+    tau: float = 0.07
+    """Temperature of fusion and guidance."""
+    lr: float = 0.05
+    """Learning rate of references under `gradient` (row-wise Adam on the owner)."""
+    memory_tokens: int = 4
+    """Keys and values that local reconstruction makes of each reference."""
+
+
+@dataclass
+class LossConfig:
+    """L = align + w_fuse fuse + w_rec rec + w_guide guide (design: alignment, global fusion, local reconstruction, guidance)."""
+
+    align: Literal["infonce", "sdm"] = "infonce"
+    """Alignment of images and texts, every pair of the same object a positive: multi-positive InfoNCE, or SDM (IRRA)."""
+    tau: float = 0.07
+    """Temperature of the alignment."""
+    learn_tau: bool = False
+    """Learn the alignment's temperature, starting from `tau`."""
+    w_fuse: float = 1.0
+    """Weight of global fusion (trains references only; no effect under moving_average)."""
+    w_rec: float = 0.0
+    """Weight of local reconstruction (masked words from references)."""
+    w_guide: float = 0.5
+    """Weight of reference-guided learning (trains the encoders only)."""
+    guide_from: float = 0.2
+    """Share of training after which guidance and reconstruction begin to ramp in."""
+    guide_full: float = 0.4
+    """Share of training at which they have their full weight."""
+    mask_rate: float = 0.15
+    """Share of words masked for reconstruction (80 % mask token, 10 % random, 10 % kept)."""
+    rec_layers: int = 1
+    """Blocks (self-attention, feed-forward, cross-attention to the references, feed-forward) of the reconstruction head."""
+    rec_detach_text: bool = False
+    """Stop the gradient of reconstruction into the text tower."""
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation and scale."""
+
+    workers: int = 1
+    """Ray Train workers (one GPU each where `gpu` is on)."""
+    gpu: bool = False
+    """Train on GPUs (NCCL); off: CPUs (gloo)."""
+    cpus_per_worker: float = 1
+    """CPUs reserved for each worker."""
+    threads: int = 1
+    """Torch threads of each worker on CPU."""
+    global_batch: int = 192
+    """Image-caption pairs of one step over all workers."""
+    images_per_object: int = 2
+    """Images Q of each object in a step; a step has P = global_batch / Q objects."""
+    accumulation: int = 1
+    """Micro-batches of a step on each worker: the same losses and gradients in less memory, about 1.4 x the time."""
+    max_steps: int = 400
+    """Length of training in steps."""
+    seed: int = 0
+    """Seed of the initial weights, the sample stream, masks and augmentation."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: what is sharded over workers (0 nothing, 1 optimizer, 2 + gradients, 3 + parameters)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of parameters and activations; losses and master weights are fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass (less memory, more time)."""
+    lr: float = 1e-3
+    """Peak learning rate of the backbone."""
+    lr_new: float = 1.0
+    """Learning rate of new modules (projections, heads) as a multiple of `lr`."""
+    weight_decay: float = 0.05
+    """AdamW weight decay (none on biases, norms and embeddings of positions)."""
+    beta2: float = 0.98
+    """AdamW beta2."""
+    eps: float = 1e-6
+    """AdamW epsilon."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up; cosine to zero follows."""
+    clip_norm: float = 1.0
+    """Gradient norm is clipped to this; 0: no clipping."""
+    log_every: int = 10
+    """Steps between log lines (the only host synchronisation)."""
+    eval_every: int = 0
+    """Steps between evaluations on val (and checkpoints); 0: a tenth of training."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept: the best on val and the latest others."""
+    max_failures: int = 3
+    """Worker failures that are recovered from before the run gives up."""
+    storage_gb: float = 1.0
+    """Size of Ray's object store when a local cluster is started, in GB."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation: features, refinement, intervals."""
+
+    batch: int = 128
+    """Images or texts encoded at once."""
+    workers: int = 1
+    """Ray actors that compute features in `mmref evaluate`."""
+    metric: Literal["mAP", "R@1", "R@1+mAP"] = "R@1+mAP"
+    """What picks the best checkpoint and the refinement on val."""
+    top_p: int = 1000
+    """Candidates of the first pass that refinement re-scores; 0: all."""
+    bootstrap: int = 1000
+    """Resamples of the 95 % intervals."""
+    examples: int = 12
+    """Queries shown in the report."""
+
+
+@dataclass
+class Config:
+    """A training run."""
+
+    run_dir: str = "runs/train"
+    """Directory or URL for checkpoints, metrics and the report; the same directory again resumes the run."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def objects_per_step(self) -> int:
+        return self.train.global_batch // self.train.images_per_object
+
+    @property
+    def micro_batch(self) -> int:
+        return self.train.global_batch // (self.train.workers * self.train.accumulation)
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of every field: ["run_dir", "data.root", ...]."""
+    keys = []
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            keys += known_keys(type(default), f"{prefix}{f.name}.")
+        else:
+            keys.append(prefix + f.name)
+    return keys
+
+
+def _check_keys(given: dict[str, Any], cls: type, where: str, prefix: str = "") -> None:
+    """Raise ConfigError for the first key of a nested dict that is no field, naming the nearest one."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in given.items():
+        if key not in fields:
+            raise unknown_key(prefix + str(key), where)
+        default = fields[key].default_factory() if fields[key].default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: `{prefix}{key}` is a section and takes keys below it, found {value!r}.")
+            _check_keys(value, type(default), where, f"{prefix}{key}.")
+
+
+def unknown_key(key: str, where: str) -> ConfigError:
+    """The error for a key that does not exist, with the nearest that does."""
+    keys = known_keys()
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not near:  # the section may be wrong or missing: compare the last part alone
+        last = {k.rsplit(".", 1)[-1]: k for k in reversed(sorted(keys, key=lambda k: not k.startswith("train.")))}
+        near = [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
+    hint = f" Did you mean `{near[0]}`?" if near else " `mmref train --help` lists all keys."
+    return ConfigError(f"{where}: unknown config key `{key}`.{hint}")
+
+
+def build_parser() -> Any:
+    """The jsonargparse parser of a run: `--config FILE` and a flag for every field."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="mmref train", exit_on_error=False, description="Train MMRef, evaluate it on val and test, write a report."
+    )
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file; flags after it win.")
+    parser.add_class_arguments(Config, nested_key=None)
+    return parser
+
+
+def load_config(argv: list[str]) -> Config:
+    """Config from flags (and the YAML files they name). Raises ConfigError; `--help` prints and exits."""
+    import jsonargparse
+
+    for path in _config_files(argv):
+        _check_keys(read_yaml(path), Config, path)
+    for word in argv:
+        name = word[2:].split("=")[0].removesuffix("+")
+        if word.startswith("--") and name not in {"config", "help", "print_config"} and not _is_key(name):
+            raise unknown_key(name, "command line")
+    parser = build_parser()
+    try:
+        parsed = parser.parse_args(argv)
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"config: {error}") from None
+    config = parser.instantiate_classes(parsed)
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+    return check_config(Config(**values))
+
+
+def _is_key(name: str) -> bool:
+    keys = known_keys()
+    return name in keys or any(name.startswith(k + ".") for k in keys if k.endswith("_config"))
+
+
+def _config_files(argv: list[str]) -> list[str]:
+    files = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    return files + [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A YAML mapping from a file. Raises ConfigError that names the file."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML: {error}") from None
+    if not isinstance(loaded or {}, dict):
+        raise ConfigError(f"config file {path} must hold keys and values, found a {type(loaded).__name__}.")
+    return loaded or {}
+
+
+def check_config(config: Config) -> Config:
+    """Check combinations that types cannot express; returns the config. Raises ConfigError."""
+    t, m = config.train, config.model
+    for name, value in (
+        ("train.workers", t.workers),
+        ("train.global_batch", t.global_batch),
+        ("train.images_per_object", t.images_per_object),
+        ("train.accumulation", t.accumulation),
+        ("train.max_steps", t.max_steps),
+        ("train.threads", t.threads),
+        ("train.log_every", t.log_every),
+        ("train.keep_checkpoints", t.keep_checkpoints),
+        ("data.readers", config.data.readers),
+        ("data.steps_per_task", config.data.steps_per_task),
+        ("data.max_tokens", config.data.max_tokens),
+        ("reference.per_object", config.reference.per_object),
+        ("reference.memory_tokens", config.reference.memory_tokens),
+    ):
+        if value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, found {value}.")
+    for name, share in (
+        ("data.flip", config.data.flip),
+        ("data.erase", config.data.erase),
+        ("data.max_bad_fraction", config.data.max_bad_fraction),
+        ("loss.mask_rate", config.loss.mask_rate),
+        ("loss.guide_from", config.loss.guide_from),
+        ("loss.guide_full", config.loss.guide_full),
+        ("reference.momentum", config.reference.momentum),
+    ):
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError(f"`{name}` is a share between 0 and 1, found {share}.")
+    for name, positive in (("loss.tau", config.loss.tau), ("reference.tau", config.reference.tau), ("train.lr", t.lr)):
+        if not positive > 0:
+            raise ConfigError(f"`{name}` must be above 0, found {positive}.")
+    if config.loss.guide_full < config.loss.guide_from:
+        raise ConfigError(
+            f"`loss.guide_full` ({config.loss.guide_full}) comes before `loss.guide_from` ({config.loss.guide_from})."
+        )
+    if config.reference.assign == "modality" and config.reference.per_object % 2:
+        raise ConfigError("`reference.assign: modality` needs an even `reference.per_object` (image and text references).")
+    check_batch(t.global_batch, t.workers, t.accumulation, t.images_per_object)
+    duals = bool(m.dual) + bool(m.dual_config)
+    pair = bool(m.vision or m.vision_config), bool(m.text or m.text_config)
+    if duals + any(pair) != 1 or (any(pair) and not all(pair)):
+        raise ConfigError(
+            "the model needs either one of `model.dual` / `model.dual_config`, or both a vision tower "
+            "(`model.vision` / `model.vision_config`) and a text tower (`model.text` / `model.text_config`); "
+            "configs/emoji.yaml and configs/clip_vit_b16.yaml show both."
+        )
+    return config
+
+
+def check_batch(global_batch: int, workers: int, accumulation: int, images_per_object: int) -> None:
+    """Raise BatchArithmeticError, with the numbers, when the global batch does not divide."""
+    parts = workers * accumulation
+    if global_batch % parts:
+        near = max(parts, round(global_batch / parts) * parts)
+        raise BatchArithmeticError(
+            f"train.global_batch {global_batch} does not divide over {workers} workers x {accumulation} accumulation "
+            f"= {parts} micro-batches ({global_batch} / {parts} = {global_batch / parts:.2f}); the nearest that does is {near}."
+        )
+    if global_batch % images_per_object:
+        near = max(1, round(global_batch / images_per_object)) * images_per_object
+        raise BatchArithmeticError(
+            f"train.global_batch {global_batch} is not a multiple of train.images_per_object {images_per_object}; "
+            f"the nearest that is: {near}."
+        )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict of a config."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], where: str = "config") -> Config:
+    """Config from a nested dict, unknown keys refused. Raises ConfigError."""
+    _check_keys(values, Config, where)
+    config = Config()
+    for key, value in values.items():
+        section = getattr(config, key)
+        if dataclasses.is_dataclass(section):
+            setattr(config, key, dataclasses.replace(section, **value))  # type: ignore[type-var]
+        else:
+            setattr(config, key, value)
+    return check_config(config)
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved tree as YAML, in field order."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def config_hash(config: Config) -> str:
+    """12 hex digits of everything that changes results: not the run directory, scale or logging."""
+    values = to_dict(config)
+    values.pop("run_dir")
+    for key in ("workers", "gpu", "cpus_per_worker", "threads", "zero_stage", "accumulation", "log_every", "eval_every",
+                "keep_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing"):  # fmt: skip
+        values["train"].pop(key)
+    for key in ("readers", "steps_per_task"):
+        values["data"].pop(key)
+    values.pop("eval")
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def ramp(step: int, max_steps: int, start: float, full: float) -> float:
+    """Weight in [0, 1] of a loss that ramps in linearly between two shares of training."""
+    done = step / max(max_steps, 1)
+    if done >= full:
+        return 1.0
+    return 0.0 if done < start else (done - start) / (full - start)

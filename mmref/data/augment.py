@@ -1,0 +1,86 @@
+"""Augmentation of a batch on its device.
+
+Every random number is drawn for the whole global batch from (seed, step) and then sliced, so that a sample is
+augmented alike on any number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mmref.config import DataConfig
+
+
+def normalize(images: Tensor, config: DataConfig) -> Tensor:
+    """(n, H, W, 3) uint8 -> (n, 3, H, W) fp32, mean subtracted and divided by the standard deviation."""
+    mean = torch.tensor(config.image_mean, device=images.device) * 255
+    std = torch.tensor(config.image_std, device=images.device) * 255
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def augment(images: Tensor, config: DataConfig, seed: int, step: int, first: int, total: int) -> Tensor:
+    """Shifted crop, flip, colour, erasing, and normalisation.
+
+    Args:
+        images: (n, H, W, 3) uint8, samples first .. first + n - 1 of the global batch.
+        config: probabilities and strengths.
+        seed: of the run.
+        step: global step.
+        first: position of the first of these samples in the global batch.
+        total: size of the global batch.
+
+    Returns:
+        (n, 3, H, W) fp32, normalised.
+    """
+    n, height, width, _ = images.shape
+    generator = torch.Generator().manual_seed((seed * 2_000_003 + step) % (1 << 62))
+    draws = torch.rand(total, 10, generator=generator)[first : first + n].to(images.device)  # (n, 10)
+    x = normalize(images, config)
+    if config.crop_padding > 0:
+        x = _shift(x, draws[:, 0], draws[:, 1], config.crop_padding)
+    if config.flip > 0:
+        x = torch.where((draws[:, 2] < config.flip)[:, None, None, None], x.flip(3), x)
+    if config.colour_jitter > 0:
+        x = _jitter(x, draws[:, 3:6], config.colour_jitter)
+    if config.erase > 0:
+        x = _erase(x, draws[:, 5:10], config.erase)
+    return x
+
+
+def _shift(x: Tensor, dy: Tensor, dx: Tensor, pad: int) -> Tensor:
+    """Pad the border by its edge pixels and cut each image out at its own offset."""
+    n, channels, height, width = x.shape
+    padded = torch.nn.functional.pad(x, (pad, pad, pad, pad), mode="replicate")
+    rows = (dy * (2 * pad + 1)).long().clamp(max=2 * pad)[:, None] + torch.arange(height, device=x.device)  # (n, H)
+    cols = (dx * (2 * pad + 1)).long().clamp(max=2 * pad)[:, None] + torch.arange(width, device=x.device)  # (n, W)
+    each = torch.arange(n, device=x.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[each, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _jitter(x: Tensor, draws: Tensor, strength: float) -> Tensor:
+    """Contrast, brightness and saturation, each by a factor or offset within the strength."""
+    shift = (draws * 2 - 1) * strength  # (n, 3)
+    contrast, brightness, saturation = (shift[:, i, None, None, None] for i in range(3))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * (1 + contrast) + mean + brightness
+    grey = x.mean(1, keepdim=True)
+    return (x - grey) * (1 + saturation) + grey
+
+
+def _erase(x: Tensor, draws: Tensor, probability: float) -> Tensor:
+    """Set a random rectangle (2 to 40 % of the area, aspect 0.3 to 3.3) to the mean colour (Zhong et al. 2020)."""
+    n, _, height, width = x.shape
+    area = (0.02 + 0.38 * draws[:, 1]) * height * width
+    aspect = torch.exp((draws[:, 2] * 2 - 1) * math.log(3.3))
+    h = (area * aspect).sqrt().clamp(max=height - 1)
+    w = (area / aspect).sqrt().clamp(max=width - 1)
+    top, left = draws[:, 3] * (height - h), draws[:, 4] * (width - w)
+    rows = torch.arange(height, device=x.device)[None, :]
+    cols = torch.arange(width, device=x.device)[None, :]
+    in_rows = (rows >= top[:, None]) & (rows < (top + h)[:, None])  # (n, H)
+    in_cols = (cols >= left[:, None]) & (cols < (left + w)[:, None])  # (n, W)
+    box = in_rows[:, :, None] & in_cols[:, None, :] & (draws[:, 0] < probability)[:, None, None]
+    return x.masked_fill(box[:, None], 0.0)

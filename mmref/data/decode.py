@@ -1,0 +1,65 @@
+"""Image bytes -> RGB pixels."""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from mmref.errors import SampleError
+
+cv2.setNumThreads(0)  # readers are processes: OpenCV's own threads would fight over their cores
+
+
+def decode_image(data: bytes, height: int, width: int, name: str = "image") -> NDArray[np.uint8]:
+    """Decode JPEG, PNG or WebP to RGB and resize: (height, width, 3) uint8.
+
+    Grey, palette, CMYK and 16-bit images become RGB; transparent ones are laid on white.
+
+    Raises:
+        SampleError: the bytes are not a whole image.
+    """
+    if not data:
+        raise SampleError(f"{name}: the image is empty (0 bytes).")
+    # a truncated JPEG decodes with a warning and a grey rest: the end marker tells
+    if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-64:]:
+        raise SampleError(f"{name}: truncated JPEG ({len(data)} bytes, no end marker).")
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        pixels = None
+    if pixels is None:
+        pixels = _decode_pillow(data, name)
+    if pixels.dtype != np.uint8:
+        pixels = (pixels // 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels.astype(np.uint8)
+    rgb = _to_rgb(pixels)
+    if rgb.shape[:2] != (height, width):
+        shrinks = rgb.shape[0] * rgb.shape[1] > height * width
+        rgb = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    return rgb
+
+
+def _decode_pillow(data: bytes, name: str) -> NDArray:
+    """What OpenCV cannot read (some CMYK, odd palettes), in OpenCV's channel order."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            rgba = np.asarray(image.convert("RGBA"))
+    except Exception as error:  # Pillow raises many kinds for broken bytes
+        raise SampleError(f"{name}: not a readable image ({len(data)} bytes): {error}") from None
+    return cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA)
+
+
+def _to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if pixels.ndim == 2:
+        return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+    if pixels.shape[2] == 2:  # grey + alpha
+        pixels = np.dstack([pixels[..., :1]] * 3 + [pixels[..., 1:]])
+    if pixels.shape[2] == 4:
+        alpha = pixels[..., 3:].astype(np.float32) / 255
+        flat = pixels[..., :3] * alpha + 255 * (1 - alpha)
+        pixels = np.round(flat).astype(np.uint8)
+    return cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_BGR2RGB)

@@ -1,0 +1,116 @@
+"""Reads what the plan asks for: byte ranges -> pixels and tokens, broken samples replaced by a seeded rule."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmref.config import Config
+from mmref.data.decode import decode_image
+from mmref.data.plan import Plan
+from mmref.data.shards import SampleReader, ShardSet
+from mmref.data.tokens import load_tokens
+from mmref.errors import SampleError, ShardSetError
+
+Batch = dict[str, NDArray[Any]]
+
+
+def usable_captions(meta: dict[str, Any], name: str) -> list[tuple[str, str]]:
+    """(caption, kind) of a sample's non-empty captions. Raises SampleError when there is none."""
+    captions = meta.get("captions") or []
+    kinds = meta.get("caption_kinds") or [""] * len(captions)
+    usable = [(c.strip(), k) for c, k in zip(captions, kinds) if isinstance(c, str) and c.strip()]
+    if not usable:
+        raise SampleError(f"{name}: no caption (found {captions!r}).")
+    return usable
+
+
+class StepReader:
+    """Samples of global steps, for the slice of the global batch that belongs to one rank.
+
+    The same class runs inside Ray Data's actors and, in tests, in process.
+    """
+
+    def __init__(self, config: Config, rank: int = 0, world: int = 1) -> None:
+        shards = ShardSet.open(config.data.root)
+        if "train" not in shards.splits:
+            raise ShardSetError(f"{config.data.root}: no train split, found {shards.splits}.")
+        self.config, self.index = config, shards.index("train")
+        self.samples = SampleReader(self.index)
+        self.plan = Plan(
+            self.index.object_start, config.objects_per_step, config.train.images_per_object, config.train.seed
+        )
+        self.tokens = load_tokens(config)
+        per_rank = config.train.global_batch // world
+        self.positions = range(rank * per_rank, (rank + 1) * per_rank)
+
+    def read_step(self, step: int) -> Batch:
+        """One step of this rank: step, position, object, image_index (n,), image (n, H, W, 3) uint8, ids and mask (n, L),
+        bad (n,) the description of a broken sample that was replaced, or ""."""
+        planned = self.plan(step)
+        images, captions, used, bad = [], [], [], []
+        for position in self.positions:
+            index, pixels, caption, problem = self._read(planned, step, position)
+            images.append(pixels)
+            captions.append(caption)
+            used.append(index)
+            bad.append(problem)
+        ids, mask = self.tokens(captions)
+        n = len(images)
+        return {
+            "step": np.full(n, step, dtype=np.int64),
+            "position": np.arange(self.positions.start, self.positions.stop, dtype=np.int64),
+            "object": planned.objects[self.positions.start : self.positions.stop],
+            "image_index": np.array(used, dtype=np.int64),
+            "image": np.stack(images),
+            "ids": ids,
+            "mask": mask,
+            "bad": np.array(bad, dtype=object),
+        }
+
+    def _read(self, planned: Any, step: int, position: int) -> tuple[int, NDArray[np.uint8], str, str]:
+        index, problems, attempt = int(planned.images[position]), [], 0
+        while True:
+            try:
+                pixels, captions = self.read_image(index)
+                draw = int(planned.captions[position])
+                return index, pixels, captions[draw % len(captions)], "\n".join(problems)
+            except SampleError as error:
+                problems.append(str(error))
+                other = self.plan.substitute(step, position, attempt)
+                attempt += 1
+                if other is None:
+                    raise SampleError(
+                        f"object {self.index.object_ids[int(planned.objects[position])]} has no usable image left: "
+                        + "; ".join(problems)
+                    ) from None
+                index = other
+
+    def read_image(self, index: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """Pixels and usable captions of one image of the index. Raises SampleError."""
+        raw = self.samples.read(index)
+        name = f"{self.index.shard_paths[int(self.index.shard[index])]}:{raw.meta.get('image_id', index)}"
+        captions = [c for c, _ in usable_captions(raw.meta, name)]
+        data = self.config.data
+        return decode_image(raw.image_bytes, data.image_height, data.image_width, name), captions
+
+
+class TaskReader:
+    """Ray Data's side of StepReader: a row is a task, a task is `steps_per_task` consecutive steps of one rank."""
+
+    def __init__(self, config: Config, rank: int, world: int, start: int) -> None:
+        self.reader, self.config, self.start = StepReader(config, rank, world), config, start
+
+    def __call__(self, rows: dict[str, NDArray[np.int64]]) -> Batch:
+        steps: list[int] = []
+        for task in rows["id"]:
+            first = self.start + int(task) * self.config.data.steps_per_task
+            steps += range(first, min(first + self.config.data.steps_per_task, self.config.train.max_steps))
+        return concatenate([self.reader.read_step(s) for s in steps])
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Batches end to end."""
+    return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}

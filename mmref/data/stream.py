@@ -1,0 +1,64 @@
+"""Ray Data executes the plan: rows of tasks -> an actor pool that reads, decodes and tokenises -> whole steps, in order.
+
+Every worker runs a dataset of its own over its slice of the plan. So a worker needs no agreement with the others to
+know its samples, a restart on another number of workers starts at the right step, and what arrives is checked.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Iterator
+
+from mmref.config import Config
+from mmref.data.reader import Batch, TaskReader
+from mmref.errors import ShardSetError
+
+
+def build_dataset(config: Config, rank: int, world: int, start: int):  # type: ignore[no-untyped-def]
+    """The ray.data.Dataset of one rank's samples from step `start` to the end of training, in order."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    steps = config.train.max_steps - start
+    tasks = -(-steps // config.data.steps_per_task)
+    return ray.data.range(tasks, override_num_blocks=tasks).map_batches(
+        TaskReader,
+        batch_size=1,
+        fn_constructor_args=(config, rank, world, start),
+        concurrency=config.data.readers,
+        num_cpus=1,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+
+
+class Stream:
+    """Steps of one rank, in order, with the time spent waiting for them."""
+
+    def __init__(self, config: Config, rank: int, world: int, start: int) -> None:
+        self.waited_s = 0.0
+        self._next_step = start
+        self._rows = config.train.global_batch // world
+        dataset = build_dataset(config, rank, world, start)
+        self._batches = iter(
+            dataset.iter_batches(batch_size=self._rows, batch_format="numpy", prefetch_batches=2, drop_last=False)
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        batch = next(self._batches)
+        self.waited_s += time.perf_counter() - began
+        steps, expected = batch["step"], self._next_step
+        if len(steps) != self._rows or not (steps == expected).all():
+            raise ShardSetError(
+                f"the stream delivered {len(steps)} samples of steps {sorted(set(steps.tolist()))} where "
+                f"{self._rows} of step {expected} were due: Ray Data did not keep its order."
+            )
+        self._next_step += 1
+        return batch

@@ -1,0 +1,58 @@
+"""Captions -> token ids."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmref.config import Config
+from mmref.errors import ModelError
+
+MASK_TOKEN = "<|mask|>"
+
+
+class Tokens:
+    """A tokenizer with fixed length, and the ids that masking needs."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        if tokenizer.mask_token_id is None:  # CLIP has none: reconstruction adds one row to the word embedding
+            tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.vocab_size = len(tokenizer)
+        self.mask_id = int(tokenizer.mask_token_id)
+        special = {int(i) for i in tokenizer.all_special_ids} - {int(tokenizer.unk_token_id or -1)}
+        self.special_ids = np.array(sorted(special | {int(tokenizer.pad_token_id)}), dtype=np.int64)
+
+    def __call__(self, captions: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Ids and mask, (n, max_tokens) each; longer captions are cut, shorter ones padded."""
+        out = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="np"
+        )
+        ids = out["input_ids"].astype(np.int32)
+        mask = out.get("attention_mask")
+        return ids, (np.ones_like(ids) if mask is None else mask.astype(np.int32))
+
+
+def tokenizer_path(config: Config) -> str:
+    """Where the tokenizer of a run is: `data.tokenizer`, the backbone's, or the shard set's own."""
+    own = os.path.join(config.data.root, "tokenizer")
+    return config.data.tokenizer or config.model.dual or config.model.text or own
+
+
+def load_tokens(config: Config) -> Tokens:
+    """Tokenizer of a config. Raises ModelError that names the place that was tried."""
+    from transformers import AutoTokenizer
+
+    path = tokenizer_path(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"no tokenizer at {path}: {error}. Set `data.tokenizer` to a hub id or a directory with tokenizer.json."
+        ) from error
+    return Tokens(tokenizer, config.data.max_tokens)

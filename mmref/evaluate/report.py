@@ -1,0 +1,314 @@
+"""The report of a run: one self-contained HTML file, and the same table as plain text for the terminal.
+
+`metrics` is what `metrics.json` holds (design.md, section 4), with optional parts that appear when they are there:
+"image_to_text" and each kind in "by_caption_kind" are blocks like the top level ("initial", "refined", "ci95");
+"ci95_initial" beside "ci95"; "refinement_gain" from `bootstrap.paired_difference`; "skipped", a list of messages;
+"refinement"["tried"], the table of `refinement.choose_refinement`.
+"""
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+import yaml
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from mmref.evaluate.metrics import METRIC_NAMES
+
+# Colours are drawn under placeholder names, which become CSS variables: the page's light and dark palettes apply.
+# The series are Okabe and Ito's colour-blind safe ones, and each has a line style of its own.
+_INK, _FAINT = "#010101", "#020202"
+_CSS_COLOURS = {_INK: "var(--ink)", _FAINT: "var(--line)"} | {f"#0{i}0000": f"var(--series-{i})" for i in range(1, 6)}
+_LOSSES = {  # key of a history line: (label, colour, line style)
+    "loss": ("total", _INK, "-"),
+    "loss_align": ("alignment", "#010000", "-"),
+    "loss_fuse": ("fusion", "#020000", "--"),
+    "loss_rec": ("reconstruction", "#030000", "-."),
+    "loss_guide": ("guidance", "#040000", ":"),
+}
+_VAL_STYLES = (("#010000", "o", "-"), ("#020000", "s", "--"), ("#030000", "^", "-."), ("#040000", "D", ":"))
+_SMOOTH_ABOVE = 60  # log lines from which a curve is drawn as a rolling mean
+_TRIED_SHOWN = 12
+
+
+def write_report(
+    path: str | Path,
+    *,
+    metrics: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    examples: Sequence[Mapping[str, Any]],
+    title: str,
+    config: Mapping[str, Any],
+) -> None:
+    """Write `render_report(...)` to a local file, by way of a temporary name: a reader never sees half of it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(
+        render_report(metrics=metrics, history=history, examples=examples, title=title, config=config), encoding="utf-8"
+    )
+    os.replace(temporary, path)
+
+
+def render_report(
+    *,
+    metrics: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    examples: Sequence[Mapping[str, Any]],
+    title: str,
+    config: Mapping[str, Any],
+) -> str:
+    """The report as HTML that loads nothing from anywhere.
+
+    Args:
+        metrics: as described at the top of this file.
+        history: lines of metrics.jsonl, training lines {"step", "loss", ...} and val lines {"step", "val_R@1", ...} mixed.
+        examples: [{"query", "kind", "object_id", "before": [result, ...], "after": [result, ...]}], a result being
+            {"image": bytes, "ext", "object_id", "image_id", "score", "hit"}, best first.
+        title: headline of the page.
+        config: the resolved config; values that JSON does not know are shown as text.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "count": _count, "signed": _signed, "interval": _interval}
+    environment.globals["relation"] = _relation
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        metrics=metrics,
+        names=METRIC_NAMES,
+        directions=_directions(metrics),
+        kinds=metrics.get("by_caption_kind") or {},
+        refinement=_describe_refinement(metrics.get("refinement") or {}),
+        tried=_best_tried(metrics.get("refinement") or {}),
+        loss_figure=_loss_figure(history),
+        val_figure=_val_figure(history),
+        examples=[_example(example) for example in examples],
+        skipped=metrics.get("skipped") or [],
+        config=yaml.safe_dump(json.loads(json.dumps(dict(config), default=str)), sort_keys=False, allow_unicode=True),
+    )
+
+
+def format_table(metrics: Mapping[str, Any]) -> str:
+    """The metrics as aligned plain text, without a trailing newline."""
+    kinds = metrics.get("by_caption_kind") or {}
+    lines = [("", None)]
+    for label, block in _directions(metrics):
+        lines += [(label, None), ("  initial", block["initial"]), ("  refined", block["refined"])]
+        if block.get("ci95"):
+            lines.append(("    95 % interval", {k: _interval(v, "-") for k, v in block["ci95"].items()}))
+    if kinds:
+        lines.append(("refined, by caption kind", None))
+        lines += [(f"  {kind} ({_count(block['n_queries'])})", block["refined"]) for kind, block in kinds.items()]
+    cells = [(label, _text_cells(values)) for label, values in lines]
+    cells[0] = ("", list(METRIC_NAMES))
+    first = max(len(label) for label, _ in cells)
+    width = 2 + max(len(cell) for _, row in cells for cell in row)
+    table = [(f"{label:<{first}}" + "".join(f"{cell:>{width}}" for cell in row)).rstrip() for label, row in cells]
+    table.append(
+        f"{metrics['split']}: {_count(metrics['n_queries'])} queries, {_count(metrics['n_gallery'])} gallery images, "
+        f"{_count(metrics['n_objects'])} objects; percent"
+    )
+    table.append("refinement: " + _describe_refinement(metrics.get("refinement") or {}))
+    if skipped := metrics.get("skipped"):
+        table.append(f"skipped samples: {_count(len(skipped))}")
+    return "\n".join(table)
+
+
+def _text_cells(values: Mapping[str, Any] | None) -> list[str]:
+    if values is None:
+        return []
+    return [v if isinstance(v := values.get(name), str) else _number(v) for name in METRIC_NAMES]
+
+
+def _directions(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    found = [("text to image", metrics)]
+    if metrics.get("image_to_text"):
+        found.append(("image to text", metrics["image_to_text"]))
+    return found
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    """Fixed digits; a dash for what is missing or not finite."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _signed(value: float, digits: int = 1) -> str:
+    """With its sign, a true minus, and no sign at all on what rounds to zero."""
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return "±" + text
+    return ("+" if value > 0 else "−") + text  # noqa: RUF001
+
+
+def _interval(bounds: Sequence[float] | None, dash: str = "–") -> str:  # noqa: RUF001
+    return "" if not bounds else f"{_number(bounds[0])}{dash}{_number(bounds[1])}"
+
+
+def _relation(initial: Mapping[str, float], refined: Mapping[str, float], name: str) -> str:
+    """Signed change of a metric, empty where either value is missing."""
+    before, after = initial.get(name), refined.get(name)
+    return "" if before is None or after is None else _signed(after - before)
+
+
+def _describe_refinement(refinement: Mapping[str, Any]) -> str:
+    """The settings in words."""
+    if not refinement:
+        return "none"
+    chosen_on = f"; chosen on {refinement['chosen_on']}" if refinement.get("chosen_on") else ""
+    if not refinement.get("weight"):
+        return f"declined: no setting beat the initial ranking{chosen_on}"
+    if refinement.get("kind", "sparse") == "dense":
+        code = "dense similarities to all references, centred per modality"
+    else:
+        code = f"softmax over the {refinement['top_r']} nearest references, temperature {refinement['tau']:g}"
+    top_p = refinement.get("top_p")
+    scope = f"the first {_count(top_p)} candidates" if top_p else "all candidates"
+    return f"{code}; weight {refinement['weight']:g} on {scope}{chosen_on}"
+
+
+def _best_tried(refinement: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The best settings tried, and the initial ranking wherever it came."""
+    ordered = sorted(refinement.get("tried") or [], key=lambda row: -row["objective"])
+    return [row for place, row in enumerate(ordered) if place < _TRIED_SHOWN or not row["weight"]]
+
+
+def _example(example: Mapping[str, Any]) -> dict[str, Any]:
+    """An example with its images inlined and each result's movement between the two rankings."""
+    rank_before = {result["image_id"]: rank for rank, result in enumerate(example["before"], 1)}
+    stays = {result["image_id"] for result in example["after"]}
+    before = [_result(result, "" if result["image_id"] in stays else "leaves") for result in example["before"]]
+    after = [_result(r, _movement(rank_before.get(r["image_id"]), rank)) for rank, r in enumerate(example["after"], 1)]
+    firsts = [_first_hit(example[side]) for side in ("before", "after")]
+    return {
+        "query": example["query"],
+        "kind": example["kind"],
+        "object_id": example["object_id"],
+        "strips": [("Initial", before), ("Refined", after)],
+        "first_hit": firsts[0] if firsts[0] == firsts[1] else f"{firsts[0]} → {firsts[1]}",
+    }
+
+
+def _result(result: Mapping[str, Any], moved: str) -> dict[str, Any]:
+    subtype = {"jpg": "jpeg", "svg": "svg+xml"}.get(result["ext"].lower(), result["ext"].lower())
+    data = base64.b64encode(result["image"]).decode("ascii")
+    shown = {key: result[key] for key in ("object_id", "image_id", "score", "hit")}
+    return shown | {"source": f"data:image/{subtype};base64,{data}", "moved": moved}
+
+
+def _movement(before: int | None, after: int) -> str:
+    if before is None:
+        return "new"
+    return "" if before == after else f"{'↑' if after < before else '↓'}{abs(before - after)}"
+
+
+def _first_hit(results: Sequence[Mapping[str, Any]]) -> str:
+    rank = next((rank for rank, result in enumerate(results, 1) if result["hit"]), None)
+    return f"beyond {len(results)}" if rank is None else str(rank)
+
+
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the lines that have a finite value under `key`."""
+    points = [(line["step"], line[key]) for line in history if line.get(key) is not None and math.isfinite(line[key])]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def _rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` values, fewer at both ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    middle = np.arange(len(values))
+    low, high = np.maximum(0, middle - window // 2), np.minimum(len(values), middle + window // 2 + 1)
+    return (total[high] - total[low]) / (high - low)
+
+
+def _loss_figure(history: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """Total loss and its parts over steps, or None without training lines."""
+    curves = {key: _series(history, key) for key in _LOSSES}
+    # A part that was switched off is logged as 0 throughout: a flat line at the bottom says nothing.
+    curves = {key: xy for key, xy in curves.items() if len(xy[0]) and (key == "loss" or np.any(xy[1]))}
+    if not curves:
+        return None
+    figure, axes = _axes("step", "loss")
+    for key, (steps, values) in curves.items():
+        label, colour, style = _LOSSES[key]
+        window = len(values) // 20 if len(values) > _SMOOTH_ABOVE else 1
+        if window > 1 and key == "loss":
+            axes.plot(steps, values, color=_FAINT, linewidth=0.8)
+        width = 2.2 if key == "loss" else 1.6
+        axes.plot(steps, _rolling_mean(values, window), color=colour, linestyle=style, linewidth=width, label=label)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    return _svg(figure, axes, "loss")
+
+
+def _val_figure(history: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """R@1 and mAP on val over steps, or None without val lines."""
+    keys = dict.fromkeys(key for line in history for key in line if key.startswith("val_"))
+    curves = {key[4:]: _series(history, key) for key in keys if key.endswith(("R@1", "mAP"))}
+    curves = {label: xy for label, xy in curves.items() if len(xy[0])}
+    if not curves:
+        return None
+    figure, axes = _axes("step", "percent, val")
+    for (label, (steps, values)), (colour, marker, style) in zip(curves.items(), _VAL_STYLES, strict=False):
+        label = label.replace("_", " ")
+        axes.plot(
+            steps, values, color=colour, marker=marker, linestyle=style, markersize=4.5, linewidth=1.8, label=label
+        )
+        axes.annotate(
+            f"{values[-1]:.1f}", (steps[-1], values[-1]), (7, 0), textcoords="offset points", va="center", color=colour
+        )
+    axes.set_ylim(bottom=0)
+    return _svg(figure, axes, "val")
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(5.6, 3.3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.patch.set_visible(False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_FAINT)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, length=0, labelsize=10)
+    axes.set_xlabel(x_label, color=_INK, fontsize=10)
+    axes.set_ylabel(y_label, color=_INK, fontsize=10)
+    axes.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
+    axes.margins(x=0.02)
+    return figure, axes
+
+
+def _svg(figure: Figure, axes: Any, name: str) -> Markup:
+    """The figure as inline SVG whose colours are the page's."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, labelcolor=_INK, fontsize=9.5,
+        handlelength=2.2, columnspacing=1.2, borderaxespad=0.2,
+    )  # fmt: skip
+    text = io.StringIO()
+    # Text stays text: small, selectable, in the page's font. The salt keeps the ids of two figures apart.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=metadata)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]  # without the XML declaration and its DTD's address
+    for placeholder, variable in _CSS_COLOURS.items():
+        svg = svg.replace(placeholder, variable)
+    return Markup(svg)  # noqa: S704 - made by matplotlib, which escapes its labels

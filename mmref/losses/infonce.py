@@ -1,0 +1,29 @@
+"""Identity-aware (multi-positive) InfoNCE."""
+
+import torch
+from torch import Tensor
+
+
+def infonce(
+    anchors: Tensor, others: Tensor, anchor_objects: Tensor, other_objects: Tensor, scale: Tensor | float
+) -> Tensor:
+    """Cross-entropy between softmax(scale * cos) and the uniform distribution over the anchor's positives.
+
+    Every `other` of the same object is a positive, so an image is pulled to all captions of its object (supervised
+    contrastive learning, Khosla et al. 2020, the mean outside the logarithm; with one positive it is plain InfoNCE).
+
+    Args:
+        anchors: (n, d) L2-normalised features, the rows this loss is about.
+        others: (N, d) L2-normalised features of the other modality, the whole global batch.
+        anchor_objects: (n,) object ids of the anchors.
+        other_objects: (N,) object ids of the others; each anchor has at least one equal id.
+        scale: inverse temperature.
+
+    Returns:
+        Scalar fp32, mean over anchors.
+    """
+    logits = scale * (anchors.float() @ others.float().T)  # (n, N)
+    positive = anchor_objects[:, None] == other_objects[None, :]  # (n, N)
+    log_p = torch.log_softmax(logits, dim=1)
+    per_anchor = -(log_p * positive).sum(1) / positive.sum(1)
+    return per_anchor.mean()

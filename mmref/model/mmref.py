@@ -1,0 +1,101 @@
+"""The MMRef module: towers, temperature and reconstruction head in one forward."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmref.config import LossConfig, ModelConfig, ReferenceConfig
+from mmref.losses import reconstruction_loss
+from mmref.model.backbone import Backbone, build_backbone
+from mmref.model.reconstruction import ReconstructionHead
+
+
+class Masked(NamedTuple):
+    """Inputs of local reconstruction for a micro-batch."""
+
+    ids: Tensor  # (B, L) masked token ids
+    at: Tensor  # (B, L) True where a word was masked
+    words: Tensor  # (B, L) the original ids
+    references: Tensor  # (B, K, d) references of each sample's object
+
+
+class Output(NamedTuple):
+    """What a forward gives; parts that were not asked for are None."""
+
+    image: Tensor | None  # (B, d) L2-normalised, fp32
+    text: Tensor | None  # (B, d) L2-normalised, fp32
+    rec_sum: Tensor | None  # scalar: summed cross-entropy over the masked words
+    scale: Tensor  # (1,) inverse temperature of the alignment
+
+
+class MMRef(nn.Module):
+    """Everything that is trained by the engine: the references themselves live outside, in the bank.
+
+    All parameters are used inside `forward`, which is what ZeRO-3 needs: it gathers them around it.
+    """
+
+    def __init__(
+        self, backbone: Backbone, loss: LossConfig, reference: ReferenceConfig, gradient_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.rec_detach_text = loss.rec_detach_text
+        # shape (1,): DeepSpeed cannot broadcast 0-dim parameters
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / loss.tau)]), requires_grad=loss.learn_tau)
+        self.reconstruct = None
+        if loss.w_rec > 0:
+            self.reconstruct = ReconstructionHead(
+                backbone.embed_dim, backbone.text_width, backbone.vocab_size, loss.rec_layers, reference.memory_tokens
+            )
+        if gradient_checkpointing:
+            for tower in (backbone.vision_model, backbone.text_model):
+                tower.gradient_checkpointing_enable()
+
+    @property
+    def embed_dim(self) -> int:
+        return self.backbone.embed_dim
+
+    def forward(
+        self,
+        pixels: Tensor | None = None,
+        ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        masked: Masked | None = None,
+    ) -> Output:
+        """Features of images (B, 3, H, W) and captions (B, L), either or both, and reconstruction if `masked` is given."""
+        image = text = rec_sum = None
+        if pixels is not None:
+            image = nn.functional.normalize(self.backbone.encode_image(pixels)[0].float(), dim=-1)
+        if ids is not None:
+            assert mask is not None
+            text = nn.functional.normalize(self.backbone.encode_text(ids, mask)[0].float(), dim=-1)
+        if masked is not None and self.reconstruct is not None:
+            assert mask is not None
+            states = self.backbone.encode_text(masked.ids, mask)[1]
+            if self.rec_detach_text:
+                states = states.detach()
+            logits = self.reconstruct(states, mask, masked.references, masked.at)
+            rec_sum = reconstruction_loss(logits, masked.words[masked.at])
+        return Output(image, text, rec_sum, self.log_scale.float().exp().clamp(max=100.0))
+
+    def is_new(self, name: str) -> bool:
+        """Whether a parameter starts from random weights beside pretrained towers (gets `train.lr_new`)."""
+        prefixes = tuple(f"backbone.{p}" for p in self.backbone.new_parameter_prefixes())
+        return name.startswith(("reconstruct.", "log_scale", *prefixes))
+
+
+def build_model(
+    model: ModelConfig, loss: LossConfig, reference: ReferenceConfig, vocab_size: int, seed: int, checkpointing: bool = False
+) -> MMRef:
+    """MMRef with weights that depend on the seed and config alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build_backbone(model, vocab_size)
+        if model.freeze_backbone:
+            for tower in (backbone.vision_model, backbone.text_model):
+                tower.requires_grad_(False)
+        return MMRef(backbone, loss, reference, checkpointing)

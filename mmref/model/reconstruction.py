@@ -1,0 +1,111 @@
+"""Local reconstruction: masked words read out of their object's reference (MMRef)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FeedForward(nn.Module):
+    """Pre-norm residual feed-forward layer, 4 x wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(self.norm(x))
+
+
+class Attention(nn.Module):
+    """Pre-norm residual multi-head attention of x to itself, or to a memory."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        q = self.norm(x)
+        kv = q if memory is None else memory
+        out, _ = self.attention(q, kv, kv, key_padding_mask=padding, need_weights=False)
+        return x + out
+
+
+class ReconstructionBlock(nn.Module):
+    """H = FFN2(MCA(FFN1(MSA(Q)), K, V)), with K and V made from the references (paper)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.self_attention, self.ffn1 = Attention(width, heads), FeedForward(width)
+        self.cross_attention, self.ffn2 = Attention(width, heads), FeedForward(width)
+
+    def forward(self, q: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
+        return self.ffn2(self.cross_attention(self.ffn1(self.self_attention(q, padding=padding)), memory))
+
+
+class ReconstructionHead(nn.Module):
+    """Predicts masked words from masked-token states and the references of the sample's object.
+
+    One key would make every attention weight 1 (the cross-attention reduced to adding a vector), so each reference
+    gives `memory_tokens` keys and values. The vocabulary layer sees the masked positions only.
+    """
+
+    def __init__(self, embed_dim: int, width: int, vocab_size: int, layers: int, memory_tokens: int) -> None:
+        super().__init__()
+        heads = max(h for h in range(1, width // 32 + 2) if width % h == 0)
+        self.memory_tokens = memory_tokens
+        self.to_memory = nn.Linear(embed_dim, memory_tokens * width)
+        self.memory_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(ReconstructionBlock(width, heads) for _ in range(layers))
+        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.vocabulary = nn.Linear(width, vocab_size)
+
+    def forward(self, states: Tensor, mask: Tensor, references: Tensor, at: Tensor) -> Tensor:
+        """Logits of the masked words.
+
+        Args:
+            states: (B, L, width) text-token states of the masked captions (Q).
+            mask: (B, L) 1 on tokens, 0 on padding.
+            references: (B, K, d) normalised references of each sample's object.
+            at: (B, L) True on the masked positions.
+
+        Returns:
+            (M, vocabulary) at the M masked positions, in row-major order of `at`.
+        """
+        batch, per_object, _ = references.shape
+        memory = self.to_memory(references.to(states.dtype)).view(batch, per_object * self.memory_tokens, -1)
+        memory = self.memory_norm(memory)  # (B, K k, width)
+        hidden, padding = states, mask == 0
+        for block in self.blocks:
+            hidden = block(hidden, memory, padding)
+        return self.vocabulary(self.transform(hidden[at]))
+
+
+def mask_words(
+    ids: Tensor, special: Tensor, rate: float, mask_id: int, vocab_size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """BERT's masking: of the chosen words 80 % become the mask token, 10 % a random word, 10 % stay.
+
+    Args:
+        ids: (B, L) token ids.
+        special: (B, L) True where a token must not be masked (padding, start, end).
+        rate: share of words chosen; a caption in which none is chosen has its first word masked.
+        mask_id: id of the mask token.
+        vocab_size: random words are drawn below it.
+        generator: drawn from for the whole batch, so a slice of a batch must be masked before slicing.
+
+    Returns:
+        masked ids (B, L) and the chosen positions (B, L) bool.
+    """
+    draw = torch.rand(ids.shape, generator=generator)
+    kind = torch.rand(ids.shape, generator=generator)
+    random_words = torch.randint(0, vocab_size, ids.shape, generator=generator)
+    draw, kind, random_words = draw.to(ids.device), kind.to(ids.device), random_words.to(ids.device)
+    chosen = (draw < rate) & ~special
+    first = (~special).int().argmax(1)  # (B,) position of the first word
+    none = ~chosen.any(1) & (~special).any(1)
+    chosen[torch.arange(ids.shape[0], device=ids.device), first] |= none
+    masked = torch.where(chosen & (kind < 0.8), torch.full_like(ids, mask_id), ids)
+    return torch.where(chosen & (kind >= 0.9), random_words, masked), chosen

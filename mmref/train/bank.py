@@ -1,0 +1,134 @@
+"""The reference bank: rows sharded over ranks by contiguous range, outside the DeepSpeed engine.
+
+ZeRO averages replicated parameters; references are not replicated. A rank owns rows [first, first + count) with their
+optimizer state, and only the rows that a step contrasts travel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmref.config import ReferenceConfig
+from mmref.model.reference import assign_features, initial_rows, moving_average
+from mmref.train import collectives
+
+
+class ReferenceBank:
+    """K references of width d for each of m objects, this rank's share of them."""
+
+    def __init__(
+        self, objects: int, dim: int, config: ReferenceConfig, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.objects, self.dim, self.config, self.seed = objects, dim, config, seed
+        self.device = torch.device(device)
+        world, rank = collectives.world_size(), collectives.rank()
+        self.share = -(-objects // world)  # rows of one rank; the last may own fewer
+        self.first = min(rank * self.share, objects)
+        self.count = min(self.share, objects - self.first)
+        shape = (self.count, config.per_object, dim)
+        if config.update == "gradient":
+            self.rows = initial_rows(self.first, self.count, config.per_object, dim, seed).to(self.device)
+            self.exp_avg = torch.zeros(shape, device=self.device)
+            self.exp_avg_sq = torch.zeros(shape[:2], device=self.device)  # one second moment a row
+            self.updates = torch.zeros(self.count, dtype=torch.long, device=self.device)
+        else:  # a row of zeros has not been seen yet
+            self.rows = torch.zeros(shape, device=self.device)
+
+    def select(self, objects: Tensor, step: int) -> Tensor:
+        """Sorted rows (A,) that a step contrasts: the batch's objects and the configured negatives."""
+        if self.config.negatives == "all":
+            return torch.arange(self.objects, device=self.device)
+        active = objects.unique()
+        if self.config.negatives == "sampled":
+            generator = torch.Generator().manual_seed((self.seed * 3_000_017 + step) % (1 << 62))
+            drawn = torch.randint(0, self.objects, (self.config.sampled_negatives,), generator=generator)
+            active = torch.cat([active, drawn.to(self.device)]).unique()
+        return active
+
+    def fetch(self, active: Tensor) -> Tensor:
+        """References (A, K, d) of sorted rows, on every rank; a leaf that collects a gradient under `gradient`."""
+        if collectives.world_size() == 1:
+            rows = self.rows if len(active) == self.objects else self.rows[active]
+        elif len(active) == self.objects:
+            padded = torch.zeros(self.share, *self.rows.shape[1:], device=self.device)
+            padded[: self.count] = self.rows
+            rows = collectives.gather(padded)[: self.objects]
+        else:
+            rows = torch.zeros(len(active), *self.rows.shape[1:], device=self.device)
+            at, own = self._owned(active)
+            rows[at] = self.rows[own]
+            rows = collectives.sum_over_ranks(rows)
+        rows = rows.detach()
+        return rows.requires_grad_() if self.config.update == "gradient" else rows
+
+    def _owned(self, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions in `active` of the rows this rank owns, and their local row numbers."""
+        mine = (active >= self.first) & (active < self.first + self.count)
+        at = mine.nonzero()[:, 0]
+        return at, active[at] - self.first
+
+    @torch.no_grad()
+    def apply_gradient(self, active: Tensor, grad: Tensor | None, lr: float) -> None:
+        """Adam on the owner, rows without a gradient left alone. `grad` (A, K, d) is this rank's; the mean over ranks counts."""
+        if grad is None:
+            return
+        grad = collectives.sum_over_ranks(grad) / collectives.world_size()
+        at, own = self._owned(active)
+        g = grad[at]
+        touched = g.abs().amax((1, 2)) > 0
+        g, own = g[touched], own[touched]
+        self.updates[own] += 1
+        t = self.updates[own].to(g.dtype)[:, None]
+        self.exp_avg[own] = 0.9 * self.exp_avg[own] + 0.1 * g
+        self.exp_avg_sq[own] = 0.999 * self.exp_avg_sq[own] + 0.001 * g.square().mean(-1)
+        second = (self.exp_avg_sq[own] / (1 - 0.999**t)).sqrt() + 1e-8  # (n, K)
+        step = self.exp_avg[own] / (1 - 0.9**t)[..., None] / second[..., None]
+        rows = self.rows[own] - lr * step
+        # only directions count: unit rows keep the effective step size constant
+        self.rows[own] = torch.nn.functional.normalize(rows, dim=-1)
+
+    @torch.no_grad()
+    def follow(self, image: Tensor, text: Tensor, objects: Tensor, all_objects: Tensor) -> None:
+        """Move the references of the batch's objects towards their features (update: moving_average).
+
+        Args:
+            image, text: (n, d) this rank's normalised features.
+            objects: (n,) their object rows.
+            all_objects: (N,) object rows of the whole global batch.
+        """
+        active = all_objects.unique()
+        at = torch.searchsorted(active, objects).repeat(2)  # (2n,)
+        features = torch.cat([image, text])
+        is_text = torch.arange(len(features), device=features.device) >= len(image)
+        rows = self.fetch(active)
+        slot = assign_features(features, is_text, rows[at], self.config.assign)
+        flat = at * self.config.per_object + slot
+        sums = torch.zeros(len(active) * self.config.per_object, self.dim + 1, device=self.device)
+        ones = torch.ones(len(features), 1, device=self.device)
+        sums.index_add_(0, flat, torch.cat([features, ones], dim=1))
+        sums = collectives.sum_over_ranks(sums).view(len(active), self.config.per_object, -1)
+        where, own = self._owned(active)
+        mine = sums[where]
+        self.rows[own] = moving_average(self.rows[own], mine[..., :-1], mine[..., -1], self.config.momentum)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's rows and optimizer state; global row range: `first`, `first + count`."""
+        state = {"rows": self.rows}
+        if self.config.update == "gradient":
+            state |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "updates": self.updates}
+        return state
+
+    def load_rows(self, first: int, state: dict[str, Tensor]) -> None:
+        """Copy what this rank owns out of a saved range that starts at global row `first`, whatever world size wrote it."""
+        last = first + len(state["rows"])
+        lo, hi = max(first, self.first), min(last, self.first + self.count)
+        if lo >= hi:
+            return
+        for name, own in self.state_dict().items():
+            own[lo - self.first : hi - self.first] = state[name][lo - first : hi - first].to(self.device)
+
+    def describe(self) -> dict[str, Any]:
+        return {"objects": self.objects, "per_object": self.config.per_object, "dim": self.dim}

@@ -1,0 +1,53 @@
+"""The few collectives of training. In a single process, or without a process group, each is the identity."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of every rank, in rank order, without gradient: (n, ...) -> (world n, ...)."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.rows = x.shape[0]
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        # every rank's loss depends on this rank's features: their gradients add up here. The mean over ranks that the
+        # engine takes afterwards is the one division by the world size.
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """As `gather`; the backward sums the gradients that all ranks have for this rank's rows."""
+    return x if world_size() == 1 else _GatherWithGradient.apply(x)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum over ranks, without gradient; the input is not changed."""
+    if world_size() == 1:
+        return x
+    x = x.clone().contiguous()
+    dist.all_reduce(x)
+    return x

@@ -1,0 +1,205 @@
+"""The DeepSpeed engine: its config, parameter groups, learning rates, and its state by parameter name."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor
+
+from mmref.config import Config, TrainConfig
+from mmref.model.mmref import MMRef
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STALE_LOCK_S = 600  # no build of one of these ops takes ten minutes: an older lock was left by a killed process
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of step `step` (0-based): linear warm-up, then cosine to zero."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def parameter_groups(model: MMRef, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW groups: backbone and new modules, with and without weight decay; `lr_share` is the multiple of `train.lr`."""
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() > 1 and "position_embedding" not in name
+            groups.setdefault((model.is_new(name), decays), []).append(parameter)
+    return [
+        {
+            "params": groups[new, decays],
+            "lr": config.lr,
+            "lr_share": config.lr_new if new else 1.0,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for new, decays in sorted(groups)
+    ]
+
+
+def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own config for a run."""
+    t = config.train
+    bucket = min(int(5e7), max(parameters, 1))  # buffers of this many elements are allocated at once
+    zero: dict[str, Any] = {"stage": t.zero_stage, "reduce_bucket_size": bucket, "overlap_comm": t.gpu}
+    if t.zero_stage in (1, 2):
+        zero["allgather_bucket_size"] = bucket
+    if t.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": int(1e9),
+            "stage3_param_persistence_threshold": 10_000,
+        }
+    return {
+        "train_batch_size": t.global_batch,
+        "train_micro_batch_size_per_gpu": t.global_batch // (world * t.accumulation),
+        "gradient_accumulation_steps": t.accumulation,
+        "gradient_clipping": t.clip_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": t.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 60,
+        "wall_clock_breakdown": False,
+    }
+
+
+def prepare_node() -> None:
+    """Make DeepSpeed's just-in-time build of its CPU communication safe on this node.
+
+    The build needs ninja, which lies beside the interpreter and is not on PATH when a virtual environment is used
+    without being activated; and a lock file left by a killed build would block every later one for ever.
+    """
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
+    default = Path.home() / ".cache" / "torch_extensions"
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)).glob("**/lock"):
+        try:
+            if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
+                lock.unlink()
+        except OSError:
+            continue  # another worker of this node was faster
+
+
+def build_engine(model: MMRef, config: Config, world: int) -> Any:
+    """DeepSpeed engine around the model. The process group must exist (Ray Train makes it)."""
+    if not config.train.gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    prepare_node()
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.train), betas=(0.9, config.train.beta2), eps=config.train.eps
+    )
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, world, count),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, step: int, config: TrainConfig) -> float:
+    """Set every group's rate for a step; returns the backbone's."""
+    lr = learning_rate(step, config)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_share", 1.0)
+    return lr
+
+
+# -- state by parameter name: independent of ZeRO stage and world size ---------------------------------------------
+
+
+def iterate_state(engine: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, {"weight", "exp_avg", "exp_avg_sq"}) in full fp32, one parameter at a time, on every rank (collective).
+
+    Frozen parameters have a weight only.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.zero import GatheredParameters
+
+    plain = _plain_optimizer(engine)
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            with GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+                yield name, {"weight": p.detach().float().clone()}
+        elif plain is not None:
+            state = plain.state.get(p, {})
+            moments = {k: state[k].float().clone() for k in MOMENTS if k in state}
+            yield name, {"weight": p.detach().float().clone(), **moments}
+        else:
+            moments = {k: safe_get_full_optimizer_state(p, k) for k in MOMENTS} if _stepped(engine) else {}
+            yield name, {"weight": safe_get_full_fp32_param(p), **moments}
+
+
+def load_state(engine: Any, read: Any, updates: int) -> None:
+    """Set weights and moments from `read(name) -> {"weight", ...}`, as saved by `iterate_state`.
+
+    `updates` is the number of optimizer steps taken, for Adam's bias correction.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    from deepspeed.zero import GatheredParameters
+
+    plain = _plain_optimizer(engine)
+    if updates and plain is None:
+        _create_moments(engine, updates)
+    for name, p in engine.module.named_parameters():
+        saved = {k: v.to(p.device) for k, v in read(name).items()}
+        # modifier_rank=0: rank 0's value is broadcast back to the partitions of the others
+        with GatheredParameters([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
+            p.data.copy_(saved["weight"].to(p.dtype))
+        if not p.requires_grad:
+            continue
+        if plain is not None:
+            if updates:
+                step = torch.tensor(float(updates))
+                plain.state[p] = {"step": step, **{k: saved[k].clone() for k in MOMENTS}}
+            continue
+        safe_set_full_fp32_param(p, saved["weight"])
+        if updates:
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(p, saved[key], key)
+
+
+def _plain_optimizer(engine: Any) -> torch.optim.Optimizer | None:
+    """The torch optimizer where DeepSpeed wraps nothing around it (stage 0 in fp32)."""
+    return engine.optimizer if isinstance(engine.optimizer, torch.optim.Optimizer) else None
+
+
+def _flat_partitions(engine: Any) -> list[Tensor]:
+    """This rank's flat fp32 partitions, the tensors that the wrapped optimizer updates."""
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(engine.optimizer, name):
+            return list(getattr(engine.optimizer, name))
+    raise RuntimeError(f"unknown DeepSpeed optimizer {type(engine.optimizer).__name__}")
+
+
+def _stepped(engine: Any) -> bool:
+    state = engine.optimizer.optimizer.state
+    return any("exp_avg" in state.get(flat, {}) for flat in _flat_partitions(engine))
+
+
+def _create_moments(engine: Any, updates: int) -> None:
+    """Adam's state before the first step: zeros of the right shape, to be filled by name."""
+    wrapped = engine.optimizer
+    for flat in _flat_partitions(engine):
+        wrapped.optimizer.state[flat] = {
+            "step": torch.tensor(float(updates)),
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
+    for link in ("_lazy_init_hp_params_optimizer_state", "_link_hp_params_optimizer_state"):
+        if hasattr(wrapped, link):
+            getattr(wrapped, link)()

@@ -30,7 +30,7 @@ def bootstrap_ci(
     """
     sums, sizes = _object_sums(per_query.values(), per_query.valid, objects)
     replicates = _replicates(sums, sizes, n, seed)
-    return {name: interval for name, interval in zip(METRIC_NAMES, _intervals(replicates, level), strict=True)}
+    return dict(zip(METRIC_NAMES, _intervals(replicates, level), strict=True))
 
 
 def paired_difference(
@@ -45,8 +45,8 @@ def paired_difference(
     """
     if len(a) != len(b) or not np.array_equal(a.valid, b.valid):
         raise EvaluationError(
-            f"The two results have {int(a.valid.sum())} of {len(a)} and {int(b.valid.sum())} of {len(b)} valid queries: "
-            "a paired difference needs the same queries against the same gallery, in the same order."
+            f"The two results have {int(a.valid.sum())} of {len(a)} and {int(b.valid.sum())} of {len(b)} valid "
+            "queries: a paired difference needs the same queries against the same gallery, in the same order."
         )
     sums, sizes = _object_sums(b.values() - a.values(), a.valid, objects)
     means = sums.sum(axis=0) / sizes.sum()

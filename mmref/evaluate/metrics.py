@@ -24,7 +24,7 @@ ScoreFn = Callable[[slice, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class PerQuery:
-    """What every query achieved, one entry per query, in the callers' order. Where `valid` is False the others are 0."""
+    """What every query achieved, one entry per query in the caller's order; 0 where `valid` is False."""
 
     first_rank: np.ndarray  # (q,) int64, rank of the best hit, from 1
     ap: np.ndarray  # (q,) float64, average precision in [0, 1]
@@ -108,7 +108,7 @@ def score_ranking(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: 
 
 
 def summarize(per_query: PerQuery, subset: np.ndarray | None = None) -> dict[str, float]:
-    """Mean over the valid queries, or over those of them in `subset` (indices or mask): {"R@1", ..., "mINP"} in percent.
+    """Means over the valid queries (of `subset`, indices or a mask): {"R@1": ..., "mINP": ...} in percent.
 
     Raises:
         EvaluationError: no valid query is left.

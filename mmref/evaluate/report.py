@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from mmref.evaluate.metrics import METRIC_NAMES
 
@@ -70,7 +72,8 @@ def render_report(
 
     Args:
         metrics: as described at the top of this file.
-        history: lines of metrics.jsonl, training lines {"step", "loss", ...} and val lines {"step", "val_R@1", ...} mixed.
+        history: lines of metrics.jsonl, training lines {"step", "loss", ...} and val lines
+            {"step", "val_R@1", ...} mixed.
         examples: [{"query", "kind", "object_id", "before": [result, ...], "after": [result, ...]}], a result being
             {"image": bytes, "ext", "object_id", "image_id", "score", "hit"}, best first.
         title: headline of the page.
@@ -96,6 +99,7 @@ def render_report(
         loss_figure=_loss_figure(history),
         val_figure=_val_figure(history),
         examples=[_example(example) for example in examples],
+        strip_width=max((len(example[side]) for example in examples for side in ("before", "after")), default=1),
         skipped=metrics.get("skipped") or [],
         config=yaml.safe_dump(json.loads(json.dumps(dict(config), default=str)), sort_keys=False, allow_unicode=True),
     )
@@ -104,10 +108,10 @@ def render_report(
 def format_table(metrics: Mapping[str, Any]) -> str:
     """The metrics as aligned plain text, without a trailing newline."""
     kinds = metrics.get("by_caption_kind") or {}
-    lines = [("", None)]
+    lines: list[tuple[str, Mapping[str, Any] | None]] = [("", None)]
     for label, block in _directions(metrics):
         lines += [(label, None), ("  initial", block["initial"]), ("  refined", block["refined"])]
-        if block.get("ci95"):
+        if block["ci95"]:
             lines.append(("    95 % interval", {k: _interval(v, "-") for k, v in block["ci95"].items()}))
     if kinds:
         lines.append(("refined, by caption kind", None))
@@ -133,11 +137,15 @@ def _text_cells(values: Mapping[str, Any] | None) -> list[str]:
     return [v if isinstance(v := values.get(name), str) else _number(v) for name in METRIC_NAMES]
 
 
-def _directions(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    found = [("text to image", metrics)]
-    if metrics.get("image_to_text"):
-        found.append(("image to text", metrics["image_to_text"]))
-    return found
+def _directions(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(direction, its block) with every optional part present, None where there is nothing."""
+    optional = ("ci95", "ci95_initial", "refinement_gain")
+    blocks = {"text to image": metrics, "image to text": metrics.get("image_to_text")}
+    return [
+        (label, {"initial": block["initial"], "refined": block["refined"]} | {key: block.get(key) for key in optional})
+        for label, block in blocks.items()
+        if block
+    ]
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -154,10 +162,10 @@ def _signed(value: float, digits: int = 1) -> str:
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
         return "±" + text
-    return ("+" if value > 0 else "−") + text  # noqa: RUF001
+    return ("+" if value > 0 else "−") + text
 
 
-def _interval(bounds: Sequence[float] | None, dash: str = "–") -> str:  # noqa: RUF001
+def _interval(bounds: Sequence[float] | None, dash: str = "–") -> str:
     return "" if not bounds else f"{_number(bounds[0])}{dash}{_number(bounds[1])}"
 
 
@@ -265,15 +273,18 @@ def _val_figure(history: Sequence[Mapping[str, Any]]) -> Markup | None:
     if not curves:
         return None
     figure, axes = _axes("step", "percent, val")
+    ends = []
     for (label, (steps, values)), (colour, marker, style) in zip(curves.items(), _VAL_STYLES, strict=False):
-        label = label.replace("_", " ")
-        axes.plot(
-            steps, values, color=colour, marker=marker, linestyle=style, markersize=4.5, linewidth=1.8, label=label
-        )
-        axes.annotate(
-            f"{values[-1]:.1f}", (steps[-1], values[-1]), (7, 0), textcoords="offset points", va="center", color=colour
-        )
+        line = {"color": colour, "marker": marker, "linestyle": style, "markersize": 4.5, "linewidth": 1.8}
+        axes.plot(steps, values, label=label.replace("_", " "), **line)
+        ends.append((values[-1], steps[-1], colour))
     axes.set_ylim(bottom=0)
+    # The last values, written at the curves' ends; where two would overlap, the upper one moves up.
+    gap, lowest = 0.055 * axes.get_ylim()[1], -math.inf
+    for value, step, colour in sorted(ends):
+        lowest = max(value, lowest + gap)
+        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{value:.1f}", (step, lowest), color=colour, **place)
     return _svg(figure, axes, "val")
 
 
@@ -290,8 +301,8 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
     axes.tick_params(colors=_INK, length=0, labelsize=10)
     axes.set_xlabel(x_label, color=_INK, fontsize=10)
     axes.set_ylabel(y_label, color=_INK, fontsize=10)
-    axes.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.margins(x=0.02)
     return figure, axes
 
@@ -309,6 +320,8 @@ def _svg(figure: Figure, axes: Any, name: str) -> Markup:
         figure.savefig(text, format="svg", transparent=True, metadata=metadata)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]  # without the XML declaration and its DTD's address
+    # Inside HTML the namespaces are implied; without them the page holds no address at all.
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     for placeholder, variable in _CSS_COLOURS.items():
         svg = svg.replace(placeholder, variable)
-    return Markup(svg)  # noqa: S704 - made by matplotlib, which escapes its labels
+    return Markup(svg)  # matplotlib has escaped the labels

@@ -1,0 +1,249 @@
+"""The report: what it shows, what it escapes, and that it loads nothing from anywhere."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmref.evaluate import report
+from mmref.evaluate.metrics import METRIC_NAMES
+from mmref.evaluate.report import format_table, render_report, write_report
+
+IMAGE = b"\x89PNG pretend"
+
+
+def block(start, gain=2.0):
+    initial = {name: start + 5.0 * i for i, name in enumerate(METRIC_NAMES)}
+    return {"initial": initial, "refined": {name: value + gain for name, value in initial.items()}}
+
+
+def some_metrics(**changes):
+    metrics = {
+        "split": "test",
+        "n_queries": 6156,
+        "n_gallery": 3074,
+        "n_objects": 642,
+        **block(40.0),
+        "ci95": {name: [41.5, 43.25] for name in METRIC_NAMES},
+        "refinement": {"kind": "sparse", "weight": 0.2, "top_r": 32, "tau": 0.05, "top_p": None, "chosen_on": "val"},
+        "image_to_text": block(30.0),
+        "by_caption_kind": {"keywords": {"n_queries": 1234, **block(20.0, gain=-1.0)}},
+        "skipped": ["shard 3: <broken> image"],
+        "wall_seconds": 731.2,
+        "images_per_second": 212.4,
+        "config_hash": "9f3c2ab1",
+    }
+    return metrics | changes
+
+
+def result(image_id, hit=False, score=0.5, ext="png"):
+    return {"image": IMAGE, "ext": ext, "object_id": f"o-{image_id}", "image_id": image_id, "score": score, "hit": hit}
+
+
+def example(before, after, query="a <b>red</b> bird"):
+    return {"query": query, "kind": "name", "object_id": "red bird", "before": before, "after": after}
+
+
+HISTORY = [
+    {"step": 0, "loss": 6.0, "loss_align": 4.0, "loss_fuse": 0.0, "loss_rec": 2.0, "images_per_second": 200.0},
+    {"step": 10, "loss": 5.0, "loss_align": 3.5, "loss_fuse": 0.0, "loss_rec": 1.5, "images_per_second": 200.0},
+    {"step": 10, "val_R@1": 12.5, "val_mAP": 10.0, "val_R@5": 99.0},
+    {"step": 20, "loss": float("nan"), "loss_align": 3.0, "loss_fuse": 0.0, "loss_rec": 1.0},
+    {"step": 20, "val_R@1": 22.5, "val_mAP": 17.5},
+]
+
+
+def render(**changes):
+    arguments = {"metrics": some_metrics(), "history": HISTORY, "examples": [], "title": "A run", "config": {"seed": 1}}
+    return render_report(**arguments | changes)
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, the visible text, and tags left open or closed out of order."""
+
+    VOID = frozenset({"meta", "img", "br", "use", "path"})
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self.open, self.wrong = [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID and (not self.open or self.open.pop() != tag):
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_is_well_formed_and_loads_nothing():
+    html = render(examples=[example([result("a", True)], [result("b")])])
+    page = Elements(html)
+    assert page.open == [] and page.wrong == []
+    assert not re.search(r"https?://|//[a-z]|@import|url\((?!#)", html)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object", "base")]
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
+    assert {"charset": "utf-8"} in page.all("meta")
+
+
+def test_whatever_the_user_wrote_is_escaped():
+    evil = "<script>alert('x')</script>"
+    bad = result("a") | {"object_id": evil, "image_id": f'"{evil}', "ext": f'png"{evil}'}
+    metrics = some_metrics(skipped=[evil], split=evil, by_caption_kind={evil: {"n_queries": 1, **block(1.0)}})
+    html = render(
+        title=evil,
+        metrics=metrics,
+        config={"name": evil},
+        examples=[example([bad], [bad], query=evil) | {"kind": evil, "object_id": evil}],
+        history=[{"step": 1, f"val_{evil}mAP": 3.0}],
+    )
+    page = Elements(html)
+    assert "<script" not in html
+    assert not page.all("script") and page.wrong == []
+    assert all(set(image) == {"src", "alt"} for image in page.all("img"))
+    assert "".join(page.text).count(evil) >= 8
+
+
+def test_images_are_inlined_with_their_type():
+    strip = [result("a", ext="jpg"), result("b", ext="webp"), result("c", ext="PNG")]
+    sources = [image["src"] for image in Elements(render(examples=[example(strip, [])])).all("img")]
+    assert [source.split(";")[0] for source in sources] == ["data:image/jpeg", "data:image/webp", "data:image/png"]
+    assert all(base64.b64decode(source.split(",")[1]) == IMAGE for source in sources)
+
+
+def test_right_results_are_marked_and_movement_is_shown():
+    before = [result("a"), result("b"), result("c", hit=True), result("d")]
+    after = [result("c", hit=True), result("b"), result("e", hit=True), result("a")]
+    page = Elements(render(examples=[example(before, after)]))
+    marked = ["hit" in figure["class"].split() for figure in page.all("figure") if "class" in figure]
+    assert marked == [False, False, True, False, True, False, True, False]
+    assert [image["alt"].endswith(", right") for image in page.all("img")] == marked
+    shown = report._example(example(before, after))
+    moved = {label: [r["moved"] for r in results] for label, results in shown["strips"]}
+    assert moved == {"Initial": ["", "", "", "leaves"], "Refined": ["↑2", "", "new", "↓3"]}
+    assert shown["first_hit"] == "3 → 1"
+
+
+def test_no_hit_among_the_results_is_said():
+    assert report._example(example([result("a")] * 10, [result("a", hit=True)]))["first_hit"] == "beyond 10 → 1"
+
+
+def test_table_shows_both_directions_kinds_and_intervals():
+    text = " ".join(" ".join(Elements(render()).text).split())
+    for expected in (
+        "6,156 captions search 3,074 images of 642 objects",
+        "initial 40.0 (+2.0)",
+        "41.5–43.2",
+        "Image to text initial 30.0 35.0",
+        "refined 32.0 37.0",
+        "keywords 1,234 19.0 −1.0",
+        "weight 0.2 on all candidates; chosen on val",
+        "Skipped samples: 1",
+        "9f3c2ab1",
+    ):
+        assert expected in text
+
+
+def test_optional_parts_may_be_missing():
+    needed = ("split", "n_queries", "n_gallery", "n_objects", "initial", "refined")
+    metrics = {key: value for key, value in some_metrics().items() if key in needed}
+    page = Elements(render(metrics=metrics, history=[]))
+    text = "".join(page.text)
+    assert page.wrong == [] and page.open == []
+    assert "Image to text" not in text and "By kind" not in text and "Training" not in text
+    assert "No sample was skipped" in text
+    assert "image to text" not in format_table(metrics)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "none"),
+        ({"weight": 0.0, "top_r": 8, "tau": 0.1, "chosen_on": "val"}, "declined.*chosen on val"),
+        ({"weight": 0.2, "top_r": 32, "tau": 0.05, "chosen_on": "val"}, "32 nearest.*0.05.*0.2 on all.*on val"),
+        ({"kind": "dense", "weight": 1.0, "top_p": 1000}, "dense.*weight 1 on the first 1,000 candidates$"),
+    ],
+)
+def test_refinement_in_words(settings, expected):
+    assert re.search(expected, report._describe_refinement(settings))
+
+
+def test_settings_tried_end_with_the_initial_ranking_wherever_it_came():
+    tried = [
+        {"kind": "sparse", "weight": w, "top_r": 8, "tau": 0.1, "top_p": None, "objective": w, **block(1.0)["initial"]}
+        for w in np.arange(30) / 10
+    ]
+    shown = report._best_tried({"tried": tried})
+    assert [row["weight"] for row in shown[:2]] == [2.9, 2.8]
+    assert len(shown) == report._TRIED_SHOWN + 1 and shown[-1]["weight"] == 0
+    assert "initial ranking" in render(
+        metrics=some_metrics(refinement={"weight": 2.9, "top_r": 8, "tau": 0.1, "tried": tried})
+    )
+
+
+def test_figures_draw_the_parts_that_exist():
+    page = Elements(render())
+    labels = {text.strip() for text in page.text}
+    assert {"total", "alignment", "reconstruction", "R@1", "mAP", "step"} <= labels
+    assert "fusion" not in labels  # logged as 0 throughout
+    assert "guidance" not in labels  # not logged
+    assert {"22.5", "17.5"} <= labels  # the last values, at the ends of their curves
+    assert len(page.all("svg")) == 2
+
+
+def test_figures_take_the_colours_of_the_page():
+    html = render()
+    assert not [colour for colour in report._CSS_COLOURS if colour in html]
+    assert "var(--series-1)" in html and "var(--ink)" in html
+
+
+def test_rolling_mean_is_centred_and_shrinks_at_the_ends():
+    values = np.array([1.0, 2.0, 6.0, 3.0])
+    np.testing.assert_allclose(report._rolling_mean(values, 3), [1.5, 3.0, 11 / 3, 4.5])
+    np.testing.assert_allclose(report._rolling_mean(values, 1), values)
+
+
+def test_config_may_hold_anything_printable():
+    assert "path: runs/a" in render(config={"data": {"path": Path("runs/a")}})
+
+
+def test_write_report_replaces_the_file_in_one_step(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    write_report(path, metrics=some_metrics(), history=HISTORY, examples=[], title="Ünïcode", config={})
+    assert "Ünïcode" in path.read_text(encoding="utf-8")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_terminal_table_is_aligned():
+    lines = format_table(some_metrics()).splitlines()
+    assert lines[0].split() == list(METRIC_NAMES)
+    ends = [match.end() for match in re.finditer(r"\S+", lines[0])]
+    rows = [line for line in lines if line.startswith("  ")][1:]
+    assert [row.strip().split("  ")[0] for row in rows] == [
+        "initial", "refined", "95 % interval", "initial", "refined", "keywords (1,234)",
+    ]  # fmt: skip
+    for row in rows:
+        assert [match.end() for match in re.finditer(r"[\d.-]+(?=\s|$)", row)][-5:] == ends
+    assert rows[1].split() == ["refined", "42.0", "47.0", "52.0", "57.0", "62.0"]
+    assert "41.5-43.2" in rows[2]
+    assert lines[-1] == "skipped samples: 1"
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.04, "±0.0"), (-0.04, "±0.0"), (1.25, "+1.2"), (-3.0, "−3.0")])
+def test_signed(value, expected):
+    assert report._signed(value) == expected

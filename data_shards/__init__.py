@@ -1,2 +1,2 @@
-"""Builds shard sets: sources (one file a dataset) -> tars, byte index, manifest. Reading them is `mmref/data/shards.py`.
+"""Builds shard sets: sources (one file a dataset) -> tars, byte index, manifest; `mmref/data/shards.py` reads them.
 The bundled set lives in `emoji/`; `mmref shards build|inspect|verify` calls what is here."""

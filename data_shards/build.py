@@ -1,6 +1,6 @@
-"""Builds a shard set from a source, in parallel: one task writes one tar; the manifest comes last and makes the set complete.
+"""Builds a shard set from a source, in parallel: one task writes one tar; the manifest, written last, completes it.
 
-Objects lie in the order of a hash of their id: every shard is a fair sample of the split, whatever order the source has.
+Objects lie in the order of a hash of their id: every shard is a fair sample of the split, whatever the source's order.
 The same source gives the same tars, byte for byte, for any number of workers.
 """
 
@@ -68,7 +68,8 @@ def make_source(name: str, **options: Any) -> Source:
 def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions()) -> dict[str, Any]:
     """Builds the set in folder `out` and returns its manifest.
 
-    Raises ShardSetError when `out` holds a complete set (unless overwrite) or cannot be written, SourceError for bad input.
+    Raises ShardSetError when `out` holds a complete set (unless overwrite) or cannot be written, SourceError for bad
+    input.
     """
     _prepare_folder(out, options.overwrite)
     splits = _collect(source)
@@ -126,22 +127,24 @@ def _write_json(data: dict[str, Any], path: str) -> None:
 
 
 def _collect(source: Source) -> dict[str, list[SourceObject]]:
-    """Objects by split in hash order. Raises SourceError for ids that appear twice or when there is nothing to build."""
+    """Objects by split in hash order. Raises SourceError for ids that appear twice, or when there is nothing."""
     splits: dict[str, list[SourceObject]] = {}
     object_splits: dict[str, str] = {}
     image_objects: dict[str, str] = {}
     for item in source.objects():
         if item.object_id in object_splits:
-            where = {object_splits[item.object_id], item.split}
-            raise SourceError(f"Object {item.object_id!r} appears twice (split {' and '.join(sorted(where))}): it must be in one split.")
+            raise SourceError(
+                f"Object {item.object_id!r} appears twice (splits {object_splits[item.object_id]} and {item.split}). "
+                "All images of an object belong together, in one split."
+            )
         object_splits[item.object_id] = item.split
         for image in item.images:
-            other = image_objects.setdefault(image.image_id, item.object_id)
-            if other != item.object_id or image is not item.images[0] and image.image_id == item.images[0].image_id:
+            if image.image_id in image_objects:
                 raise SourceError(
-                    f"Image id {image.image_id!r} appears twice (objects {other!r} and {item.object_id!r}). "
-                    "Give every image an id of its own."
+                    f"Image id {image.image_id!r} appears twice (objects {image_objects[image.image_id]!r} and "
+                    f"{item.object_id!r}). Give every image an id of its own."
                 )
+            image_objects[image.image_id] = item.object_id
         splits.setdefault(item.split, []).append(item)
     if not splits:
         raise SourceError(f"Source {source.name!r} has no objects with images. Check its path and options.")
@@ -219,11 +222,11 @@ def _run_ray(jobs: list[tuple], workers: int, tick: Callable[[], Any]) -> Iterab
 
 
 def _finish(source: Source, out: str, results: dict[str, list[ShardResult]]) -> dict[str, Any]:
-    """Writes indexes and objects.parquet and returns the manifest. Object rows are given here, after all skips are known."""
+    """Writes indexes and objects.parquet, returns the manifest. Object rows are given here: now all skips are known."""
     manifest: dict[str, Any] = {
         "version": VERSION, "name": source.name, "licence": source.licence, "source": source.origin, "splits": {},
     }  # fmt: skip
-    skipped = [line for shards in results.values() for shard in shards for line in shard.skipped]
+    skipped = [*source.skipped, *(line for shards in results.values() for shard in shards for line in shard.skipped)]
     for split, shards in results.items():
         rows: list[dict[str, Any]] = []
         object_rows: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What a source yields, how sample keys are escaped, and the fixed-hash split: the contract between sources and the builder."""
+"""What a source yields, how keys are escaped, and the fixed-hash split: the contract between sources and builder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote, unquote
+
+DEFAULT_FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the objects, where a source does not split itself
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Source(Protocol):
     licence: str
     origin: str  # where the data comes from, for the manifest
     min_images: int  # an object with fewer usable images is left out
+    skipped: list[str]  # "what: reason" of input that `objects` had to leave out
 
     def objects(self) -> Iterable[SourceObject]:
         """Each object once. Raises SourceError when the layout is not the expected one."""

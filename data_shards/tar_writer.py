@@ -80,18 +80,20 @@ def _encode(image: Image.Image, options: ImageOptions) -> tuple[bytes, str]:
 
 
 def _clean_captions(image: SourceImage) -> tuple[list[str], list[str] | None]:
-    """Captions without the empty ones and exact duplicates, with their kinds. Raises SampleError when none is left."""
+    """Captions without the empty ones, with their kinds. Raises SampleError when none is left.
+
+    Duplicates stay: benchmarks count every caption as a query.
+    """
     kinds = image.caption_kinds or [""] * len(image.captions)
-    kept = {}
-    for caption, kind in zip(image.captions, kinds, strict=True):
-        if caption.strip():
-            kept.setdefault(caption.strip(), kind)
+    kept = [(caption.strip(), kind) for caption, kind in zip(image.captions, kinds, strict=True) if caption.strip()]
     if not kept:
         raise SampleError("no caption with text")
-    return list(kept), list(kept.values()) if image.caption_kinds else None
+    return [caption for caption, _ in kept], [kind for _, kind in kept] if image.caption_kinds else None
 
 
-def _prepare(source: Source, object_id: str, image: SourceImage, options: ImageOptions) -> tuple[bytes, str, bytes, int]:
+def _prepare(
+    source: Source, object_id: str, image: SourceImage, options: ImageOptions
+) -> tuple[bytes, str, bytes, int]:
     """(image bytes, ending, json bytes, number of captions). Raises SampleError, or OSError from the source."""
     captions, kinds = _clean_captions(image)
     data, ext = prepare_image(source.load(image.ref), options)
@@ -113,8 +115,11 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 def write_shard(
     source: Source, objects: list[SourceObject], root: str, file: str, options: ImageOptions, pack: bool = False
 ) -> ShardResult:
-    """Writes `<root>/<file>` under a temporary name and moves it into place. An unusable image, or an object with fewer than
-    `source.min_images` usable ones, is left out and listed; any other error ends the build."""
+    """Writes `<root>/<file>` under a temporary name and moves it into place.
+
+    An unusable image, or an object with fewer than `source.min_images` usable ones, is left out and listed; any other
+    error ends the build.
+    """
     path = os.path.join(root, file)
     temporary = f"{path}.{os.getpid()}.tmp"
     result = ShardResult({"file": file})
@@ -144,8 +149,8 @@ def _write_object(
         except (SampleError, OSError) as error:
             result.skipped.append(f"{image.image_id}: {error}")
     if len(usable) < source.min_images:
-        result.skipped += [f"{image.image_id}: object {item.object_id} has fewer than {source.min_images} images"
-                           for image, *_ in usable]
+        reason = f"object {item.object_id} has fewer than {source.min_images} usable images"
+        result.skipped += [f"{image.image_id}: {reason}" for image, *_ in usable]
         return
     for image, data, ext, meta, n_captions in usable:
         key = escape_key(image.image_id)

@@ -9,7 +9,9 @@ from typing import Any
 
 from mmref.data.shards import SampleReader, SplitIndex
 
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+SPECIAL = {
+    "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
+}  # fmt: skip
 CONTINUES = "##"  # marks a piece that does not start a word
 
 
@@ -24,8 +26,8 @@ def train_captions(root: str, manifest: dict[str, Any]) -> Iterator[str]:
 def wordpiece_vocab(words: Counter[str], size: int) -> list[str]:
     """At most `size` pieces for counted words: all characters, then merges by frequency; ties go to the smaller pair.
 
-    The trainers of the tokenizers library break ties by the order of a randomly seeded hash map, so two runs on the same
-    text give different vocabularies; a committed tokenizer must be reproducible.
+    The trainers of the tokenizers library break ties by the order of a randomly seeded hash map, so two runs on the
+    same text give different vocabularies; a committed tokenizer must be reproducible.
     """
     split = {word: [word[0], *(CONTINUES + c for c in word[1:])] for word in words}
     vocab = dict.fromkeys(sorted({piece for pieces in split.values() for piece in pieces}))
@@ -62,7 +64,7 @@ def _merge(pieces: list[str], pair: tuple[str, str], merged: str) -> list[str]:
 
 
 def train_tokenizer(captions: Iterable[str], out: str, vocab_size: int) -> None:
-    """Lower-casing WordPiece with `[CLS] x [SEP]`, saved in `out` for AutoTokenizer.from_pretrained. Same captions, same files."""
+    """Lower-casing WordPiece with `[CLS] x [SEP]`, saved in `out` for AutoTokenizer. Same captions, same files."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

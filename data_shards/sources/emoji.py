@@ -1,7 +1,7 @@
 """The bundled set: emoji drawn by seven artist teams, with the names and keywords of several vendors.
 
-An object is an emoji (a code point sequence); its images are the teams' drawings of it, its captions the drawing's own name
-in its set, the standard name, and keyword lists: ambiguous, incomplete and contradicting by nature.
+An object is an emoji (a code point sequence); its images are the teams' drawings of it, its captions the
+drawing's own name in its set, the standard name, and keyword lists: ambiguous, incomplete and contradicting by nature.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from data_shards.samples import SourceImage, SourceObject, hash_split
+from data_shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, hash_split
 from data_shards.sources import npm
 from data_shards.sources.emoji_names import Drawing, Emoji, find_drawings, read_emoji
 from mmref.errors import SampleError
@@ -28,16 +28,15 @@ ARTIST_SETS = {  # set -> npm package, pinned version. Share-alike sets are left
     "emojione": ("@iconify-json/emojione", "1.2.3"),
 }
 TEXT = {"emojibase": ("emojibase-data", "17.0.0"), "cldr": ("cldr-annotations-full", "48.2.0")}
-FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
 BLANK_ABOVE = 244  # a drawing whose darkest channel value is above this does not show on white
 LICENSES = os.path.join(os.path.dirname(os.path.dirname(__file__)), "emoji", "LICENSES")
 
 TEXT_VERSIONS = {name: version for name, (_, version) in TEXT.items()}
 README = """# Emoji drawings by seven teams
 
-A shard set of MMRef: each object is an emoji, its images are the drawings of different artist teams, its captions the names
-and keywords of different vendors. Rendered at {size} px on white (WebP, quality {quality}); otherwise unchanged.
-`mmref shards build emoji --out DIR` makes it again from the packages below; `mmref shards verify data_shards/emoji` checks it.
+A shard set of MMRef: each object is an emoji, its images are the drawings of different artist teams, its captions the
+names and keywords of different vendors. Rendered at {size} px on white (WebP, quality {quality}); otherwise unchanged.
+`mmref shards build emoji --out DIR` makes it again from the packages below; `mmref shards verify DIR` checks it.
 Shards travel as `.tar.gz` and are unpacked beside it on first use.
 
 | set | drawings | licence | package |
@@ -50,9 +49,9 @@ Shards travel as `.tar.gz` and are unpacked beside it on first use.
 | standard names, keywords: Unicode CLDR, English annotations | Unicode-3.0 | `cldr-annotations-full` {cldr} |
 
 Licence texts are in `LICENSES/`. A sample's `set` says which team drew it, so which licence its image is under.
-Kinds of captions: `name` (the drawing's name in its set), `standard`, `keywords` (CLDR), `tags` (short codes and other keywords).
-Splits are by object: 70 % train, 10 % val, 20 % test, by a fixed hash of the object id. Variants (skin tone, gender) are objects of
-their own.
+Kinds of captions: `name` (the drawing's name in its set), `standard`, `keywords` (CLDR), `tags` (short codes and
+other keywords). Splits are by object: 70 % train, 10 % val, 20 % test, by a fixed hash of the object id. Variants (skin
+tone, gender) are objects of their own.
 """
 
 
@@ -83,9 +82,11 @@ class EmojiSource:
     licence = "CC-BY-4.0, Apache-2.0 and MIT (drawings, by set); MIT and Unicode-3.0 (text): see LICENSES/"
     min_images = 3
 
-    def __init__(self, packages: str | None = None, size_px: int = 64, quality: int = 72, sets: list[str] | None = None) -> None:
+    def __init__(
+        self, packages: str | None = None, size_px: int = 64, quality: int = 72, sets: list[str] | None = None
+    ) -> None:
         """size_px: side of the square image; quality: WebP, 1-100; sets: artist sets to use, all when None."""
-        self.size_px, self.quality = size_px, quality
+        self.size_px, self.quality, self.skipped = size_px, quality, list[str]()
         cache_dir = packages or npm.default_cache()
         wanted = {name: ARTIST_SETS[name] for name in sets or ARTIST_SETS}
         self.folders = {name: npm.fetch(*pinned, cache_dir) for name, pinned in wanted.items()}
@@ -98,7 +99,7 @@ class EmojiSource:
         for code, drawings in find_drawings(emoji, self.text["emojibase"], sets).items():
             if len(drawings) >= self.min_images:
                 images = [self._image(emoji[code], drawing) for drawing in drawings]
-                yield SourceObject(hash_split(code, FRACTIONS), code, images)
+                yield SourceObject(hash_split(code, DEFAULT_FRACTIONS), code, images)
 
     @staticmethod
     def _image(emoji: Emoji, drawing: Drawing) -> SourceImage:
@@ -120,7 +121,7 @@ class EmojiSource:
         )
 
     def load(self, ref: tuple[str, str]) -> bytes:
-        """WebP of (set, icon), size_px square, on white. Raises SampleError for a drawing of which nothing can be seen."""
+        """WebP of (set, icon), size_px square, on white. Raises SampleError for a drawing that does not show."""
         import resvg_py  # an optional dependency: only building this set needs it
         from PIL import Image
 

@@ -67,7 +67,7 @@ def _shortcodes(package: str) -> dict[str, list[str]]:
 
 
 def read_emoji(emojibase: str, cldr: str) -> dict[str, Emoji]:
-    """Every emoji of the standard by code. A skin-tone variant takes its base's keywords and the tone, as CLDR derives them."""
+    """Every emoji of the standard by code. A skin-tone variant takes its base's keywords and the tone, as in CLDR."""
     groups = {g["order"]: g["message"] for g in read_json(emojibase, "en", "messages.json")["groups"]}
     notes = read_json(cldr, "annotations", "en", "annotations.json")["annotations"]["annotations"]
     short = _shortcodes(emojibase)
@@ -85,7 +85,8 @@ def read_emoji(emojibase: str, cldr: str) -> dict[str, Emoji]:
             # Short codes of variants say "tone1": the base's, with the tone in words, say the same in English.
             colloquial = [*short.get(normal_code(base["hexcode"]), []), *base.get("tags", [])]
             tags = [tag for tag in _unique(colloquial) if tag not in keywords and tag != standard and tag not in tones]
-            found[code] = Emoji(code, entry["emoji"], groups[base["group"]], standard, keywords, _with_tones(tags, tones))
+            group, tags = groups[base["group"]], _with_tones(tags, tones)
+            found[code] = Emoji(code, entry["emoji"], group, standard, keywords, tags)
     return found
 
 
@@ -126,7 +127,8 @@ def find_drawings(emoji: dict[str, Emoji], emojibase: str, sets: dict[str, dict[
         icons = {**data["icons"], **{a: entry for a, entry in data["aliases"].items() if "hFlip" in entry}}
         # Icons that the set still shows come before hidden ones, which are older drawings; then in order of names.
         for icon in sorted(icons, key=lambda name: (bool(icons[name].get("hidden")), name)):
-            names = [icon, *(a for a, entry in data["aliases"].items() if entry["parent"] == icon and "hFlip" not in entry)]
+            aliases = [a for a, entry in data["aliases"].items() if entry["parent"] == icon and "hFlip" not in entry]
+            names = [icon, *aliases]
             candidates = [own.get(icon)] + [table.get(squash(name)) for table in tables for name in names]
             code = next((c for c in candidates if c in drawings), None)
             if code and all(drawing.artist_set != artist_set for drawing in drawings[code]):

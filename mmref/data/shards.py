@@ -1,8 +1,8 @@
-"""Reader of shard sets: WebDataset tars with an index of byte offsets beside them, so that any sample can be read alone.
+"""Reader of shard sets: WebDataset tars with an index of byte offsets beside them, so any sample can be read alone.
 
-Layout (written by `data_shards/build.py`): `manifest.json` last, so a set with a manifest is complete; `objects.parquet` (train
-objects and their rows); per split the tars and `<split>.index.parquet`, one row per image, an object's images side by side.
-A set may travel packed (`.tar.gz` beside the name in the manifest): `ShardSet.open` unpacks it once. numpy and pyarrow only.
+Layout (written by `data_shards/build.py`): `manifest.json` last, so a set with a manifest is complete;
+`objects.parquet` (train objects and their rows); per split the tars and `<split>.index.parquet`, one row per image, an
+object's images side by side. A set may travel packed (`.tar.gz` for every tar): `ShardSet.open` unpacks it once.
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ class ShardSet:
             manifest = json.loads(_read_bytes(path))
         except OSError as error:
             raise ShardSetError(
-                f"No complete shard set in {root}: manifest.json is missing, so its build did not finish or the path is "
-                "wrong. Build one with `mmref shards build SOURCE --out DIR`."
+                f"No complete shard set in {root}: manifest.json is missing, so its build did not finish or the path "
+                "is wrong. Build one with `mmref shards build SOURCE --out DIR`."
             ) from error
         except ValueError as error:
             raise ShardSetError(f"{path} is not JSON ({error}). Build the shard set again.") from error
@@ -240,7 +240,7 @@ class ShardSet:
         return list(self.manifest["splits"])
 
     def _unpack(self) -> None:
-        """Unpacks what travels as .tar.gz. Safe beside other processes: each writes its own file and moves it into place."""
+        """Unpacks what travels as .tar.gz. Safe beside other processes: each moves its own file into place."""
         for shard in (s for split in self.manifest["splits"].values() for s in split["shards"]):
             path = _join(self.root, shard["file"])
             packed = _join(self.root, shard["packed"]) if "packed" in shard else None
@@ -277,17 +277,17 @@ class ShardSet:
         return [_join(self.root, shard["file"]) for shard in self._split(split)["shards"]]
 
     def index(self, split: str) -> SplitIndex:
-        """Loads the index of a split. Raises ShardSetError for an unknown split, or shards that do not fit the manifest."""
+        """Loads the index of a split. Raises ShardSetError for an unknown split, or shards unlike the manifest."""
         entry = self._split(split)
         for path, shard in zip(self.shard_paths(split), entry["shards"], strict=True):
             problem = _size_problem(path, shard["bytes"])
             if problem:
-                raise ShardSetError(f"{problem}. Run `mmref shards verify {self.root}`, then copy or build the set again.")
+                raise ShardSetError(f"{problem}. Copy or build the set again; `mmref shards verify` says more.")
         index = self._load_index(split)
         if (len(index), index.n_objects) != (entry["images"], entry["objects"]):
             raise ShardSetError(
-                f"{self.root}: the index of {split} has {len(index)} images of {index.n_objects} objects, the manifest says "
-                f"{entry['images']} of {entry['objects']}. Files of two builds are mixed: build the set again."
+                f"{self.root}: the index of {split} has {len(index)} images of {index.n_objects} objects, the manifest "
+                f"says {entry['images']} of {entry['objects']}. Files of two builds are mixed: build the set again."
             )
         return index
 
@@ -328,7 +328,7 @@ class ShardSet:
                 problems += self._verify_shard(index, number, shard, checksums)
             shared = [i for i in index.object_ids if owners.setdefault(i, split) != split]
             if shared:
-                problems.append(f"split_overlap: {len(shared)} objects of {split} are in another split too, e.g. {shared[:3]}")
+                problems.append(f"split_overlap: {len(shared)} objects of {split} are elsewhere too, e.g. {shared[:3]}")
             if split == "train":
                 problems += self._verify_objects(index)
         return problems
@@ -372,7 +372,7 @@ class ShardSet:
             )
         wrong = [index.keys[i] for i in rows if not _row_matches(index, i, members)]
         if wrong:
-            problems.append(f"wrong_offset: {path}: {len(wrong)} index rows do not point at their members, e.g. {wrong[:3]}")
+            problems.append(f"wrong_offset: {path}: {len(wrong)} index rows miss their members, e.g. {wrong[:3]}")
         return problems
 
 

@@ -1,0 +1,158 @@
+"""`mmref shards build|inspect|verify`: parses options and prints tables; the work is in the modules beside it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from data_shards.build import BuildOptions, build_shards, make_source
+from data_shards.tar_writer import ImageOptions
+from mmref.data.shards import ShardSet
+from mmref.errors import SourceError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `shards` to the command line. The chosen command is left in `args.run`: args -> exit code."""
+    parser = subparsers.add_parser("shards", help="build, inspect and verify shard sets (your own data: `build table`)")
+    commands = parser.add_subparsers(dest="shards_command", required=True, metavar="build|inspect|verify")
+    build = commands.add_parser("build", help="build a shard set from a source")
+    _add_sources(build.add_subparsers(dest="source", required=True, metavar="emoji|cub|table"))
+    inspect = commands.add_parser("inspect", help="counts, caption kinds and samples of a set")
+    inspect.add_argument("root", help="folder or URL of the set")
+    inspect.add_argument("--samples", type=int, default=3, help="samples of a split to print (default: %(default)s)")
+    inspect.add_argument("--sheet", metavar="PNG", help="write a contact sheet of the first split, or of --split")
+    inspect.add_argument("--split", help="only this split")
+    inspect.set_defaults(run=run_inspect)
+    verify = commands.add_parser("verify", help="check files, checksums, counts and offsets of a set")
+    verify.add_argument("root", help="folder or URL of the set")
+    verify.add_argument("--fast", action="store_true", help="leave out the checksums")
+    verify.set_defaults(run=run_verify)
+
+
+def _common_options() -> argparse.ArgumentParser:
+    """Options of every source. A new parser each time: `parents` share their actions, so a default would leak."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", required=True, metavar="DIR", help="folder of the new set")
+    common.add_argument("--overwrite", action="store_true", help="replace a complete set in --out")
+    common.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1,
+        help="parallel Ray tasks; 0: in this process (default: %(default)s)",
+    )  # fmt: skip
+    common.add_argument("--target-mb", type=float, default=128, help="size of a shard in MB (default: %(default)s)")
+    common.add_argument(
+        "--min-shards", type=int, default=4, help="shards of a split, however small it is (default: %(default)s)"
+    )
+    common.add_argument("--samples-per-shard", type=int, help="images in a shard, in place of --target-mb")
+    common.add_argument("--no-check-images", action="store_true", help="do not decode every image once")
+    common.add_argument("--resize-to-px", type=int, help="re-encode images whose shorter side is longer than this")
+    common.add_argument("--tokenizer-vocab", type=int, help="train a tokenizer of this size into DIR/tokenizer")
+    common.add_argument("--pack", action="store_true", help="write .tar.gz beside each tar, for sets that travel")
+    return common
+
+
+def _add_sources(sources: Any) -> None:
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        source = sources.add_parser(name, help=text, description=text, parents=[_common_options()])
+        source.set_defaults(run=run_build)
+        return source
+
+    emoji = add("emoji", "the bundled set: emoji drawings, from npm packages")
+    emoji.add_argument("--packages", metavar="DIR", help="folder of the unpacked packages; else npm fetches them")
+    emoji.add_argument("--size-px", type=int, default=64, help="side of the rendered images (default: %(default)s)")
+    emoji.add_argument("--quality", type=int, default=72, help="WebP quality, 1 to 100 (default: %(default)s)")
+    emoji.set_defaults(source_options=("packages", "size_px", "quality"), tokenizer_vocab=4000)
+    cub = add("cub", "CUB-200-2011 with text_c10 captions, in its native layout")
+    cub.add_argument("path", help="folder that holds CUB_200_2011/ and text_c10/")
+    cub.set_defaults(source_options=("path", "fractions"))
+    table = add("table", "your own data: a CSV, TSV, JSONL or Parquet table")
+    table.add_argument("path", help="the table; rows name an image, its object and its captions")
+    table.add_argument("--image", default="image", help="column with the image's path or URL (default: %(default)s)")
+    table.add_argument("--object-id", default="object_id", help="column with the object's id (default: %(default)s)")
+    table.add_argument("--captions", nargs="+", help="caption columns (texts or lists); else `caption` or `captions`")
+    table.add_argument("--split", help="column with the split; else `split`, else a fixed hash of the object id")
+    table.add_argument("--image-root", metavar="DIR", help="what image paths are relative to; else the table's folder")
+    table.add_argument("--keep", nargs="*", default=[], help="further columns to keep in the samples")
+    table.add_argument("--licence", default="not stated", help="licence of the data, for the manifest")
+    table.add_argument("--min-images", type=int, default=1, help="leave out objects with fewer usable images")
+    options = ("path", "image", "object_id", "captions", "split", "image_root", "keep", "licence", "min_images")
+    table.set_defaults(source_options=(*options, "fractions"))
+    for parser in (cub, table):
+        parser.add_argument(
+            "--fractions", type=parse_fractions, default="train=0.7,val=0.1,test=0.2",
+            help="of the objects in each split, where the data has no split (default: %(default)s)",
+        )  # fmt: skip
+
+
+def parse_fractions(text: str) -> dict[str, float]:
+    """`train=0.7,val=0.1,test=0.2` -> dict. Raises SourceError unless they are positive and sum to 1."""
+    try:
+        found = {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise SourceError(f"--fractions {text!r} is not of the form train=0.7,val=0.1,test=0.2.") from error
+    if min(found.values()) < 0 or abs(sum(found.values()) - 1) > 1e-6:
+        raise SourceError(f"--fractions {text!r} sum to {sum(found.values()):g}: they must be positive and sum to 1.")
+    return found
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Builds the set, prints its counts and what was left out. Returns the exit code."""
+    source = make_source(args.source, **{name: getattr(args, name) for name in args.source_options})
+    options = BuildOptions(
+        target_mb=args.target_mb,
+        min_shards=args.min_shards,
+        samples_per_shard=args.samples_per_shard,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        pack=args.pack,
+        tokenizer_vocab=args.tokenizer_vocab,
+        images=ImageOptions(check=not args.no_check_images, resize_to_px=args.resize_to_px),
+    )
+    manifest = build_shards(source, args.out, options)
+    print(f"{'split':8}{'objects':>10}{'images':>10}{'captions':>10}{'shards':>8}{'MB':>9}")
+    for split, entry in manifest["splits"].items():
+        size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
+        counts = f"{entry['objects']:>10,}{entry['images']:>10,}{entry['captions']:>10,}"
+        print(f"{split:8}{counts}{len(entry['shards']):>8}{size:>9.1f}")
+    skipped = manifest["skipped"]
+    if skipped["count"]:
+        print(f"{skipped['count']:,} left out; the first are named in manifest.json:")
+        print("\n".join(f"  {line}" for line in skipped["first"][:5]))
+    print(f"Written to {args.out}")
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Prints a table of the set and samples of every split. Returns the exit code."""
+    from data_shards.inspect import contact_sheet, split_summary
+
+    shards = ShardSet.open(args.root)
+    manifest = shards.manifest
+    print(f"{manifest['name']}: {manifest['source']}\nlicence: {manifest['licence']}")
+    splits = [args.split] if args.split else shards.splits
+    for split in splits:
+        found = split_summary(shards, split, args.samples)
+        print(
+            f"\n{split}: {found['objects']:,} objects, {found['images']:,} images ({found['images_per_object']:.1f} an "
+            f"object), {found['captions']:,} captions ({found['captions_per_image']:.1f} an image, "
+            f"{found['words_per_caption']:.1f} words), {found['shards']} shards, {found['megabytes']:.1f} MB"
+        )
+        total = max(sum(found["caption_kinds"].values()), 1)
+        print("  kinds: " + ", ".join(f"{k} {100 * n / total:.0f} %" for k, n in found["caption_kinds"].items()))
+        if found["broken"]:
+            print(f"  {found['broken']} samples cannot be read: run `mmref shards verify {args.root}`")
+        for meta in found["samples"]:
+            print(f"  {meta['object_id']} / {meta['image_id']}: " + " | ".join(meta["captions"])[:160])
+    if args.sheet:
+        contact_sheet(shards, splits[0], args.sheet)
+        print(f"\ncontact sheet of {splits[0]}: {args.sheet}")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Prints every problem, one a line. Returns 1 when there are any."""
+    problems = ShardSet.open(args.root).verify(checksums=not args.fast)
+    for problem in problems:
+        print(problem)
+    print(f"{args.root}: " + (f"{len(problems)} problems" if problems else "sound"))
+    return 1 if problems else 0

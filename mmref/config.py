@@ -119,9 +119,9 @@ class LossConfig:
     w_guide: float = 0.5
     """Weight of reference-guided learning (trains the encoders only)."""
     guide_from: float = 0.2
-    """Share of training after which guidance and reconstruction begin to ramp in."""
+    """Share of training after which guidance begins to ramp in."""
     guide_full: float = 0.4
-    """Share of training at which they have their full weight."""
+    """Share of training at which it has its full weight."""
     mask_rate: float = 0.15
     """Share of words masked for reconstruction (80 % mask token, 10 % random, 10 % kept)."""
     rec_layers: int = 1

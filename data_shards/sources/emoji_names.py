@@ -15,6 +15,7 @@ from data_shards.sources.npm import read_json
 
 SHORTCODES = ("cldr", "joypixels", "github", "iamcal")
 FLAG_PREFIX = re.compile(r"^flag[- :]+(for[- ])?(flag[- ])?")  # "flag: X", "flag-for-X", "flag-for-flag-X" are one name
+ID = re.compile(r'(?<=\bid=")[^"]*|(?<=url\(#)[^)]*|(?<=href="#)[^"]*')  # differ between copies of a picture
 TONES = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
 
 
@@ -133,4 +134,25 @@ def find_drawings(emoji: dict[str, Emoji], emojibase: str, sets: dict[str, dict[
             code = next((c for c in candidates if c in drawings), None)
             if code and all(drawing.artist_set != artist_set for drawing in drawings[code]):
                 drawings[code].append(Drawing(artist_set, icon))
-    return drawings
+    return _without_shared(drawings, sets)
+
+
+def _without_shared(
+    drawings: dict[str, list[Drawing]], sets: dict[str, dict[str, Any]]
+) -> dict[str, list[Drawing]]:
+    """Some teams use one picture for several emoji (man and person biking, most families): it cannot tell them apart,
+    and would lie in train and test. It stays with the base emoji, the one with the fewest code points, if there is one."""
+    users: dict[tuple, list[str]] = {}
+    pictures: dict[Drawing, tuple] = {}
+    for code, found in drawings.items():
+        for drawing in found:
+            alias = sets[drawing.artist_set]["aliases"].get(drawing.icon, {})
+            body = sets[drawing.artist_set]["icons"][alias.get("parent", drawing.icon)]["body"]
+            pictures[drawing] = (drawing.artist_set, ID.sub("", body), alias.get("hFlip", False))
+            users.setdefault(pictures[drawing], []).append(code)
+    owner = {}
+    for picture, codes in users.items():
+        lengths = sorted(code.count("-") for code in codes)
+        if len(codes) == 1 or lengths[0] < lengths[1]:
+            owner[picture] = min(codes, key=lambda code: code.count("-"))
+    return {code: [d for d in found if owner.get(pictures[d]) == code] for code, found in drawings.items()}

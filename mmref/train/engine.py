@@ -108,6 +108,8 @@ def build_engine(model: MMRef, config: Config, world: int) -> Any:
         config=deepspeed_config(config, world, count),
         dist_init_required=False,
     )
+    if _plain_optimizer(engine) is None:
+        _create_moments(engine, 0)
     return engine
 
 
@@ -128,7 +130,7 @@ def iterate_state(engine: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     Frozen parameters have a weight only.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     plain = _plain_optimizer(engine)
     for name, p in engine.module.named_parameters():
@@ -140,7 +142,7 @@ def iterate_state(engine: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
             moments = {k: state[k].float().clone() for k in MOMENTS if k in state}
             yield name, {"weight": p.detach().float().clone(), **moments}
         else:
-            moments = {k: safe_get_full_optimizer_state(p, k) for k in MOMENTS} if _stepped(engine) else {}
+            moments = {k: safe_get_full_optimizer_state(p, k) for k in MOMENTS}
             yield name, {"weight": safe_get_full_fp32_param(p), **moments}
 
 
@@ -150,10 +152,10 @@ def load_state(engine: Any, read: Any, updates: int) -> None:
     `updates` is the number of optimizer steps taken, for Adam's bias correction.
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     plain = _plain_optimizer(engine)
-    if updates and plain is None:
+    if plain is None:
         _create_moments(engine, updates)
     for name, p in engine.module.named_parameters():
         saved = {k: v.to(p.device) for k, v in read(name).items()}
@@ -162,15 +164,14 @@ def load_state(engine: Any, read: Any, updates: int) -> None:
             p.data.copy_(saved["weight"].to(p.dtype))
         if not p.requires_grad:
             continue
+        # a parameter that never had a gradient has no moments where DeepSpeed wraps nothing
+        moments = {k: saved[k] if k in saved else torch.zeros_like(saved["weight"]) for k in MOMENTS}
         if plain is not None:
-            if updates:
-                step = torch.tensor(float(updates))
-                plain.state[p] = {"step": step, **{k: saved[k].clone() for k in MOMENTS}}
+            plain.state[p] = {"step": torch.tensor(float(updates)), **{k: m.clone() for k, m in moments.items()}}
             continue
         safe_set_full_fp32_param(p, saved["weight"])
-        if updates:
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(p, saved[key], key)
+        for key, moment in moments.items():
+            safe_set_full_optimizer_state(p, moment, key)
 
 
 def _plain_optimizer(engine: Any) -> torch.optim.Optimizer | None:
@@ -186,13 +187,11 @@ def _flat_partitions(engine: Any) -> list[Tensor]:
     raise RuntimeError(f"unknown DeepSpeed optimizer {type(engine.optimizer).__name__}")
 
 
-def _stepped(engine: Any) -> bool:
-    state = engine.optimizer.optimizer.state
-    return any("exp_avg" in state.get(flat, {}) for flat in _flat_partitions(engine))
-
-
 def _create_moments(engine: Any, updates: int) -> None:
-    """Adam's state before the first step: zeros of the right shape, to be filled by name."""
+    """Adam's state before the first step, zeros to be filled by name.
+
+    DeepSpeed links parameters to their moments once, after the first step, and would miss a group that had none yet.
+    """
     wrapped = engine.optimizer
     for flat in _flat_partitions(engine):
         wrapped.optimizer.state[flat] = {
@@ -200,6 +199,6 @@ def _create_moments(engine: Any, updates: int) -> None:
             "exp_avg": torch.zeros_like(flat),
             "exp_avg_sq": torch.zeros_like(flat),
         }
-    for link in ("_lazy_init_hp_params_optimizer_state", "_link_hp_params_optimizer_state"):
-        if hasattr(wrapped, link):
-            getattr(wrapped, link)()
+    if hasattr(wrapped, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2; stage 3 looks states up
+        wrapped._hp_optimizer_states_linked = False
+        wrapped._lazy_init_hp_params_optimizer_state()

@@ -53,13 +53,14 @@ class StepRunner:
         self.config, self.model, self.backward, self.boundary = config, model, backward, boundary
         self.bank, self.tokens, self.device, self.dtype = bank, tokens, device, dtype
         self.special_ids = torch.as_tensor(tokens.special_ids, device=device)
+        self.scale = torch.tensor([1 / config.loss.tau])  # inverse temperature of the last step
         self.needs_references = config.loss.w_guide > 0 or config.loss.w_rec > 0 or config.loss.w_fuse > 0
 
     def run(self, step: int, batch: Batch) -> Tensor:
         """Forward and backward of one step and the references' update: (5,) the LOSSES of this rank's share."""
         config = self.config
         ramped = ramp(step, config.train.max_steps, config.loss.guide_from, config.loss.guide_full)
-        micro = self._micro_batches(step, batch, with_masks=config.loss.w_rec * ramped > 0)
+        micro = self._micro_batches(step, batch, with_masks=config.loss.w_rec > 0)
         objects = torch.cat([m.objects for m in micro])
         all_objects = collectives.gather(objects)  # (N,)
         active, rows = self._references(all_objects, step)
@@ -87,9 +88,10 @@ class StepRunner:
     def _plain(self, m: MicroBatch, all_objects, active, rows, ramped: float, rec_count: Tensor):  # type: ignore[no-untyped-def]
         out = self.model(m.pixels, m.ids, m.mask, self._masked(m, active, rows))
         loss, values = self._objective(out.image, out.text, out.scale, m.objects, all_objects, active, rows, ramped)
-        loss, values = self._add_reconstruction(loss, values, out.rec_sum, ramped, rec_count)
+        loss, values = self._add_reconstruction(loss, values, out.rec_sum, rec_count)
         self.backward(loss)
         self.boundary()
+        self.scale = out.scale.detach()
         return values, out.image.detach(), out.text.detach()
 
     def _cached(self, micro: list[MicroBatch], all_objects, active, rows, ramped: float, rec_count: Tensor):  # type: ignore[no-untyped-def]
@@ -108,6 +110,7 @@ class StepRunner:
         image = torch.cat(images).requires_grad_()
         text = torch.cat(texts).requires_grad_()
         scale = out.scale.detach().clone().requires_grad_()
+        self.scale = scale.detach()
         objects = torch.cat([m.objects for m in micro])
         loss, values = self._objective(image, text, scale, objects, all_objects, active, rows, ramped)
         loss.backward()  # down to the features (and the references); the towers follow below
@@ -119,7 +122,7 @@ class StepRunner:
             first += len(m.objects)
             surrogate = (out.image * image.grad[own]).sum() + (out.text * text.grad[own]).sum()  # type: ignore[index]
             surrogate = surrogate + (out.scale * scale.grad).sum() / len(micro)
-            surrogate, values = self._add_reconstruction(surrogate, values, out.rec_sum, ramped, rec_count)
+            surrogate, values = self._add_reconstruction(surrogate, values, out.rec_sum, rec_count)
             self.backward(surrogate)
             self.boundary()
         return values, image.detach(), text.detach()
@@ -155,12 +158,12 @@ class StepRunner:
         total = align.detach() + (w_fuse + w_guide) * value
         return align + reference, torch.stack([total, align.detach(), value, zero, value])
 
-    def _add_reconstruction(self, loss, values, rec_sum, ramped: float, count: Tensor):  # type: ignore[no-untyped-def]
+    def _add_reconstruction(self, loss, values, rec_sum, count: Tensor):  # type: ignore[no-untyped-def]
         if rec_sum is None:
             return loss, values
         # the mean over ranks is taken by the engine: the sum over this rank's words is scaled up by the world size
         rec = rec_sum * (collectives.world_size() / count)
-        weighted = self.config.loss.w_rec * ramped * rec
+        weighted = self.config.loss.w_rec * rec
         added = torch.stack([weighted.detach(), values.new_zeros(()), values.new_zeros(()), rec.detach(),
                              values.new_zeros(())])  # fmt: skip
         return loss + weighted, values + added

@@ -1,0 +1,92 @@
+"""`mmref shards|train|evaluate|tune`: the same functions that jobs/ call."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Callable
+
+# before any import of ray or transformers: quieter, and no attempt to reach a hub for a local path's sake
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from mmref import __version__
+from mmref.errors import MMRefError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _dispatch(argv))
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command; an error of ours is printed as its message, anything else keeps its traceback."""
+    try:
+        return command()
+    except MMRefError as error:
+        print(f"mmref: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mmref: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv[:1] == ["train"]:
+        return train(argv[1:])
+    if argv[:1] == ["tune"]:
+        from tune.sweep import main as tune
+
+        return tune(argv[1:])
+    parser = argparse.ArgumentParser(prog="mmref", description="Text-to-image retrieval with multi-modal references.")
+    parser.add_argument("--version", action="version", version=f"mmref {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{shards,train,evaluate,tune}")
+    from data_shards.cli import add_parser as add_shards
+
+    add_shards(commands)
+    for name, text in (
+        ("train", "train, evaluate and report; `mmref train --help`"),
+        ("tune", "search hyper-parameters; `mmref tune --help`"),
+    ):
+        commands.add_parser(name, help=text, add_help=False)
+    add_evaluate(commands.add_parser("evaluate", help="score a run's best checkpoint on a split"))
+    args = parser.parse_args(argv)
+    result = args.run(args)
+    return int(result or 0)
+
+
+def train(argv: list[str]) -> int:
+    """`mmref train` and jobs/train.py."""
+    from mmref.config import load_config
+
+    config = load_config(argv)
+    from mmref.train.trainer import train as run
+
+    run(config)
+    print(f"report: {os.path.abspath(config.run_dir) if '://' not in config.run_dir else config.run_dir}/report.html")
+    return 0
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mmref evaluate` and jobs/evaluate.py."""
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory of `mmref train`")
+    parser.add_argument("--data", metavar="SHARDS", help="shard set; default: the one the run was trained on")
+    parser.add_argument("--split", default="test", help="split to report (default: test); refinement is chosen on val")
+    parser.add_argument("--out", metavar="FILE", help="also write the metrics to this file or URL")
+    parser.add_argument("--workers", type=int, help="Ray actors that compute features (default: eval.workers)")
+    parser.add_argument("--no-report", action="store_true", help="do not write report.html")
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`mmref evaluate` and jobs/evaluate.py."""
+    from mmref.evaluate.evaluate import evaluate_run
+
+    evaluate_run(args.checkpoint, args.data, args.split, args.out, args.workers, report=not args.no_report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

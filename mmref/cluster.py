@@ -1,0 +1,80 @@
+"""Connecting to Ray: the running cluster, or a local one for this process alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from typing import Iterator
+
+from mmref.config import Config
+from mmref.errors import ClusterTooSmallError
+
+LOCAL_CPUS = 8  # logical: on a small machine, workers and readers share its cores
+
+
+@contextlib.contextmanager
+def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
+    """Use the cluster of RAY_ADDRESS or of a submitted job, else start a local one and stop it afterwards.
+
+    A local cluster offers max(8, cores) logical CPUs; nothing else of it is visible outside this machine.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
+    if need_cpus > cpus:
+        raise ClusterTooSmallError(
+            f"the run needs {need_cpus:g} CPUs and this machine offers {cpus} (logical); start it on a cluster "
+            "(`ray job submit`), or lower the workers."
+        )
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        object_store_memory=int(max(storage_gb, 0.1) * 1e9),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def needed_cpus(config: Config) -> float:
+    """CPUs of a training run: its workers, and the readers of each beside them."""
+    return config.train.workers * (config.train.cpus_per_worker + config.data.readers)
+
+
+def check_resources(config: Config) -> None:
+    """Raise ClusterTooSmallError, with the arithmetic, when workers would leave Ray Data no CPU to read with.
+
+    Ray Data would not fail in that case: it would wait in silence.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    t = config.train
+    need = needed_cpus(config)
+    if have.get("CPU", 0) + 1e-6 < need:
+        raise ClusterTooSmallError(
+            f"{t.workers} workers x ({t.cpus_per_worker:g} CPU + {config.data.readers} readers) = {need:g} CPUs, the cluster "
+            f"has {have.get('CPU', 0):g}: Ray Data would starve. Lower `--train.workers` to at most "
+            f"{max(1, math.floor(have.get('CPU', 0) / (t.cpus_per_worker + config.data.readers)))}, or add nodes."
+        )
+    if t.gpu and have.get("GPU", 0) < t.workers:
+        raise ClusterTooSmallError(
+            f"{t.workers} workers need a GPU each, the cluster has {have.get('GPU', 0):g}. Lower `--train.workers`, or "
+            "train on CPUs with `--train.gpu false`."
+        )

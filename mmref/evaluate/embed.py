@@ -1,0 +1,115 @@
+"""Features of whole splits by Ray workers, each of which loads the model once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmref.config import Config
+from mmref.data.shards import SampleReader, ShardSet, SplitIndex
+from mmref.data.tokens import load_tokens
+from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
+from mmref.model.mmref import build_model
+from mmref.rundir import RunDir
+from mmref.train.checkpoint import CheckpointInfo, load_model
+
+
+@dataclass
+class SplitFeatures:
+    """A split as features; images that cannot be read are left out and listed."""
+
+    index: SplitIndex
+    queries: Queries
+    image: Floats  # (n, d) normalised features of the usable images
+    image_rows: np.ndarray  # (n,) their positions in the index
+    text: Floats  # (t, d) normalised features of the distinct captions
+    skipped: list[str]
+
+    @property
+    def image_objects(self) -> np.ndarray:
+        return np.asarray(self.index.object_row)[self.image_rows].astype(np.int64)
+
+
+class Embedder:
+    """Ray Data's actor: a row is a job {split, kind, start, stop}, the answer its features."""
+
+    def __init__(self, run_dir: str, folder: str, config: Config, root: str, texts: dict[str, list[str]]) -> None:
+        self.device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+        tokens = load_tokens(config)
+        model = build_model(config.model, config.loss, config.reference, tokens.vocab_size, config.train.seed)
+        load_model(RunDir(run_dir).fetch(folder), model)
+        self.encoder = Encoder(model.to(self.device), model, config.data, tokens, self.device)
+        self.config, self.texts = config, texts
+        shards = ShardSet.open(root)
+        self.readers = {split: SampleReader(shards.index(split)) for split in texts}
+
+    def __call__(self, jobs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        job, split, kind = int(jobs["job"][0]), str(jobs["split"][0]), str(jobs["kind"][0])
+        rows = list(range(int(jobs["start"][0]), int(jobs["stop"][0])))
+        bad = [""] * len(rows)
+        with self.encoder:
+            if kind == "image":
+                pixels, bad = read_pixels(self.readers[split], rows, self.config.data)
+                features = self.encoder.images(pixels)
+            else:
+                features = self.encoder.texts([self.texts[split][i] for i in rows])
+        return {
+            "job": np.full(len(rows), job),
+            "row": np.array(rows),
+            "feature": features,
+            "bad": np.array(bad, dtype=object),
+        }
+
+
+def embed_splits(
+    config: Config, run: RunDir, checkpoint: CheckpointInfo, root: str, splits: list[str]
+) -> dict[str, SplitFeatures]:
+    """Features of the splits of a shard set with a checkpoint's weights. Ray must be connected."""
+    import ray
+
+    shards = ShardSet.open(root)
+    indices = {s: shards.index(s) for s in splits}
+    queries = {s: read_queries(indices[s]) for s in splits}
+    jobs: list[dict[str, Any]] = []
+    for s in splits:
+        for kind, count in (("image", len(indices[s])), ("text", len(queries[s].texts))):
+            for start in range(0, count, config.eval.batch):
+                stop = min(start + config.eval.batch, count)
+                jobs.append({"job": len(jobs), "split": s, "kind": kind, "start": start, "stop": stop})
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
+        Embedder,
+        batch_size=1,
+        concurrency=config.eval.workers,
+        num_cpus=1,
+        num_gpus=1 if config.train.gpu else 0,
+        fn_constructor_args=(run.path, checkpoint.folder, config, root, {s: queries[s].texts for s in splits}),
+    )
+    parts: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        for job in np.unique(batch["job"]):
+            at = batch["job"] == job
+            of = jobs[int(job)]
+            parts.setdefault((of["split"], of["kind"]), []).append(
+                (batch["row"][at], batch["feature"][at], batch["bad"][at])
+            )
+    return {s: _collect(indices[s], queries[s], parts[s, "image"], parts[s, "text"]) for s in splits}
+
+
+def _collect(index: SplitIndex, queries: Queries, images: list, texts: list) -> SplitFeatures:
+    rows, features, bad = (np.concatenate(x) for x in zip(*images))
+    order = np.argsort(rows)
+    rows, features, bad = rows[order], features[order], bad[order]
+    usable = np.array([not b for b in bad])
+    text_rows, text, _ = (np.concatenate(x) for x in zip(*texts))
+    return SplitFeatures(
+        index, queries, np.ascontiguousarray(features[usable]), rows[usable],
+        np.ascontiguousarray(text[np.argsort(text_rows)]), queries.skipped + [b for b in bad if b],
+    )  # fmt: skip

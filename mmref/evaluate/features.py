@@ -1,0 +1,109 @@
+"""Features of a split: every image, and every distinct caption once."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmref.config import DataConfig
+from mmref.data.augment import normalize
+from mmref.data.decode import decode_image
+from mmref.data.reader import usable_captions
+from mmref.data.shards import SampleReader, SplitIndex
+from mmref.data.tokens import Tokens
+from mmref.errors import SampleError
+
+Floats = NDArray[np.float32]
+DECODE_THREADS = 4
+
+
+@dataclass
+class Queries:
+    """Captions of a split. Equal texts are encoded once: `text[i]` is the distinct text of caption i."""
+
+    texts: list[str]  # distinct captions
+    text: NDArray[np.int64]  # (q,) index into texts of each caption
+    kinds: NDArray[np.str_]  # (q,) kind of each caption, "" where the set has none
+    objects: NDArray[np.int64]  # (q,) object row
+    images: NDArray[np.int64]  # (q,) image the caption was written for, an index into the split
+    skipped: list[str] = field(default_factory=list)  # samples without a caption or with a broken record
+
+
+def read_queries(index: SplitIndex) -> Queries:
+    """Every usable caption of a split, in index order."""
+    reader = SampleReader(index)
+    captions: list[str] = []
+    kinds: list[str] = []
+    images: list[int] = []
+    skipped: list[str] = []
+    for i in range(len(index)):
+        try:
+            usable = usable_captions(reader.read(i).meta, f"image {index.image_ids[i]}")
+        except SampleError as error:
+            skipped.append(str(error))
+            continue
+        captions += [c for c, _ in usable]
+        kinds += [k for _, k in usable]
+        images += [i] * len(usable)
+    texts, text = np.unique(np.array(captions, dtype=object), return_inverse=True)
+    at = np.array(images, dtype=np.int64)
+    return Queries(
+        list(texts), text.reshape(-1), np.array(kinds), np.asarray(index.object_row)[at].astype(np.int64), at, skipped
+    )
+
+
+def read_pixels(reader: SampleReader, rows: Sequence[int], data: DataConfig) -> tuple[NDArray[np.uint8], list[str]]:
+    """Decoded images (n, H, W, 3) and for each "" or what is wrong with it (its pixels are then zero)."""
+
+    def one(i: int) -> tuple[NDArray[np.uint8], str]:
+        try:
+            raw = reader.read(int(i))
+            return decode_image(
+                raw.image_bytes, data.image_height, data.image_width, f"image {raw.meta.get('image_id', i)}"
+            ), ""
+        except SampleError as error:
+            return np.zeros((data.image_height, data.image_width, 3), np.uint8), str(error)
+
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        done = list(pool.map(one, rows))
+    return np.stack([pixels for pixels, _ in done]), [problem for _, problem in done]
+
+
+class Encoder:
+    """Images and texts to features with a model (or engine) in evaluation mode.
+
+    A context manager: training mode is back afterwards whatever happens.
+    """
+
+    def __init__(
+        self, model: Callable, module: torch.nn.Module, data: DataConfig, tokens: Tokens, device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.model, self.module, self.data, self.tokens = model, module, data, tokens
+        self.device, self.dtype = device, dtype
+
+    def __enter__(self) -> Encoder:
+        self._was_training = self.module.training
+        self.module.eval()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.module.train(self._was_training)
+
+    @torch.no_grad()
+    def images(self, pixels: NDArray[np.uint8]) -> Floats:
+        """(n, H, W, 3) uint8 -> (n, d) normalised."""
+        x = normalize(torch.from_numpy(pixels).to(self.device), self.data).to(self.dtype)
+        return self.model(x).image.float().cpu().numpy()
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Floats:
+        """n captions -> (n, d) normalised."""
+        ids, mask = self.tokens(list(texts))
+        ids_t, mask_t = (torch.from_numpy(a).to(self.device).long() for a in (ids, mask))
+        return self.model(None, ids_t, mask_t).text.float().cpu().numpy()

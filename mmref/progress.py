@@ -1,0 +1,96 @@
+"""What a person sees while a run goes on: a bar on a terminal, log lines elsewhere, both read from metrics.jsonl."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+from mmref.rundir import RunDir, read_jsonl
+
+POLL_S = 0.5
+
+
+def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str:
+    """One line for one record: losses, speed, data wait and time left; or the val scores."""
+    head = f"step {record['step']:>6}/{max_steps}"
+    if "val_R@1" in record:
+        return (
+            f"{head}  val R@1 {record['val_R@1']:.1f}  mAP {record['val_mAP']:.1f}  "
+            f"(evaluated in {record['eval_seconds']:.1f} s, checkpoint in {record['checkpoint_seconds']:.1f} s)"
+        )
+    if "loss" not in record:
+        return f"{head}  checkpoint in {record.get('checkpoint_seconds', 0):.1f} s"
+    parts = "  ".join(
+        f"{name.removeprefix('loss_')} {record[name]:.3f}"
+        for name in ("loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide")
+        if record.get(name)
+    )
+    left = "" if eta_s is None else f"  eta {_clock(eta_s)}"
+    return (
+        f"{head}  {parts}  {record['images_per_second']:.0f} images/s  wait {100 * record['data_wait']:.1f} %  "
+        f"{record['memory_gb']:.1f} GB{left}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """Follows a run's metrics.jsonl from a thread of the driver."""
+
+    def __init__(self, run: RunDir, max_steps: int, start: int = 0) -> None:
+        self.run, self.max_steps, self.start = run, max_steps, start
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        # lines of before a resume are old news; a line of the same step and kind is shown once
+        self._seen = {_identity(r) for r in read_jsonl(run) if r["step"] <= start}
+
+    def __enter__(self) -> Progress:
+        where = f", resuming at step {self.start}" if self.start else ""
+        print(f"training to {self.run.path}{where}; starting workers ...", flush=True)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar: Any = tqdm(total=self.max_steps, initial=self.start, unit="step", dynamic_ncols=True)
+        else:
+            self._bar = None
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._show()
+
+    def _show(self) -> None:
+        try:
+            records = read_jsonl(self.run)
+        except OSError:
+            return  # being replaced
+        for record in records:
+            if _identity(record) in self._seen:
+                continue
+            self._seen.add(_identity(record))
+            left = record.get("step_seconds", 0) * (self.max_steps - record["step"]) or None
+            line = log_line(record, self.max_steps, left)
+            if self._bar is None:
+                print(line, flush=True)
+                continue
+            if "val_R@1" in record:
+                self._bar.write(line)
+            else:
+                self._bar.n = record["step"]
+                self._bar.set_postfix_str(line.split("  ", 1)[1])
+
+
+def _identity(record: dict[str, Any]) -> tuple[int, bool]:
+    return record["step"], "loss" in record

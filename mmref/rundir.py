@@ -1,0 +1,125 @@
+"""The run directory: local or any fsspec URL.
+
+config.yaml, metrics.jsonl (a line a log step), metrics.json (final), checkpoints/, report.html, tensorboard/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from typing import Any, Iterable
+
+import fsspec
+
+from mmref.errors import RunDirectoryError
+
+
+class RunDir:
+    """Reads and writes small files of a run; `local` is whether it is on this machine's file system."""
+
+    def __init__(self, path: str) -> None:
+        self.local = "://" not in path
+        # absolute: `ray job submit` runs in a copy of the working directory that is deleted afterwards
+        self.path = os.path.abspath(os.path.expanduser(path)) if self.local else path.rstrip("/")
+        self.fs, self.root = fsspec.core.url_to_fs(self.path)
+
+    def join(self, *parts: str) -> str:
+        return "/".join((self.path, *parts))
+
+    def _inner(self, *parts: str) -> str:
+        return "/".join((self.root, *parts))
+
+    def check_writable(self) -> None:
+        """Create the directory and write a probe. Raises RunDirectoryError."""
+        probe = self._inner(f".probe-{os.getpid()}")
+        try:
+            self.fs.makedirs(self.root, exist_ok=True)
+            with self.fs.open(probe, "wb") as file:
+                file.write(b"mmref")
+            self.fs.rm(probe)
+        except Exception as error:  # every file system has its own exceptions
+            raise RunDirectoryError(
+                f"run directory {self.path} cannot be written: {error}. Choose another with `--run_dir`."
+            ) from None
+
+    def exists(self, name: str) -> bool:
+        return self.fs.exists(self._inner(name))
+
+    def list(self, name: str) -> list[str]:
+        """Names inside a folder, [] where there is none."""
+        if not self.fs.isdir(self._inner(name)):
+            return []
+        self.fs.invalidate_cache()
+        return sorted(os.path.basename(p.rstrip("/")) for p in self.fs.ls(self._inner(name), detail=False))
+
+    def size(self, name: str) -> int | None:
+        try:
+            return int(self.fs.size(self._inner(name)))
+        except FileNotFoundError:
+            return None
+
+    def read_text(self, name: str) -> str:
+        with self.fs.open(self._inner(name), "rb") as file:
+            return file.read().decode()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file as a whole; a reader never sees half of it."""
+        self.fs.makedirs(os.path.dirname(self._inner(name)), exist_ok=True)
+        if not self.local:  # object stores replace objects atomically
+            with self.fs.open(self._inner(name), "wb") as file:
+                file.write(text.encode())
+            return
+        target = self._inner(name)
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}-")
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+
+    def remove(self, name: str) -> None:
+        if self.fs.exists(self._inner(name)):
+            self.fs.rm(self._inner(name), recursive=True)
+
+    def fetch(self, name: str) -> str:
+        """A local path of a folder of the run: itself, or a copy that is downloaded."""
+        if self.local:
+            return self._inner(name)
+        target = tempfile.mkdtemp(prefix="mmref-")
+        self.fs.get(self._inner(name) + "/", target + "/", recursive=True)
+        return target
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object a line, appended by one process."""
+
+    def __init__(self, run: RunDir, name: str = "metrics.jsonl", keep_below_step: int | None = None) -> None:
+        """Open for appending; lines at or after `keep_below_step` (of a run that was interrupted later) are dropped."""
+        self.run, self.name = run, name
+        kept = [] if keep_below_step is None else [r for r in read_jsonl(run, name) if r["step"] < keep_below_step]
+        self.lines = [json.dumps(r) for r in kept]
+        run.write_text(name, "".join(line + "\n" for line in self.lines))
+
+    def append(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record)
+        if self.run.local:
+            with open(f"{self.run.root}/{self.name}", "a") as file:
+                file.write(line + "\n")
+        else:  # objects cannot be appended to
+            self.lines.append(line)
+            self.run.write_text(self.name, "".join(x + "\n" for x in self.lines))
+
+
+def read_jsonl(run: RunDir, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Records of a JSON-lines file, [] where there is none; a last line cut off by a crash is left out."""
+    if not run.exists(name):
+        return []
+    return list(_parse(run.read_text(name).splitlines()))
+
+
+def _parse(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue

@@ -1,0 +1,257 @@
+"""The training loop of one worker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+import uuid
+from typing import Any
+
+import torch
+
+from mmref.config import Config, check_batch, config_hash, from_dict
+from mmref.data.shards import ShardSet
+from mmref.data.stream import Stream
+from mmref.data.tokens import load_tokens
+from mmref.errors import MMRefError, NonFiniteLossError, TooManyBadSamplesError
+from mmref.evaluate.features import Encoder
+from mmref.model.mmref import build_model
+from mmref.rundir import JsonLines, RunDir
+from mmref.train import checkpoint, collectives
+from mmref.train.bank import ReferenceBank
+from mmref.train.engine import build_engine, set_learning_rate
+from mmref.train.step import LOSSES, StepRunner
+from mmref.train.validation import Validation, score_of
+
+FAILURE = "failure.json"
+
+
+def train_worker(values: dict[str, Any]) -> None:
+    """Entry point on every Ray Train worker; `values` is the config as a plain dict.
+
+    Errors that every worker meets alike (NaN loss, too many broken samples) end the run without a retry: they are
+    written to failure.json for the driver, since a restart would only meet them again.
+    """
+    config = from_dict(values)
+    run = RunDir(config.run_dir)
+    try:
+        Worker(config, run).train()
+    except (NonFiniteLossError, TooManyBadSamplesError, checkpoint.CheckpointError) as error:
+        if collectives.rank() == 0:
+            run.write_text(FAILURE, json.dumps({"error": type(error).__name__, "message": str(error)}))
+
+
+class Worker:
+    """Everything one rank holds."""
+
+    def __init__(self, config: Config, run: RunDir) -> None:
+        import ray.train
+
+        context = ray.train.get_context()
+        self.config, self.run = config, run
+        self.world, self.rank = context.get_world_size(), context.get_world_rank()
+        check_batch(config.train.global_batch, self.world, config.train.accumulation, config.train.images_per_object)
+        if config.train.gpu:
+            from ray.train.torch import get_device
+
+            self.device = get_device()
+        else:
+            self.device = torch.device("cpu")
+            torch.set_num_threads(config.train.threads)
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+        start = checkpoint.latest_checkpoint(run)
+        self.start = start.step if start else 0
+        # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built
+        self.stream = Stream(config, self.rank, self.world, self.start) if self.start < config.train.max_steps else None
+        self.tokens = load_tokens(config)
+        model = build_model(
+            config.model, config.loss, config.reference, self.tokens.vocab_size, config.train.seed,
+            config.train.gradient_checkpointing,
+        ).to(self.device)  # fmt: skip
+        index = ShardSet.open(config.data.root).index("train")
+        self.images = len(index)
+        self.engine = build_engine(model, config, self.world)
+        self.bank = ReferenceBank(index.n_objects, model.embed_dim, config.reference, config.train.seed, self.device)
+        if start:
+            checkpoint.load(run.fetch(start.folder), self.engine, self.bank, start.meta)
+        self.runner = StepRunner(
+            config, self.engine, lambda loss: self.engine.backward(loss, scale_wrt_gas=False), self.engine.step,
+            self.bank, self.tokens, self.device, self.dtype,
+        )  # fmt: skip
+        self.encoder = Encoder(self.engine, self.engine.module, config.data, self.tokens, self.device, self.dtype)
+        self.validation = Validation(config) if "val" in ShardSet.open(config.data.root).splits else None
+        self.bad: set[str] = set()
+
+    def train(self) -> None:
+        """Steps from the last checkpoint to the end, with log lines, evaluations and checkpoints."""
+        config = self.config.train
+        eval_every = config.eval_every or max(1, config.max_steps // 10)
+        self.engine.train()
+        with self._writers() as log:
+            window = Window(self.device)
+            for step in range(self.start, config.max_steps):
+                assert self.stream is not None
+                batch = next(self.stream)
+                self.bad |= {b for b in batch["bad"].tolist() if b}
+                lr = set_learning_rate(self.engine, step, config)
+                window.add(step, self.runner.run(step, batch))
+                done = step + 1
+                logs = done % config.log_every == 0 or done == config.max_steps
+                evaluates = done % eval_every == 0 or done == config.max_steps
+                if logs or evaluates:
+                    self._check(window)
+                if logs:
+                    log(self._line(done, lr, window))
+                    window = Window(self.device)
+                    self.stream.waited_s = 0.0
+                if evaluates:
+                    began = time.perf_counter()
+                    log(self._evaluate_and_save(done))
+                    window.pause(time.perf_counter() - began)
+
+    def _line(self, done: int, lr: float, window: Window) -> dict[str, Any]:
+        """One record of metrics.jsonl; every rank takes part in the means."""
+        assert self.stream is not None
+        losses = (collectives.sum_over_ranks(window.losses) / (self.world * window.steps)).tolist()
+        seconds = window.seconds()
+        images = self.config.train.global_batch * window.steps / seconds
+        norm = self.engine.get_global_grad_norm()
+        record = {"step": done, **dict(zip(LOSSES, losses))}
+        if self.config.loss.learn_tau:
+            record["tau"] = 1 / float(self.runner.scale)
+        record |= {
+            "lr": lr,
+            "grad_norm": float(norm) if norm is not None else None,
+            "images_per_second": images,
+            "images_per_second_per_worker": images / self.world,
+            "step_seconds": seconds / window.steps,
+            "data_wait": self.stream.waited_s / seconds,  # share of the time spent waiting for samples
+            "memory_gb": _peak_memory_gb(self.device),
+            "bad_samples": len(self.bad),
+        }
+        return record
+
+    def _evaluate_and_save(self, done: int) -> dict[str, Any]:
+        import ray.train
+
+        began = time.perf_counter()
+        metrics = self.validation(self.encoder) if self.validation else {}
+        evaluated = time.perf_counter()
+        score = score_of(metrics, self.config.eval.metric) if metrics else float(done)
+        tags: list[Any] = [uuid.uuid4().hex[:6]]
+        if self.world > 1:  # a new folder for each attempt: a smaller world must not leave old ranks' files among its own
+            torch.distributed.broadcast_object_list(tags)
+        meta = {
+            "step": done,
+            "score": score,
+            "val": metrics,
+            "config_hash": config_hash(self.config),
+            "seed": self.config.train.seed,
+        }
+        with tempfile.TemporaryDirectory(prefix="mmref-") as folder:
+            checkpoint.save(folder, self.engine, self.bank, meta)
+            ray.train.report(
+                {"step": done, "score": score, **{f"val_{k}": v for k, v in metrics.items()}},
+                ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step-{done:08d}-{tags[0]}",
+            )
+        return {
+            "step": done,
+            **{f"val_{k}": v for k, v in metrics.items()},
+            "eval_seconds": evaluated - began,
+            "checkpoint_seconds": time.perf_counter() - evaluated,
+        }
+
+    def _check(self, window: Window) -> None:
+        """Raise, on every rank alike, for a loss that is not finite or too many broken samples."""
+        first = collectives.gather(window.first_bad[None])
+        first = first[first >= 0]
+        if len(first):
+            step = int(first.min())
+            self._save_offenders(step)
+            raise NonFiniteLossError(
+                f"the loss of step {step} is not finite; training stopped and the last checkpoint is untouched. The ids of "
+                f"the step's samples are in {self.run.join('nonfinite.json')}. Lower `train.lr`, or raise `loss.tau`."
+            )
+        names: list[Any] = [None] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(names, sorted(self.bad))
+            self.bad = set().union(*names)
+        allowed = self.config.data.max_bad_fraction * self.images
+        if len(self.bad) > allowed:
+            raise TooManyBadSamplesError(
+                f"{len(self.bad)} of {self.images} training images are broken, more than data.max_bad_fraction "
+                f"{self.config.data.max_bad_fraction} allows ({allowed:.1f}). First: {sorted(self.bad)[0]}. "
+                "Run `mmref shards verify` on the set, or raise data.max_bad_fraction."
+            )
+
+    def _save_offenders(self, step: int) -> None:
+        if self.rank:
+            return
+        index = ShardSet.open(self.config.data.root).index("train")
+        from mmref.data.plan import Plan
+
+        plan = Plan(
+            index.object_start, self.config.objects_per_step, self.config.train.images_per_object, self.config.train.seed
+        )
+        ids = [index.image_ids[i] for i in plan(step).images]
+        self.run.write_text("nonfinite.json", json.dumps({"step": step, "image_ids": ids}, indent=1))
+
+    @contextlib.contextmanager
+    def _writers(self):  # type: ignore[no-untyped-def]
+        """A function that logs a record to metrics.jsonl and TensorBoard, on rank 0."""
+        if self.rank:
+            yield lambda record: None
+            return
+        lines = JsonLines(self.run, keep_below_step=self.start + 1)
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(self.run.join("tensorboard"), purge_step=self.start or None)
+
+        def log(record: dict[str, Any]) -> None:
+            lines.append(record)
+            for name, value in record.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    board.add_scalar(name.replace("val_", "val/").replace("loss_", "loss/"), value, record["step"])
+
+        try:
+            yield log
+        finally:
+            if self.bad:
+                self.run.write_text("bad_samples.json", json.dumps(sorted(self.bad), indent=1))
+            board.close()
+
+
+class Window:
+    """Losses between two log lines, kept on the device: reading them is the only synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.losses = torch.zeros(len(LOSSES), device=device)
+        self.first_bad = torch.full((), -1, dtype=torch.long, device=device)
+        self.steps = 0
+        self.paused_s = 0.0
+        self.began = time.perf_counter()
+
+    def add(self, step: int, losses: torch.Tensor) -> None:
+        self.losses += losses
+        self.steps += 1
+        bad = ~torch.isfinite(losses).all() & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, torch.full_like(self.first_bad, step), self.first_bad)
+
+    def pause(self, seconds: float) -> None:
+        self.paused_s += seconds
+
+    def seconds(self) -> float:
+        return max(1e-9, time.perf_counter() - self.began - self.paused_s)
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

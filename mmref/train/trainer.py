@@ -1,0 +1,133 @@
+"""The driver of a run: checks, Ray Train, the progress bar, and what is made of the checkpoints afterwards."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+from mmref import errors
+from mmref.cluster import check_resources, connect, needed_cpus
+from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict
+from mmref.data.plan import Plan
+from mmref.data.shards import ShardSet
+from mmref.data.tokens import load_tokens
+from mmref.errors import CheckpointError, MMRefError, RunDirectoryError, ShardSetError
+from mmref.progress import Progress
+from mmref.rundir import RunDir
+from mmref.train import checkpoint
+from mmref.train.loop import FAILURE, train_worker
+
+
+def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | None:
+    """Train (or resume) a run, then evaluate its best checkpoint and write metrics.json and report.html.
+
+    Returns the final metrics, None without `final_evaluation`. Raises the errors of mmref.errors.
+    """
+    run = RunDir(config.run_dir)
+    config = from_dict({**to_dict(config), "run_dir": run.path})
+    config.data.root = _absolute(config.data.root)
+    check_inputs(config)
+    prepare_run(config, run)
+    with connect(needed_cpus(config), config.train.storage_gb):
+        check_resources(config)
+        fit(config, run)
+        if not final_evaluation:
+            return None
+        from mmref.evaluate.evaluate import evaluate_run
+
+        return evaluate_run(config.run_dir)
+
+
+def _absolute(path: str) -> str:
+    """Workers run in other directories than the driver."""
+    return path if "://" in path else RunDir(path).path
+
+
+def check_inputs(config: Config) -> None:
+    """Everything that can be known before Ray starts: data, objects, tokenizer. Raises the named error."""
+    shards = ShardSet.open(config.data.root)
+    if "train" not in shards.splits:
+        raise ShardSetError(f"{config.data.root} has no train split, only {shards.splits}.")
+    problems = shards.verify(checksums=False)
+    if problems:
+        raise ShardSetError(f"{config.data.root} does not match its manifest: {problems[0]} ({len(problems)} problems in all). "
+                            f"`mmref shards verify {config.data.root}` lists them.")  # fmt: skip
+    t = config.train
+    Plan(shards.index("train").object_start, config.objects_per_step, t.images_per_object, t.seed)
+    load_tokens(config)
+
+
+def prepare_run(config: Config, run: RunDir) -> None:
+    """Check the run directory and write the resolved config. Raises RunDirectoryError for another config's run."""
+    run.check_writable()
+    if run.exists("config.yaml"):
+        from mmref.config import read_yaml
+
+        before = from_dict(read_yaml(f"{run.fetch('')}/config.yaml"), "config.yaml of the run")
+        if checkpoint.latest_checkpoint(run) and config_hash(before) != config_hash(config):
+            raise RunDirectoryError(
+                f"{run.path} holds checkpoints of another config: {_differences(before, config)}. Resume with the same "
+                "config, or give another `--run_dir`."
+            )
+    run.remove(FAILURE)
+    run.write_text("config.yaml", dump_yaml(config))
+    checkpoint.repair_snapshot(run)
+
+
+def _differences(before: Config, now: Config) -> str:
+    """The fields that differ, as `train.lr 0.001 -> 0.01`."""
+    found = []
+    a, b = to_dict(before), to_dict(now)
+    for section in a:
+        if isinstance(a[section], dict) and section != "eval":
+            found += [f"{section}.{k} {a[section][k]} -> {b[section][k]}" for k in a[section] if a[section][k] != b[section][k]]
+    return "; ".join(found[:5])
+
+
+def fit(config: Config, run: RunDir) -> None:
+    """Run Ray Train to the end, showing progress. Raises the worker's own error where it is one of ours."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    latest = checkpoint.latest_checkpoint(run)
+    if latest and latest.step >= config.train.max_steps:
+        return  # a finished run: only its evaluation is left
+    t = config.train
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=to_dict(config),
+        torch_config=TorchConfig(backend="nccl" if t.gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=t.workers,
+            use_gpu=t.gpu,
+            resources_per_worker={"CPU": t.cpus_per_worker, **({"GPU": 1} if t.gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=checkpoint.FOLDER,
+            storage_path=run.path,
+            failure_config=ray.train.FailureConfig(max_failures=t.max_failures, controller_failure_limit=3),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=t.keep_checkpoints, checkpoint_score_attribute="score", checkpoint_score_order="max"
+            ),
+        ),
+    )
+    with Progress(run, t.max_steps, start=latest.step if latest else 0):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise named_error(error) from error
+    if run.exists(FAILURE):
+        failure = json.loads(run.read_text(FAILURE))
+        raise getattr(errors, failure["error"])(failure["message"])
+
+
+def named_error(error: Exception) -> Exception:
+    """Our own error inside Ray Train's, or Ray Train's."""
+    for cause in getattr(error, "worker_failures", {}).values():
+        while cause is not None:
+            if isinstance(cause, MMRefError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return error

@@ -1,0 +1,50 @@
+"""Evaluation on val inside training, by all workers."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import numpy as np
+import torch
+
+from mmref.config import Config
+from mmref.data.shards import SampleReader, ShardSet
+from mmref.evaluate.features import Encoder, Floats, read_pixels, read_queries
+from mmref.evaluate.metrics import evaluate_features, summarize
+from mmref.train import collectives
+
+
+def score_of(metrics: dict[str, float], metric: str) -> float:
+    """The number that picks checkpoints and refinement: mAP, R@1 or their sum."""
+    return sum(metrics[m] for m in metric.split("+"))
+
+
+class Validation:
+    """Scores a model on the val split. Every rank encodes an equal share, as ZeRO-3 needs equal numbers of forwards."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        index = ShardSet.open(config.data.root).index("val")
+        self.objects = np.asarray(index.object_row).astype(np.int64)
+        self.reader = SampleReader(index)
+        self.queries = read_queries(index)
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        """R@1/5/10, mAP, mINP in percent, text to image, the same on every rank (collective)."""
+        with encoder:
+            image = self._encode(len(self.objects), lambda rows: encoder.images(self._pixels(rows)), encoder.device)
+            texts = self.queries.texts
+            text = self._encode(len(texts), lambda rows: encoder.texts([texts[i] for i in rows]), encoder.device)
+        per_query = evaluate_features(text[self.queries.text], image, self.queries.objects, self.objects)
+        return summarize(per_query)
+
+    def _pixels(self, rows: list[int]) -> np.ndarray:
+        return read_pixels(self.reader, rows, self.config.data)[0]
+
+    def _encode(self, count: int, encode: Callable[[list[int]], Floats], device: torch.device) -> Floats:
+        """Features of items 0 .. count - 1, each rank a contiguous share padded to the same size."""
+        world, rank, batch = collectives.world_size(), collectives.rank(), self.config.eval.batch
+        share = -(-count // world)
+        mine = [min(i, count - 1) for i in range(rank * share, (rank + 1) * share)]
+        own = np.concatenate([encode(mine[i : i + batch]) for i in range(0, share, batch)])
+        return collectives.gather(torch.from_numpy(own).to(device)).cpu().numpy()[:count]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import math
 import os
 import sys
@@ -199,12 +200,15 @@ def _run_ray(jobs: list[tuple], workers: int, tick: Callable[[], Any]) -> Iterab
 
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=workers, object_store_memory=128 * 2**20, include_dashboard=False, logging_level="warning")
+        ray.init(
+            num_cpus=workers, object_store_memory=128 * 2**20, include_dashboard=False, logging_level=logging.WARNING
+        )
     try:
         task = ray.remote(max_retries=2)(write_shard)
         source = ray.put(jobs[0][0])
-        waiting, running = list(enumerate(jobs))[::-1], {}
-        results: list[ShardResult | None] = [None] * len(jobs)
+        waiting = list(enumerate(jobs))[::-1]
+        running: dict[Any, int] = {}
+        results: dict[int, ShardResult] = {}
         while waiting or running:
             while waiting and len(running) < workers:
                 number, job = waiting.pop()
@@ -215,7 +219,7 @@ def _run_ray(jobs: list[tuple], workers: int, tick: Callable[[], Any]) -> Iterab
                 except ray.exceptions.RayTaskError as error:
                     raise error.as_instanceof_cause() from error
                 tick()
-        return results
+        return [results[number] for number in range(len(jobs))]
     finally:
         if started:
             ray.shutdown()

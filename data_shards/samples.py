@@ -72,4 +72,4 @@ def hash_split(object_id: str, fractions: Mapping[str, float]) -> str:
         edge += fraction
         if position < edge:
             return split
-    return next(reversed(fractions))  # the sum may fall short of 1 by rounding
+    return list(fractions)[-1]  # the sum may fall short of 1 by rounding

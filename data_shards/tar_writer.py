@@ -170,4 +170,3 @@ def _pack(path: str, target: str) -> None:
         with gzip.GzipFile(filename="", fileobj=handle, mode="wb", compresslevel=9, mtime=0) as packed:
             shutil.copyfileobj(source, packed)
     os.replace(temporary, target)
-

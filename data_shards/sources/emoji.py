@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from data_shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, hash_split
 from data_shards.sources import npm
 from data_shards.sources.emoji_names import Drawing, Emoji, find_drawings, read_emoji
@@ -135,7 +137,7 @@ class EmojiSource:
         except ValueError as error:
             raise SampleError(f"{artist_set}/{icon} cannot be rendered: {error}") from error
         image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-        if min(low for low, _ in image.getextrema()) > BLANK_ABOVE:
+        if np.asarray(image).min() > BLANK_ABOVE:
             raise SampleError(f"{artist_set}/{icon} is blank")
         if image.size != (side, side):  # a drawing that is not square keeps its proportions, centred
             square = Image.new("RGB", (side, side), "white")

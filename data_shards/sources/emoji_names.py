@@ -95,11 +95,11 @@ def name_tables(emoji: dict[str, Emoji], emojibase: str, sets: dict[str, dict[st
     """Tables squashed name -> code, most trusted first. A name that means two emoji in one table is left out of it."""
     listed: dict[str, set[str]] = {}
     for data in sets.values():
-        names = {name: normal_code(code) for code, name in data["chars"].items()}
+        codes = {name: normal_code(code) for code, name in data["chars"].items()}
         for alias, entry in data["aliases"].items():
-            if "hFlip" not in entry and entry["parent"] in names:  # a flipped alias is another emoji
-                names.setdefault(alias, names[entry["parent"]])
-        for name, code in names.items():
+            if "hFlip" not in entry and entry["parent"] in codes:  # a flipped alias is another emoji
+                codes.setdefault(alias, codes[entry["parent"]])
+        for name, code in codes.items():
             listed.setdefault(squash(name), set()).add(code)
     standard: dict[str, set[str]] = {}
     colloquial: dict[str, set[str]] = {}
@@ -137,11 +137,9 @@ def find_drawings(emoji: dict[str, Emoji], emojibase: str, sets: dict[str, dict[
     return _without_shared(drawings, sets)
 
 
-def _without_shared(
-    drawings: dict[str, list[Drawing]], sets: dict[str, dict[str, Any]]
-) -> dict[str, list[Drawing]]:
+def _without_shared(drawings: dict[str, list[Drawing]], sets: dict[str, dict[str, Any]]) -> dict[str, list[Drawing]]:
     """Some teams use one picture for several emoji (man and person biking, most families): it cannot tell them apart,
-    and would lie in train and test. It stays with the base emoji, the one with the fewest code points, if there is one."""
+    and would lie in train and test. It stays with the base emoji, the one with fewest code points, if there is one."""
     users: dict[tuple, list[str]] = {}
     pictures: dict[Drawing, tuple] = {}
     for code, found in drawings.items():

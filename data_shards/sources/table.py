@@ -81,15 +81,15 @@ class TableSource:
                     f"{object_id!r}. An image shows one object: copy the file under another name if that is meant."
                 )
             if image not in images:
-                kinds = [] if len(caption_columns) > 1 else None
+                kinds: list[str] | None = [] if len(caption_columns) > 1 else None
                 extra = {name: row.get(name) for name in self.keep}
                 images[image] = SourceImage(image, image, [], kinds, extra)
                 item.images.append(images[image])
             for column in caption_columns:
                 texts = _texts(row.get(column))
                 images[image].captions.extend(texts)
-                if images[image].caption_kinds is not None:
-                    images[image].caption_kinds.extend([column] * len(texts))
+                if (of_image := images[image].caption_kinds) is not None:
+                    of_image.extend([column] * len(texts))
         return list(objects.values())
 
     def _columns(self, names: list[str]) -> tuple[list[str], str | None]:

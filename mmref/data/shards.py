@@ -15,6 +15,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -244,11 +245,13 @@ class ShardSet:
         for shard in (s for split in self.manifest["splits"].values() for s in split["shards"]):
             path = _join(self.root, shard["file"])
             packed = _join(self.root, shard["packed"]) if "packed" in shard else None
-            if packed is None or _is_url(self.root) or os.path.exists(path) or not os.path.exists(packed):
+            if packed is None or _is_url(self.root) or not os.path.exists(packed):
                 continue  # a shard that is missing altogether is reported by index() and verify()
+            if os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(packed):
+                continue  # an older one was unpacked from another version of the set
             try:
                 self._unpack_one(packed, path, shard["sha256"])
-            except (OSError, EOFError) as error:  # EOFError: the packed file ends early
+            except (OSError, EOFError, zlib.error) as error:  # EOFError: the packed file ends early
                 raise ShardSetError(
                     f"Cannot unpack {packed}: {error}. The folder must be writable the first time; else copy the shard "
                     "set somewhere writable. If the file is damaged, fetch it again."
@@ -370,7 +373,7 @@ class ShardSet:
                 f"wrong_count: {path}: {len(members)} members and {len(rows)} index rows, "
                 f"the manifest says {shard['samples']} samples of 2 members"
             )
-        wrong = [index.keys[i] for i in rows if not _row_matches(index, i, members)]
+        wrong = [index.keys[i] for i in rows.tolist() if not _row_matches(index, i, members)]
         if wrong:
             problems.append(f"wrong_offset: {path}: {len(wrong)} index rows miss their members, e.g. {wrong[:3]}")
         return problems

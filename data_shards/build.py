@@ -72,6 +72,7 @@ def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions(
     Raises ShardSetError when `out` holds a complete set (unless overwrite) or cannot be written, SourceError for bad
     input.
     """
+    out = os.path.abspath(out)  # workers may run in another directory
     _prepare_folder(out, options.overwrite)
     splits = _collect(source)
     plan = {split: _cut(source, objects, options) for split, objects in splits.items()}

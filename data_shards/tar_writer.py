@@ -166,7 +166,10 @@ def _write_object(
 def _pack(path: str, target: str) -> None:
     """Gzip with a fixed time and no file name, so that packing twice gives the same bytes."""
     temporary = f"{target}.{os.getpid()}.tmp"
-    with open(path, "rb") as source, open(temporary, "wb") as handle:
-        with gzip.GzipFile(filename="", fileobj=handle, mode="wb", compresslevel=9, mtime=0) as packed:
-            shutil.copyfileobj(source, packed)
+    with (
+        open(path, "rb") as source,
+        open(temporary, "wb") as handle,
+        gzip.GzipFile(filename="", fileobj=handle, mode="wb", compresslevel=9, mtime=0) as packed,
+    ):
+        shutil.copyfileobj(source, packed)
     os.replace(temporary, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 from mmref.data.shards import SampleReader, SplitIndex
@@ -34,7 +35,7 @@ def wordpiece_vocab(words: Counter[str], size: int) -> list[str]:
     pairs: Counter[tuple[str, str]] = Counter()
     where: dict[tuple[str, str], set[str]] = {}
     for word, pieces in split.items():
-        for pair in zip(pieces, pieces[1:], strict=False):
+        for pair in pairwise(pieces):
             pairs[pair] += words[word]
             where.setdefault(pair, set()).add(word)
     while len(vocab) < size and pairs:
@@ -44,9 +45,9 @@ def wordpiece_vocab(words: Counter[str], size: int) -> list[str]:
         for word in where.pop(best):
             old = split[word]
             split[word] = new = _merge(old, best, merged)
-            for pair in zip(old, old[1:], strict=False):
+            for pair in pairwise(old):
                 pairs[pair] -= words[word]
-            for pair in zip(new, new[1:], strict=False):
+            for pair in pairwise(new):
                 pairs[pair] += words[word]
                 where.setdefault(pair, set()).add(word)
         pairs += Counter()  # drops the pairs that are gone

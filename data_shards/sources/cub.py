@@ -26,6 +26,7 @@ class CubSource:
 
     def __init__(self, path: str, fractions: Mapping[str, float] = DEFAULT_FRACTIONS) -> None:
         """fractions: of classes in each split, only used when there are no class-split files. Raises SourceError."""
+        path = os.path.abspath(path)  # workers may run in another directory
         if os.path.isfile(path):
             raise SourceError(f"{path} is a file. Unpack it (`tar -xf {path}`) and pass the folder.")
         nested = os.path.join(path, "CUB_200_2011")

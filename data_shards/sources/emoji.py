@@ -89,7 +89,7 @@ class EmojiSource:
     ) -> None:
         """size_px: side of the square image; quality: WebP, 1-100; sets: artist sets to use, all when None."""
         self.size_px, self.quality, self.skipped = size_px, quality, list[str]()
-        cache_dir = packages or npm.default_cache()
+        cache_dir = os.path.abspath(packages or npm.default_cache())  # workers may run in another directory
         wanted = {name: ARTIST_SETS[name] for name in sets or ARTIST_SETS}
         self.folders = {name: npm.fetch(*pinned, cache_dir) for name, pinned in wanted.items()}
         self.text = {name: npm.fetch(*pinned, cache_dir) for name, pinned in TEXT.items()}

@@ -48,7 +48,8 @@ class TableSource:
         split None: `split` if there is one, else a fixed hash of the object id with `fractions`. keep: further columns
         to carry in the sample's json. min_images: objects with fewer usable images are left out."""
         self.path, self.image, self.object_id, self.captions, self.split = path, image, object_id, captions, split
-        self.image_root = os.path.dirname(path) if image_root is None else image_root
+        root = os.path.dirname(path) if image_root is None else image_root
+        self.image_root = root if "://" in root else os.path.abspath(root)  # workers may run in another directory
         self.fractions, self.keep, self.licence, self.min_images = dict(fractions), list(keep), licence, min_images
         self.origin = os.path.basename(path)  # the full path says more of your machine than of the data
         self.skipped: list[str] = []
@@ -118,9 +119,9 @@ class TableSource:
 
     def load(self, ref: str) -> bytes:
         """Bytes of an image file or URL. Raises OSError, which leaves the image out of the set."""
-        if ref.startswith(("http://", "https://")):
-            return _download(ref)
         path = ref if "://" in ref or os.path.isabs(ref) else _join(self.image_root, ref)
+        if path.startswith(("http://", "https://")):
+            return _download(path)
         if "://" in path:
             import fsspec  # only tables that name remote files need it
 

@@ -1,0 +1,116 @@
+"""The CUB source on a tiny tree in the native layout, and on the real one when MMREF_CUB says where it is."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+
+import pytest
+
+from data_shards.build import BuildOptions, build_shards
+from data_shards.sources.cub import CubSource
+from mmref.data.shards import SampleReader, ShardSet
+from mmref.errors import SourceError
+
+CLASSES = ["001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross"]
+
+
+@pytest.fixture
+def cub(tmp_path, encode):
+    """Three species of two photographs each, ten captions an image, native layout; returns the folder."""
+    root = tmp_path / "cub"
+    folder, text = root / "CUB_200_2011", root / "text_c10"
+    images, labels = [], []
+    for c, name in enumerate(CLASSES):
+        for i in range(2):
+            images.append(f"{2 * c + i + 1} {name}/Bird_{c}_{i}.jpg")
+            labels.append(f"{2 * c + i + 1} {c + 1}")
+            (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+            (folder / "images" / name / f"Bird_{c}_{i}.jpg").write_bytes(encode(2 * c + i, "JPEG"))
+            (text / name).mkdir(parents=True, exist_ok=True)
+            lines = [f"bird {c} of caption {k}" for k in range(9)] + ["bird 0 of caption 0"]  # people repeat themselves
+            (text / name / f"Bird_{c}_{i}.txt").write_text("\n".join(lines) + "\n")
+    (folder / "images.txt").write_text("\n".join(images) + "\n")
+    (folder / "image_class_labels.txt").write_text("\n".join(labels) + "\n")
+    (folder / "classes.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(CLASSES, 1)))
+    (folder / "trainclasses.txt").write_text(CLASSES[0] + "\n")
+    (folder / "valclasses.txt").write_text(CLASSES[2] + "\n")
+    return root
+
+
+@pytest.mark.parametrize("below", ["", "CUB_200_2011"])
+def test_native_layout(cub, tmp_path, encode, below):
+    manifest = build_shards(CubSource(str(cub / below)), str(tmp_path / "set"), BuildOptions(progress=False))
+    counts = {split: (e["objects"], e["images"], e["captions"]) for split, e in manifest["splits"].items()}
+    assert counts == {"train": (1, 2, 20), "val": (1, 2, 20)}, "a class in no split file is left out"
+    shards = ShardSet.open(str(tmp_path / "set"))
+    assert shards.verify() == []
+    raw = SampleReader(shards.index("val")).read(1)
+    assert raw.image_bytes == encode(5, "JPEG") and raw.image_ext == "jpg"
+    assert raw.meta["object_id"] == CLASSES[2] and raw.meta["image_id"] == f"{CLASSES[2]}/Bird_2_1"
+    assert raw.meta["captions"][1] == "bird 2 of caption 1" and raw.meta["caption_kinds"] == ["human"] * 10
+    assert "." not in shards.index("val").keys[1] and "/" not in shards.index("val").keys[1]
+
+
+def test_missing_captions_image_and_label(cub, tmp_path):
+    (cub / "text_c10" / CLASSES[0] / "Bird_0_0.txt").unlink()
+    (cub / "CUB_200_2011" / "images" / CLASSES[2] / "Bird_2_0.jpg").unlink()
+    labels = cub / "CUB_200_2011" / "image_class_labels.txt"
+    labels.write_text(labels.read_text().replace("4 2\n", ""))
+    manifest = build_shards(CubSource(str(cub)), str(tmp_path / "set"), BuildOptions(progress=False))
+    assert [e["images"] for e in manifest["splits"].values()] == [1, 1]
+    unlabelled, captionless, missing = manifest["skipped"]["first"]
+    assert "Bird_1_1" in unlabelled and "no class" in unlabelled
+    assert "Bird_0_0" in captionless and "no caption" in captionless
+    assert "Bird_2_0" in missing and "No such file" in missing
+
+
+def test_without_split_files_a_hash_splits(cub):
+    for name in ("trainclasses.txt", "valclasses.txt"):
+        (cub / "CUB_200_2011" / name).unlink()
+    found = [(o.object_id, o.split) for o in CubSource(str(cub), {"all": 1.0}).objects()]
+    assert found == [(name, "all") for name in CLASSES]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("valclasses.txt", CLASSES[0], "is in valclasses.txt and in trainclasses.txt"),
+        ("valclasses.txt", "004.Ani", "'004.Ani', which classes.txt does not have"),
+        ("images.txt", "1\n", "line 1: expected `<id> <value>`"),
+        ("images.txt", None, "cannot be read"),
+    ],
+)
+def test_broken_lists(cub, file, text, message):
+    path = cub / "CUB_200_2011" / file
+    path.write_text(text) if text else path.unlink()
+    with pytest.raises(SourceError, match=message):
+        CubSource(str(cub)).objects()
+
+
+def test_wrong_folder(tmp_path, cub):
+    with pytest.raises(SourceError, match="CUB_200_2011/images/ is missing"):
+        CubSource(str(cub / "text_c10"))
+    (tmp_path / "cub.tar").write_text("")
+    with pytest.raises(SourceError, match="Unpack it"):
+        CubSource(str(tmp_path / "cub.tar"))
+
+
+@pytest.mark.skipif("MMREF_CUB" not in os.environ, reason="MMREF_CUB does not say where CUB-200-2011 is")
+def test_real_cub(tmp_path):
+    """MMREF_CUB: folder with CUB_200_2011/ and text_c10/, or a tar of the two."""
+    path = os.environ["MMREF_CUB"]
+    if os.path.isfile(path):
+        with tarfile.open(path) as tar:
+            tar.extractall(tmp_path / "cub", filter="data")
+        path = str(tmp_path / "cub")
+    source = CubSource(path)
+    listed = list(source.objects())
+    manifest = build_shards(source, str(tmp_path / "set"), BuildOptions(progress=False))
+    splits = manifest["splits"]
+    assert manifest["skipped"]["count"] == 0
+    assert sum(e["images"] for e in splits.values()) == sum(len(item.images) for item in listed)
+    for split, entry in splits.items():
+        assert entry["objects"] == sum(item.split == split for item in listed)
+        assert 9.9 < entry["captions"] / entry["images"] <= 10, "ten captions an image"
+    assert ShardSet.open(str(tmp_path / "set")).verify() == []

@@ -116,6 +116,10 @@ def name_tables(emoji: dict[str, Emoji], emojibase: str, sets: dict[str, dict[st
     return [{name: min(codes) for name, codes in table.items() if name and len(codes) == 1} for table in tables]
 
 
+# Drawings filed under a name that another emoji has: a ribbon, water, and a woman's face.
+MISFILED = {("fxemoji", "bow"), ("fxemoji", "wave"), ("fxemoji", "pout")}
+
+
 def find_drawings(emoji: dict[str, Emoji], emojibase: str, sets: dict[str, dict[str, Any]]) -> dict[str, list[Drawing]]:
     """Drawings of each emoji, at most one per set. `sets`: name -> {icons, aliases, chars} of its package.
 
@@ -132,6 +136,8 @@ def find_drawings(emoji: dict[str, Emoji], emojibase: str, sets: dict[str, dict[
             names = [icon, *aliases]
             candidates = [own.get(icon)] + [table.get(squash(name)) for table in tables for name in names]
             code = next((c for c in candidates if c in drawings), None)
+            if (artist_set, icon) in MISFILED:
+                continue
             if code and all(drawing.artist_set != artist_set for drawing in drawings[code]):
                 drawings[code].append(Drawing(artist_set, icon))
     return _without_shared(drawings, sets)

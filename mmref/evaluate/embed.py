@@ -41,7 +41,7 @@ class Embedder:
         if self.device.type == "cpu":
             torch.set_num_threads(1)
         tokens = load_tokens(config)
-        model = build_model(config.model, config.loss, config.reference, tokens.vocab_size, config.train.seed)
+        model = build_model(config, tokens.vocab_size)
         load_model(RunDir(run_dir).fetch(folder), model)
         self.encoder = Encoder(model.to(self.device), model, config.data, tokens, self.device)
         self.config, self.texts = config, texts

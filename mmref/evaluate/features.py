@@ -81,11 +81,10 @@ class Encoder:
     """
 
     def __init__(
-        self, model: Callable, module: torch.nn.Module, data: DataConfig, tokens: Tokens, device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
+        self, model: Callable, module: torch.nn.Module, data: DataConfig, tokens: Tokens, device: torch.device
+    ) -> None:
         self.model, self.module, self.data, self.tokens = model, module, data, tokens
-        self.device, self.dtype = device, dtype
+        self.device = device
 
     def __enter__(self) -> Encoder:
         self._was_training = self.module.training
@@ -98,7 +97,7 @@ class Encoder:
     @torch.no_grad()
     def images(self, pixels: NDArray[np.uint8]) -> Floats:
         """(n, H, W, 3) uint8 -> (n, d) normalised."""
-        x = normalize(torch.from_numpy(pixels).to(self.device), self.data).to(self.dtype)
+        x = normalize(torch.from_numpy(pixels).to(self.device), self.data)
         return self.model(x).image.float().cpu().numpy()
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmref.config import LossConfig, ModelConfig, ReferenceConfig
+from mmref.config import Config, LossConfig, ReferenceConfig
 from mmref.losses import reconstruction_loss
 from mmref.model.backbone import Backbone, build_backbone
 from mmref.model.reconstruction import ReconstructionHead
@@ -39,10 +39,15 @@ class MMRef(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, loss: LossConfig, reference: ReferenceConfig, gradient_checkpointing: bool = False
+        self,
+        backbone: Backbone,
+        loss: LossConfig,
+        reference: ReferenceConfig,
+        gradient_checkpointing: bool = False,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.bf16 = backbone, bf16
         self.rec_detach_text = loss.rec_detach_text
         # shape (1,): DeepSpeed cannot broadcast 0-dim parameters
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / loss.tau)]), requires_grad=loss.learn_tau)
@@ -68,18 +73,20 @@ class MMRef(nn.Module):
     ) -> Output:
         """Features of images (B, 3, H, W) and captions (B, L), either or both, and reconstruction if `masked` is given."""
         image = text = rec_sum = None
-        if pixels is not None:
-            image = nn.functional.normalize(self.backbone.encode_image(pixels)[0].float(), dim=-1)
-        if ids is not None:
-            assert mask is not None
-            text = nn.functional.normalize(self.backbone.encode_text(ids, mask)[0].float(), dim=-1)
-        if masked is not None and self.reconstruct is not None:
-            assert mask is not None
-            states = self.backbone.encode_text(masked.ids, mask)[1]
-            if self.rec_detach_text:
-                states = states.detach()
-            logits = self.reconstruct(states, mask, masked.references, masked.at)
-            rec_sum = reconstruction_loss(logits, masked.words[masked.at])
+        device = self.log_scale.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            if pixels is not None:
+                image = nn.functional.normalize(self.backbone.encode_image(pixels)[0].float(), dim=-1)
+            if ids is not None:
+                assert mask is not None
+                text = nn.functional.normalize(self.backbone.encode_text(ids, mask)[0].float(), dim=-1)
+            if masked is not None and self.reconstruct is not None:
+                assert mask is not None
+                states = self.backbone.encode_text(masked.ids, mask)[1]
+                if self.rec_detach_text:
+                    states = states.detach()
+                logits = self.reconstruct(states, mask, masked.references, masked.at)
+                rec_sum = reconstruction_loss(logits, masked.words[masked.at])
         return Output(image, text, rec_sum, self.log_scale.float().exp().clamp(max=100.0))
 
     def is_new(self, name: str) -> bool:
@@ -89,13 +96,15 @@ class MMRef(nn.Module):
 
 
 def build_model(
-    model: ModelConfig, loss: LossConfig, reference: ReferenceConfig, vocab_size: int, seed: int, checkpointing: bool = False
+    config: Config, vocab_size: int
 ) -> MMRef:
-    """MMRef with weights that depend on the seed and config alone."""
+    """MMRef of a config, with weights that depend on the seed and config alone."""
+    train = config.train
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = build_backbone(model, vocab_size)
-        if model.freeze_backbone:
+        torch.manual_seed(train.seed)
+        backbone = build_backbone(config.model, vocab_size)
+        if config.model.freeze_backbone:
             for tower in (backbone.vision_model, backbone.text_model):
                 tower.requires_grad_(False)
-        return MMRef(backbone, loss, reference, checkpointing)
+        bf16 = train.precision == "bf16"
+        return MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16)

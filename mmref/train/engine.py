@@ -64,7 +64,6 @@ def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, A
         "gradient_accumulation_steps": t.accumulation,
         "gradient_clipping": t.clip_norm,
         "zero_optimization": zero,
-        "bf16": {"enabled": t.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
         "wall_clock_breakdown": False,

@@ -61,17 +61,13 @@ class Worker:
         else:
             self.device = torch.device("cpu")
             torch.set_num_threads(config.train.threads)
-        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
         start = checkpoint.latest_checkpoint(run)
         self.start = start.step if start else 0
         # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built
         self.stream = Stream(config, self.rank, self.world, self.start) if self.start < config.train.max_steps else None
         self.tokens = load_tokens(config)
-        model = build_model(
-            config.model, config.loss, config.reference, self.tokens.vocab_size, config.train.seed,
-            config.train.gradient_checkpointing,
-        ).to(self.device)  # fmt: skip
+        model = build_model(config, self.tokens.vocab_size).to(self.device)
         index = ShardSet.open(config.data.root).index("train")
         self.images = len(index)
         self.engine = build_engine(model, config, self.world)
@@ -80,9 +76,9 @@ class Worker:
             checkpoint.load(run.fetch(start.folder), self.engine, self.bank, start.meta)
         self.runner = StepRunner(
             config, self.engine, lambda loss: self.engine.backward(loss, scale_wrt_gas=False), self.engine.step,
-            self.bank, self.tokens, self.device, self.dtype,
+            self.bank, self.tokens, self.device,
         )  # fmt: skip
-        self.encoder = Encoder(self.engine, self.engine.module, config.data, self.tokens, self.device, self.dtype)
+        self.encoder = Encoder(self.engine, self.engine.module, config.data, self.tokens, self.device)
         self.validation = Validation(config) if "val" in ShardSet.open(config.data.root).splits else None
         self.bad: set[str] = set()
 

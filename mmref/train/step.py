@@ -48,10 +48,9 @@ class StepRunner:
         bank: ReferenceBank,
         tokens: Tokens,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.model, self.backward, self.boundary = config, model, backward, boundary
-        self.bank, self.tokens, self.device, self.dtype = bank, tokens, device, dtype
+        self.bank, self.tokens, self.device = bank, tokens, device
         self.special_ids = torch.as_tensor(tokens.special_ids, device=device)
         self.scale = torch.tensor([1 / config.loss.tau])  # inverse temperature of the last step
         self.needs_references = config.loss.w_guide > 0 or config.loss.w_rec > 0 or config.loss.w_fuse > 0
@@ -174,7 +173,7 @@ class StepRunner:
         c, n = self.config, len(batch["step"])
         first, total = int(batch["position"][0]), c.train.global_batch
         images = torch.from_numpy(_writable(batch["image"])).to(self.device)
-        pixels = augment(images, c.data, c.train.seed, step, first, total).to(self.dtype)
+        pixels = augment(images, c.data, c.train.seed, step, first, total)
         ids = torch.from_numpy(_writable(batch["ids"])).to(self.device).long()
         mask = torch.from_numpy(_writable(batch["mask"])).to(self.device).long()
         objects = torch.from_numpy(_writable(batch["object"])).to(self.device)

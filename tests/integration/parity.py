@@ -1,0 +1,118 @@
+"""Ten steps of a tiny model inside DeepSpeed on some number of processes: losses, gradient norms and gradients.
+
+`run(folder, config, world)` starts the processes; each reads its slice of the plan itself, so no Ray is needed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mmref.config import from_dict
+
+STEPS = 10
+
+
+def tiny(**overrides: Any) -> dict[str, Any]:
+    """A config of a tiny model on the bundled data; overrides are dotted names with `__` for the dot."""
+    root = Path(__file__).parents[2] / "data_shards" / "emoji"
+    values: dict[str, Any] = {
+        "run_dir": "unused",
+        "data": {"root": str(root), "image_height": 32, "image_width": 32, "max_tokens": 12},
+        "model": {
+            "vision_config": {
+                "model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "intermediate_size": 64, "patch_size": 8, "image_size": 32,
+                "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+            },
+            "text_config": {
+                "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "intermediate_size": 64, "vocab_size": 4000, "max_position_embeddings": 32,
+                "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+            },
+            "embed_dim": 32, "pool": "mean",
+        },
+        "reference": {},
+        "loss": {"w_rec": 0.3, "guide_from": 0.0, "guide_full": 0.2},
+        "train": {"global_batch": 32, "max_steps": STEPS, "warmup_steps": 3, "lr": 1e-3},
+    }  # fmt: skip
+    for name, value in overrides.items():
+        section, key = name.split("__")
+        values[section][key] = value
+    return values
+
+
+def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at: int, resume: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "29512"), DS_ACCELERATOR="cpu",
+    )  # fmt: skip
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=90))
+    from deepspeed.utils import safe_get_full_grad
+
+    from mmref.data.reader import StepReader
+    from mmref.model.mmref import build_model
+    from mmref.train import checkpoint, collectives
+    from mmref.train.bank import ReferenceBank
+    from mmref.train.engine import build_engine, set_learning_rate
+    from mmref.train.step import StepRunner
+
+    config = from_dict(values)
+    reader = StepReader(config, rank, world)
+    engine = build_engine(build_model(config, reader.tokens.vocab_size), config, world)
+    bank = ReferenceBank(reader.index.n_objects, engine.module.embed_dim, config.reference, config.train.seed)
+    start = 0
+    if resume:
+        meta = json.loads(Path(resume, "meta.json").read_text())
+        checkpoint.load(resume, engine, bank, meta)
+        start = meta["step"]
+    gradients: dict[str, torch.Tensor] = {}
+
+    def boundary() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            for name, p in engine.module.named_parameters():
+                grad = safe_get_full_grad(p) if p.requires_grad else None
+                if grad is not None:
+                    gradients[name] = grad.detach().clone()
+        engine.step()
+
+    runner = StepRunner(
+        config, engine, lambda loss: engine.backward(loss, scale_wrt_gas=False), boundary, bank, reader.tokens,
+        torch.device("cpu"),
+    )  # fmt: skip
+    losses, first = [], None
+    engine.train()
+    for step in range(start, stop_at):
+        set_learning_rate(engine, step, config.train)
+        values_ = runner.run(step, reader.read_step(step))
+        losses.append((collectives.sum_over_ranks(values_) / world).tolist())
+        first = first or dict(gradients)
+    if stop_at < config.train.max_steps:
+        checkpoint.save(f"{folder}/checkpoint", engine, bank, {"step": stop_at, "score": 0.0})
+    weights = {n: w["weight"].cpu().clone() for n, w in __import__("mmref.train.engine", fromlist=["x"]).iterate_state(engine)}
+    rows = collectives.gather(torch.nn.functional.pad(bank.rows, (0, 0, 0, 0, 0, bank.share - bank.count)))
+    if rank == 0:
+        torch.save(
+            {"losses": losses, "first": first, "last": gradients, "weights": weights, "rows": rows[: bank.objects]},
+            f"{folder}/result.pt",
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(folder: Path, values: dict[str, Any], world: int, stop_at: int = STEPS, resume: str = "") -> dict[str, Any]:
+    """Result of rank 0: per-step losses, gradients of the first and last step, final weights and reference rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mp.start_processes(
+        _process, (world, str(folder), values, stop_at, resume), nprocs=world, start_method="spawn", join=True
+    )
+    return torch.load(folder / "result.pt", weights_only=True)

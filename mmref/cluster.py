@@ -5,11 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from typing import Iterator
+from collections.abc import Iterator
 
 from mmref.config import Config
 from mmref.errors import ClusterTooSmallError
 
+SETTINGS = {  # Ray Train hands variables of this prefix on to its controller and workers
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report is committed at the next check; the default is 2 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # imports on busy cores take longer than the default of 60 s
+    # Ray starts its workers at niceness 15: beside anything else that computes they would hardly run
+    "RAY_worker_niceness": "0",
+    # workers and readers of a small machine start together: do not warn of it
+    "RAY_worker_maximum_startup_concurrency": "16",
+}
 LOCAL_CPUS = 8  # logical: on a small machine, workers and readers share its cores
 
 
@@ -24,7 +32,8 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
         try:

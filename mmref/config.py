@@ -254,7 +254,7 @@ def unknown_key(key: str, where: str) -> ConfigError:
     keys = known_keys()
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not near:  # the section may be wrong or missing: compare the last part alone
-        last = {k.rsplit(".", 1)[-1]: k for k in reversed(sorted(keys, key=lambda k: not k.startswith("train.")))}
+        last = {k.rsplit(".", 1)[-1]: k for k in sorted(keys, key=lambda k: k.startswith("train."))}
         near = [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
     hint = f" Did you mean `{near[0]}`?" if near else " `mmref train --help` lists all keys."
     return ConfigError(f"{where}: unknown config key `{key}`.{hint}")
@@ -355,7 +355,9 @@ def check_config(config: Config) -> Config:
             f"`loss.guide_full` ({config.loss.guide_full}) comes before `loss.guide_from` ({config.loss.guide_from})."
         )
     if config.reference.assign == "modality" and config.reference.per_object % 2:
-        raise ConfigError("`reference.assign: modality` needs an even `reference.per_object` (image and text references).")
+        raise ConfigError(
+            "`reference.assign: modality` needs an even `reference.per_object` (image and text references)."
+        )
     check_batch(t.global_batch, t.workers, t.accumulation, t.images_per_object)
     duals = bool(m.dual) + bool(m.dual_config)
     pair = bool(m.vision or m.vision_config), bool(m.text or m.text_config)

@@ -35,7 +35,7 @@ def augment(images: Tensor, config: DataConfig, seed: int, step: int, first: int
     Returns:
         (n, 3, H, W) fp32, normalised.
     """
-    n, height, width, _ = images.shape
+    n = len(images)
     generator = torch.Generator().manual_seed((seed * 2_000_003 + step) % (1 << 62))
     draws = torch.rand(total, 10, generator=generator)[first : first + n].to(images.device)  # (n, 10)
     x = normalize(images, config)
@@ -52,7 +52,7 @@ def augment(images: Tensor, config: DataConfig, seed: int, step: int, first: int
 
 def _shift(x: Tensor, dy: Tensor, dx: Tensor, pad: int) -> Tensor:
     """Pad the border by its edge pixels and cut each image out at its own offset."""
-    n, channels, height, width = x.shape
+    n, _, height, width = x.shape
     padded = torch.nn.functional.pad(x, (pad, pad, pad, pad), mode="replicate")
     rows = (dy * (2 * pad + 1)).long().clamp(max=2 * pad)[:, None] + torch.arange(height, device=x.device)  # (n, H)
     cols = (dx * (2 * pad + 1)).long().clamp(max=2 * pad)[:, None] + torch.arange(width, device=x.device)  # (n, W)
@@ -72,7 +72,7 @@ def _jitter(x: Tensor, draws: Tensor, strength: float) -> Tensor:
 
 def _erase(x: Tensor, draws: Tensor, probability: float) -> Tensor:
     """Set a random rectangle (2 to 40 % of the area, aspect 0.3 to 3.3) to the mean colour (Zhong et al. 2020)."""
-    n, _, height, width = x.shape
+    _, _, height, width = x.shape
     area = (0.02 + 0.38 * draws[:, 1]) * height * width
     aspect = torch.exp((draws[:, 2] * 2 - 1) * math.log(3.3))
     h = (area * aspect).sqrt().clamp(max=height - 1)

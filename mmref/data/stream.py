@@ -6,21 +6,32 @@ know its samples, a restart on another number of workers starts at the right ste
 
 from __future__ import annotations
 
+import logging
 import time
-from typing import Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from mmref.config import Config
 from mmref.data.reader import Batch, TaskReader
 from mmref.errors import ShardSetError
 
 
-def build_dataset(config: Config, rank: int, world: int, start: int):  # type: ignore[no-untyped-def]
-    """The ray.data.Dataset of one rank's samples from step `start` to the end of training, in order."""
-    import ray
+def quiet_ray_data() -> Any:
+    """Ray Data's context without its bars and notices, which would flood the log of a run; errors stay."""
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    return context
+
+
+def build_dataset(config: Config, rank: int, world: int, start: int):  # type: ignore[no-untyped-def]
+    """The ray.data.Dataset of one rank's samples from step `start` to the end of training, in order."""
+    import ray.data
+
+    context = quiet_ray_data()
     context.execution_options.preserve_order = True
     steps = config.train.max_steps - start
     tasks = -(-steps // config.data.steps_per_task)
@@ -28,7 +39,7 @@ def build_dataset(config: Config, rank: int, world: int, start: int):  # type: i
         TaskReader,
         batch_size=1,
         fn_constructor_args=(config, rank, world, start),
-        concurrency=config.data.readers,
+        compute=ray.data.ActorPoolStrategy(size=config.data.readers),
         num_cpus=1,
         max_restarts=-1,
         max_task_retries=-1,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mmref.config import Config
+from mmref.data.stream import quiet_ray_data
 from mmref.data.shards import SampleReader, ShardSet, SplitIndex
 from mmref.data.tokens import load_tokens
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
@@ -34,9 +35,9 @@ class SplitFeatures:
 
 
 class Embedder:
-    """Ray Data's actor: a row is a job {split, kind, start, stop}, the answer its features."""
+    """Ray Data's actor: a row is a job {split, kind, start, stop, texts}, the answer its features."""
 
-    def __init__(self, run_dir: str, folder: str, config: Config, root: str, texts: dict[str, list[str]]) -> None:
+    def __init__(self, run_dir: str, folder: str, config: Config, root: str, splits: list[str]) -> None:
         self.device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(1)
@@ -44,9 +45,9 @@ class Embedder:
         model = build_model(config, tokens.vocab_size)
         load_model(RunDir(run_dir).fetch(folder), model)
         self.encoder = Encoder(model.to(self.device), model, config.data, tokens, self.device)
-        self.config, self.texts = config, texts
+        self.config = config
         shards = ShardSet.open(root)
-        self.readers = {split: SampleReader(shards.index(split)) for split in texts}
+        self.readers = {split: SampleReader(shards.index(split)) for split in splits}
 
     def __call__(self, jobs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         job, split, kind = int(jobs["job"][0]), str(jobs["split"][0]), str(jobs["kind"][0])
@@ -57,7 +58,7 @@ class Embedder:
                 pixels, bad = read_pixels(self.readers[split], rows, self.config.data)
                 features = self.encoder.images(pixels)
             else:
-                features = self.encoder.texts([self.texts[split][i] for i in rows])
+                features = self.encoder.texts(list(jobs["texts"][0]))
         return {
             "job": np.full(len(rows), job),
             "row": np.array(rows),
@@ -71,6 +72,7 @@ def embed_splits(
 ) -> dict[str, SplitFeatures]:
     """Features of the splits of a shard set with a checkpoint's weights. Ray must be connected."""
     import ray
+    import ray.data
 
     shards = ShardSet.open(root)
     indices = {s: shards.index(s) for s in splits}
@@ -80,17 +82,18 @@ def embed_splits(
         for kind, count in (("image", len(indices[s])), ("text", len(queries[s].texts))):
             for start in range(0, count, config.eval.batch):
                 stop = min(start + config.eval.batch, count)
-                jobs.append({"job": len(jobs), "split": s, "kind": kind, "start": start, "stop": stop})
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+                texts = queries[s].texts[start:stop] if kind == "text" else []
+                jobs.append(
+                    {"job": len(jobs), "split": s, "kind": kind, "start": start, "stop": stop, "texts": texts}
+                )
+    quiet_ray_data()
     dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
         Embedder,
         batch_size=1,
-        concurrency=config.eval.workers,
+        compute=ray.data.ActorPoolStrategy(size=config.eval.workers),
         num_cpus=1,
         num_gpus=1 if config.train.gpu else 0,
-        fn_constructor_args=(run.path, checkpoint.folder, config, root, {s: queries[s].texts for s in splits}),
+        fn_constructor_args=(run.path, checkpoint.folder, config, root, splits),
     )
     parts: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ from mmref.cluster import connect
 from mmref.config import Config, config_hash, from_dict, read_yaml, to_dict
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import CheckpointError, ShardSetError
-from mmref.evaluate.bootstrap import bootstrap_ci
+from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
 from mmref.evaluate.embed import SplitFeatures, embed_splits
-from mmref.evaluate.metrics import PerQuery, evaluate_features, summarize
+from mmref.evaluate.metrics import PerQuery, ScoreFn, evaluate_features, summarize
 from mmref.evaluate.refinement import (
     ReferenceSpace,
     RefinementSettings,
@@ -85,7 +85,7 @@ def evaluate_run(
     bad_training = json.loads(run.read_text("bad_samples.json")) if run.exists("bad_samples.json") else []
     metrics["bad_training_samples"] = bad_training
     text = json.dumps(metrics, indent=1)
-    if data is None and split == "test" or not run.exists("metrics.json"):
+    if (data is None and split == "test") or not run.exists("metrics.json"):
         run.write_text("metrics.json", text)
     if out:
         target = RunDir(out)
@@ -127,56 +127,71 @@ def _choose(
     )
 
 
-@dataclass
 class Evaluation:
     """Scores of a split's features with and without refinement."""
 
-    config: Config
-    features: SplitFeatures
-    space: ReferenceSpace | None
-    settings: RefinementSettings
-    tried: list[dict[str, Any]]
+    def __init__(
+        self,
+        config: Config,
+        features: SplitFeatures,
+        space: ReferenceSpace | None,
+        settings: RefinementSettings,
+        tried: list[dict[str, Any]],
+    ) -> None:
+        self.config, self.features, self.space, self.settings, self.tried = config, features, space, settings, tried
+        q = features.queries
+        # the same words for the same object rank alike: each pair of text and object is scored once
+        pairs, of = np.unique(np.stack([q.text, q.objects], 1), axis=0, return_inverse=True)
+        self.pair_of = of.reshape(-1)  # (q,) pair of each caption
+        self.pair_features, self.pair_objects = features.text[pairs[:, 0]], pairs[:, 1]
+        self.refine_images = self._refiner(self.pair_features, features.image)
 
-    def _rank(self, text_queries: bool, refined: bool) -> PerQuery:
-        f = self.features
-        text, text_objects = f.text[f.queries.text], f.queries.objects
-        image, image_objects = f.image, f.image_objects
-        q, g = (text, image) if text_queries else (image, text)
-        ql, gl = (text_objects, image_objects) if text_queries else (image_objects, text_objects)
-        if not text_queries:
-            return evaluate_features(q, g, ql, gl, score_fn=self._score_fn(q, g) if refined else None)
-        # the same words for the same object rank alike: score each pair of text and object once
-        pairs, inverse = np.unique(np.stack([f.queries.text, ql], 1), axis=0, return_inverse=True)
-        q, ql = f.text[pairs[:, 0]], pairs[:, 1]
-        score_fn = self._score_fn(q, g) if refined else None
-        return evaluate_features(q, g, ql, gl, score_fn=score_fn).take(inverse.reshape(-1))
-
-    def _score_fn(self, queries: np.ndarray, gallery: np.ndarray):  # type: ignore[no-untyped-def]
+    def _refiner(self, queries: np.ndarray, gallery: np.ndarray) -> ScoreFn | None:
         return None if self.space is None else refined_scores(self.space, self.settings, queries, gallery)
+
+    def text_to_image(self, score_fn: ScoreFn | None) -> PerQuery:
+        """Every caption queries every image."""
+        f = self.features
+        ranked = evaluate_features(self.pair_features, f.image, self.pair_objects, f.image_objects, score_fn=score_fn)
+        return ranked.take(self.pair_of)
+
+    def image_to_text(self, score_fn: ScoreFn | None) -> PerQuery:
+        """Every image queries every caption."""
+        f = self.features
+        texts = f.text[f.queries.text]
+        return evaluate_features(f.image, texts, f.image_objects, f.queries.objects, score_fn=score_fn)
 
     def metrics(self) -> dict[str, Any]:
         """Metrics of both directions, intervals, per caption kind; keys as in metrics.json."""
-        f, q = self.features, self.features.queries
-        initial, refined = self._rank(True, False), self._rank(True, True)
-        back, back_refined = self._rank(False, False), self._rank(False, True)
+        f, q, n = self.features, self.features.queries, self.config.eval.bootstrap
+        initial, refined = self.text_to_image(None), self.text_to_image(self.refine_images)
+        texts = f.text[q.text]
+        back, back_refined = self.image_to_text(None), self.image_to_text(self._refiner(f.image, texts))
         kinds = {}
         for kind in sorted(set(q.kinds.tolist()) - {""}):
-            at = q.kinds == kind
+            at = np.flatnonzero(q.kinds == kind)
             kinds[kind] = {
-                "n_queries": int(at.sum()),
+                "n_queries": len(at),
                 "initial": summarize(initial, at),
                 "refined": summarize(refined, at),
+                "ci95": bootstrap_ci(refined.take(at), q.objects[at], n),
             }
         s = asdict(self.settings)
         return {
             "n_queries": len(initial),
             "n_gallery": len(f.image),
-            "n_objects": int(len(np.unique(f.image_objects))),
+            "n_objects": len(np.unique(f.image_objects)),
             "initial": summarize(initial),
             "refined": summarize(refined),
-            "refinement": {**{k: s[k] for k in ("kind", "weight", "top_r", "tau", "top_p")}, "tried": self.tried},
-            "ci95": bootstrap_ci(refined, q.objects, self.config.eval.bootstrap),
-            "image_to_text": {"initial": summarize(back), "refined": summarize(back_refined)},
+            "refinement": {**{k: s[k] for k in ("weight", "top_r", "tau", "kind", "top_p")}, "tried": self.tried},
+            "ci95": bootstrap_ci(refined, q.objects, n),
+            "ci95_initial": bootstrap_ci(initial, q.objects, n),
+            "refinement_gain": paired_difference(initial, refined, q.objects, n),
+            "image_to_text": {
+                "initial": summarize(back),
+                "refined": summarize(back_refined),
+                "ci95": bootstrap_ci(back_refined, f.image_objects, n),
+            },
             "by_caption_kind": kinds,
             "skipped": f.skipped,
         }
@@ -184,27 +199,28 @@ class Evaluation:
     def examples(self, count: int) -> list[dict[str, Any]]:
         """Queries with their first results before and after refinement: half where refinement moved the first hit."""
         f, q = self.features, self.features.queries
-        before, after = self._rank(True, False).first_rank, self._rank(True, True).first_rank
-        moved = np.flatnonzero(before != after)
+        before = self.text_to_image(None).first_rank
+        after = self.text_to_image(self.refine_images).first_rank
         rng = np.random.default_rng(0)
-        chosen = list(rng.permutation(moved)[: count // 2])
-        others = np.setdiff1d(np.arange(len(before)), chosen)
-        chosen += list(rng.permutation(others)[: count - len(chosen)])
+        moved = rng.permutation(np.flatnonzero(before != after))[: count // 2]
+        others = np.setdiff1d(np.arange(len(before)), moved)
+        chosen = [*moved, *rng.permutation(others)[: count - len(moved)]]
         reader = SampleReader(f.index)
-        queries = f.text[q.text[chosen]]
-        initial = queries @ f.image.T
-        score_fn = self._score_fn(queries, f.image)
-        refined = score_fn(slice(0, len(chosen)), initial.copy()) if score_fn else initial
-        return [
-            {
-                "query": q.texts[q.text[i]],
-                "kind": str(q.kinds[i]),
-                "object_id": f.index.object_ids[q.objects[i]],
-                "before": self._results(reader, initial[n], int(q.objects[i])),
-                "after": self._results(reader, refined[n], int(q.objects[i])),
-            }
-            for n, i in enumerate(chosen)
-        ]
+        shown = []
+        for i in chosen:
+            pair = slice(int(self.pair_of[i]), int(self.pair_of[i]) + 1)
+            initial = self.pair_features[pair] @ f.image.T
+            refined = self.refine_images(pair, initial.copy()) if self.refine_images else initial
+            shown.append(
+                {
+                    "query": q.texts[q.text[i]],
+                    "kind": str(q.kinds[i]),
+                    "object_id": f.index.object_ids[q.objects[i]],
+                    "before": self._results(reader, initial[0], int(q.objects[i])),
+                    "after": self._results(reader, refined[0], int(q.objects[i])),
+                }
+            )
+        return shown
 
     def _results(self, reader: SampleReader, scores: np.ndarray, target: int) -> list[dict[str, Any]]:
         f, results = self.features, []

@@ -95,9 +95,7 @@ class MMRef(nn.Module):
         return name.startswith(("reconstruct.", "log_scale", *prefixes))
 
 
-def build_model(
-    config: Config, vocab_size: int
-) -> MMRef:
+def build_model(config: Config, vocab_size: int) -> MMRef:
     """MMRef of a config, with weights that depend on the seed and config alone."""
     train = config.train
     with torch.random.fork_rng(devices=[]):

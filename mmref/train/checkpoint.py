@@ -85,9 +85,7 @@ def best_checkpoint(run: RunDir) -> CheckpointInfo:
     return max(found, key=lambda info: (info.score, info.step))
 
 
-def save(
-    folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]
-) -> None:
+def save(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> None:
     """Write this rank's part into a local folder (collective: every rank takes part)."""
     rank, world = collectives.rank(), collectives.world_size()
     owner = share_out({n: p.ds_numel if hasattr(p, "ds_numel") else p.numel() for n, p in _parameters(engine)}, world)
@@ -148,7 +146,7 @@ def load_bank(folder: str, bank: ReferenceBank, meta: dict[str, Any]) -> None:
     for rank in range(int(meta["world"])):
         with safe_open(f"{folder}/references-{rank}.safetensors", "pt") as file:
             first = int(file.metadata()["first"])
-            bank.load_rows(first, {k: file.get_tensor(k) for k in file.keys()})
+            bank.load_rows(first, {k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118 (a safetensors file is no mapping)
 
 
 def load_model(folder: str, model: torch.nn.Module) -> None:
@@ -179,7 +177,7 @@ class TensorFolder:
         for name in sorted(os.listdir(folder)):
             if name.endswith(".safetensors") and name.split("-")[0] in kinds:
                 handle = safe_open(f"{folder}/{name}", "pt")
-                self.files |= {key: handle for key in handle.keys()}
+                self.files |= dict.fromkeys(handle.keys(), handle)
 
     def get(self, name: str) -> Tensor:
         return self.files[name].get_tensor(name)

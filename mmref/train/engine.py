@@ -6,8 +6,9 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,8 +129,8 @@ def iterate_state(engine: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
     Frozen parameters have a weight only.
     """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     plain = _plain_optimizer(engine)
     for name, p in engine.module.named_parameters():
@@ -150,8 +151,8 @@ def load_state(engine: Any, read: Any, updates: int) -> None:
 
     `updates` is the number of optimizer steps taken, for Adam's bias correction.
     """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     plain = _plain_optimizer(engine)
     if plain is None:

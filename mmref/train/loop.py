@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 import time
 import uuid
@@ -16,7 +15,7 @@ from mmref.config import Config, check_batch, config_hash, from_dict
 from mmref.data.shards import ShardSet
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
-from mmref.errors import MMRefError, NonFiniteLossError, TooManyBadSamplesError
+from mmref.errors import NonFiniteLossError, TooManyBadSamplesError
 from mmref.evaluate.features import Encoder
 from mmref.model.mmref import build_model
 from mmref.rundir import JsonLines, RunDir
@@ -139,7 +138,9 @@ class Worker:
         evaluated = time.perf_counter()
         score = score_of(metrics, self.config.eval.metric) if metrics else float(done)
         tags: list[Any] = [uuid.uuid4().hex[:6]]
-        if self.world > 1:  # a new folder for each attempt: a smaller world must not leave old ranks' files among its own
+        if (
+            self.world > 1
+        ):  # a new folder for each attempt: a smaller world must not leave old ranks' files among its own
             torch.distributed.broadcast_object_list(tags)
         meta = {
             "step": done,
@@ -192,7 +193,10 @@ class Worker:
         from mmref.data.plan import Plan
 
         plan = Plan(
-            index.object_start, self.config.objects_per_step, self.config.train.images_per_object, self.config.train.seed
+            index.object_start,
+            self.config.objects_per_step,
+            self.config.train.images_per_object,
+            self.config.train.seed,
         )
         ids = [index.image_ids[i] for i in plan(step).images]
         self.run.write_text("nonfinite.json", json.dumps({"step": step, "image_ids": ids}, indent=1))

@@ -6,8 +6,9 @@ DeepSpeed and in a plain process.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,9 +181,7 @@ class StepRunner:
         masked = self._mask(step, ids, first, total) if with_masks else None
         size = n // c.train.accumulation
         return [
-            MicroBatch(
-                pixels[s], ids[s], mask[s], None if masked is None else (masked[0][s], masked[1][s]), objects[s]
-            )
+            MicroBatch(pixels[s], ids[s], mask[s], None if masked is None else (masked[0][s], masked[1][s]), objects[s])
             for s in (slice(i * size, (i + 1) * size) for i in range(c.train.accumulation))
         ]
 

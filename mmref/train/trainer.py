@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from typing import Any
 
 from mmref import errors
@@ -13,7 +11,7 @@ from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict
 from mmref.data.plan import Plan
 from mmref.data.shards import ShardSet
 from mmref.data.tokens import load_tokens
-from mmref.errors import CheckpointError, MMRefError, RunDirectoryError, ShardSetError
+from mmref.errors import MMRefError, RunDirectoryError, ShardSetError
 from mmref.progress import Progress
 from mmref.rundir import RunDir
 from mmref.train import checkpoint
@@ -82,7 +80,11 @@ def _differences(before: Config, now: Config) -> str:
     a, b = to_dict(before), to_dict(now)
     for section in a:
         if isinstance(a[section], dict) and section != "eval":
-            found += [f"{section}.{k} {a[section][k]} -> {b[section][k]}" for k in a[section] if a[section][k] != b[section][k]]
+            found += [
+                f"{section}.{k} {a[section][k]} -> {b[section][k]}"
+                for k in a[section]
+                if a[section][k] != b[section][k]
+            ]
     return "; ".join(found[:5])
 
 

@@ -1,0 +1,42 @@
+# Everything runs in .venv, made on first use from pyproject.toml.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-slow lint format sweep clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(READY)  ## create .venv and install mmref with what its tests need
+
+# the CPU communication of DeepSpeed is compiled here once, not in the first minute of the first run
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e ".[dev,tuning]"
+	$(BIN)/python -m mmref.train.build_ops
+	touch $(READY)
+
+demo: setup  ## train on the bundled data, evaluate, print the table, write runs/demo/report.html
+	$(BIN)/python jobs/train.py --config configs/emoji.yaml --run_dir runs/demo
+
+test: setup  ## all but the slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup  ## the slow tests: failures, sweeps, many workers
+	$(BIN)/python -m pytest -m slow
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy mmref data_shards tune jobs
+
+format: setup  ## let ruff lay out the code
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+sweep: setup  ## a small sweep on the bundled data into runs/sweep/
+	$(BIN)/python tune/sweep.py --space tune/spaces/default.yaml --config configs/smoke.yaml --trials 8 --run_dir runs/sweep
+
+clean:  ## remove .venv, runs/ and caches
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmref.config import Config, LossConfig, ReferenceConfig
+from mmref.errors import ModelError
 from mmref.losses import reconstruction_loss
 from mmref.model.backbone import Backbone, build_backbone
 from mmref.model.reconstruction import ReconstructionHead
@@ -96,11 +97,16 @@ class MMRef(nn.Module):
 
 
 def build_model(config: Config, vocab_size: int) -> MMRef:
-    """MMRef of a config, with weights that depend on the seed and config alone."""
+    """MMRef of a config, with weights that depend on the seed and config alone. Raises ModelError."""
     train = config.train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
         backbone = build_backbone(config.model, vocab_size)
+        if config.data.max_tokens > backbone.max_positions:
+            raise ModelError(
+                f"data.max_tokens {config.data.max_tokens} is more than the {backbone.max_positions} positions of the "
+                f"text tower: set data.max_tokens to at most {backbone.max_positions}."
+            )
         if config.model.freeze_backbone:
             for tower in (backbone.vision_model, backbone.text_model):
                 tower.requires_grad_(False)

@@ -1,0 +1,195 @@
+"""Towers through transformers: dual encoders and pairs, from configs and directories, at any image size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_set import BERT, CONVNEXT, VIT
+from transformers import AutoConfig, AutoModel
+
+from mmref.config import ModelConfig
+from mmref.errors import ModelError
+from mmref.model.backbone import DualBackbone, PairBackbone, build_backbone, load_tower
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP = {
+    "model_type": "clip", "projection_dim": 12,
+    "vision_config": {**SMALL, "image_size": 32, "patch_size": 8},
+    "text_config": {**SMALL, "vocab_size": 60, "max_position_embeddings": 12, "eos_token_id": 3, "bos_token_id": 2},
+}  # fmt: skip
+SIGLIP = {
+    "model_type": "siglip",
+    "vision_config": {**SMALL, "image_size": 32, "patch_size": 8},
+    "text_config": {**SMALL, "vocab_size": 60, "max_position_embeddings": 12, "projection_size": 16},
+}
+DUALS = {"clip": (CLIP, 12), "siglip": (SIGLIP, 16)}
+PAIRS = {"vit": {**VIT, "image_size": 32}, "convnext": CONVNEXT}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def pixels(height=32, width=32):
+    return torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def captions():
+    """Three captions of 5, 8 and 3 tokens: start 2, words, end 3, padding 0."""
+    ids = torch.zeros(3, 8, dtype=torch.long)
+    for row, length in enumerate((5, 8, 3)):
+        ids[row, :length] = torch.tensor([2, *range(10 + row, 8 + row + length), 3])
+    return ids, (ids > 0).long()
+
+
+def build(config: ModelConfig, vocab_size: int = 60):
+    torch.manual_seed(0)
+    return build_backbone(config, vocab_size).eval()
+
+
+@pytest.mark.parametrize("kind", DUALS)
+def test_dual_from_config_and_from_its_directory(kind, tmp_path):
+    config, dim = DUALS[kind]
+    backbone = build(ModelConfig(dual_config=config))
+    assert isinstance(backbone, DualBackbone) and backbone.embed_dim == dim and backbone.vocab_size == 60
+    assert (backbone.image_width, backbone.text_width, backbone.max_positions) == (16, 16, 12)
+    ids, mask = captions()
+    image, image_tokens = backbone.encode_image(pixels())
+    text, text_tokens = backbone.encode_text(ids, mask)
+    assert image.shape == text.shape == (3, dim) and text_tokens.shape == (3, 8, 16)
+    assert image_tokens.shape == (3, 16 + (kind == "clip"), 16)
+
+    torch.manual_seed(0)
+    whole = AutoModel.from_config(AutoConfig.for_model(**config)).eval()
+    whole.save_pretrained(tmp_path / kind)
+    loaded = build(ModelConfig(dual=str(tmp_path / kind)))
+    torch.testing.assert_close(loaded.encode_image(pixels())[0], image)
+    torch.testing.assert_close(loaded.encode_text(ids, mask)[0], text)
+    # and what transformers itself calls the features of the model
+    own = whole.get_image_features(pixel_values=pixels())
+    torch.testing.assert_close(image, getattr(own, "pooler_output", own))
+    extra = {} if kind == "siglip" else {"attention_mask": mask}
+    own = whole.get_text_features(input_ids=ids, **extra)
+    torch.testing.assert_close(text, getattr(own, "pooler_output", own))
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("pool", ["auto", "mean"])
+def test_pair_from_configs_and_from_directories(kind, pool, tmp_path):
+    config = ModelConfig(vision_config=PAIRS[kind], text_config=BERT, embed_dim=8, pool=pool)
+    backbone = build(config)
+    assert isinstance(backbone, PairBackbone) and backbone.embed_dim == 8
+    ids, mask = captions()
+    image, image_tokens = backbone.encode_image(pixels())
+    text, text_tokens = backbone.encode_text(ids, mask)
+    assert image.shape == text.shape == (3, 8)
+    assert image_tokens.shape == (3, {"vit": 17, "convnext": 16}[kind], backbone.image_width)
+    assert text_tokens.shape == (3, 8, 16)
+    for name in ("vision_model", "text_model"):
+        getattr(backbone, name).save_pretrained(tmp_path / name)
+    loaded = build(
+        ModelConfig(vision=str(tmp_path / "vision_model"), text=str(tmp_path / "text_model"), embed_dim=8, pool=pool)
+    )
+    loaded.visual_projection, loaded.text_projection = backbone.visual_projection, backbone.text_projection
+    torch.testing.assert_close(loaded.encode_image(pixels())[0], image)
+    torch.testing.assert_close(loaded.encode_text(ids, mask)[0], text)
+
+
+def test_pools_are_what_they_say():
+    ids, mask = captions()
+    for pool in ("mean", "first", "auto"):
+        backbone = build(ModelConfig(vision_config=PAIRS["vit"], text_config=BERT, embed_dim=8, pool=pool))
+        text, tokens = backbone.encode_text(ids, mask)
+        if pool == "mean":
+            pooled = torch.stack([t[:n].mean(0) for t, n in zip(tokens, mask.sum(1))])
+        elif pool == "first":
+            pooled = tokens[:, 0]
+        else:
+            pooled = torch.tanh(backbone.text_model.pooler.dense(tokens[:, 0]))
+        torch.testing.assert_close(text, backbone.text_projection(pooled))
+        image, tokens = backbone.encode_image(pixels())
+        expected = {"mean": tokens.mean(1), "first": tokens[:, 0]}.get(pool)
+        if expected is not None:
+            torch.testing.assert_close(image, backbone.visual_projection(expected))
+
+
+@pytest.mark.parametrize("pool", ["auto", "first", "mean"])
+def test_every_parameter_of_vit_and_bert_has_a_gradient(pool):
+    backbone = build(ModelConfig(vision_config=PAIRS["vit"], text_config=BERT, embed_dim=8, pool=pool))
+    ids, mask = captions()
+    (backbone.encode_image(pixels())[0].square().sum() + backbone.encode_text(ids, mask)[0].square().sum()).backward()
+    assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("config", [ModelConfig(dual_config=CLIP), ModelConfig(dual_config=SIGLIP),
+                                    ModelConfig(vision_config=PAIRS["vit"], text_config=BERT, embed_dim=8)])  # fmt: skip
+def test_rectangles_by_interpolated_positions(config):
+    backbone = build(config)
+    image, tokens = backbone.encode_image(pixels(64, 32))
+    class_token = not config.dual_config or config.dual_config["model_type"] == "clip"
+    assert image.shape == (3, backbone.embed_dim) and tokens.shape[1] == 8 * 4 + class_token
+    other, _ = backbone.encode_image(pixels(32, 64))
+    assert not torch.allclose(image, other)
+    # at the size the weights were made for, positions are used as they are
+    native, _ = backbone.encode_image(pixels())
+    plain = backbone.vision_model(pixel_values=pixels())
+    pooled = plain.pooler_output if config.pool == "auto" else plain.last_hidden_state.mean(1)
+    assert torch.equal(native, backbone.visual_projection(pooled))
+
+
+def test_a_tower_without_positions_takes_any_size():
+    backbone = build(ModelConfig(vision_config=CONVNEXT, text_config=BERT, embed_dim=8))
+    assert backbone.encode_image(pixels(64, 32))[1].shape == (3, 8 * 4, 16)
+
+
+def test_padding_does_not_change_a_pair_s_text_feature():
+    for pool in ("auto", "first", "mean"):
+        backbone = build(ModelConfig(vision_config=PAIRS["vit"], text_config=BERT, embed_dim=8, pool=pool))
+        ids, mask = captions()
+        text = backbone.encode_text(ids, mask)[0]
+        torch.testing.assert_close(backbone.encode_text(ids.masked_fill(mask == 0, 9), mask)[0], text)
+        torch.testing.assert_close(backbone.encode_text(ids[2:, :3], mask[2:, :3])[0], text[2:])
+
+
+@pytest.mark.parametrize("config, old", [
+    (ModelConfig(dual_config=CLIP), 60), (ModelConfig(dual_config=SIGLIP), 60),
+    (ModelConfig(vision_config=CONVNEXT, text_config=BERT, embed_dim=8), 80),
+])  # fmt: skip
+def test_word_embedding_grows_for_an_added_mask_token(config, old):
+    before, grown = build(config, old), build(config, old + 1)
+    assert (before.vocab_size, grown.vocab_size) == (old, old + 1)
+    ids, mask = captions()
+    torch.testing.assert_close(grown.encode_text(ids, mask)[0], before.encode_text(ids, mask)[0])
+    ids[:, 1] = old  # the new id
+    changed = grown.encode_text(ids, mask)[1]
+    assert torch.isfinite(changed).all() and not torch.allclose(changed, before.encode_text(captions()[0], mask)[1])
+    assert build(config, old - 7).vocab_size == old, "a smaller tokenizer leaves the embedding alone"
+
+
+def test_frozen_and_new_parameters_are_told_apart():
+    pair = build(ModelConfig(vision_config=CONVNEXT, text_config=BERT, embed_dim=8))
+    new = [n for n, _ in pair.named_parameters() if n.startswith(pair.new_parameter_prefixes())]
+    assert new == ["visual_projection.weight", "text_projection.weight"]
+    assert build(ModelConfig(dual_config=CLIP)).new_parameter_prefixes() == ()
+
+
+@pytest.mark.parametrize("config, said", [
+    (ModelConfig(dual_config={"model_type": "clipp"}), "clipp"),
+    (ModelConfig(dual_config={"projection_dim": 4}), "model_type"),
+    (ModelConfig(dual="/no/such/directory"), "/no/such/directory"),
+    (ModelConfig(vision="/no/such/tower", text_config=BERT), "/no/such/tower"),
+    (ModelConfig(vision_config=VIT, text="no such/name"), "no such/name"),
+    (ModelConfig(vision_config={**VIT, "hidden_size": "wide"}, text_config=BERT), "model.vision"),
+])  # fmt: skip
+def test_what_cannot_be_loaded_is_a_named_error_with_a_fix(config, said):
+    with pytest.raises(ModelError, match="save_pretrained") as raised:
+        build_backbone(config, 60)
+    assert said in str(raised.value)
+
+
+def test_a_directory_without_a_model_is_a_named_error(tmp_path):
+    with pytest.raises(ModelError, match="save_pretrained") as raised:
+        load_tower(str(tmp_path), None, "model.dual")
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_single_towers_are_no_dual_encoder():
+    with pytest.raises(ModelError, match=r"BertModel.*`model.vision` and `model.text`"):
+        build_backbone(ModelConfig(dual_config=BERT), 60)

@@ -38,6 +38,7 @@ def augment(images: Tensor, config: DataConfig, seed: int, step: int, first: int
     n = len(images)
     generator = torch.Generator().manual_seed((seed * 2_000_003 + step) % (1 << 62))
     draws = torch.rand(total, 10, generator=generator)[first : first + n].to(images.device)  # (n, 10)
+    erased = torch.rand(total, generator=generator)[first : first + n].to(images.device) < config.erase  # (n,)
     x = normalize(images, config)
     if config.crop_padding > 0:
         x = _shift(x, draws[:, 0], draws[:, 1], config.crop_padding)
@@ -46,7 +47,7 @@ def augment(images: Tensor, config: DataConfig, seed: int, step: int, first: int
     if config.colour_jitter > 0:
         x = _jitter(x, draws[:, 3:6], config.colour_jitter)
     if config.erase > 0:
-        x = _erase(x, draws[:, 5:10], config.erase)
+        x = _erase(x, draws[:, 6:10], erased)
     return x
 
 
@@ -70,17 +71,20 @@ def _jitter(x: Tensor, draws: Tensor, strength: float) -> Tensor:
     return (x - grey) * (1 + saturation) + grey
 
 
-def _erase(x: Tensor, draws: Tensor, probability: float) -> Tensor:
-    """Set a random rectangle (2 to 40 % of the area, aspect 0.3 to 3.3) to the mean colour (Zhong et al. 2020)."""
+def _erase(x: Tensor, draws: Tensor, erased: Tensor) -> Tensor:
+    """Set a rectangle (2 to 40 % of the area, aspect 0.3 to 3.3) of the chosen images to the mean colour.
+
+    Random erasing (Zhong et al. 2020). `draws` (n, 4) give area, aspect and position, `erased` (n,) which images.
+    """
     _, _, height, width = x.shape
-    area = (0.02 + 0.38 * draws[:, 1]) * height * width
-    aspect = torch.exp((draws[:, 2] * 2 - 1) * math.log(3.3))
+    area = (0.02 + 0.38 * draws[:, 0]) * height * width
+    aspect = torch.exp((draws[:, 1] * 2 - 1) * math.log(3.3))
     h = (area * aspect).sqrt().clamp(max=height - 1)
     w = (area / aspect).sqrt().clamp(max=width - 1)
-    top, left = draws[:, 3] * (height - h), draws[:, 4] * (width - w)
+    top, left = draws[:, 2] * (height - h), draws[:, 3] * (width - w)
     rows = torch.arange(height, device=x.device)[None, :]
     cols = torch.arange(width, device=x.device)[None, :]
     in_rows = (rows >= top[:, None]) & (rows < (top + h)[:, None])  # (n, H)
     in_cols = (cols >= left[:, None]) & (cols < (left + w)[:, None])  # (n, W)
-    box = in_rows[:, :, None] & in_cols[:, None, :] & (draws[:, 0] < probability)[:, None, None]
+    box = in_rows[:, :, None] & in_cols[:, None, :] & erased[:, None, None]
     return x.masked_fill(box[:, None], 0.0)

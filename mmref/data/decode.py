@@ -11,27 +11,33 @@ from numpy.typing import NDArray
 from mmref.errors import SampleError
 
 cv2.setNumThreads(0)  # readers are processes: OpenCV's own threads would fight over their cores
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken images are named by SampleError
 
 
 def decode_image(data: bytes, height: int, width: int, name: str = "image") -> NDArray[np.uint8]:
     """Decode JPEG, PNG or WebP to RGB and resize: (height, width, 3) uint8.
 
-    Grey, palette, CMYK and 16-bit images become RGB; transparent ones are laid on white.
+    Grey, palette, CMYK and 16-bit images become RGB; transparent ones are laid on white; photographs are turned upright
+    as their Exif orientation says.
 
     Raises:
         SampleError: the bytes are not a whole image.
     """
     if not data:
         raise SampleError(f"{name}: the image is empty (0 bytes).")
-    # a truncated JPEG decodes with a warning and a grey rest: the end marker tells
-    if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-64:]:
-        raise SampleError(f"{name}: truncated JPEG ({len(data)} bytes, no end marker).")
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        pixels = None
-    if pixels is None:
+    jpeg = data[:2] == b"\xff\xd8"
+    if jpeg and b"\xff\xd9" not in data[-64:]:
+        # OpenCV decodes a truncated JPEG to a picture with a grey rest; Pillow refuses it, and takes one whose maker
+        # appended something behind the end marker
         pixels = _decode_pillow(data, name)
+    else:
+        try:
+            flags = cv2.IMREAD_COLOR if jpeg else cv2.IMREAD_UNCHANGED  # unchanged would ignore the orientation
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        except cv2.error:
+            pixels = None
+        if pixels is None:
+            pixels = _decode_pillow(data, name)
     if pixels.dtype != np.uint8:
         pixels = (pixels // 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels.astype(np.uint8)
     rgb = _to_rgb(pixels)
@@ -43,11 +49,13 @@ def decode_image(data: bytes, height: int, width: int, name: str = "image") -> N
 
 def _decode_pillow(data: bytes, name: str) -> NDArray:
     """What OpenCV cannot read (some CMYK, odd palettes), in OpenCV's channel order."""
-    from PIL import Image
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            rgba = np.asarray(image.convert("RGBA"))
+            rgba = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
+    except UnidentifiedImageError:  # its message holds a memory address: one broken image would count as many
+        raise SampleError(f"{name}: not an image of a known format ({len(data)} bytes).") from None
     except Exception as error:  # Pillow raises many kinds for broken bytes
         raise SampleError(f"{name}: not a readable image ({len(data)} bytes): {error}") from None
     return cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA)

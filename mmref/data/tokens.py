@@ -25,8 +25,10 @@ class Tokens:
             tokenizer.pad_token = tokenizer.eos_token
         self.vocab_size = len(tokenizer)
         self.mask_id = int(tokenizer.mask_token_id)
-        special = {int(i) for i in tokenizer.all_special_ids} - {int(tokenizer.unk_token_id or -1)}
-        self.special_ids = np.array(sorted(special | {int(tokenizer.pad_token_id)}), dtype=np.int64)
+        # the unknown token stands for a word, unless it doubles as another special token (CLIP's end token)
+        named = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "sep", "pad", "cls", "mask")}
+        special = (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}) | (named - {None})
+        self.special_ids = np.array(sorted(special), dtype=np.int64)
 
     def __call__(self, captions: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Ids and mask, (n, max_tokens) each; longer captions are cut, shorter ones padded."""

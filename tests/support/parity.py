@@ -20,9 +20,11 @@ from mmref.config import from_dict
 STEPS = 10
 
 
-def tiny(**overrides: Any) -> dict[str, Any]:
-    """A config of a tiny model on the bundled data; overrides are dotted names with `__` for the dot."""
-    root = Path(__file__).parents[2] / "data_shards" / "emoji"
+def tiny(root: Path, **overrides: Any) -> dict[str, Any]:
+    """A config of a tiny model on a tiny set, whose objects come back within ten steps.
+
+    Overrides are dotted names with `__` for the dot.
+    """
     values: dict[str, Any] = {
         "run_dir": "unused",
         "data": {"root": str(root), "image_height": 32, "image_width": 32, "max_tokens": 12},
@@ -41,7 +43,7 @@ def tiny(**overrides: Any) -> dict[str, Any]:
         },
         "reference": {},
         "loss": {"w_rec": 0.3, "guide_from": 0.0, "guide_full": 0.2},
-        "train": {"global_batch": 32, "max_steps": STEPS, "warmup_steps": 3, "lr": 1e-3},
+        "train": {"global_batch": 16, "max_steps": STEPS, "warmup_steps": 3, "lr": 1e-3},
     }  # fmt: skip
     for name, value in overrides.items():
         section, key = name.split("__")
@@ -63,7 +65,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
     from mmref.model.mmref import build_model
     from mmref.train import checkpoint, collectives
     from mmref.train.bank import ReferenceBank
-    from mmref.train.engine import build_engine, set_learning_rate
+    from mmref.train.engine import build_engine, iterate_state, set_learning_rate
     from mmref.train.step import StepRunner
 
     config = from_dict(values)
@@ -98,9 +100,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
         first = first or dict(gradients)
     if stop_at < config.train.max_steps:
         checkpoint.save(f"{folder}/checkpoint", engine, bank, {"step": stop_at, "score": 0.0})
-    weights = {
-        n: w["weight"].cpu().clone() for n, w in __import__("mmref.train.engine", fromlist=["x"]).iterate_state(engine)
-    }
+    weights = {name: state["weight"].cpu().clone() for name, state in iterate_state(engine)}
     rows = collectives.gather(torch.nn.functional.pad(bank.rows, (0, 0, 0, 0, 0, bank.share - bank.count)))
     if rank == 0:
         torch.save(
@@ -108,7 +108,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
             f"{folder}/result.pt",
         )
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # ZeRO-3 leaves threads of gloo behind that abort the interpreter when it ends in order
 
 
 def run(folder: Path, values: dict[str, Any], world: int, stop_at: int = STEPS, resume: str = "") -> dict[str, Any]:

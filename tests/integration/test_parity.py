@@ -1,0 +1,98 @@
+"""The same losses, gradients and references on any number of workers, at any ZeRO stage, however a step is accumulated."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parity import STEPS, run, tiny
+
+CLOSE = 1e-5
+# one of each kind in the fast suite; every combination in the slow one
+SOME = [(1, 0, 4), (1, 3, 1), (2, 0, 1), (2, 1, 2), (4, 2, 1), (2, 3, 2)]
+EVERY = [c for c in product((1, 2, 4), (0, 1, 2, 3), (1, 2, 4)) if c != (1, 0, 1) and c not in SOME]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process, nothing sharded, the whole batch at once."""
+    return run(tmp_path_factory.mktemp("alone"), tiny(tiny_set), 1)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the largest entry (at least 1)."""
+    return float((a - b).abs().max() / a.abs().max().clamp(min=1))
+
+
+def compare(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    assert len(found["losses"]) == STEPS
+    assert relative(torch.tensor(expected["losses"]), torch.tensor(found["losses"])) < CLOSE
+    for step in ("first", "last"):
+        assert set(found[step]) == set(expected[step]), "a parameter lost its gradient"
+        for name, gradient in expected[step].items():
+            assert relative(gradient, found[step][name]) < CLOSE, (step, name)
+    for name, weight in expected["weights"].items():
+        assert relative(weight, found["weights"][name]) < CLOSE, name
+    assert relative(expected["rows"], found["rows"]) < CLOSE
+
+
+def same(
+    tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, stage: int, accumulation: int
+) -> None:
+    values = tiny(tiny_set, train__workers=workers, train__zero_stage=stage, train__accumulation=accumulation)
+    compare(alone, run(tmp_path, values, workers))
+
+
+@pytest.mark.parametrize(("workers", "stage", "accumulation"), SOME)
+def test_some(
+    tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, stage: int, accumulation: int
+) -> None:
+    same(tmp_path, tiny_set, alone, workers, stage, accumulation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "stage", "accumulation"), EVERY)
+def test_every(
+    tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, stage: int, accumulation: int
+) -> None:
+    same(tmp_path, tiny_set, alone, workers, stage, accumulation)
+
+
+def test_losses_fall_and_all_parts_are_there(alone: dict[str, Any]) -> None:
+    losses = torch.tensor(alone["losses"])  # (steps, 5)
+    assert losses[-1, 3] < losses[0, 3], "masked words are not learned"
+    assert (losses[-1] > 0).all(), "a loss is missing"
+    assert alone["rows"].abs().sum() > 0, "no reference followed its object"
+
+
+def test_gradient_references(tmp_path: Path, tiny_set: Path) -> None:
+    """The same under gradient fusion with sampled negatives and two references per object."""
+    kind = dict(
+        reference__update="gradient",
+        reference__negatives="sampled",
+        reference__sampled_negatives=4,
+        reference__per_object=2,
+        reference__score="lme",
+    )
+    expected = run(tmp_path / "1", tiny(tiny_set, **kind), 1)
+    values = tiny(tiny_set, train__workers=2, train__accumulation=2, **kind)
+    compare(expected, run(tmp_path / "2", values, 2))
+
+
+@pytest.mark.parametrize(("saver", "loader"), [((2, 1), (1, 3)), ((1, 3), (2, 2)), ((2, 2), (2, 0))])
+def test_checkpoint_continues_on_other_workers_and_stages(
+    tmp_path: Path, tiny_set: Path, alone: dict[str, Any], saver: tuple[int, int], loader: tuple[int, int]
+) -> None:
+    """Six steps on some workers, the other four on others: the run that was never interrupted."""
+    (w1, z1), (w2, z2) = saver, loader
+    run(tmp_path / "a", tiny(tiny_set, train__workers=w1, train__zero_stage=z1), w1, stop_at=6)
+    values = tiny(tiny_set, train__workers=w2, train__zero_stage=z2)
+    found = run(tmp_path / "b", values, w2, resume=str(tmp_path / "a" / "checkpoint"))
+    assert relative(torch.tensor(alone["losses"][6:]), torch.tensor(found["losses"])) < CLOSE
+    for name, weight in alone["weights"].items():
+        assert relative(weight, found["weights"][name]) < CLOSE, name
+    assert relative(alone["rows"], found["rows"]) < CLOSE

@@ -21,7 +21,8 @@ Batch = dict[str, NDArray[Any]]
 def usable_captions(meta: dict[str, Any], name: str) -> list[tuple[str, str]]:
     """(caption, kind) of a sample's non-empty captions. Raises SampleError when there is none."""
     captions = meta.get("captions") or []
-    kinds = meta.get("caption_kinds") or [""] * len(captions)
+    kinds = list(meta.get("caption_kinds") or [])
+    kinds += [""] * (len(captions) - len(kinds))  # a caption is worth more than its kind
     usable = [(c.strip(), k) for c, k in zip(captions, kinds) if isinstance(c, str) and c.strip()]
     if not usable:
         raise SampleError(f"{name}: no caption (found {captions!r}).")

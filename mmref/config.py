@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -251,12 +252,18 @@ def _check_keys(given: dict[str, Any], cls: type, where: str, prefix: str = "") 
 
 def unknown_key(key: str, where: str) -> ConfigError:
     """The error for a key that does not exist, with the nearest that does."""
-    keys = known_keys()
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if not near:  # the section may be wrong or missing: compare the last part alone
-        last = {k.rsplit(".", 1)[-1]: k for k in sorted(keys, key=lambda k: k.startswith("train."))}
-        near = [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
-    hint = f" Did you mean `{near[0]}`?" if near else " `mmref train --help` lists all keys."
+    sections = [f.name for f in dataclasses.fields(Config) if f.name != "run_dir"]
+
+    def alike(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
+    def closeness(known: str) -> tuple[float, bool, float]:
+        """By the whole name or, where the section is wrong or missing, by the last part; most keys are of `train`."""
+        whole, last = alike(key, known), alike(key.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1])
+        return max(whole, last), known.startswith("train."), whole
+
+    near = max(known_keys() + sections, key=closeness)
+    hint = f" Did you mean `{near}`?" if closeness(near)[0] >= 0.7 else " `mmref train --help` lists all keys."
     return ConfigError(f"{where}: unknown config key `{key}`.{hint}")
 
 
@@ -373,17 +380,17 @@ def check_config(config: Config) -> Config:
 def check_batch(global_batch: int, workers: int, accumulation: int, images_per_object: int) -> None:
     """Raise BatchArithmeticError, with the numbers, when the global batch does not divide."""
     parts = workers * accumulation
+    unit = math.lcm(parts, images_per_object)
+    near = max(1, round(global_batch / unit)) * unit  # divides in every way
     if global_batch % parts:
-        near = max(parts, round(global_batch / parts) * parts)
         raise BatchArithmeticError(
             f"train.global_batch {global_batch} does not divide over {workers} workers x {accumulation} accumulation "
-            f"= {parts} micro-batches ({global_batch} / {parts} = {global_batch / parts:.2f}); the nearest that does is {near}."
+            f"= {parts} micro-batches ({global_batch} / {parts} = {global_batch / parts:.2f}); the nearest that works: {near}."
         )
     if global_batch % images_per_object:
-        near = max(1, round(global_batch / images_per_object)) * images_per_object
         raise BatchArithmeticError(
             f"train.global_batch {global_batch} is not a multiple of train.images_per_object {images_per_object}; "
-            f"the nearest that is: {near}."
+            f"the nearest that works: {near}."
         )
 
 

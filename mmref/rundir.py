@@ -49,9 +49,9 @@ class RunDir:
 
     def list(self, name: str) -> list[str]:
         """Names inside a folder, [] where there is none."""
+        self.fs.invalidate_cache()  # other processes write here as well
         if not self.fs.isdir(self._inner(name)):
             return []
-        self.fs.invalidate_cache()
         return sorted(os.path.basename(p.rstrip("/")) for p in self.fs.ls(self._inner(name), detail=False))
 
     def size(self, name: str) -> int | None:
@@ -73,10 +73,14 @@ class RunDir:
             return
         target = self._inner(name)
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}-")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(text.encode())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
 
     def remove(self, name: str) -> None:
         if self.fs.exists(self._inner(name)):
@@ -97,7 +101,9 @@ class JsonLines:
     def __init__(self, run: RunDir, name: str = "metrics.jsonl", keep_below_step: int | None = None) -> None:
         """Open for appending; lines at or after `keep_below_step` (of a run that was interrupted later) are dropped."""
         self.run, self.name = run, name
-        kept = [] if keep_below_step is None else [r for r in read_jsonl(run, name) if r["step"] < keep_below_step]
+        kept = read_jsonl(run, name)
+        if keep_below_step is not None:
+            kept = [r for r in kept if r["step"] < keep_below_step]
         self.lines = [json.dumps(r) for r in kept]
         run.write_text(name, "".join(line + "\n" for line in self.lines))
 

@@ -1,0 +1,115 @@
+"""The run directory: whole files or none, JSON lines that survive a crash, URLs."""
+
+from __future__ import annotations
+
+import os
+import uuid
+
+import pytest
+
+from mmref.errors import RunDirectoryError
+from mmref.rundir import JsonLines, RunDir, read_jsonl
+
+
+@pytest.fixture(params=["local", "memory"])
+def run(request, tmp_path):
+    """A run directory on disk and one behind a URL."""
+    return RunDir(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
+
+
+def test_files_are_written_read_listed_and_removed(run):
+    run.check_writable()
+    assert run.list("") == [], "the probe is gone"
+    run.write_text("config.yaml", "a: é\n")
+    run.write_text("checkpoints/step-1/meta.json", "{}")
+    run.write_text("config.yaml", "b: 2\n")
+    assert run.read_text("config.yaml") == "b: 2\n" and run.size("config.yaml") == 5
+    assert run.list("") == ["checkpoints", "config.yaml"] and run.list("checkpoints") == ["step-1"]
+    assert run.exists("checkpoints/step-1/meta.json") and not run.exists("metrics.json")
+    assert run.size("metrics.json") is None and run.list("nothing") == []
+    run.remove("checkpoints")
+    run.remove("checkpoints")
+    assert run.list("") == ["config.yaml"]
+    assert run.join("a", "b") == f"{run.path}/a/b"
+
+
+def test_text_is_utf8_whatever_the_locale(run):
+    run.write_text("report.html", "é – 鳥")
+    with run.fs.open(f"{run.root}/report.html", "rb") as file:
+        assert file.read() == "é – 鳥".encode()
+
+
+def test_fetch_gives_a_local_folder(run):
+    run.write_text("checkpoints/step-1/meta.json", "{}")
+    run.write_text("checkpoints/step-1/part/a.txt", "a")
+    folder = run.fetch("checkpoints/step-1")
+    assert sorted(os.listdir(folder)) == ["meta.json", "part"]
+    with open(f"{folder}/part/a.txt") as file:
+        assert file.read() == "a"
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    run = RunDir(str(tmp_path))
+    run.write_text("metrics.json", "old")
+
+    def crash(*_):
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="power cut"):
+        run.write_text("metrics.json", "new and longer")
+    assert run.read_text("metrics.json") == "old"
+    assert run.list("") == ["metrics.json"], "nothing half-written is left behind"
+
+
+def test_written_files_can_be_read_by_others(tmp_path):
+    RunDir(str(tmp_path)).write_text("config.yaml", "a")
+    assert (tmp_path / "config.yaml").stat().st_mode & 0o777 == 0o644
+
+
+def test_local_paths_become_absolute_and_urls_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert RunDir("runs/a").path == f"{tmp_path}/runs/a" and RunDir("runs/a").local
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunDir("~/a").path == f"{tmp_path}/a"
+    assert RunDir("memory://x/run/").path == "memory://x/run" and not RunDir("memory://x/run/").local
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunDirectoryError, match=rf"{tmp_path}/file/run cannot be written.*--run_dir"):
+        RunDir(str(tmp_path / "file" / "run")).check_writable()
+    with pytest.raises(RunDirectoryError, match=rf"{tmp_path}/file cannot be written"):
+        RunDir(str(tmp_path / "file")).check_writable()
+
+
+def test_lines_are_appended_and_read_back(run):
+    lines = JsonLines(run, keep_below_step=0)
+    records = [{"step": s, "loss": 0.5 / (s + 1), "name": "é"} for s in range(3)]
+    for record in records:
+        lines.append(record)
+        assert read_jsonl(run)[-1] == record
+    assert read_jsonl(run) == records and read_jsonl(run, "other.jsonl") == []
+
+
+def test_a_resumed_run_drops_the_steps_it_repeats(run):
+    for step in range(6):
+        JsonLines(run, keep_below_step=step).append({"step": step, "try": 1})
+    lines = JsonLines(run, keep_below_step=3)
+    assert [r["step"] for r in read_jsonl(run)] == [0, 1, 2], "dropped at once, not at the next line"
+    lines.append({"step": 3, "try": 2})
+    assert [(r["step"], r["try"]) for r in read_jsonl(run)] == [(0, 1), (1, 1), (2, 1), (3, 2)]
+
+
+def test_without_a_step_everything_is_kept(run):
+    JsonLines(run).append({"step": 0})
+    JsonLines(run).append({"step": 1})
+    assert [r["step"] for r in read_jsonl(run)] == [0, 1]
+
+
+def test_a_cut_last_line_is_left_out_and_repaired(run):
+    run.write_text("metrics.jsonl", '{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert [r["step"] for r in read_jsonl(run)] == [1, 2]
+    JsonLines(run, keep_below_step=10).append({"step": 3})
+    assert [r["step"] for r in read_jsonl(run)] == [1, 2, 3]
+    assert run.read_text("metrics.jsonl").count("\n") == 3

@@ -1,0 +1,98 @@
+"""Runs what tests/train/test_ranks.py compares on 1, 2 and 4 ranks: python ranks.py SHARD_SET OUT.pt
+
+A process of its own: it imports torch once and forks ranks that talk over gloo and a file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from plain_training import ACCUMULATED, VARIANTS, train
+from tiny_set import tiny_config
+
+from mmref.config import ReferenceConfig
+from mmref.train import collectives
+from mmref.train.bank import ReferenceBank
+
+OBJECTS, DIM, SAMPLES, STEPS = 10, 6, 8, 3
+
+
+def slice_of(x: torch.Tensor, rank: int, world: int) -> torch.Tensor:
+    size = len(x) // world
+    return x[rank * size : (rank + 1) * size]
+
+
+def gathered(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """A loss over all samples in which each rank computes its own rows; its gradient as a mean over ranks."""
+    x = torch.randn(SAMPLES, DIM, generator=torch.Generator().manual_seed(0))
+    own = slice_of(x, rank, world).clone().requires_grad_()
+    everyone = collectives.gather_with_gradient(own)
+    loss = torch.log_softmax(3 * own @ everyone.T, dim=1).diagonal(offset=rank * len(own)).neg().mean()
+    loss.backward()
+    return {
+        "all": everyone.detach(),
+        "loss": collectives.sum_over_ranks(loss.detach()[None]) / world,
+        "grad": collectives.gather(own.grad / world),
+    }
+
+
+def bank(rank: int, world: int, update: str, per_object: int) -> dict[str, torch.Tensor]:
+    """References after some updates, and what is fetched of them."""
+    g = torch.Generator().manual_seed(1)
+    made = ReferenceBank(OBJECTS, DIM, ReferenceConfig(update=update, per_object=per_object), seed=3)
+    out = {"initial": made.fetch(torch.arange(OBJECTS)).detach().clone()}
+    for step in range(4):
+        objects = torch.randint(0, OBJECTS, (SAMPLES,), generator=g)
+        features = torch.nn.functional.normalize(torch.randn(2, SAMPLES, DIM, generator=g), dim=-1)
+        active = objects.unique()
+        if update == "gradient":
+            per_sample = torch.randn(SAMPLES, per_object, DIM, generator=g)
+            grad = torch.zeros(len(active), per_object, DIM)  # a rank's gradient is that of the mean over its samples
+            own = slice_of(torch.arange(SAMPLES), rank, world)
+            grad.index_add_(0, torch.searchsorted(active, objects[own]), per_sample[own] / len(own))
+            made.apply_gradient(active, grad, 0.1)
+        else:
+            image, text = (slice_of(f, rank, world) for f in features)
+            made.follow(image, text, slice_of(objects, rank, world), objects)
+        out[f"some {step}"] = made.fetch(active).detach().clone()
+    out["final"] = made.fetch(torch.arange(OBJECTS)).detach().clone()
+    return out
+
+
+def one_rank(rank: int, world: int, root: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
+    found: dict[str, Any] = {"gather": gathered(rank, world)}
+    for update in ("moving_average", "gradient"):
+        for per_object in (1, 2):
+            found[f"bank {update} {per_object}"] = bank(rank, world, update, per_object)
+    for name, overrides in VARIANTS.items():
+        for accumulation in (1, 2) if name in ACCUMULATED else (1,):
+            config = tiny_config(root, {**overrides, "train.accumulation": accumulation})
+            found[f"{name} / {accumulation}"] = vars(train(config, STEPS, rank, world))
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(root: str, out: str) -> None:
+    results = {}
+    for world in (1, 2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            mp.start_processes(one_rank, (world, root, folder), nprocs=world, start_method="fork")
+            results[world] = torch.load(os.path.join(folder, "found.pt"))
+    torch.save(results, out)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -14,15 +14,10 @@ from mmref.config import Config, config_hash, from_dict, read_yaml, to_dict
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import CheckpointError, ShardSetError
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
+from mmref.evaluate.choose import choose_on_val, trained_space
 from mmref.evaluate.embed import SplitFeatures, embed_splits
 from mmref.evaluate.metrics import PerQuery, ScoreFn, evaluate_features, summarize
-from mmref.evaluate.refinement import (
-    ReferenceSpace,
-    RefinementSettings,
-    choose_refinement,
-    refined_scores,
-    refinement_grid,
-)
+from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.evaluate.report import format_table, render_report
 from mmref.rundir import RunDir, read_jsonl
 from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, load_references
@@ -70,8 +65,10 @@ def evaluate_run(
     with connect(config.eval.workers):
         features = embed_splits(config, run, checkpoint, root, sorted({split, tuned_on}))
     embedded = time.perf_counter() - began
-    space = _reference_space(run, config, checkpoint)
-    evaluation = Evaluation(config, features[split], space, *_choose(config, features[tuned_on], space))
+    space = trained_space(config, load_references(run.fetch(checkpoint.folder), checkpoint.meta).numpy())
+    val = features[tuned_on]
+    chosen = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
+    evaluation = Evaluation(config, features[split], space, *chosen)
     metrics = {
         "split": split,
         **evaluation.metrics(),
@@ -103,28 +100,6 @@ def evaluate_run(
         run.write_text("report.html" if data is None else f"report-{shards.manifest['name']}.html", page)
     print(format_table(metrics))
     return metrics
-
-
-def _reference_space(run: RunDir, config: Config, checkpoint: CheckpointInfo) -> ReferenceSpace | None:
-    """The trained references, None for a run that had none (align-only)."""
-    references = load_references(run.fetch(checkpoint.folder), checkpoint.meta).numpy()
-    seen = np.abs(references).max((1, 2)) > 0
-    trained = config.loss.w_guide > 0 or config.loss.w_fuse > 0 or config.loss.w_rec > 0
-    return ReferenceSpace(references[seen]) if trained and seen.any() else None
-
-
-def _choose(
-    config: Config, val: SplitFeatures, space: ReferenceSpace | None
-) -> tuple[RefinementSettings, list[dict[str, Any]]]:
-    if space is None:
-        return RefinementSettings(weight=0.0), []
-    q = val.queries
-    # top_p is a cap on cost: with fewer images than it, everything is a candidate
-    top_p = config.eval.top_p if 0 < config.eval.top_p < len(val.image) else None
-    metric = config.eval.metric
-    return choose_refinement(
-        space, val.text[q.text], val.image, q.objects, val.image_objects, refinement_grid(top_ps=(top_p,)), metric
-    )
 
 
 class Evaluation:

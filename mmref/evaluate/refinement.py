@@ -247,6 +247,7 @@ def choose_refinement(
     grid: Iterable[RefinementSettings] | None = None,
     metric: str = "mAP+R@1",
     chunk: int = 512,
+    counted: np.ndarray | None = None,
 ) -> tuple[RefinementSettings, list[dict[str, Any]]]:
     """The best settings on val features, and a table of everything tried.
 
@@ -257,6 +258,7 @@ def choose_refinement(
         grid: settings to try, `refinement_grid()` by default.
         metric: a metric of METRIC_NAMES, or several joined by "+": their sum is maximised.
         chunk: queries scored at a time.
+        counted: (n,) rows of `queries` that the metrics are means over, repeats allowed; by default each row once.
     Returns:
         The best settings, and per settings tried {"kind", "weight", "top_r", "tau", "top_p", "R@1", ..., "objective"},
         the first without refinement.
@@ -284,7 +286,10 @@ def choose_refinement(
             for settings in group:
                 scores = refine(initial, similarity, settings.weight, insides[settings.top_p])
                 parts.setdefault(settings, []).append(score_ranking(scores, labels, gallery_labels))
-    results = {settings: summarize(PerQuery.concatenate(parts[settings])) for settings in (declined, *tried)}
+    results = {}
+    for settings in (declined, *tried):
+        per_query = PerQuery.concatenate(parts[settings])
+        results[settings] = summarize(per_query if counted is None else per_query.take(counted))
     objective = {settings: sum(result[term] for term in terms) for settings, result in results.items()}
     best = max(objective, key=lambda s: objective[s])  # max keeps the first: no refinement wins a tie
     return best, [{**asdict(s), **results[s], "objective": objective[s]} for s in objective]

@@ -134,7 +134,7 @@ class Worker:
         import ray.train
 
         began = time.perf_counter()
-        metrics = self.validation(self.encoder) if self.validation else {}
+        metrics = self.validation(self.encoder, self.bank) if self.validation else {}
         evaluated = time.perf_counter()
         score = score_of(metrics, self.config.eval.metric) if metrics else float(done)
         tags: list[Any] = [uuid.uuid4().hex[:6]]

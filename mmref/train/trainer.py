@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from mmref import errors
@@ -88,8 +89,11 @@ def _differences(before: Config, now: Config) -> str:
     return "; ".join(found[:5])
 
 
-def fit(config: Config, run: RunDir) -> None:
-    """Run Ray Train to the end, showing progress. Raises the worker's own error where it is one of ours."""
+def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = ()) -> None:
+    """Run Ray Train to the end, showing progress. Raises the worker's own error where it is one of ours.
+
+    `callbacks` are Ray Train's: a sweep hears of every evaluation through one.
+    """
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -109,6 +113,7 @@ def fit(config: Config, run: RunDir) -> None:
         run_config=ray.train.RunConfig(
             name=checkpoint.FOLDER,
             storage_path=run.path,
+            callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(max_failures=t.max_failures, controller_failure_limit=3),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=t.keep_checkpoints, checkpoint_score_attribute="score", checkpoint_score_order="max"

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from mmref.config import Config
 from mmref.data.shards import SampleReader, ShardSet
+from mmref.evaluate.choose import choose_on_val, trained_space
 from mmref.evaluate.features import Encoder, Floats, read_pixels, read_queries
-from mmref.evaluate.metrics import evaluate_features, summarize
+from mmref.evaluate.metrics import METRIC_NAMES, evaluate_features, summarize
 from mmref.train import collectives
+from mmref.train.bank import ReferenceBank
 
 
-def score_of(metrics: dict[str, float], metric: str) -> float:
-    """The number that picks checkpoints and refinement: mAP, R@1 or their sum."""
-    return sum(metrics[m] for m in metric.split("+"))
+def score_of(metrics: dict[str, Any], metric: str) -> float:
+    """The number that picks checkpoints and refinement: mAP, R@1 or their sum; refined, where refinement was searched."""
+    return sum(metrics.get(f"refined_{m}", metrics[m]) for m in metric.split("+"))
 
 
 class Validation:
@@ -29,14 +32,33 @@ class Validation:
         self.reader = SampleReader(index)
         self.queries = read_queries(index)
 
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """R@1/5/10, mAP, mINP in percent, text to image, the same on every rank (collective)."""
+    def __call__(self, encoder: Encoder, bank: ReferenceBank) -> dict[str, Any]:
+        """R@1/5/10, mAP, mINP in percent, text to image, the same on every rank (collective).
+
+        With `eval.refine_in_training` also the metrics under the best refinement (refined_R@1, ...) and its settings
+        (refine_kind, refine_weight, refine_top_r, refine_tau).
+        """
         with encoder:
             image = self._encode(len(self.objects), lambda rows: encoder.images(self._pixels(rows)), encoder.device)
             texts = self.queries.texts
             text = self._encode(len(texts), lambda rows: encoder.texts([texts[i] for i in rows]), encoder.device)
         per_query = evaluate_features(text[self.queries.text], image, self.queries.objects, self.objects)
-        return summarize(per_query)
+        metrics: dict[str, Any] = summarize(per_query)
+        if self.config.eval.refine_in_training:
+            everyone = torch.arange(bank.objects, device=bank.device)
+            references = bank.fetch(everyone).detach().float().cpu().numpy()
+            metrics |= self._refined(references, text, image)
+        return metrics
+
+    def _refined(self, references: Floats, text: Floats, image: Floats) -> dict[str, Any]:
+        """The best of the refinement's grid on these features. Takes no training: every setting is scored exactly."""
+        space = trained_space(self.config, references)
+        best, tried = choose_on_val(self.config, space, text, self.queries, image, self.objects)
+        if not tried:
+            return {"refine_weight": 0.0}
+        result = max(tried, key=lambda row: row["objective"])
+        settings = {f"refine_{k}": getattr(best, k) for k in ("kind", "weight", "top_r", "tau")}
+        return {**settings, **{f"refined_{m}": result[m] for m in METRIC_NAMES}}
 
     def _pixels(self, rows: list[int]) -> np.ndarray:
         return read_pixels(self.reader, rows, self.config.data)[0]

@@ -1,0 +1,41 @@
+"""Which refinement a config's grid, val features and references ask for; the same in training and in the final report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mmref.config import Config
+from mmref.evaluate.features import Floats, Queries
+from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, choose_refinement, refinement_grid
+
+
+def trained_space(config: Config, references: Floats) -> ReferenceSpace | None:
+    """The references (m, K, d) that training has set, None for a run that trains none (align-only)."""
+    loss = config.loss
+    seen = np.abs(references).max((1, 2)) > 0
+    trained = loss.w_guide > 0 or loss.w_fuse > 0 or loss.w_rec > 0
+    return ReferenceSpace(references[seen]) if trained and seen.any() else None
+
+
+def choose_on_val(
+    config: Config, space: ReferenceSpace | None, text: Floats, queries: Queries, image: Floats, objects: np.ndarray
+) -> tuple[RefinementSettings, list[dict[str, Any]]]:
+    """The best refinement of the config's grid on val, and a row for each setting tried.
+
+    Args:
+        text: (t, d) features of the distinct texts `queries.texts`.
+        image: (g, d) features of the gallery, with their `objects` (g,).
+    """
+    if space is None:
+        return RefinementSettings(weight=0.0), []
+    e = config.eval
+    # top_p is a cap on cost: with fewer images than it, everything is a candidate
+    top_p = e.top_p if 0 < e.top_p < len(image) else None
+    grid = refinement_grid(e.refine_kinds, e.refine_weights, e.refine_top_rs, e.refine_taus, (top_p,))
+    # the same words for the same object rank alike: score each pair of text and object once
+    pairs, counted = np.unique(np.stack([queries.text, queries.objects], 1), axis=0, return_inverse=True)
+    return choose_refinement(
+        space, text[pairs[:, 0]], image, pairs[:, 1], objects, grid, e.metric, counted=counted.reshape(-1)
+    )

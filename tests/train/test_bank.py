@@ -1,0 +1,156 @@
+"""The reference bank in one process: updates against loops, selection of rows, rows saved by other world sizes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mmref.config import ReferenceConfig
+from mmref.model.reference import initial_rows
+from mmref.train import collectives
+from mmref.train.bank import ReferenceBank
+
+OBJECTS, DIM = 7, 4
+
+
+def bank(update="gradient", per_object=2, objects=OBJECTS, **fields):
+    return ReferenceBank(objects, DIM, ReferenceConfig(update=update, per_object=per_object, **fields), seed=3)
+
+
+class LiteralAdam:
+    """Adam of one row: first moment per number, one second moment for the row; the row stays a unit vector."""
+
+    def __init__(self, row):
+        self.row, self.m, self.v, self.t = [float(x) for x in row], [0.0] * len(row), 0.0, 0
+
+    def update(self, grad, lr):
+        grad, self.t = [float(x) for x in grad], self.t + 1
+        self.m = [0.9 * m + 0.1 * g for m, g in zip(self.m, grad)]
+        self.v = 0.999 * self.v + 0.001 * sum(g * g for g in grad) / len(grad)
+        second = math.sqrt(self.v / (1 - 0.999**self.t)) + 1e-8
+        row = [r - lr * m / (1 - 0.9**self.t) / second for r, m in zip(self.row, self.m)]
+        self.row = [r / math.sqrt(sum(x * x for x in row)) for r in row]
+
+
+@pytest.mark.parametrize("per_object", [1, 3])
+def test_gradient_updates_equal_a_literal_adam(per_object):
+    made = bank(per_object=per_object)
+    twins = [[LiteralAdam(row) for row in rows] for rows in made.rows.double().tolist()]
+    g = torch.Generator().manual_seed(0)
+    for step in range(12):
+        active = torch.randperm(OBJECTS, generator=g)[:4].sort().values
+        grad = torch.randn(4, per_object, DIM, generator=g) * 10.0 ** (step % 3 - 1)
+        grad[1] = 0  # an object that got no gradient is left alone: moments, count and row
+        lr = 0.05 / (1 + step)
+        made.apply_gradient(active, grad, lr)
+        for i, row in enumerate(active.tolist()):
+            for k in range(per_object):
+                if i != 1:
+                    twins[row][k].update(grad[i, k], lr)
+        torch.testing.assert_close(made.rows, torch.tensor([[t.row for t in rows] for rows in twins]))
+    assert made.updates.tolist() == [rows[0].t for rows in twins] and len(set(made.updates.tolist())) > 1
+
+
+def test_no_gradient_changes_nothing():
+    made = bank()
+    before = made.rows.clone()
+    made.apply_gradient(torch.arange(OBJECTS), None, 0.1)
+    made.apply_gradient(torch.arange(OBJECTS), torch.zeros(OBJECTS, 2, DIM), 0.1)
+    assert torch.equal(made.rows, before) and (made.updates == 0).all()
+
+
+def literal_follow(rows, image, text, objects, momentum, modality):
+    """Features one at a time: the slot is chosen by the references as they were before the step."""
+    groups = {}
+    for features, is_text in ((image, False), (text, True)):
+        for feature, row in zip(features, objects.tolist()):
+            slots = [k for k in range(rows.shape[1]) if not modality or k % 2 == int(is_text)]
+            fresh = [k for k in slots if rows[row, k].abs().max() == 0]
+            cosines = [torch.nn.functional.cosine_similarity(feature, rows[row, k], dim=0).item() for k in slots]
+            slot = fresh[0] if fresh else slots[cosines.index(max(cosines))]
+            groups.setdefault((row, slot), []).append(feature)
+    new = rows.clone()
+    for (row, slot), features in groups.items():
+        mean = torch.stack(features).mean(0)
+        seen = rows[row, slot].abs().max() > 0
+        new[row, slot] = momentum * rows[row, slot] + (1 - momentum) * mean if seen else mean
+    return new
+
+
+@pytest.mark.parametrize("per_object, assign", [(1, "nearest"), (3, "nearest"), (2, "modality"), (4, "modality")])
+def test_following_equals_the_loop(per_object, assign):
+    made = bank("moving_average", per_object, momentum=0.7, assign=assign)
+    assert (made.rows == 0).all(), "nothing has been seen"
+    g = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        objects = torch.randint(0, OBJECTS - 1, (8,), generator=g)
+        image, text = torch.nn.functional.normalize(torch.randn(2, 8, DIM, generator=g), dim=-1)
+        expected = literal_follow(made.rows.clone(), image, text, objects, 0.7, assign == "modality")
+        made.follow(image, text, objects, objects)
+        torch.testing.assert_close(made.rows, expected)
+    assert (made.rows[:-1].abs().amax((1, 2)) > 0).all()
+    assert (made.rows[-1] == 0).all(), "an object that never came stays unseen"
+
+
+def test_selected_rows():
+    objects = torch.tensor([5, 2, 2, 5, 0])
+    assert bank(negatives="batch").select(objects, 0).tolist() == [0, 2, 5]
+    assert bank(negatives="all").select(objects, 0).tolist() == list(range(OBJECTS))
+    made = bank(negatives="sampled", sampled_negatives=20, objects=1000)
+    drawn = made.select(objects, 4)
+    assert {0, 2, 5} <= set(drawn.tolist()) and 15 < len(drawn) <= 23
+    assert torch.equal(drawn, drawn.unique()) and torch.equal(made.select(objects, 4), drawn)
+    assert not torch.equal(made.select(objects, 5), drawn), "other negatives at another step"
+
+
+@pytest.mark.parametrize("update", ["gradient", "moving_average"])
+def test_fetched_rows_collect_gradients_but_do_not_share_memory_with_a_graph(update):
+    made = bank(update)
+    some = made.fetch(torch.tensor([1, 4]))
+    assert torch.equal(some.detach(), made.rows[[1, 4]]) and some.is_leaf
+    assert some.requires_grad == (update == "gradient")
+    assert torch.equal(made.fetch(torch.arange(OBJECTS)).detach(), made.rows) and not made.rows.requires_grad
+
+
+def as_rank(monkeypatch, rank, world, **fields):
+    """The bank that a rank of a larger world would make."""
+    monkeypatch.setattr(collectives, "rank", lambda: rank)
+    monkeypatch.setattr(collectives, "world_size", lambda: world)
+    return bank(**fields)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 9])
+def test_ranks_own_every_row_once(monkeypatch, world):
+    """With 9 ranks for 7 objects two own nothing."""
+    shares = [as_rank(monkeypatch, rank, world) for rank in range(world)]
+    owned = [row for made in shares for row in range(made.first, made.first + made.count)]
+    assert owned == list(range(OBJECTS))
+    torch.testing.assert_close(torch.cat([made.rows for made in shares]), initial_rows(0, OBJECTS, 2, DIM, 3))
+
+
+@pytest.mark.parametrize("update", ["gradient", "moving_average"])
+@pytest.mark.parametrize("wrote, reads", [(1, 3), (3, 1), (2, 3), (5, 2), (3, 9), (9, 2), (4, 4)])
+def test_rows_saved_by_one_world_load_into_another(monkeypatch, update, wrote, reads):
+    g = torch.Generator().manual_seed(0)
+    pieces, whole = [], {}
+    for rank in range(wrote):
+        made = as_rank(monkeypatch, rank, wrote, update=update)
+        state = made.state_dict()
+        for tensor in state.values():
+            tensor.copy_(torch.randint(1, 10**6, tensor.shape, generator=g).to(tensor.dtype))
+        pieces.append((made.first, {k: v.clone() for k, v in state.items()}))
+    for name in pieces[0][1]:
+        whole[name] = torch.cat([state[name] for _, state in pieces])
+    assert set(whole) == ({"rows", "exp_avg", "exp_avg_sq", "updates"} if update == "gradient" else {"rows"})
+    for rank in range(reads):
+        made = as_rank(monkeypatch, rank, reads, update=update)
+        for first, state in reversed(pieces):
+            made.load_rows(first, state)
+        for name, tensor in made.state_dict().items():
+            assert torch.equal(tensor, whole[name][made.first : made.first + made.count]), name
+
+
+def test_description_has_what_must_fit():
+    assert bank(per_object=3).describe() == {"objects": OBJECTS, "per_object": 3, "dim": DIM}

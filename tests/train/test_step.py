@@ -1,0 +1,250 @@
+"""One training step: independent of accumulation, equal to the losses written out, and 20 steps as they always were.
+
+`python tests/train/test_step.py --update` writes tests/golden/losses.json anew: for a change that is meant to alter
+results, and only then.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if __name__ == "__main__":  # pytest's conftest does this otherwise
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from plain_training import VARIANTS, PlainTraining, train, train_adam
+from tiny_set import BERT, VIT, tiny_config
+
+from mmref.losses import infonce, reference_loss
+from mmref.train.engine import learning_rate
+from mmref.train.step import LOSSES
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
+BUNDLED = Path(__file__).parents[2] / "data_shards" / "emoji"
+GOLDEN_STEPS = 20
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums on several threads may be added in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- accumulation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_accumulation_gives_the_same_losses_gradients_and_references(make_config, variant):
+    results = [train(make_config({**VARIANTS[variant], "train.accumulation": a}), steps=3) for a in (1, 2, 4)]
+    whole = results[0]
+    assert whole.gradients[-1] and torch.isfinite(whole.losses).all()
+    for cut in results[1:]:
+        torch.testing.assert_close(cut.losses, whole.losses, **CLOSE)
+        for a, b in zip(cut.references, whole.references, strict=True):
+            torch.testing.assert_close(a, b, **CLOSE)
+        for a, b in zip(cut.gradients, whole.gradients, strict=True):
+            for name in b:
+                torch.testing.assert_close(a[name], b[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_engine_is_told_of_every_micro_batch(make_config, accumulation):
+    run = PlainTraining(make_config({"train.accumulation": accumulation}))
+    run.step(0)
+    assert run.boundaries == accumulation
+
+
+def with_dropout():
+    return {
+        "model.vision_config": {**VIT, "hidden_dropout_prob": 0.3},
+        "model.text_config": {**BERT, "hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3},
+    }
+
+
+def test_both_passes_of_accumulation_see_the_same_dropout(make_config):
+    run = PlainTraining(make_config({**with_dropout(), "train.accumulation": 2, "loss.w_rec": 0.3}))
+    seen = []
+    run.model.register_forward_hook(lambda _, __, out: seen.append((out.image.detach(), out.text.detach())))
+    run.step(0)
+    assert len(seen) == 4
+    for first, second in ((0, 2), (1, 3)):
+        for a, b in zip(seen[first], seen[second]):
+            assert torch.equal(a, b)
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+def test_dropout_depends_on_seed_and_step_alone(make_config):
+    """A resumed run draws what the undisturbed one would have drawn."""
+    config = make_config(with_dropout())
+    run, resumed = PlainTraining(config), PlainTraining(config)
+    torch.manual_seed(123)
+    losses = run.step(7)
+    torch.rand(5)
+    assert torch.equal(resumed.step(7), losses)
+    assert not torch.equal(PlainTraining(make_config({**with_dropout(), "train.seed": 1})).step(7), losses)
+
+
+# -- the losses written out ------------------------------------------------------------------------------------------
+
+
+def inputs(run, step):
+    """Pixels, ids, mask, objects, masked ids and masked positions of a step of one rank."""
+    (micro,) = run.runner._micro_batches(step, run.reader.read_step(step), with_masks=run.config.loss.w_rec > 0)
+    return micro
+
+
+def written_out(run, step, references):
+    """Loss of a step as the sum of its four terms, each with its own stop-gradients and its own pass."""
+    c, m = run.config, inputs(run, step)
+    image = torch.nn.functional.normalize(run.model.backbone.encode_image(m.pixels)[0], dim=-1)
+    text = torch.nn.functional.normalize(run.model.backbone.encode_text(m.ids, m.mask)[0], dim=-1)
+    scale, y = run.model.log_scale.exp(), m.objects
+    align = (infonce(image, text, y, y, scale) + infonce(text, image, y, y, scale)) / 2
+    both, rows = torch.cat([image, text]), y.repeat(2)
+    of_references = (1 / c.reference.tau, c.reference.score)
+    fuse = reference_loss(both.detach(), references, rows, *of_references)
+    guide = reference_loss(both, references.detach(), rows, *of_references)
+    loss = align + c.loss.w_fuse * fuse + c.loss.w_guide * guide
+    rec = torch.zeros(())
+    if m.masked is not None:
+        masked_ids, at = m.masked
+        states = run.model.backbone.encode_text(masked_ids, m.mask)[1]
+        own = torch.nn.functional.normalize(references[y], dim=-1)
+        logits = run.model.reconstruct(states, m.mask, own, torch.ones_like(at))
+        per_word = torch.nn.functional.cross_entropy(logits, m.ids.flatten(), reduction="none")
+        rec = per_word[at.flatten()].mean()
+        loss = loss + c.loss.w_rec * rec
+    return loss, torch.stack([loss, align, fuse, rec, guide]).detach()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("per_object, score", [(1, "max"), (2, "lme")])
+def test_a_step_is_the_sum_of_its_losses(make_config, accumulation, per_object, score):
+    overrides = {
+        "reference.update": "gradient", "reference.per_object": per_object, "reference.score": score,
+        "loss.w_fuse": 0.7, "loss.w_guide": 0.4, "loss.w_rec": 0.3, "loss.learn_tau": True,
+    }  # fmt: skip
+    whole = PlainTraining(make_config(overrides))
+    config = make_config({**overrides, "train.accumulation": accumulation})
+    run = PlainTraining(config)
+    references = whole.references().requires_grad_()
+    loss, values = written_out(whole, 3, references)
+    loss.backward()
+    asked = []
+    run.bank.apply_gradient = lambda active, grad, lr: asked.append((active, grad, lr))
+    torch.testing.assert_close(run.step(3), values, **CLOSE)
+    expected, found = whole.gradients(), run.gradients()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+    ((active, grad, lr),) = asked
+    assert active.tolist() == list(range(14))
+    torch.testing.assert_close(grad, references.grad, **CLOSE)
+    assert lr == pytest.approx(config.reference.lr * learning_rate(3, config.train) / config.train.lr)
+
+
+def test_align_only_equals_references_that_do_not_guide_yet(make_config):
+    """Under moving_average nothing but the guidance reaches the encoders, and it ramps in."""
+    alone = train(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 0.0}), steps=4)
+    later = train(make_config({"loss.guide_from": 0.2, "loss.guide_full": 0.2}), steps=5)  # full from step 4 of 20
+    torch.testing.assert_close(later.losses[:4, 1], alone.losses[:, 1], **CLOSE)
+    for a, b in zip(later.gradients[:4], alone.gradients):
+        for name in b:
+            torch.testing.assert_close(a[name], b[name], **CLOSE)
+    assert (later.losses[:4, 0] == later.losses[:4, 1]).all()
+    assert later.losses[4, 0].item() == pytest.approx((later.losses[4, 1] + 0.5 * later.losses[4, 4]).item(), rel=1e-5)
+
+
+def test_without_any_use_of_references_none_are_kept(make_config):
+    run = PlainTraining(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 0.0}))
+    losses = run.step(0)
+    assert (run.bank.rows == 0).all() and losses[2:].tolist() == [0, 0, 0] and losses[0] == losses[1]
+
+
+def test_references_follow_the_features_of_the_step(make_config):
+    run = PlainTraining(make_config({"reference.momentum": 0.0}))
+    m = inputs(run, 0)
+    out = run.model(m.pixels, m.ids, m.mask)
+    run.step(0)
+    for row in m.objects.unique().tolist():
+        mine = m.objects == row
+        mean = torch.cat([out.image[mine], out.text[mine]]).mean(0).detach()
+        torch.testing.assert_close(run.bank.rows[row, 0], mean, **CLOSE)
+
+
+def test_masks_do_not_depend_on_the_partition_and_change_with_the_step(make_config):
+    config = make_config({"loss.w_rec": 0.3})
+    whole = inputs(PlainTraining(config), 2).masked
+    parts = [inputs(PlainTraining(config, rank, 4), 2).masked for rank in range(4)]
+    for i in range(2):
+        assert torch.equal(torch.cat([p[i] for p in parts]), whole[i])
+    run = PlainTraining(config)
+    ids = inputs(run, 2).ids
+    special = torch.as_tensor(run.reader.tokens.special_ids)
+    assert whole[1].any(1).all() and not (whole[1] & torch.isin(ids, special)).any()
+    assert not torch.equal(whole[1], inputs(run, 3).masked[1])
+
+
+def test_a_loss_that_is_not_finite_shows_in_what_is_returned(make_config):
+    run = PlainTraining(make_config())
+    with torch.no_grad():
+        run.model.backbone.text_projection.weight.fill_(float("nan"))
+    losses = run.step(0)
+    assert len(losses) == len(LOSSES) and not torch.isfinite(losses[0])
+
+
+# -- golden losses ---------------------------------------------------------------------------------------------------
+
+
+def golden_run() -> dict[str, list[list[float]]]:
+    """Losses of 20 steps of a tiny model on the bundled data, with the defaults and with everything switched on."""
+    base = {
+        "data.image_height": 32, "data.image_width": 32, "data.max_tokens": 12, "data.crop_padding": 4,
+        "model.vision_config": {**VIT, "image_size": 32}, "model.text_config": {**BERT, "vocab_size": 4000},
+        "loss.guide_from": 0.2, "loss.guide_full": 0.4, "train.global_batch": 32, "train.max_steps": GOLDEN_STEPS,
+        "train.lr": 2e-3,
+    }  # fmt: skip
+    everything = {
+        "reference.update": "gradient", "reference.per_object": 2, "reference.score": "lme", "loss.w_rec": 0.3,
+        "loss.learn_tau": True, "train.accumulation": 2, "data.erase": 0.3, "data.colour_jitter": 0.2,
+    }  # fmt: skip
+    return {
+        "defaults": train_adam(tiny_config(BUNDLED, base), GOLDEN_STEPS),
+        "everything": train_adam(tiny_config(BUNDLED, base | everything), GOLDEN_STEPS),
+    }
+
+
+def test_losses_are_the_golden_ones():
+    golden, found = json.loads(GOLDEN.read_text()), golden_run()
+    assert golden["names"] == list(LOSSES) and set(golden["runs"]) == set(found)
+    for name, losses in found.items():
+        torch.testing.assert_close(
+            torch.tensor(losses), torch.tensor(golden["runs"][name]), rtol=1e-4, atol=1e-6,
+            msg=lambda m, n=name: f"{n}: the losses changed. If that is meant: python {Path(__file__).name} --update\n{m}",
+        )  # fmt: skip
+
+
+def update_golden() -> None:
+    torch.set_num_threads(1)
+    runs = {name: [[round(x, 7) for x in step] for step in losses] for name, losses in golden_run().items()}
+    lines = [
+        f'  "{name}": [\n' + ",\n".join(f"   {json.dumps(step)}" for step in losses) + "\n  ]"
+        for name, losses in runs.items()
+    ]
+    text = f'{{\n "names": {json.dumps(LOSSES)},\n "runs": {{\n' + ",\n".join(lines) + "\n }\n}\n"
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(text)
+    print(f"wrote {GOLDEN}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--update"]:
+        sys.exit(__doc__)
+    update_golden()

@@ -155,8 +155,8 @@ class TrainConfig:
     """Seed of the initial weights, the sample stream, masks and augmentation."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage: what is sharded over workers (0 nothing, 1 optimizer, 2 + gradients, 3 + parameters)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: matrix products and convolutions in bf16 (autocast); weights, norms and losses stay fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """`bf16`: matrix products and convolutions in bf16 (autocast), weights, norms and losses fp32; `auto`: where it is native."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (less memory, more time)."""
     lr: float = 1e-3

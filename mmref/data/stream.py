@@ -11,9 +11,24 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
 from mmref.config import Config
 from mmref.data.reader import Batch, TaskReader
 from mmref.errors import ShardSetError
+
+SCHEDULING_PAUSE_S = 0.02
+
+
+class Breathe(ExecutionCallback):
+    """Makes Ray Data's scheduling loop wait between its rounds.
+
+    The loop waits for finished tasks; when the reader is ahead and its finished blocks are held back, there is always
+    one, and the loop spins: on a small machine it takes half of the cores from the training beside it.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(SCHEDULING_PAUSE_S)
 
 
 def quiet_ray_data() -> Any:
@@ -24,6 +39,8 @@ def quiet_ray_data() -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    if Breathe not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(Breathe)
     return context
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from mmref.config import ModelConfig
 from mmref.errors import ModelError
@@ -33,14 +33,30 @@ def _named_errors(what: str) -> Iterator[None]:
         ) from error
 
 
+def tower_config(name: str, config: dict[str, Any] | None, what: str) -> PretrainedConfig:
+    """transformers config of a tower by hub id or directory, or from its fields. Raises ModelError."""
+    with _named_errors(f"{what} {name or config}"):
+        if name:
+            return AutoConfig.from_pretrained(name)
+        values = dict(config or {})
+        model_type = values.pop("model_type")
+        return AutoConfig.for_model(model_type, **values)
+
+
+def check_towers(config: ModelConfig) -> None:
+    """Raise ModelError for a tower that does not exist, without loading weights."""
+    for part in ("dual", "vision", "text"):
+        name, values = getattr(config, part), getattr(config, f"{part}_config")
+        if name or values:
+            tower_config(name, values, f"model.{part}")
+
+
 def load_tower(name: str, config: dict[str, Any] | None, what: str) -> PreTrainedModel:
     """A transformers model by hub id or directory (`name`), or with random weights from `config`."""
     with _named_errors(f"{what} {name or config}"):
         if name:
             return AutoModel.from_pretrained(name, dtype=torch.float32)
-        values = dict(config or {})
-        model_type = values.pop("model_type")
-        return AutoModel.from_config(AutoConfig.for_model(model_type, **values))
+        return AutoModel.from_config(tower_config(name, config, what))
 
 
 def _masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:

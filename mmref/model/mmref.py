@@ -96,6 +96,13 @@ class MMRef(nn.Module):
         return name.startswith(("reconstruct.", "log_scale", *prefixes))
 
 
+def computes_in_bf16(gpu: bool) -> bool:
+    """Whether this machine's GPU or CPU multiplies in bf16 itself; emulated, it is slower than fp32."""
+    if gpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def build_model(config: Config, vocab_size: int) -> MMRef:
     """MMRef of a config, with weights that depend on the seed and config alone. Raises ModelError."""
     train = config.train
@@ -110,5 +117,5 @@ def build_model(config: Config, vocab_size: int) -> MMRef:
         if config.model.freeze_backbone:
             for tower in (backbone.vision_model, backbone.text_model):
                 tower.requires_grad_(False)
-        bf16 = train.precision == "bf16"
+        bf16 = train.precision == "bf16" or (train.precision == "auto" and computes_in_bf16(train.gpu))
         return MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16)

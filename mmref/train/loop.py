@@ -15,7 +15,7 @@ from mmref.config import Config, check_batch, config_hash, from_dict
 from mmref.data.shards import ShardSet
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
-from mmref.errors import NonFiniteLossError, TooManyBadSamplesError
+from mmref.errors import CheckpointError, ModelError, NonFiniteLossError, TooManyBadSamplesError
 from mmref.evaluate.features import Encoder
 from mmref.model.mmref import build_model
 from mmref.rundir import JsonLines, RunDir
@@ -31,14 +31,14 @@ FAILURE = "failure.json"
 def train_worker(values: dict[str, Any]) -> None:
     """Entry point on every Ray Train worker; `values` is the config as a plain dict.
 
-    Errors that every worker meets alike (NaN loss, too many broken samples) end the run without a retry: they are
+    Errors that every worker meets alike (a loss that is not finite, too many broken samples, a wrong model) end the run without a retry: they are
     written to failure.json for the driver, since a restart would only meet them again.
     """
     config = from_dict(values)
     run = RunDir(config.run_dir)
     try:
         Worker(config, run).train()
-    except (NonFiniteLossError, TooManyBadSamplesError, checkpoint.CheckpointError) as error:
+    except (NonFiniteLossError, TooManyBadSamplesError, CheckpointError, ModelError) as error:
         if collectives.rank() == 0:
             run.write_text(FAILURE, json.dumps({"error": type(error).__name__, "message": str(error)}))
 

@@ -13,6 +13,7 @@ from mmref.data.plan import Plan
 from mmref.data.shards import ShardSet
 from mmref.data.tokens import load_tokens
 from mmref.errors import MMRefError, RunDirectoryError, ShardSetError
+from mmref.model.backbone import check_towers
 from mmref.progress import Progress
 from mmref.rundir import RunDir
 from mmref.train import checkpoint
@@ -56,6 +57,7 @@ def check_inputs(config: Config) -> None:
     t = config.train
     Plan(shards.index("train").object_start, config.objects_per_step, t.images_per_object, t.seed)
     load_tokens(config)
+    check_towers(config.model)
 
 
 def prepare_run(config: Config, run: RunDir) -> None:

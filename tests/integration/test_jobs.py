@@ -1,0 +1,146 @@
+"""The jobs as a user starts them: trained, killed, resumed, evaluated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import Job, losses, records, wait_for, write_config
+from mmref.config import Config
+
+STEPS, EVERY = 120, 30
+KEYS = {"step", "loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide", "images_per_second", "data_wait"}
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_set import tiny_config
+
+    overrides = {
+        "train.workers": 2, "train.max_steps": STEPS, "train.log_every": 1, "train.eval_every": EVERY,
+        "train.storage_gb": 0.2, "loss.w_rec": 0.2, "eval.bootstrap": 100, "eval.examples": 2,
+    }  # fmt: skip
+    return write_config(tiny_config(tiny_set, overrides), tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two workers that nobody disturbs."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    status, output = Job("train.py", "--config", str(config_file), "--run_dir", str(run)).wait()
+    assert status == 0, output
+    assert "text to image" in output, "the table is printed"
+    return run
+
+
+def same_losses(a: Path, b: Path) -> None:
+    first, second = losses(a), losses(b)
+    assert list(first) == list(second) == list(range(1, STEPS + 1)), "every step exactly once"
+    for step, value in first.items():
+        assert second[step] == pytest.approx(value, rel=1e-4), step
+
+
+def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
+    lines = [r for r in records(undisturbed) if "loss" in r]
+    assert KEYS <= set(lines[-1])
+    assert all(0 <= r["data_wait"] <= 1 and r["images_per_second"] > 0 for r in lines)
+    assert lines[-1]["loss_rec"] < lines[0]["loss_rec"]
+    assert [r["step"] for r in records(undisturbed) if "val_R@1" in r] == [30, 60, 90, 120]
+    metrics = json.loads((undisturbed / "metrics.json").read_text())
+    names = {"R@1", "R@5", "R@10", "mAP", "mINP"}
+    assert metrics["split"] == "test" and set(metrics["initial"]) == set(metrics["refined"]) == names
+    assert {"weight", "top_r", "tau", "chosen_on"} <= set(metrics["refinement"])
+    assert metrics["refinement"]["chosen_on"] == "val"
+    assert all(low <= metrics["refined"][k] <= high for k, (low, high) in metrics["ci95"].items())
+    assert metrics["n_queries"] > metrics["n_objects"] > 0 and metrics["images_per_second"] > 0
+    assert "<html" in (undisturbed / "report.html").read_text()
+    assert list((undisturbed / "tensorboard").iterdir())
+    assert (undisturbed / "config.yaml").exists()
+    assert 1 <= len(list((undisturbed / "checkpoints").glob("step-*"))) <= 3
+
+
+def test_evaluate_job_repeats_the_metrics(undisturbed: Path, tiny_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "metrics.json"
+    argv = ["--checkpoint", str(undisturbed), "--data", str(tiny_set), "--split", "test", "--out", str(out)]
+    status, output = Job("evaluate.py", *argv, "--no-report").wait()
+    assert status == 0, output
+    now, before = json.loads(out.read_text()), json.loads((undisturbed / "metrics.json").read_text())
+    for part in ("initial", "refined", "ci95", "refinement", "by_caption_kind"):
+        assert now[part] == before[part]
+
+
+def test_a_killed_worker_is_replaced(undisturbed: Path, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = Job("train.py", "--config", str(config_file), "--run_dir", str(run))
+    wait_for(lambda: any(r["step"] > EVERY + 5 for r in records(run)), job)
+    victims = job.training_workers()
+    assert len(victims) == 2
+    victims[1].kill()
+    status, output = job.wait()
+    assert status == 0, output
+    same_losses(undisturbed, run)
+
+
+def test_a_killed_job_resumes_by_the_same_command(undisturbed: Path, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ("train.py", "--config", str(config_file), "--run_dir", str(run))
+    job = Job(*command)
+    wait_for(lambda: any(r["step"] > 2 * EVERY + 5 for r in records(run)), job)
+    job.kill()
+    half = run / "checkpoints" / "step-00000099-torn"  # what a kill in the middle of writing leaves
+    half.mkdir()
+    (half / "meta.json").write_text('{"step": 99, "world": 2}')
+    status, output = Job(*command).wait()
+    assert status == 0, output
+    assert f"resuming at step {2 * EVERY}" in output
+    same_losses(undisturbed, run)
+
+
+def test_another_number_of_workers_and_stage_goes_on(undisturbed: Path, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = Job("train.py", "--config", str(config_file), "--run_dir", str(run))
+    wait_for(lambda: any(r["step"] > EVERY + 5 for r in records(run)), job)
+    job.kill()
+    flags = ("--train.workers", "1", "--train.zero_stage", "3", "--train.accumulation", "2")
+    status, output = Job("train.py", "--config", str(config_file), "--run_dir", str(run), *flags).wait()
+    assert status == 0, output
+    same_losses(undisturbed, run)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = ["--config", str(config_file), "--run_dir", str(run), "--train.lr", "1e30", "--train.clip_norm", "0"]
+    status, output = Job("train.py", *argv, "--train.workers", "1").wait()
+    assert status == 1
+    assert "NonFiniteLossError" in output and "is not finite" in output
+    offenders = json.loads((run / "nonfinite.json").read_text())
+    assert len(offenders["image_ids"]) == 8
+    assert not list(run.glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_broken_images(own_set: Path, tmp_path: Path, allowed: bool) -> None:
+    from tiny_set import damage_image, tiny_config
+
+    for image in (4, 9):
+        damage_image(own_set, image)
+    overrides: dict[str, Any] = {
+        "train.max_steps": 12, "train.eval_every": 6, "train.storage_gb": 0.2, "eval.bootstrap": 100,
+        "data.max_bad_fraction": 0.2 if allowed else 0.001,
+    }  # fmt: skip
+    config: Config = tiny_config(own_set, overrides)
+    run = tmp_path / "run"
+    status, output = Job("train.py", "--config", str(write_config(config, tmp_path)), "--run_dir", str(run)).wait()
+    if allowed:
+        assert status == 0, output
+        assert records(run)[-2]["bad_samples"] > 0
+        named = json.loads((run / "metrics.json").read_text())["bad_training_samples"]
+        assert named and "train-00000" in named[0]
+    else:
+        assert status == 1
+        assert "TooManyBadSamplesError" in output and "train-00000" in output and "max_bad_fraction" in output
+
+

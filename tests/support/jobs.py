@@ -1,0 +1,94 @@
+"""Starting jobs as a user does, as processes of their own, and looking at what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mmref.config import Config, dump_yaml
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 400
+
+
+class Job:
+    """A job of jobs/*.py in a process of its own; Ray and its workers are its descendants."""
+
+    def __init__(self, script: str, *argv: str) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs" / script), *argv],
+            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def wait(self) -> tuple[int, str]:
+        """Exit status and output."""
+        output, _ = self.process.communicate(timeout=TIMEOUT_S)
+        return self.process.returncode, output
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def training_workers(self) -> list[psutil.Process]:
+        """The Ray Train workers of this job."""
+        found = []
+        for process in self.descendants():
+            try:
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def kill(self) -> None:
+        """Kill the driver and everything it started, as a machine that loses power does."""
+        family = [*self.descendants(), psutil.Process(self.process.pid)]
+        for process in family:
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+        self.process.communicate(timeout=60)
+
+
+def write_config(config: Config, folder: Path, **overrides: Any) -> Path:
+    """The config as a YAML file for `--config`."""
+    path = folder / "config.yaml"
+    path.write_text(dump_yaml(config))
+    return path
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss of each step; fails when a step was logged twice."""
+    found: dict[int, float] = {}
+    for record in records(run):
+        if "loss" in record:
+            assert record["step"] not in found, f"step {record['step']} was logged twice"
+            found[record["step"]] = record["loss"]
+    return found
+
+
+def wait_for(condition: Callable[[], Any], job: Job) -> Any:
+    """Value of the condition once it is true; fails when the job ends before or nothing happens."""
+    until = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < until:
+        if value := condition():
+            return value
+        if job.process.poll() is not None:
+            raise AssertionError(f"the job ended first: {job.wait()[1][-2000:]}")
+        time.sleep(0.2)
+    raise AssertionError("waited in vain")

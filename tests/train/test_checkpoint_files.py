@@ -1,0 +1,224 @@
+"""Checkpoint folders: complete or absent, written by any number of ranks, refused by another model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_training import PlainTraining
+from safetensors.torch import load_file
+
+from mmref.errors import CheckpointError
+from mmref.model.mmref import build_model
+from mmref.rundir import RunDir
+from mmref.train import checkpoint, collectives
+
+OVERRIDES = {"reference.update": "gradient", "reference.per_object": 2, "loss.w_rec": 0.3, "loss.learn_tau": True}
+
+
+@pytest.fixture(autouse=True)
+def cpu_deepspeed(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+class Training(PlainTraining):
+    """PlainTraining with Adam, in the shape of an engine that DeepSpeed wraps nothing around (stage 0)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.engine = SimpleNamespace(module=self.model, optimizer=torch.optim.AdamW(trained, lr=1e-3))
+
+    def train(self, first, last):
+        losses = []
+        for step in range(first, last):
+            losses.append(self.step(step))
+            self.engine.optimizer.step()
+        return torch.stack(losses)
+
+    def save(self, folder, monkeypatch, world=1, **meta):
+        """Write the checkpoint as so many ranks would; returns its meta.json."""
+        whole = {k: v.clone() for k, v in self.bank.state_dict().items()}
+        for rank in range(world):
+            monkeypatch.setattr(collectives, "rank", lambda r=rank: r)
+            monkeypatch.setattr(collectives, "world_size", lambda: world)
+            bank = type(self.bank)(self.bank.objects, self.bank.dim, self.config.reference, 0)
+            bank.load_rows(0, whole)
+            checkpoint.save(str(folder), self.engine, bank, {"step": 2, "score": 1.0, **meta})
+        monkeypatch.undo()
+        return json.loads(Path(folder, "meta.json").read_text())
+
+
+@pytest.fixture
+def trained(make_config):
+    run = Training(make_config(OVERRIDES))
+    run.train(0, 2)
+    return run
+
+
+@pytest.mark.parametrize("world", [1, 3, 40])
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(make_config, trained, tmp_path, monkeypatch, world):
+    """Forty ranks are more than there are objects; the 14 rows are then on 14 of them."""
+    meta = trained.save(tmp_path, monkeypatch, world)
+    resumed = Training(make_config({**OVERRIDES, "train.seed": 0}))
+    with torch.no_grad():
+        for parameter in resumed.model.parameters():
+            parameter.zero_()
+    checkpoint.load(str(tmp_path), resumed.engine, resumed.bank, meta)
+    for (name, a), (_, b) in zip(resumed.model.named_parameters(), trained.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    for name, tensor in trained.bank.state_dict().items():
+        assert torch.equal(resumed.bank.state_dict()[name], tensor), name
+    assert torch.equal(resumed.train(2, 5), trained.train(2, 5))
+
+
+def test_every_parameter_is_written_by_one_rank_and_the_shares_are_even(trained, tmp_path, monkeypatch):
+    trained.save(tmp_path, monkeypatch, world=3)
+    parts = [load_file(tmp_path / f"model-{rank}.safetensors") for rank in range(3)]
+    names = [n for part in parts for n in part if not n.startswith("buffer:")]
+    assert sorted(names) == sorted(n for n, _ in trained.model.named_parameters())
+    sizes = [sum(t.numel() for n, t in part.items() if not n.startswith("buffer:")) for part in parts]
+    assert max(sizes) - min(sizes) <= max(p.numel() for p in trained.model.parameters())
+    for rank, part in enumerate(parts):
+        moments = load_file(tmp_path / f"optimizer-{rank}.safetensors")
+        assert {n.rsplit("/", 1)[0] for n in moments} == {n for n in part if not n.startswith("buffer:")}
+
+
+def test_frozen_parameters_are_saved_without_moments(make_config, tmp_path, monkeypatch):
+    run = Training(make_config({**OVERRIDES, "model.freeze_backbone": True}))
+    run.train(0, 1)
+    meta = run.save(tmp_path, monkeypatch)
+    assert any("vision_model" in n for n in load_file(tmp_path / "model-0.safetensors"))
+    assert not any("vision_model" in n for n in load_file(tmp_path / "optimizer-0.safetensors"))
+    again = Training(make_config({**OVERRIDES, "model.freeze_backbone": True, "train.seed": 9}))
+    checkpoint.load(str(tmp_path), again.engine, again.bank, meta)
+    for a, b in zip(again.model.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_and_references_alone_for_evaluation(make_config, trained, tmp_path, monkeypatch):
+    meta = trained.save(tmp_path, monkeypatch, world=3)
+    model = build_model(make_config({**OVERRIDES, "train.seed": 9}), trained.reader.tokens.vocab_size)
+    checkpoint.load_model(str(tmp_path), model)
+    pixels = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model.eval()(pixels).image, trained.model.eval()(pixels).image)
+    assert torch.equal(checkpoint.load_references(str(tmp_path), meta), trained.bank.rows)
+
+
+@pytest.mark.parametrize("overrides, said", [
+    ({"model.embed_dim": 6}, r"visual_projection.weight has shape \(8, 16\), the model needs \(6, 16\)"),
+    ({"loss.w_rec": 0.0}, "unknown reconstruct"),
+    ({"loss.rec_layers": 2}, "missing reconstruct.blocks.1"),
+])  # fmt: skip
+def test_another_model_s_checkpoint_is_refused(make_config, trained, tmp_path, monkeypatch, overrides, said):
+    meta = trained.save(tmp_path, monkeypatch)
+    other = Training(make_config({**OVERRIDES, **overrides}))
+    before = [p.clone() for p in other.model.parameters()]
+    for attempt in (
+        lambda: checkpoint.load(str(tmp_path), other.engine, other.bank, meta),
+        lambda: checkpoint.load_model(str(tmp_path), other.model),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{tmp_path} belongs to another model.*{said}"):
+            attempt()
+    assert all(torch.equal(a, b) for a, b in zip(before, other.model.parameters())), "nothing was half-loaded"
+
+
+def test_another_bank_s_checkpoint_is_refused(make_config, trained, tmp_path, monkeypatch):
+    meta = trained.save(tmp_path, monkeypatch)
+    other = Training(make_config({**OVERRIDES, "reference.per_object": 3}))
+    with pytest.raises(CheckpointError, match=r"holds references .*'per_object': 2.*needs .*'per_object': 3"):
+        checkpoint.load_bank(str(tmp_path), other.bank, meta)
+
+
+# -- which folders count ---------------------------------------------------------------------------------------------
+
+
+def write(run: RunDir, step: int, tag: str = "a", world: int = 2, score: float | None = 0.0) -> str:
+    """A small folder with the layout of a checkpoint; returns its name inside the run."""
+    folder = f"checkpoints/step-{step:08d}-{tag}"
+    for rank in range(world):
+        sizes = {}
+        for kind in ("model", "optimizer", "references"):
+            run.write_text(f"{folder}/{kind}-{rank}.safetensors", "x" * (10 + rank))
+            sizes[f"{kind}-{rank}.safetensors"] = 10 + rank
+        run.write_text(f"{folder}/rank-{rank}.json", json.dumps(sizes))
+    run.write_text(f"{folder}/meta.json", json.dumps({"step": step, "world": world, "score": score}))
+    return folder
+
+
+def test_checkpoints_are_listed_by_step(tmp_path):
+    for run in (RunDir(str(tmp_path)), RunDir(f"memory://{tmp_path.name}")):
+        assert checkpoint.list_checkpoints(run) == [] and checkpoint.latest_checkpoint(run) is None
+        folders = [write(run, step) for step in (200, 50, 1000)]
+        run.write_text("checkpoints/checkpoint_manager_snapshot.json", "{}")
+        found = checkpoint.list_checkpoints(run)
+        assert [info.step for info in found] == [50, 200, 1000]
+        assert checkpoint.latest_checkpoint(run).folder == folders[2]
+
+
+WHOLE = ["meta.json", "rank-0.json", "rank-1.json", "model-1.safetensors", "optimizer-0.safetensors",
+         "references-1.safetensors"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("damage", ["absent", "cut", "empty"])
+def test_a_half_written_checkpoint_does_not_count(tmp_path, name, damage):
+    run = RunDir(str(tmp_path))
+    old = write(run, 50)
+    path = tmp_path / write(run, 100) / name
+    if damage == "absent":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size - 1 if damage == "cut" else 0)
+    assert [info.folder for info in checkpoint.list_checkpoints(run)] == [old]
+    assert checkpoint.latest_checkpoint(run).step == 50
+
+
+def test_best_has_the_highest_score_and_is_the_later_on_a_tie(tmp_path):
+    run = RunDir(str(tmp_path))
+    for step, score in ((10, 3.0), (20, 7.5), (30, 7.5), (40, 1.0), (50, None)):
+        write(run, step, score=score)
+    assert checkpoint.best_checkpoint(run).step == 30 and checkpoint.latest_checkpoint(run).step == 50
+
+
+def test_no_checkpoint_is_a_named_error_with_what_was_found(tmp_path):
+    run = RunDir(str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"no complete checkpoint in {tmp_path}/checkpoints: found nothing"):
+        checkpoint.best_checkpoint(run)
+    (tmp_path / write(run, 100) / "meta.json").unlink()
+    with pytest.raises(CheckpointError, match="found .*step-00000100-a.*run directory"):
+        checkpoint.best_checkpoint(run)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.text(min_size=1, max_size=4), st.integers(0, 1000), max_size=20), st.integers(1, 6))
+def test_sharing_out_is_complete_even_and_free_of_order(sizes, writers):
+    owner = checkpoint.share_out(sizes, writers)
+    assert owner.keys() == sizes.keys() and set(owner.values()) <= set(range(writers))
+    load = [sum(sizes[n] for n in sizes if owner[n] == w) for w in range(writers)]
+    assert max(load) - min(load) <= max(sizes.values(), default=0)
+    assert checkpoint.share_out(dict(reversed(sizes.items())), writers) == owner
+
+
+SNAPSHOT = "checkpoints/checkpoint_manager_snapshot.json"
+
+
+@pytest.mark.parametrize("text, stays", [
+    ('{"checkpoint_results": [{"checkpoint_dir_name": "step-00000050-a"}]}', True),
+    ('{"checkpoint_results": []}', True),
+    ('{"checkpoint_results": [{"checkpoint_dir_name": "step-00000050-a"}, {"checkpoint_dir_name": "gone"}]}', False),
+    ('{"checkpoint_results": [{"checkpoint_dir', False), ("", False), ("{}", False), ("null", False),
+])  # fmt: skip
+def test_ray_s_list_of_checkpoints_goes_when_it_would_stop_a_restart(tmp_path, text, stays):
+    run = RunDir(str(tmp_path))
+    checkpoint.repair_snapshot(run)
+    write(run, 50)
+    run.write_text(SNAPSHOT, text)
+    checkpoint.repair_snapshot(run)
+    assert run.exists(SNAPSHOT) == stays and checkpoint.latest_checkpoint(run).step == 50

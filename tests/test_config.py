@@ -50,7 +50,8 @@ def test_defaults_then_yaml_then_flags(file):
 
 
 def test_values_have_the_types_of_their_fields(file):
-    config = load_config(["--config", file(train={"lr": 1}), "--loss.learn_tau", "true", "--data.image_mean", "[0,1,0]"])
+    flags = ["--loss.learn_tau", "true", "--data.image_mean", "[0,1,0]"]
+    config = load_config(["--config", file(train={"lr": 1}), *flags])
     assert config.loss.learn_tau is True and config.data.image_mean == [0, 1, 0] and config.train.lr == 1
     config = load_config(["--config", file(), "--train.lr", "1e-4", "--model.vision_config.hidden_size", "32"])
     assert config.train.lr == 1e-4
@@ -73,7 +74,8 @@ def test_unknown_key_in_a_file_names_the_file_and_the_nearest(file, content, fou
 
 @pytest.mark.parametrize("flag, meant", [
     ("--train.max_step", "train.max_steps"), ("--max_steps", "train.max_steps"), ("--workers", "train.workers"),
-    ("--train.w_rec", "loss.w_rec"), ("--rundir", "run_dir"), ("--trian.lr", "train.lr"), ("--lr", "train.lr"), ("--reference.memontum", "reference.momentum"),
+    ("--train.w_rec", "loss.w_rec"), ("--rundir", "run_dir"), ("--trian.lr", "train.lr"),
+    ("--lr", "train.lr"), ("--reference.memontum", "reference.momentum"),
 ])  # fmt: skip
 def test_unknown_flag_names_the_nearest(file, flag, meant):
     for argv in ([flag, "3"], [f"{flag}=3"]):
@@ -154,9 +156,9 @@ def test_values_out_of_range_are_named(name, value):
 
 
 def test_combinations_that_cannot_work():
-    with pytest.raises(ConfigError, match="guide_full.*0.1.*guide_from.*0.5"):
+    with pytest.raises(ConfigError, match=r"guide_full.*0.1.*guide_from.*0.5"):
         from_dict({"model": MODEL, "loss": {"guide_from": 0.5, "guide_full": 0.1}})
-    with pytest.raises(ConfigError, match="even `reference.per_object`"):
+    with pytest.raises(ConfigError, match=r"even `reference.per_object`"):
         from_dict({"model": MODEL, "reference": {"assign": "modality", "per_object": 3}})
     tower = MODEL["vision_config"]
     for model in ({}, {"dual": "a", "dual_config": tower}, {"vision": "a"}, {"text": "a"}, {**MODEL, "dual": "a"}):

@@ -139,7 +139,7 @@ def test_usable_captions_leave_out_empty_ones():
     assert usable_captions(meta, "x") == [("red", "a"), ("blue", "e")]
     assert usable_captions({"captions": ["red"]}, "x") == [("red", "")]
     for captions in ([], ["", " "], None):
-        with pytest.raises(SampleError, match="^cat 7: no caption"):
+        with pytest.raises(SampleError, match=r"^cat 7: no caption"):
             usable_captions({"captions": captions}, "cat 7")
 
 

@@ -134,4 +134,5 @@ def test_captions_longer_than_the_text_tower_s_positions_are_a_named_error(make_
     with pytest.raises(ModelError, match=r"data.max_tokens 20.*16"):
         build_model(make_config({"data.max_tokens": 20}), 80)
     longer = {**BERT, "max_position_embeddings": 20}
-    assert build_model(make_config({"data.max_tokens": 20, "model.text_config": longer}), 80).backbone.max_positions == 20
+    model = build_model(make_config({"data.max_tokens": 20, "model.text_config": longer}), 80)
+    assert model.backbone.max_positions == 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from mmref.model.reference import assign_features, initial_rows, moving_average
 def test_initial_rows_do_not_depend_on_how_they_are_shared(cuts, seed):
     whole = initial_rows(0, 9000, 2, 3, seed)
     edges = [0, *sorted(cuts), 9000]
-    parts = [initial_rows(a, b - a, 2, 3, seed) for a, b in zip(edges, edges[1:])]
+    parts = [initial_rows(a, b - a, 2, 3, seed) for a, b in itertools.pairwise(edges)]
     assert torch.equal(torch.cat(parts), whole)
 
 

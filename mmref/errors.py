@@ -55,3 +55,7 @@ class NonFiniteLossError(MMRefError):
 
 class EvaluationError(MMRefError):
     """Nothing can be measured: scores or features hold NaN, or no query has a match in the gallery."""
+
+
+class SweepError(MMRefError):
+    """A sweep ended without a single trial that has a score."""

@@ -1,0 +1,220 @@
+"""A search space: YAML over config fields, typed and checked against the config tree before anything starts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmref.config import Config, EvalConfig, check_config, from_dict, read_yaml, to_dict, unknown_key
+from mmref.errors import ConfigError
+
+KEYS = {
+    "choice": {"values"},
+    "uniform": {"low", "high"},
+    "loguniform": {"low", "high"},
+    "int": {"low", "high"},
+}
+REFINEMENT = {  # name in a space -> the field that holds the values to try
+    "refinement.kind": "eval.refine_kinds",
+    "refinement.weight": "eval.refine_weights",
+    "refinement.top_r": "eval.refine_top_rs",
+    "refinement.tau": "eval.refine_taus",
+}
+FIXED = {
+    "run_dir": "every trial has its own",
+    "train.max_steps": "trials are compared step by step; `--trial-steps` sets their length",
+    "train.eval_every": "trials are compared at their evaluations",
+    "train.workers": "trials are sized before the sweep starts",
+    "train.gpu": "trials are sized before the sweep starts",
+    "train.cpus_per_worker": "trials are sized before the sweep starts",
+    "data.readers": "trials are sized before the sweep starts",
+    "eval.metric": "it is what trials are compared by",
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One searched field."""
+
+    name: str
+    kind: Literal["choice", "uniform", "loguniform", "int"]
+    values: tuple[Any, ...] = ()  # of a choice
+    low: float = 0
+    high: float = 0  # included by `int`
+
+    def domain(self) -> Any:
+        """As a domain of Ray Tune."""
+        from ray import tune
+
+        if self.kind == "choice":
+            return tune.choice(list(self.values))
+        if self.kind == "int":
+            return tune.randint(int(self.low), int(self.high) + 1)
+        return getattr(tune, self.kind)(self.low, self.high)
+
+    def contains(self, value: Any) -> bool:
+        if self.kind == "choice":
+            return value in self.values
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def extremes(self) -> tuple[Any, ...]:
+        """Values that are valid together with the rest of a config when all others in between are."""
+        return self.values if self.kind == "choice" else (self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Fields that trials differ in, and the refinement's grid, which every trial searches as a whole."""
+
+    parameters: tuple[Parameter, ...]
+    refinement: dict[str, list[Any]] = field(default_factory=dict)  # config field -> values
+    text: str = ""  # the file
+
+    def domains(self) -> dict[str, Any]:
+        return {p.name: p.domain() for p in self.parameters}
+
+    def prepare(self, base: Config) -> Config:
+        """The base config with this space's refinement grid, searched in training. Raises ConfigError where some value of
+        the space does not go with it."""
+        prepared = with_values(base, {**self.refinement, "eval.refine_in_training": True})
+        for p in self.parameters:
+            for value in p.extremes():
+                try:
+                    with_values(prepared, {p.name: value})
+                except ConfigError as error:
+                    raise ConfigError(f"search space: {p.name} = {value} does not fit the config: {error}") from None
+        return prepared
+
+    def default_point(self, base: Config) -> dict[str, Any] | None:
+        """The config's own values, None where the space leaves one of them out."""
+        own = {p.name: get_value(base, p.name) for p in self.parameters}
+        return own if all(p.contains(own[p.name]) for p in self.parameters) else None
+
+
+def read_space(path: str) -> Space:
+    """A space from a YAML file. Raises ConfigError that names the file, the field, and what would be right."""
+    entries = read_yaml(path)
+    if not entries:
+        raise ConfigError(f"{path} is empty: it needs at least one field to search, for example "
+                          "`loss.w_guide: {type: uniform, low: 0.0, high: 1.0}`.")  # fmt: skip
+    parameters, refinement = [], {}
+    for name, entry in entries.items():
+        if name.startswith("refinement."):
+            refinement.update(_refinement(str(name), entry, path))
+        else:
+            parameters.append(_parameter(str(name), entry, path))
+    if not parameters:
+        raise ConfigError(
+            f"{path} searches refinement alone, which takes no sweep: `mmref evaluate` chooses it on val."
+        )
+    return Space(tuple(parameters), refinement, Path(path).read_text())
+
+
+def _parameter(name: str, entry: Any, path: str) -> Parameter:
+    hint = field_type(name, path)
+    if name in FIXED:
+        raise ConfigError(f"{path}: `{name}` cannot be searched: {FIXED[name]}.")
+    kind = _kind(name, entry, path)
+    if kind == "choice":
+        return Parameter(name, kind, _values(name, entry["values"], hint, path))
+    wanted = int if kind == "int" else float
+    if wanted is float and hint is int:
+        raise ConfigError(f"{path}: `{name}` is a whole number: use type `int` or `choice`, not `{kind}`.")
+    if hint not in (int, float):
+        raise ConfigError(f"{path}: `{name}` is no number: use type `choice`, not `{kind}`.")
+    low, high = (_cast(name, entry[end], wanted, path) for end in ("low", "high"))
+    if not low < high:
+        raise ConfigError(f"{path}: `{name}` has low {low} and high {high}; low must be below high.")
+    if kind == "loguniform" and low <= 0:
+        raise ConfigError(f"{path}: `{name}` is loguniform and needs low above 0, found {low}.")
+    return Parameter(name, kind, low=low, high=high)
+
+
+def _refinement(name: str, entry: Any, path: str) -> dict[str, list[Any]]:
+    if name not in REFINEMENT:
+        near = difflib.get_close_matches(name, REFINEMENT, n=1, cutoff=0.5)
+        hint = f" Did you mean `{near[0]}`?" if near else f" There are {', '.join(REFINEMENT)}."
+        raise ConfigError(f"{path}: unknown refinement setting `{name}`.{hint}")
+    kind = _kind(name, entry, path)
+    if kind != "choice":
+        raise ConfigError(f"{path}: `{name}` is searched exactly, over {{type: choice, values: [...]}}; found {kind}.")
+    target = REFINEMENT[name]
+    (item,) = typing.get_args(typing.get_type_hints(EvalConfig)[target.removeprefix("eval.")])
+    return {target: list(_values(name, entry["values"], item, path))}
+
+
+def _kind(name: str, entry: Any, path: str) -> Any:
+    """The type of an entry, its keys checked."""
+    kind = entry.get("type") if isinstance(entry, dict) else None
+    if kind not in KEYS:
+        raise ConfigError(f"{path}: `{name}` needs {{type: {'|'.join(KEYS)}, ...}}, found {entry!r}.")
+    keys = set(entry) - {"type"}
+    if keys != KEYS[kind]:
+        raise ConfigError(f"{path}: `{name}` of type {kind} takes {' and '.join(sorted(KEYS[kind]))}, found "
+                          f"{', '.join(sorted(map(str, keys))) or 'nothing'}.")  # fmt: skip
+    return kind
+
+
+def _values(name: str, values: Any, hint: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{path}: `{name}` needs a list of values, found {values!r}.")
+    return tuple(_cast(name, value, hint, path) for value in values)
+
+
+def _cast(name: str, value: Any, hint: Any, path: str) -> Any:
+    """A value as its field's type. Raises ConfigError."""
+    options = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
+    if options is not None:
+        if value not in options:
+            raise ConfigError(f"{path}: `{name}` is one of {', '.join(map(str, options))}; found {value!r}.")
+        return value
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3, without a point, as a string
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{path}: `{name}` takes {getattr(hint, '__name__', hint)}, found {value!r}.")
+
+
+def field_type(name: str, where: str) -> Any:
+    """Type of a field that holds one value. Raises ConfigError: an unknown field, a section, a list."""
+    cls: Any = Config
+    for part in name.split("."):
+        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        if part not in hints:
+            raise unknown_key(name, where)
+        cls = hints[part]
+    if dataclasses.is_dataclass(cls) or typing.get_origin(cls) in (list, dict, typing.Union, types.UnionType):
+        raise ConfigError(f"{where}: `{name}` is not a single value and cannot be searched.")
+    return cls
+
+
+def get_value(config: Config, name: str) -> Any:
+    """Value of a dotted field."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """A checked copy of a config with dotted fields set. Raises ConfigError."""
+    tree = copy.deepcopy(to_dict(config))
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        at = tree
+        for section in sections:
+            at = at[section]
+        at[last] = value
+    return check_config(from_dict(tree))

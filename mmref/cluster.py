@@ -37,29 +37,48 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0, dashboard: bool = Fal
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
-    cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
-    if need_cpus > cpus:
-        raise ClusterTooSmallError(
-            f"the run needs {need_cpus:g} CPUs and this machine offers {cpus} (logical); start it on a cluster "
-            "(`ray job submit`), or lower the workers."
+    else:
+        cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
+        if need_cpus > cpus:
+            raise ClusterTooSmallError(
+                f"the run needs {need_cpus:g} CPUs and this machine offers {cpus} (logical); start it on a cluster "
+                "(`ray job submit`), or lower the workers."
+            )
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=int(max(storage_gb, 0.1) * 1e9),
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level="ERROR",
         )
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        object_store_memory=int(max(storage_gb, 0.1) * 1e9),
-        include_dashboard=dashboard,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    try:
+        with _named_address():
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _named_address() -> Iterator[None]:
+    """Tell everything below which cluster it is on.
+
+    Ray Train's watchdog looks its controller up through "the" cluster of the machine. Where two are running, say two
+    people's runs on one workstation, it may ask the other one, take the controller for dead, and take the workers away.
+    """
+    import ray
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     try:
         yield
     finally:
-        ray.shutdown()
+        if before is None:
+            os.environ.pop("RAY_ADDRESS", None)
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def needed_cpus(config: Config) -> float:

@@ -46,7 +46,7 @@ class Progress:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         # lines of before a resume are old news; a line of the same step and kind is shown once
-        self._seen = {_identity(r) for r in read_jsonl(run) if r["step"] <= start}
+        self._seen = {_identity(r) for r in read_jsonl(run)}
 
     def __enter__(self) -> Progress:
         where = f", resuming at step {self.start}" if self.start else ""
@@ -76,20 +76,28 @@ class Progress:
             records = read_jsonl(self.run)
         except OSError:
             return  # being replaced
+        last = max((r["step"] for r in records), default=0)
+        if last < max((step for step, _ in self._seen), default=0):
+            # the file was cut back: workers have started again from a checkpoint
+            self._seen = {_identity(r) for r in records}
+            self._say(f"workers started; going on from the checkpoint at step {last}")
         for record in records:
             if _identity(record) in self._seen:
                 continue
             self._seen.add(_identity(record))
             left = record.get("step_seconds", 0) * (self.max_steps - record["step"]) or None
             line = log_line(record, self.max_steps, left)
-            if self._bar is None:
-                print(line, flush=True)
-                continue
-            if "val_R@1" in record:
-                self._bar.write(line)
+            if self._bar is None or "loss" not in record:
+                self._say(line)
             else:
                 self._bar.n = record["step"]
                 self._bar.set_postfix_str(line.split("  ", 1)[1])
+
+    def _say(self, line: str) -> None:
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.write(line)
 
 
 def _identity(record: dict[str, Any]) -> tuple[int, bool]:

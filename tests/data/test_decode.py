@@ -122,3 +122,8 @@ def test_what_is_no_image_is_named_and_described_alike_every_time(data):
 def test_a_jpeg_with_something_behind_its_end_is_read():
     data = ENCODED["jpeg"]() + b"maker's notes" * 20
     assert np.abs(decode_image(data, SIDE, SIDE) - on_white(data)).max() <= 2
+
+
+def test_an_image_of_the_swapped_size_is_resized():
+    lying = picture().resize((2 * SIDE, SIDE))
+    assert decode_image(encode(lying, "PNG"), 2 * SIDE, SIDE).shape == (2 * SIDE, SIDE, 3)

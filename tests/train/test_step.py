@@ -19,7 +19,8 @@ if __name__ == "__main__":  # pytest's conftest does this otherwise
 from plain_training import VARIANTS, PlainTraining, train, train_adam
 from tiny_set import BERT, VIT, tiny_config
 
-from mmref.losses import infonce, reference_loss
+from mmref.losses import infonce, reference_loss, sdm
+from mmref.train import collectives
 from mmref.train.engine import learning_rate
 from mmref.train.step import LOSSES
 
@@ -92,6 +93,15 @@ def test_dropout_depends_on_seed_and_step_alone(make_config):
     assert not torch.equal(PlainTraining(make_config({**with_dropout(), "train.seed": 1})).step(7), losses)
 
 
+def test_ranks_drop_out_differently(make_config, monkeypatch):
+    run, draws = PlainTraining(make_config()), []
+    for rank in range(3):
+        monkeypatch.setattr(collectives, "rank", lambda r=rank: r)
+        run.runner._seed_dropout(5)
+        draws.append(torch.rand(4).tolist())
+    assert draws[0] != draws[1] != draws[2] != draws[0]
+
+
 # -- the losses written out ------------------------------------------------------------------------------------------
 
 
@@ -148,6 +158,15 @@ def test_a_step_is_the_sum_of_its_losses(make_config, accumulation, per_object, 
     assert active.tolist() == list(range(14))
     torch.testing.assert_close(grad, references.grad, **CLOSE)
     assert lr == pytest.approx(config.reference.lr * learning_rate(3, config.train) / config.train.lr)
+
+
+@pytest.mark.parametrize("align, loss, factor", [("infonce", infonce, 0.5), ("sdm", sdm, 1.0)])
+def test_alignment_is_the_mean_of_both_directions_or_their_sum_as_in_irra(make_config, align, loss, factor):
+    run = PlainTraining(make_config({"loss.align": align, "loss.w_guide": 0.0, "loss.w_fuse": 0.0}))
+    m = inputs(run, 0)
+    out, y = run.model(m.pixels, m.ids, m.mask), m.objects
+    both = loss(out.image, out.text, y, y, out.scale) + loss(out.text, out.image, y, y, out.scale)
+    assert run.step(0)[1].item() == pytest.approx(factor * both.item(), rel=1e-5)
 
 
 def test_align_only_equals_references_that_do_not_guide_yet(make_config):

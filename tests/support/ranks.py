@@ -69,7 +69,7 @@ def bank(rank: int, world: int, update: str, per_object: int) -> dict[str, torch
 def one_rank(rank: int, world: int, root: str, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=300))
     found: dict[str, Any] = {"gather": gathered(rank, world)}
     for update in ("moving_average", "gradient"):
         for per_object in (1, 2):

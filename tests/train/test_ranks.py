@@ -22,7 +22,7 @@ def found(tiny_set, tmp_path_factory):
     root = SUPPORT.parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     command = [sys.executable, str(SUPPORT / "ranks.py"), str(tiny_set), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 

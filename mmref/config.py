@@ -431,6 +431,7 @@ def config_hash(config: Config) -> str:
     """12 hex digits of everything that changes results: not the run directory, scale or logging."""
     values = to_dict(config)
     values.pop("run_dir")
+    values["data"]["root"] = values["data"]["root"].rstrip("/").rsplit("/", 1)[-1]  # a set may be moved
     for key in ("workers", "gpu", "cpus_per_worker", "threads", "zero_stage", "accumulation", "log_every", "eval_every",
                 "keep_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing"):  # fmt: skip
         values["train"].pop(key)

@@ -43,12 +43,21 @@ def tower_config(name: str, config: dict[str, Any] | None, what: str) -> Pretrai
         return AutoConfig.for_model(model_type, **values)
 
 
-def check_towers(config: ModelConfig) -> None:
-    """Raise ModelError for a tower that does not exist, without loading weights."""
+def check_towers(config: ModelConfig, end_id: int | None) -> None:
+    """Raise ModelError for a tower that does not exist or a tokenizer that ends captions otherwise; loads no weights."""
     for part in ("dual", "vision", "text"):
         name, values = getattr(config, part), getattr(config, f"{part}_config")
-        if name or values:
-            tower_config(name, values, f"model.{part}")
+        if not (name or values):
+            continue
+        found = tower_config(name, values, f"model.{part}")
+        # CLIP reads its text feature at the end token (2 is its legacy value for "the largest id")
+        expected = getattr(getattr(found, "text_config", None), "eos_token_id", None)
+        if part == "dual" and "clip" in found.model_type and expected not in (None, 2, end_id):
+            raise ModelError(
+                f"model.dual: its text tower ends captions with token {expected}, the tokenizer with {end_id}: every text "
+                f"feature would be the same. Set `text_config: {{eos_token_id: {end_id}}}` in model.dual_config, or "
+                "use the tokenizer of the model."
+            )
 
 
 def load_tower(name: str, config: dict[str, Any] | None, what: str) -> PreTrainedModel:

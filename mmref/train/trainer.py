@@ -56,8 +56,8 @@ def check_inputs(config: Config) -> None:
                             f"`mmref shards verify {config.data.root}` lists them.")  # fmt: skip
     t = config.train
     Plan(shards.index("train").object_start, config.objects_per_step, t.images_per_object, t.seed)
-    load_tokens(config)
-    check_towers(config.model)
+    tokens = load_tokens(config)
+    check_towers(config.model, tokens.tokenizer.eos_token_id)
 
 
 def prepare_run(config: Config, run: RunDir) -> None:

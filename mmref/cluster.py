@@ -22,11 +22,10 @@ LOCAL_CPUS = 8  # logical: on a small machine, workers and readers share its cor
 
 
 @contextlib.contextmanager
-def connect(need_cpus: float = 1, storage_gb: float = 1.0, dashboard: bool = False) -> Iterator[None]:
+def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
     """Use the cluster of RAY_ADDRESS or of a submitted job, else start a local one and stop it afterwards.
 
-    A local cluster offers max(8, cores) logical CPUs; nothing else of it is visible outside this machine. `dashboard`
-    starts its dashboard too (a running cluster has one): Ray's state API, which sweeps need, is part of it.
+    A local cluster offers max(8, cores) logical CPUs; nothing else of it is visible outside this machine.
     """
     import ray
 
@@ -48,7 +47,7 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0, dashboard: bool = Fal
             address="local",
             num_cpus=cpus,
             object_store_memory=int(max(storage_gb, 0.1) * 1e9),
-            include_dashboard=dashboard,
+            include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
         )

@@ -12,7 +12,7 @@ from ray.tune import Callback
 
 from mmref.config import Config, dump_yaml
 from mmref.rundir import RunDir
-from tune.trial import ERROR
+from tune.trial import ERROR, abort
 
 SETTINGS = ("kind", "weight", "top_r", "tau")  # of the refinement
 
@@ -65,6 +65,7 @@ class Recorder(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self.trials[trial.trial_id]
+        abort(trial.last_result or {})
         self._end(record, "finished" if record.steps >= self.max_steps else "stopped-early")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -102,7 +102,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
     local = not os.environ.get("RAY_ADDRESS") and not _ray_runs()
     cores = os.cpu_count() or 1
     storage_gb = config.train.storage_gb * max(1, cores // config.train.workers)
-    with connect(TRIAL_CPUS + needed_cpus(config) + SPARE_CPUS, storage_gb, dashboard=True):
+    with connect(TRIAL_CPUS + needed_cpus(config) + SPARE_CPUS, storage_gb):
         import ray
 
         # a local cluster offers more logical CPUs than there are cores: trials beyond the cores would only slow each other

@@ -89,7 +89,9 @@ def test_a_value_that_does_not_fit_the_config_is_found_before_the_start(
 def test_the_configs_own_point_is_tried_only_where_the_space_contains_it(tmp_path: Path) -> None:
     entries = {"loss__w_guide": {"type": "uniform", "low": 0, "high": 1}}
     assert space_of(tmp_path, **entries).default_point(Config()) == {"loss.w_guide": 0.5}
-    assert space_of(tmp_path, **entries, loss__w_rec={"type": "choice", "values": [0.1]}).default_point(Config()) is None
+    assert (
+        space_of(tmp_path, **entries, loss__w_rec={"type": "choice", "values": [0.1]}).default_point(Config()) is None
+    )
 
 
 def test_with_values_copies(make_config: Callable[..., Config]) -> None:

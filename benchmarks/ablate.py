@@ -106,7 +106,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS)[:3], choices=list(ROWS))
-    parser.add_argument("--time-ratio", type=float, default=1.1, help="extra steps of the equal-time row, from benchmarks/step.py")
+    parser.add_argument(
+        "--time-ratio", type=float, default=1.1, help="extra steps of the equal-time row, from benchmarks/step.py"
+    )
     parser.add_argument("--kind", default="standard", help="caption kind reported beside all captions")
     parser.add_argument("--out", default="runs/ablation")
     args, passed = parser.parse_known_args()

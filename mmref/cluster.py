@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     else:
         cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
         if need_cpus > cpus:
@@ -49,7 +50,7 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
             object_store_memory=int(max(storage_gb, 0.1) * 1e9),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
     try:
         with _named_address():

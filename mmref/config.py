@@ -253,7 +253,8 @@ def _check_keys(given: dict[str, Any], cls: type, where: str, prefix: str = "") 
     for key, value in given.items():
         if key not in fields:
             raise unknown_key(prefix + str(key), where)
-        default = fields[key].default_factory() if fields[key].default_factory is not dataclasses.MISSING else None
+        factory: Any = fields[key].default_factory
+        default = factory() if factory is not dataclasses.MISSING else None
         if dataclasses.is_dataclass(default):
             if not isinstance(value, dict):
                 raise ConfigError(f"{where}: `{prefix}{key}` is a section and takes keys below it, found {value!r}.")

@@ -51,7 +51,8 @@ Shards travel as `.tar.gz` and are unpacked beside it on first use.
 | standard names, keywords: Unicode CLDR, English annotations | Unicode-3.0 | `cldr-annotations-full` {cldr} |
 
 Licence texts are in `LICENSES/`. A sample's `set` says which team drew it, so which licence its image is under.
-Kinds of captions: `standard` (the full name), `name` (the drawing's name in its set, where it differs), `keywords` (CLDR), `tags` (short codes and
+Kinds of captions: `standard` (the full name), `name` (the drawing's name in its set, where it
+differs), `keywords` (CLDR), `tags` (short codes and
 other keywords). Splits are by object: 70 % train, 10 % val, 20 % test, by a fixed hash of the object id. Variants (skin
 tone, gender) are objects of their own.
 """

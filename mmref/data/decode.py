@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,7 +30,7 @@ def decode_image(data: bytes, height: int, width: int, name: str = "image") -> N
     if jpeg and b"\xff\xd9" not in data[-64:]:
         # OpenCV decodes a truncated JPEG to a picture with a grey rest; Pillow refuses it, and takes one whose maker
         # appended something behind the end marker
-        pixels = _decode_pillow(data, name)
+        pixels: Any = _decode_pillow(data, name)
     else:
         try:
             flags = cv2.IMREAD_COLOR if jpeg else cv2.IMREAD_UNCHANGED  # unchanged would ignore the orientation
@@ -40,14 +41,14 @@ def decode_image(data: bytes, height: int, width: int, name: str = "image") -> N
             pixels = _decode_pillow(data, name)
     if pixels.dtype != np.uint8:
         pixels = (pixels // 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels.astype(np.uint8)
-    rgb = _to_rgb(pixels)
+    rgb: Any = _to_rgb(pixels)
     if rgb.shape[:2] != (height, width):
         shrinks = rgb.shape[0] * rgb.shape[1] > height * width
         rgb = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
     return rgb
 
 
-def _decode_pillow(data: bytes, name: str) -> NDArray:
+def _decode_pillow(data: bytes, name: str) -> Any:
     """What OpenCV cannot read (some CMYK, odd palettes), in OpenCV's channel order."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -61,7 +62,8 @@ def _decode_pillow(data: bytes, name: str) -> NDArray:
     return cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA)
 
 
-def _to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _to_rgb(pixels: Any) -> Any:
+    """OpenCV's channels (grey, grey + alpha, BGR, BGRA) to RGB."""
     if pixels.ndim == 2:
         return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
     if pixels.shape[2] == 2:  # grey + alpha

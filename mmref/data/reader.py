@@ -73,7 +73,8 @@ class StepReader:
         }
 
     def _read(self, planned: Any, step: int, position: int) -> tuple[int, NDArray[np.uint8], str, str]:
-        index, problems, attempt = int(planned.images[position]), [], 0
+        problems: list[str] = []
+        index, attempt = int(planned.images[position]), 0
         while True:
             try:
                 pixels, captions = self.read_image(index)

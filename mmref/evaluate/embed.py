@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from mmref.config import Config
-from mmref.data.stream import quiet_ray_data
 from mmref.data.shards import SampleReader, ShardSet, SplitIndex
+from mmref.data.stream import quiet_ray_data
 from mmref.data.tokens import load_tokens
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.model.mmref import build_model
@@ -83,9 +83,7 @@ def embed_splits(
             for start in range(0, count, config.eval.batch):
                 stop = min(start + config.eval.batch, count)
                 texts = queries[s].texts[start:stop] if kind == "text" else []
-                jobs.append(
-                    {"job": len(jobs), "split": s, "kind": kind, "start": start, "stop": stop, "texts": texts}
-                )
+                jobs.append({"job": len(jobs), "split": s, "kind": kind, "start": start, "stop": stop, "texts": texts})
     quiet_ray_data()
     dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
         Embedder,

@@ -84,6 +84,11 @@ def _as_tokens(hidden: Tensor) -> Tensor:
 class DualBackbone(nn.Module):
     """CLIP or SigLIP: its own poolers and projections give the global features."""
 
+    vision_model: Any
+    text_model: Any
+    visual_projection: Any
+    text_projection: Any
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         if not hasattr(model, "vision_model") or not hasattr(model, "text_model"):
@@ -123,11 +128,15 @@ class DualBackbone(nn.Module):
 class PairBackbone(nn.Module):
     """Any vision tower beside any text tower, each with a linear projection to the shared space."""
 
+    vision_model: Any
+    text_model: Any
+
     def __init__(self, vision: PreTrainedModel, text: PreTrainedModel, embed_dim: int, pool: str = "auto") -> None:
         super().__init__()
         self.vision_model, self.text_model, self.pool = vision, text, pool
         if pool != "auto":  # a pooler nobody reads would be a parameter without a gradient
-            for tower in (vision, text):
+            towers: tuple[Any, Any] = (vision, text)
+            for tower in towers:
                 if getattr(tower, "pooler", None) is not None:
                     tower.pooler = None
         self.image_width = _tower_width(vision)

@@ -31,8 +31,8 @@ FAILURE = "failure.json"
 def train_worker(values: dict[str, Any]) -> None:
     """Entry point on every Ray Train worker; `values` is the config as a plain dict.
 
-    Errors that every worker meets alike (a loss that is not finite, too many broken samples, a wrong model) end the run without a retry: they are
-    written to failure.json for the driver, since a restart would only meet them again.
+    Errors that every worker meets alike (a loss that is not finite, too many broken samples, a wrong model) end the run
+    without a retry: they are written to failure.json for the driver, since a restart would only meet them again.
     """
     config = from_dict(values)
     run = RunDir(config.run_dir)

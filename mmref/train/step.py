@@ -18,7 +18,7 @@ from mmref.data.augment import augment
 from mmref.data.reader import Batch
 from mmref.data.tokens import Tokens
 from mmref.losses import infonce, reference_loss, scale_gradient, sdm
-from mmref.model.mmref import Masked, Output
+from mmref.model.mmref import Masked
 from mmref.model.reconstruction import mask_words
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
@@ -38,12 +38,12 @@ class MicroBatch:
 
 
 class StepRunner:
-    """Runs steps. `backward(loss)` adds to the gradients; `boundary()` is called after each micro-batch's backward."""
+    """Runs steps. `model` gives an `Output`, `backward(loss)` adds to the gradients; `boundary()` follows each backward."""
 
     def __init__(
         self,
         config: Config,
-        model: Callable[..., Output],
+        model: Callable[..., Any],
         backward: Callable[[Tensor], Any],
         boundary: Callable[[], Any],
         bank: ReferenceBank,

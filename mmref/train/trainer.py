@@ -116,7 +116,7 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = ()) -> None:
             name=checkpoint.FOLDER,
             storage_path=run.path,
             callbacks=list(callbacks),
-            failure_config=ray.train.FailureConfig(max_failures=t.max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(max_failures=t.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=t.keep_checkpoints, checkpoint_score_attribute="score", checkpoint_score_order="max"
             ),

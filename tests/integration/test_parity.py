@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from parity import STEPS, run, tiny
 
 CLOSE = 1e-5
@@ -40,9 +39,7 @@ def compare(expected: dict[str, Any], found: dict[str, Any]) -> None:
     assert relative(expected["rows"], found["rows"]) < CLOSE
 
 
-def same(
-    tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, stage: int, accumulation: int
-) -> None:
+def same(tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, stage: int, accumulation: int) -> None:
     values = tiny(tiny_set, train__workers=workers, train__zero_stage=stage, train__accumulation=accumulation)
     compare(alone, run(tmp_path, values, workers))
 
@@ -71,13 +68,13 @@ def test_losses_fall_and_all_parts_are_there(alone: dict[str, Any]) -> None:
 
 def test_gradient_references(tmp_path: Path, tiny_set: Path) -> None:
     """The same under gradient fusion with sampled negatives and two references per object."""
-    kind = dict(
-        reference__update="gradient",
-        reference__negatives="sampled",
-        reference__sampled_negatives=4,
-        reference__per_object=2,
-        reference__score="lme",
-    )
+    kind = {
+        "reference__update": "gradient",
+        "reference__negatives": "sampled",
+        "reference__sampled_negatives": 4,
+        "reference__per_object": 2,
+        "reference__score": "lme",
+    }
     expected = run(tmp_path / "1", tiny(tiny_set, **kind), 1)
     values = tiny(tiny_set, train__workers=2, train__accumulation=2, **kind)
     compare(expected, run(tmp_path / "2", values, 2))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from jobs import ROOT, write_config
 
 RAY = str(Path(sys.executable).parent / "ray")

@@ -34,7 +34,7 @@ def choose_on_val(
     # top_p is a cap on cost: with fewer images than it, everything is a candidate
     top_p = e.top_p if 0 < e.top_p < len(image) else None
     grid = refinement_grid(e.refine_kinds, e.refine_weights, e.refine_top_rs, e.refine_taus, (top_p,))
-    # the same words for the same object rank alike: score each pair of text and object once
+    # the same words for the same object rank alike: score each pair of text and object once, as the report does
     pairs, counted = np.unique(np.stack([queries.text, queries.objects], 1), axis=0, return_inverse=True)
     return choose_refinement(
         space, text[pairs[:, 0]], image, pairs[:, 1], objects, grid, e.metric, counted=counted.reshape(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import sys
@@ -75,13 +76,16 @@ def prepare_node() -> None:
     """Make DeepSpeed's just-in-time build of its CPU communication safe on this node.
 
     The build needs ninja, which lies beside the interpreter and is not on PATH when a virtual environment is used
-    without being activated; and a lock file left by a killed build would block every later one for ever.
+    without being activated. Each environment builds in a folder of its own: in a shared one, two would undo each other's
+    build at every start. And a lock file left by a killed build would block every later one for ever.
     """
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
-    default = Path.home() / ".cache" / "torch_extensions"
-    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)).glob("**/lock"):
+    environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:8]
+    default = Path.home() / ".cache" / "mmref" / f"torch_extensions-{environment}"
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    for lock in folder.glob("**/lock"):
         try:
             if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
                 lock.unlink()

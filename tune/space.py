@@ -92,10 +92,14 @@ class Space:
                     raise ConfigError(f"search space: {p.name} = {value} does not fit the config: {error}") from None
         return prepared
 
+    def outside(self, base: Config) -> list[str]:
+        """The fields whose value in the config the space leaves out, as `loss.w_rec 0.3`."""
+        own = {p: get_value(base, p.name) for p in self.parameters}
+        return [f"{p.name} {value}" for p, value in own.items() if not p.contains(value)]
+
     def default_point(self, base: Config) -> dict[str, Any] | None:
         """The config's own values, None where the space leaves one of them out."""
-        own = {p.name: get_value(base, p.name) for p in self.parameters}
-        return own if all(p.contains(own[p.name]) for p in self.parameters) else None
+        return None if self.outside(base) else {p.name: get_value(base, p.name) for p in self.parameters}
 
 
 def read_space(path: str) -> Space:

@@ -180,6 +180,8 @@ def _search(config: Config, space: Space, options: Options, concurrent: int, run
         f"{options.trials} trials of {config.train.max_steps} steps to {run.path}, {concurrent} at a time ...",
         flush=True,
     )
+    if left_out := space.outside(config):
+        print(f"the config itself is not among the trials: the space leaves out {', '.join(left_out)}", flush=True)
     trainable = tune.with_resources(tune.with_parameters(run_trial, base=to_dict(config)), {"CPU": TRIAL_CPUS})
     tune.Tuner(
         trainable,

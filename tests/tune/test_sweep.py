@@ -99,7 +99,7 @@ def test_a_directory_that_holds_a_sweep_is_left_alone(
 def recorded(tmp_path: Path) -> Recorder:
     """Three trials of 6 steps: finished with a dip at the end, stopped at 2, and failed after the best score of all."""
     recorder = Recorder(RunDir(str(tmp_path)), ["loss.w_guide"], trials=3, max_steps=6)
-    trials = [SimpleNamespace(trial_id=f"id{i}", config={"loss.w_guide": i / 4}) for i in range(3)]
+    trials = [SimpleNamespace(trial_id=f"id{i}", config={"loss.w_guide": i / 4}, last_result={}) for i in range(3)]
     for t in reversed(trials):  # the number of a trial is its place in the sweep, not when it started
         recorder.on_trial_start(0, trials, t)
 

@@ -19,6 +19,7 @@ SETTINGS = {  # Ray Train hands variables of this prefix on to its controller an
     # workers and readers of a small machine start together: do not warn of it
     "RAY_worker_maximum_startup_concurrency": "16",
 }
+START_ATTEMPTS = 3
 LOCAL_CPUS = 8  # logical: on a small machine, workers and readers share its cores
 
 
@@ -44,19 +45,33 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
                 f"the run needs {need_cpus:g} CPUs and this machine offers {cpus} (logical); start it on a cluster "
                 "(`ray job submit`), or lower the workers."
             )
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            object_store_memory=int(max(storage_gb, 0.1) * 1e9),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        _start_local(cpus, storage_gb)
     try:
         with _named_address():
             yield
     finally:
         ray.shutdown()
+
+
+def _start_local(cpus: int, storage_gb: float) -> None:
+    """Start a cluster on this machine. Ray gives a node 30 s to come up, too short on a busy one: try again."""
+    import ray
+
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                object_store_memory=int(max(storage_gb, 0.1) * 1e9),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception here
+            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+                raise
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ def test_objects_and_captions(packages):
     assert {name: len(item.images) for name, item in found.items()} == dict.fromkeys(found, 7)
     image = found["1f44b"].images[0]
     assert dict(zip(image.caption_kinds, image.captions, strict=True)) == {
-        "name": "waving hand", "keywords": "hand, wave", "tags": "bye bye, hello",
+        "standard": "waving hand", "keywords": "hand, wave", "tags": "bye bye, hello",
     }  # fmt: skip
     assert image.extra == {"set": "twemoji", "emoji": "👋", "group": "smileys"}
     image = found["1f44b-1f3fb"].images[0]
@@ -92,7 +92,7 @@ def test_objects_and_captions(packages):
         "name": "hand wave light skin tone", "standard": "waving hand: light skin tone",
         "keywords": "hand, wave, light skin tone", "tags": "bye bye, hello, light skin tone",
     }  # fmt: skip
-    assert found["1f44b-1f3fb"].images[2].captions[0] == "waving hand light skin tone", "each drawing has its own name"
+    assert found["1f44b-1f3fb"].images[2].captions[1] == "waving hand light skin tone", "each drawing has its own name"
     assert [i.ref[1] for i in found["27a1"].images] == ["right-arrow"] * 7
 
 
@@ -185,7 +185,7 @@ def test_bundled_samples(bundled):
             assert raw.image_ext == "webp" and Image.open(io.BytesIO(raw.image_bytes)).size == (64, 64)
             assert raw.meta["set"] in ARTIST_SETS and raw.meta["emoji"] and raw.meta["group"]
             assert len(raw.meta["captions"]) == len(raw.meta["caption_kinds"]) == index.n_captions[i]
-            assert raw.meta["caption_kinds"][0] == "name"
+            assert raw.meta["caption_kinds"][0] == "standard"
             assert len(set(raw.meta["captions"])) == len(raw.meta["captions"])
 
 

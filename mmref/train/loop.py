@@ -67,7 +67,8 @@ class Worker:
         self.stream = Stream(config, self.rank, self.world, self.start) if self.start < config.train.max_steps else None
         self.tokens = load_tokens(config)
         model = build_model(config, self.tokens.vocab_size).to(self.device)
-        index = ShardSet.open(config.data.root).index("train")
+        shards = ShardSet.open(config.data.root)
+        index = shards.index("train")
         self.images = len(index)
         self.engine = build_engine(model, config, self.world)
         self.bank = ReferenceBank(index.n_objects, model.embed_dim, config.reference, config.train.seed, self.device)
@@ -78,7 +79,7 @@ class Worker:
             self.bank, self.tokens, self.device,
         )  # fmt: skip
         self.encoder = Encoder(self.engine, self.engine.module, config.data, self.tokens, self.device)
-        self.validation = Validation(config) if "val" in ShardSet.open(config.data.root).splits else None
+        self.validation = Validation(config) if "val" in shards.splits else None
         self.bad: set[str] = set()
 
     def train(self) -> None:

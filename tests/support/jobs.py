@@ -59,7 +59,7 @@ class Job:
         self.process.communicate(timeout=60)
 
 
-def write_config(config: Config, folder: Path, **overrides: Any) -> Path:
+def write_config(config: Config, folder: Path) -> Path:
     """The config as a YAML file for `--config`."""
     path = folder / "config.yaml"
     path.write_text(dump_yaml(config))

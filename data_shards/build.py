@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import logging
 import math
 import os
 import sys
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from data_shards.samples import Source, SourceObject, hash_fraction
 from data_shards.tar_writer import ImageOptions, ShardResult, write_shard
+from mmref.cluster import connect
 from mmref.data.shards import VERSION
 from mmref.errors import ShardSetError, SourceError
 
@@ -199,12 +199,7 @@ def _run_ray(jobs: list[tuple], workers: int, tick: Callable[[], Any]) -> Iterab
     """At most `workers` tasks at a time, on the cluster that is there or on a local one that is stopped afterwards."""
     import ray
 
-    started = not ray.is_initialized()
-    if started:
-        ray.init(
-            num_cpus=workers, object_store_memory=128 * 2**20, include_dashboard=False, logging_level=logging.WARNING
-        )
-    try:
+    with connect(storage_gb=0.13):
         task = ray.remote(max_retries=2)(write_shard)
         source = ray.put(jobs[0][0])
         waiting = list(enumerate(jobs))[::-1]
@@ -221,9 +216,6 @@ def _run_ray(jobs: list[tuple], workers: int, tick: Callable[[], Any]) -> Iterab
                     raise error.as_instanceof_cause() from error
                 tick()
         return [results[number] for number in range(len(jobs))]
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _finish(source: Source, out: str, results: dict[str, list[ShardResult]]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def _dispatch(argv: list[str]) -> int:
         return tune(argv[1:])
     parser = argparse.ArgumentParser(prog="mmref", description="Text-to-image retrieval with multi-modal references.")
     parser.add_argument("--version", action="version", version=f"mmref {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{shards,train,evaluate,tune}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{shards,train,evaluate,ledger,tune}")
     from data_shards.cli import add_parser as add_shards
 
     add_shards(commands)
@@ -52,6 +52,7 @@ def _dispatch(argv: list[str]) -> int:
     ):
         commands.add_parser(name, help=text, add_help=False)
     add_evaluate(commands.add_parser("evaluate", help="score a run's best checkpoint on a split"))
+    add_ledger(commands.add_parser("ledger", help="hold the samples a run has seen against its plan"))
     args = parser.parse_args(argv)
     result = args.run(args)
     return int(result or 0)
@@ -86,6 +87,26 @@ def evaluate(args: argparse.Namespace) -> int:
 
     evaluate_run(args.checkpoint, args.data, args.split, args.out, args.workers, report=not args.no_report)
     return 0
+
+
+def add_ledger(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mmref ledger`."""
+    parser.description = (
+        "Which samples the model of a run was trained on, up to its latest checkpoint, against what its plan asks for: "
+        "how many were lost or repeated by failures, and how many broken ones were replaced. Exit status 1 when any was "
+        "lost or repeated."
+    )
+    parser.add_argument("run_dir", metavar="RUN", help="run directory of `mmref train`")
+    parser.set_defaults(run=ledger)
+
+
+def ledger(args: argparse.Namespace) -> int:
+    """`mmref ledger`."""
+    from mmref.train.ledger import audit_run
+
+    audit = audit_run(args.run_dir)
+    print(audit)
+    return 0 if audit.sound else 1
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ class CheckpointError(MMRefError):
     """A checkpoint is missing, incomplete, or belongs to another model."""
 
 
+class LedgerError(MMRefError):
+    """A run has no ledger of the samples it saw, or it cannot be read."""
+
+
 class NonFiniteLossError(MMRefError):
     """The loss is not finite: training stopped before any checkpoint was overwritten."""
 

@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import fsspec
+import yaml
 
+from mmref.config import Config, from_dict
 from mmref.errors import RunDirectoryError
 
 
@@ -61,21 +63,38 @@ class RunDir:
             return None
 
     def read_text(self, name: str) -> str:
+        return self.read_bytes(name).decode()
+
+    def read_bytes(self, name: str) -> bytes:
         with self.fs.open(self._inner(name), "rb") as file:
-            return file.read().decode()
+            return file.read()
+
+    def read_config(self) -> Config:
+        """The run's resolved config. Raises RunDirectoryError where there is none, ConfigError for one of another version."""
+        try:
+            values = yaml.safe_load(self.read_text("config.yaml"))
+        except (OSError, yaml.YAMLError) as error:
+            raise RunDirectoryError(
+                f"{self.join('config.yaml')} cannot be read ({error}): give the run directory of `mmref train`."
+            ) from None
+        return from_dict(values, self.join("config.yaml"))
 
     def write_text(self, name: str, text: str) -> None:
+        """As `write_bytes`, in UTF-8."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
         """Replace a file as a whole; a reader never sees half of it."""
         self.fs.makedirs(os.path.dirname(self._inner(name)), exist_ok=True)
         if not self.local:  # object stores replace objects atomically
             with self.fs.open(self._inner(name), "wb") as file:
-                file.write(text.encode())
+                file.write(data)
             return
         target = self._inner(name)
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}-")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(text.encode())
+                file.write(data)
             os.chmod(temporary, 0o644)
             os.replace(temporary, target)
         except BaseException:

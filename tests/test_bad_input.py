@@ -99,7 +99,7 @@ def test_run_directory_of_another_config(attempt: Callable[..., str], tmp_path: 
 
 def test_evaluating_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--checkpoint", str(tmp_path)]) == 1
-    assert "CheckpointError" in (error := capsys.readouterr().err) and "config.yaml" in error
+    assert "RunDirectoryError" in (error := capsys.readouterr().err) and "config.yaml" in error
 
 
 def test_unknown_backbone(attempt: Callable[..., str]) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mmref.config import Config
+from mmref.data.shards import SplitIndex
 from mmref.errors import TooFewObjectsError
 
 _U64 = np.uint64
@@ -120,3 +122,8 @@ class Plan:
             return None
         key = int(mix(self.seed, step, position, 4))
         return others[int(permute(np.array([attempt]), len(others), key)[0])]
+
+
+def build_plan(config: Config, index: SplitIndex) -> Plan:
+    """The plan of a run over its train split. Raises TooFewObjectsError."""
+    return Plan(index.object_start, config.objects_per_step, config.train.images_per_object, config.train.seed)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mmref.config import Config
 from mmref.data.decode import decode_image
-from mmref.data.plan import Plan
+from mmref.data.plan import build_plan
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.data.tokens import load_tokens
 from mmref.errors import SampleError, ShardSetError
@@ -41,9 +41,7 @@ class StepReader:
             raise ShardSetError(f"{config.data.root}: no train split, found {shards.splits}.")
         self.config, self.index = config, shards.index("train")
         self.samples = SampleReader(self.index)
-        self.plan = Plan(
-            self.index.object_start, config.objects_per_step, config.train.images_per_object, config.train.seed
-        )
+        self.plan = build_plan(config, self.index)
         self.tokens = load_tokens(config)
         per_rank = config.train.global_batch // world
         self.positions = range(rank * per_rank, (rank + 1) * per_rank)

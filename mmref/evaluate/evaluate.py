@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mmref.cluster import connect
-from mmref.config import Config, config_hash, from_dict, read_yaml, to_dict
+from mmref.config import Config, config_hash, to_dict
 from mmref.data.shards import SampleReader, ShardSet
-from mmref.errors import CheckpointError, ShardSetError
+from mmref.errors import ShardSetError
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
 from mmref.evaluate.choose import choose_on_val, trained_space
 from mmref.evaluate.embed import SplitFeatures, embed_splits
@@ -26,14 +26,9 @@ SHOWN = 10  # results of an example in the report
 
 
 def open_run(run_dir: str) -> tuple[RunDir, Config, CheckpointInfo]:
-    """A run, its config and its best checkpoint. Raises CheckpointError where there is none."""
+    """A run, its config and its best checkpoint. Raises RunDirectoryError, CheckpointError where there is none."""
     run = RunDir(run_dir)
-    if not run.exists("config.yaml"):
-        raise CheckpointError(
-            f"{run.path} is no run directory: it has no config.yaml. Give one that `mmref train` wrote."
-        )
-    config = from_dict(read_yaml(f"{run.fetch('').rstrip('/')}/config.yaml"), "config.yaml")
-    return run, config, best_checkpoint(run)
+    return run, run.read_config(), best_checkpoint(run)
 
 
 def evaluate_run(

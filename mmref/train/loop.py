@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mmref.config import Config, check_batch, config_hash, from_dict
+from mmref.data.plan import build_plan
 from mmref.data.shards import ShardSet
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
@@ -22,6 +23,7 @@ from mmref.rundir import JsonLines, RunDir
 from mmref.train import checkpoint, collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import build_engine, set_learning_rate
+from mmref.train.ledger import Ledger
 from mmref.train.step import LOSSES, StepRunner
 from mmref.train.validation import Validation, score_of
 
@@ -80,6 +82,7 @@ class Worker:
         )  # fmt: skip
         self.encoder = Encoder(self.engine, self.engine.module, config.data, self.tokens, self.device)
         self.validation = Validation(config) if "val" in shards.splits else None
+        self.ledger = Ledger(run, self.start, self.device)
         self.bad: set[str] = set()
 
     def train(self) -> None:
@@ -95,6 +98,7 @@ class Worker:
                 self.bad |= {b for b in batch["bad"].tolist() if b}
                 lr = set_learning_rate(self.engine, step, config)
                 window.add(step, self.runner.run(step, batch))
+                self.ledger.add(batch)
                 done = step + 1
                 logs = done % config.log_every == 0 or done == config.max_steps
                 evaluates = done % eval_every == 0 or done == config.max_steps
@@ -150,6 +154,7 @@ class Worker:
             "config_hash": config_hash(self.config),
             "seed": self.config.train.seed,
         }
+        self.ledger.write(done)
         with tempfile.TemporaryDirectory(prefix="mmref-") as folder:
             checkpoint.save(folder, self.engine, self.bank, meta)
             ray.train.report(
@@ -191,14 +196,7 @@ class Worker:
         if self.rank:
             return
         index = ShardSet.open(self.config.data.root).index("train")
-        from mmref.data.plan import Plan
-
-        plan = Plan(
-            index.object_start,
-            self.config.objects_per_step,
-            self.config.train.images_per_object,
-            self.config.train.seed,
-        )
+        plan = build_plan(self.config, index)
         ids = [index.image_ids[i] for i in plan(step).images]
         self.run.write_text("nonfinite.json", json.dumps({"step": step, "image_ids": ids}, indent=1))
 

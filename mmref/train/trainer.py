@@ -9,7 +9,7 @@ from typing import Any
 from mmref import errors
 from mmref.cluster import check_resources, connect, needed_cpus
 from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict
-from mmref.data.plan import Plan
+from mmref.data.plan import build_plan
 from mmref.data.shards import ShardSet
 from mmref.data.tokens import load_tokens
 from mmref.errors import MMRefError, RunDirectoryError, ShardSetError
@@ -54,8 +54,7 @@ def check_inputs(config: Config) -> None:
     if problems:
         raise ShardSetError(f"{config.data.root} does not match its manifest: {problems[0]} ({len(problems)} problems in all). "
                             f"`mmref shards verify {config.data.root}` lists them.")  # fmt: skip
-    t = config.train
-    Plan(shards.index("train").object_start, config.objects_per_step, t.images_per_object, t.seed)
+    build_plan(config, shards.index("train"))
     tokens = load_tokens(config)
     check_towers(config.model, tokens.tokenizer.eos_token_id)
 
@@ -64,9 +63,7 @@ def prepare_run(config: Config, run: RunDir) -> None:
     """Check the run directory and write the resolved config. Raises RunDirectoryError for another config's run."""
     run.check_writable()
     if run.exists("config.yaml"):
-        from mmref.config import read_yaml
-
-        before = from_dict(read_yaml(f"{run.fetch('')}/config.yaml"), "config.yaml of the run")
+        before = run.read_config()
         if checkpoint.latest_checkpoint(run) and config_hash(before) != config_hash(config):
             raise RunDirectoryError(
                 f"{run.path} holds checkpoints of another config: {_differences(before, config)}. Resume with the same "

@@ -10,6 +10,8 @@ import pytest
 
 from jobs import Job, losses, records, wait_for, write_config
 from mmref.config import Config
+from mmref.rundir import RunDir
+from mmref.train.ledger import audit_run, read_ledger
 
 STEPS, EVERY = 120, 30
 KEYS = {"step", "loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide", "images_per_second", "data_wait"}
@@ -37,10 +39,15 @@ def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def same_losses(a: Path, b: Path) -> None:
+    """Also: the samples behind the weights are those of the undisturbed run, each once."""
     first, second = losses(a), losses(b)
     assert list(first) == list(second) == list(range(1, STEPS + 1)), "every step exactly once"
     for step, value in first.items():
         assert second[step] == pytest.approx(value, rel=1e-4), step
+    audit = audit_run(str(b))
+    assert audit.sound and audit.steps == STEPS, audit
+    seen, expected = read_ledger(RunDir(str(b))), read_ledger(RunDir(str(a)))
+    assert all((seen[name] == expected[name]).all() for name in expected)
 
 
 def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:

@@ -21,15 +21,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_shards.samples import Source, SourceObject, hash_fraction
+from data_shards.samples import Source, SourceObject, count_warnings, hash_fraction
 from data_shards.tar_writer import ImageOptions, ShardResult, write_shard
 from mmref.cluster import connect
 from mmref.data.shards import VERSION
 from mmref.errors import ShardSetError, SourceError
 
-SOURCES = {  # name on the command line -> class
+SOURCES = {  # name on the command line -> what makes the source
     "emoji": "data_shards.sources.emoji:EmojiSource",
     "cub": "data_shards.sources.cub:CubSource",
+    "flowers": "data_shards.sources.flowers:FlowersSource",
+    "cuhk": "data_shards.sources.persons:cuhk_pedes",
+    "icfg": "data_shards.sources.persons:icfg_pedes",
+    "rstp": "data_shards.sources.persons:rstpreid",
+    "ufine": "data_shards.sources.persons:ufine6926",
     "table": "data_shards.sources.table:TableSource",
 }
 SPLIT_ORDER = ("train", "val", "test")
@@ -62,8 +67,8 @@ def make_source(name: str, **options: Any) -> Source:
     """Source by its name on the command line. Raises SourceError for an unknown name."""
     if name not in SOURCES:
         raise SourceError(f"There is no source {name!r}. Sources: {', '.join(SOURCES)}. Your own data: `table`.")
-    module, cls = SOURCES[name].split(":")
-    return getattr(importlib.import_module(module), cls)(**options)
+    module, make = SOURCES[name].split(":")
+    return getattr(importlib.import_module(module), make)(**options)
 
 
 def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions()) -> dict[str, Any]:
@@ -243,6 +248,7 @@ def _finish(source: Source, out: str, results: dict[str, list[ShardResult]]) -> 
             "captions": sum(row["n_captions"] for row in rows),
             "shards": [shard.entry for shard in shards],
         }
+    manifest["warnings"] = count_warnings(source, manifest["splits"])
     manifest["skipped"] = {"count": len(skipped), "first": skipped[:NAMED_SKIPS]}
     return manifest
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from data_shards.build import BuildOptions, build_shards, make_source
+from data_shards.build import SOURCES, BuildOptions, build_shards, make_source
 from data_shards.tar_writer import ImageOptions
 from mmref.data.shards import ShardSet
 from mmref.errors import SourceError
@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("shards", help="build, inspect and verify shard sets (your own data: `build table`)")
     commands = parser.add_subparsers(dest="shards_command", required=True, metavar="build|inspect|verify")
     build = commands.add_parser("build", help="build a shard set from a source")
-    _add_sources(build.add_subparsers(dest="source", required=True, metavar="emoji|cub|table"))
+    _add_sources(build.add_subparsers(dest="source", required=True, metavar="|".join(SOURCES)))
     inspect = commands.add_parser("inspect", help="counts, caption kinds and samples of a set")
     inspect.add_argument("root", help="folder or URL of the set")
     inspect.add_argument("--samples", type=int, default=3, help="samples of a split to print (default: %(default)s)")
@@ -65,6 +65,28 @@ def _add_sources(sources: Any) -> None:
     cub = add("cub", "CUB-200-2011 with text_c10 captions, in its native layout")
     cub.add_argument("path", help="folder that holds CUB_200_2011/ and text_c10/")
     cub.set_defaults(source_options=("path", "fractions"))
+    flowers = add("flowers", "Oxford Flowers-102 with text_c10 captions, in its native layout")
+    flowers.add_argument("--root", required=True, metavar="DIR", help="folder that holds jpg/ and text_c10/")
+    flowers.set_defaults(source_options=("root", "fractions"))
+    for name, text, has_val in (
+        ("cuhk", "CUHK-PEDES (reid_raw.json and imgs/)", True),
+        ("icfg", "ICFG-PEDES (ICFG-PEDES.json and imgs/)", False),
+        ("rstp", "RSTPReid (data_captions.json and imgs/)", True),
+        ("ufine", "UFine6926 (its annotations in one JSON file, and images)", False),
+    ):
+        persons = add(name, text)
+        persons.add_argument(
+            "--root", required=True, metavar="DIR", help="folder of the annotation file and the images"
+        )
+        persons.add_argument(
+            "--annotations", metavar="FILE", help="annotation file, where it has another name or place"
+        )
+        persons.set_defaults(source_options=("root", "annotations", *(() if has_val else ("val_fraction",))))
+        if not has_val:
+            persons.add_argument(
+                "--val-fraction", type=float, default=0.05,
+                help="of the train persons held out as val, by a fixed hash; 0: none (default: %(default)s)",
+            )  # fmt: skip
     table = add("table", "your own data: a CSV, TSV, JSONL or Parquet table")
     table.add_argument("path", help="the table; rows name an image, its object and its captions")
     table.add_argument("--image", default="image", help="column with the image's path or URL (default: %(default)s)")
@@ -77,7 +99,7 @@ def _add_sources(sources: Any) -> None:
     table.add_argument("--min-images", type=int, default=1, help="leave out objects with fewer usable images")
     options = ("path", "image", "object_id", "captions", "split", "image_root", "keep", "licence", "min_images")
     table.set_defaults(source_options=(*options, "fractions"))
-    for parser in (cub, table):
+    for parser in (cub, flowers, table):
         parser.add_argument(
             "--fractions", type=parse_fractions, default="train=0.7,val=0.1,test=0.2",
             help="of the objects in each split, where the data has no split (default: %(default)s)",
@@ -114,6 +136,8 @@ def run_build(args: argparse.Namespace) -> int:
         size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
         counts = f"{entry['objects']:>10,}{entry['images']:>10,}{entry['captions']:>10,}"
         print(f"{split:8}{counts}{len(entry['shards']):>8}{size:>9.1f}")
+    for line in manifest["warnings"]:
+        print(f"warning: {line}")
     skipped = manifest["skipped"]
     if skipped["count"]:
         print(f"{skipped['count']:,} left out; the first are named in manifest.json:")

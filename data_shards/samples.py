@@ -39,6 +39,7 @@ class Source(Protocol):
     origin: str  # where the data comes from, for the manifest
     min_images: int  # an object with fewer usable images is left out
     skipped: list[str]  # "what: reason" of input that `objects` had to leave out
+    # optional: `published`, what the set's publication counts; see `count_warnings`
 
     def objects(self) -> Iterable[SourceObject]:
         """Each object once. Raises SourceError when the layout is not the expected one."""
@@ -73,3 +74,17 @@ def hash_split(object_id: str, fractions: Mapping[str, float]) -> str:
         if position < edge:
             return split
     return list(fractions)[-1]  # the sum may fall short of 1 by rounding
+
+
+def count_warnings(source: Source, splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for every count of a built set's splits that is not what the set's publication says.
+
+    A source may have `published`: {split: {"objects" | "images" | "captions": number}}; `train+val` is the sum of the two.
+    """
+    lines = []
+    for names, counts in getattr(source, "published", {}).items():
+        for what, expected in counts.items():
+            found = sum(splits[name][what] for name in names.split("+") if name in splits)
+            if found != expected:
+                lines.append(f"{names}: {found:,} {what}, the publication has {expected:,}")
+    return lines

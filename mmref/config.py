@@ -195,6 +195,8 @@ class EvalConfig:
     """Ray actors that compute features in `mmref evaluate`."""
     metric: Literal["mAP", "R@1", "R@1+mAP"] = "R@1+mAP"
     """What picks the best checkpoint and the refinement on val."""
+    class_protocol: bool = False
+    """Also the protocol of sets whose objects are classes (CUB, Flowers): a class's mean text feature searches all images."""
     top_p: int = 1000
     """Candidates of the first pass that refinement re-scores; 0: all."""
     refine_kinds: list[Literal["sparse", "dense"]] = field(default_factory=lambda: ["sparse", "dense"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -245,3 +246,10 @@ def test_ramp():
     assert weights == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1])
     assert ramp(0, 100, 0.0, 0.0) == 1.0 and ramp(49, 100, 0.5, 0.5) == 0.0 and ramp(50, 100, 0.5, 0.5) == 1.0
     assert ramp(0, 0, 0.2, 0.4) == 0.0
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_configs_of_the_project_load(path):
+    config = load_config(["--config", str(path)])
+    assert config.train.warmup_steps < config.train.max_steps
+    assert config.run_dir == f"runs/{path.stem}"

@@ -15,6 +15,7 @@ from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import ShardSetError
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
 from mmref.evaluate.choose import choose_on_val, trained_space
+from mmref.evaluate.class_protocol import class_metrics, class_queries
 from mmref.evaluate.embed import SplitFeatures, embed_splits
 from mmref.evaluate.metrics import PerQuery, ScoreFn, evaluate_features, summarize
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
@@ -164,7 +165,15 @@ class Evaluation:
             },
             "by_caption_kind": kinds,
             "skipped": f.skipped,
+            **({"class_protocol": self.class_protocol()} if self.config.eval.class_protocol else {}),
         }
+
+    def class_protocol(self) -> dict[str, Any]:
+        """Reed's protocol with and without refinement."""
+        f, q = self.features, self.features.queries
+        queries, classes = class_queries(f.text[q.text], q.objects)
+        score_fns = {"initial": None, "refined": self._refiner(queries, f.image)}
+        return {state: class_metrics(queries, classes, f.image, f.image_objects, fn) for state, fn in score_fns.items()}
 
     def examples(self, count: int) -> list[dict[str, Any]]:
         """Queries with their first results before and after refinement: half where refinement moved the first hit."""

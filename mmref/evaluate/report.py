@@ -3,7 +3,8 @@
 `metrics` is what `metrics.json` holds (design.md, section 4), with optional parts that appear when they are there:
 "image_to_text" and each kind in "by_caption_kind" are blocks like the top level ("initial", "refined", "ci95");
 "ci95_initial" beside "ci95"; "refinement_gain" from `bootstrap.paired_difference`; "skipped", a list of messages;
-"refinement"["tried"], the table of `refinement.choose_refinement`.
+"class_protocol", {"initial": {name: percent}, "refined": ...}; "refinement"["tried"], the table of
+`refinement.choose_refinement`.
 """
 
 import base64
@@ -126,6 +127,8 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         f"{_count(metrics['n_objects'])} objects; percent"
     )
     table.append("refinement: " + _describe_refinement(metrics.get("refinement") or {}))
+    for state, values in (metrics.get("class_protocol") or {}).items():
+        table.append(f"by class, {state}: " + ", ".join(f"{name} {_number(value)}" for name, value in values.items()))
     if skipped := metrics.get("skipped"):
         table.append(f"skipped samples: {_count(len(skipped))}")
     return "\n".join(table)

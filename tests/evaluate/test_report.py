@@ -247,3 +247,10 @@ def test_terminal_table_is_aligned():
 @pytest.mark.parametrize(("value", "expected"), [(0.04, "±0.0"), (-0.04, "±0.0"), (1.25, "+1.2"), (-3.0, "−3.0")])
 def test_signed(value, expected):
     assert report._signed(value) == expected
+
+
+def test_the_class_protocol_is_shown_where_it_was_asked_for():
+    by_class = {"initial": {"AP@50": 41.26, "image top-1": 55.0}, "refined": {"AP@50": 43.0, "image top-1": 56.0}}
+    metrics = some_metrics(class_protocol=by_class)
+    assert "by class, initial: AP@50 41.3, image top-1 55.0" in format_table(metrics)
+    assert "AP@50 43.0" in render(metrics=metrics) and "By class" not in render()

@@ -134,6 +134,26 @@ def test_rectangles_by_interpolated_positions(config):
     assert torch.equal(native, backbone.visual_projection(pooled))
 
 
+def test_clip_s_positions_are_interpolated_as_by_hand(tmp_path):
+    """384 x 128 in small: a saved CLIP of 32 x 32 pixels reads 48 x 16, its 4 x 4 positions resampled to 6 x 2."""
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.for_model(**CLIP)).save_pretrained(tmp_path)
+    backbone = build(ModelConfig(dual=str(tmp_path)))
+    vision = backbone.vision_model
+    x = pixels(48, 16)
+    patches = vision.embeddings.patch_embedding(x).flatten(2).transpose(1, 2)  # (3, 12, 16)
+    positions = vision.embeddings.position_embedding.weight  # (1 + 16, 16)
+    grid = positions[1:].view(1, 4, 4, -1).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(6, 2), mode="bicubic", align_corners=False)
+    grid = grid.permute(0, 2, 3, 1).reshape(1, 12, -1)
+    first = (vision.embeddings.class_embedding + positions[0]).expand(3, 1, -1)
+    hidden = vision.pre_layrnorm(torch.cat([first, patches + grid], dim=1))
+    hidden = vision.encoder(inputs_embeds=hidden).last_hidden_state
+    image, tokens = backbone.encode_image(x)
+    torch.testing.assert_close(tokens, hidden)
+    torch.testing.assert_close(image, backbone.visual_projection(vision.post_layernorm(hidden[:, 0])))
+
+
 def test_a_tower_without_positions_takes_any_size():
     backbone = build(ModelConfig(vision_config=CONVNEXT, text_config=BERT, embed_dim=8))
     assert backbone.encode_image(pixels(64, 32))[1].shape == (3, 8 * 4, 16)

@@ -1,0 +1,178 @@
+"""Person retrieval sets annotated in one JSON file: CUHK-PEDES, ICFG-PEDES, RSTPReid, UFine6926; an object is a person.
+
+Each file is a list with an entry an image: its split, the person's number, the image's path below the image folder
+(`imgs/`, or the root where there is none) and its captions. The sets differ in names and in whether they have a val split.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from data_shards.samples import SourceImage, SourceObject, hash_fraction
+from mmref.errors import SourceError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class PersonFormat:
+    """How one set names things, and what its publication counts."""
+
+    name: str
+    annotations: str  # file name below the root; "*.json": the only one there, whatever its name
+    origin: str
+    published: Mapping[str, Mapping[str, int]]  # as `samples.published_counts` returns
+    path_key: str = "file_path"
+    has_val: bool = True
+    image_folders: tuple[str, ...] = field(default=("imgs", ""))  # the first that exists
+
+
+CUHK_PEDES = PersonFormat(
+    "cuhk_pedes",
+    "reid_raw.json",
+    "CUHK-PEDES (Li et al., CVPR 2017)",
+    {
+        "train": {"objects": 11003, "images": 34054, "captions": 68126},
+        "val": {"objects": 1000, "images": 3078, "captions": 6158},
+        "test": {"objects": 1000, "images": 3074, "captions": 6156},
+    },
+)
+ICFG_PEDES = PersonFormat(
+    "icfg_pedes",
+    "ICFG-PEDES.json",
+    "ICFG-PEDES (Ding et al. 2021)",
+    {"train+val": {"objects": 3102, "images": 34674}, "test": {"objects": 1000, "images": 19848}},
+    has_val=False,
+)
+RSTPREID = PersonFormat(
+    "rstpreid",
+    "data_captions.json",
+    "RSTPReid (Zhu et al., ACM MM 2021)",
+    {
+        "train": {"objects": 3701, "images": 18505},
+        "val": {"objects": 200, "images": 1000},
+        "test": {"objects": 200, "images": 1000},
+    },
+    path_key="img_path",
+)
+UFINE6926 = PersonFormat(
+    "ufine6926",
+    "*.json",
+    "UFine6926 (Zuo et al., CVPR 2024)",
+    {"train+val+test": {"objects": 6926, "images": 26206, "captions": 52412}},
+    has_val=False,
+)
+
+
+class PersonSource:
+    """`root`: the folder that holds the annotation file and the images."""
+
+    licence = "research use only; no right to redistribute is known"
+    min_images = 1
+
+    def __init__(
+        self, form: PersonFormat, root: str, val_fraction: float = 0.05, annotations: str | None = None
+    ) -> None:
+        """val_fraction: of the train persons held out as val where the set has none; 0 holds none out.
+        annotations: file, where it is not the one of the format. Raises SourceError."""
+        self.form, self.name, self.origin = form, form.name, form.origin
+        self.root = os.path.abspath(root)  # workers may run in another directory
+        self.file = (
+            os.path.abspath(annotations) if annotations else self._find(os.path.join(self.root, form.annotations))
+        )
+        if not 0 <= val_fraction < 1:
+            raise SourceError(f"--val-fraction {val_fraction} must be at least 0 and below 1.")
+        if not os.path.isfile(self.file):
+            raise SourceError(
+                f"{self.file} is missing: {form.origin} has {form.annotations} beside its image folder. Unpack the set and "
+                "pass its folder with --root, or name the file with --annotations."
+            )
+        folders = [os.path.join(self.root, name) for name in form.image_folders]
+        self.images = next(folder for folder in folders if os.path.isdir(folder))
+        self.val_fraction = val_fraction
+        self.published = form.published
+        self.skipped: list[str] = []
+
+    @staticmethod
+    def _find(pattern: str) -> str:
+        """The one file that matches the pattern, else the pattern itself, which then is missing."""
+        found = glob.glob(glob.escape(os.path.dirname(pattern)) + "/" + os.path.basename(pattern))
+        return found[0] if len(found) == 1 else pattern
+
+    def objects(self) -> Iterable[SourceObject]:
+        """Persons in the order of the file. An entry without a caption is left out when its shard is written.
+
+        A person's id is `<split of the file>-<number>`: a set may number the persons of each split anew.
+        Raises SourceError for an entry that is not as the format says, and an image of two persons.
+        """
+        found: dict[str, SourceObject] = {}
+        images: dict[str, SourceImage] = {}
+        owner: dict[str, str] = {}
+        for number, entry in enumerate(self._read(), 1):
+            split, person, path, captions = self._fields(number, entry)
+            object_id = f"{split}-{person}"
+            if owner.setdefault(path, object_id) != object_id:
+                raise SourceError(
+                    f"{self.file}, entry {number}: {path!r} shows the persons {owner[path]} and {object_id}. "
+                    "An image belongs to one person of one split."
+                )
+            item = found.setdefault(object_id, SourceObject(self._split(split, object_id), object_id, []))
+            if path not in images:  # a second entry of an image brings more captions of it
+                images[path] = SourceImage(path, path, [], [])
+                item.images.append(images[path])
+            images[path].captions.extend(captions)
+            kinds = images[path].caption_kinds
+            assert kinds is not None
+            kinds.extend(["human"] * len(captions))
+        return list(found.values())
+
+    def _split(self, split: str, object_id: str) -> str:
+        """The split of the set to build: of the train persons of a set without val, a fixed hash holds some out."""
+        if split == "train" and not self.form.has_val and hash_fraction(object_id) < self.val_fraction:
+            return "val"
+        return split
+
+    def _read(self) -> list[Any]:
+        try:
+            with open(self.file, encoding="utf-8") as file:
+                entries = json.load(file)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self.file} cannot be read: {error}. Was the set unpacked completely?") from error
+        if not isinstance(entries, list):
+            raise SourceError(f"{self.file}: expected a list with an entry an image, found a {type(entries).__name__}.")
+        return entries
+
+    def _fields(self, number: int, entry: Any) -> tuple[str, str, str, list[str]]:
+        """Split, person's number, image path and captions of an entry. Raises SourceError."""
+        keys = ("split", "id", self.form.path_key, "captions")
+        lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+        if lacking:
+            raise SourceError(
+                f"{self.file}, entry {number} has no {lacking[0]!r}: {self.form.origin} gives {', '.join(keys)} for every image."
+            )
+        split, person, path, captions = (entry[key] for key in keys)
+        if split not in SPLITS:
+            raise SourceError(f"{self.file}, entry {number}: split {split!r} is none of {', '.join(SPLITS)}.")
+        if not isinstance(captions, list):
+            raise SourceError(f"{self.file}, entry {number}: captions must be a list, found {captions!r}.")
+        return split, str(person), str(path), [text for text in (str(c).strip() for c in captions) if text]
+
+    def load(self, ref: str) -> bytes:
+        """The photograph's bytes as they are on disk."""
+        with open(os.path.join(self.images, ref), "rb") as file:
+            return file.read()
+
+    def write_extras(self, root: str) -> None:
+        """Nothing to add: the licence forbids passing the set on."""
+
+
+cuhk_pedes = partial(PersonSource, CUHK_PEDES)
+icfg_pedes = partial(PersonSource, ICFG_PEDES)
+rstpreid = partial(PersonSource, RSTPREID)
+ufine6926 = partial(PersonSource, UFINE6926)

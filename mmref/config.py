@@ -179,6 +179,8 @@ class TrainConfig:
     """Steps between evaluations on val (and checkpoints); 0: a tenth of training."""
     keep_checkpoints: int = 2
     """Checkpoints kept: the best on val and the latest others."""
+    async_checkpoints: bool = True
+    """Write checkpoints in the background: training stops for the copy to host memory only."""
     max_failures: int = 3
     """Worker failures that are recovered from before the run gives up."""
     storage_gb: float = 1.0
@@ -436,7 +438,7 @@ def config_hash(config: Config) -> str:
     values.pop("run_dir")
     values["data"]["root"] = values["data"]["root"].rstrip("/").rsplit("/", 1)[-1]  # a set may be moved
     for key in ("workers", "gpu", "cpus_per_worker", "threads", "zero_stage", "accumulation", "log_every", "eval_every",
-                "keep_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing"):  # fmt: skip
+                "keep_checkpoints", "async_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing"):  # fmt: skip
         values["train"].pop(key)
     for key in ("readers", "steps_per_task"):
         values["data"].pop(key)

@@ -46,7 +46,11 @@ class ModelError(MMRefError):
 
 
 class CheckpointError(MMRefError):
-    """A checkpoint is missing, incomplete, or belongs to another model."""
+    """A checkpoint is missing, incomplete, damaged, or belongs to another model."""
+
+
+class StorageError(MMRefError):
+    """The storage of a run keeps failing: full, unreachable, or not shared between the nodes."""
 
 
 class LedgerError(MMRefError):
@@ -59,6 +63,10 @@ class NonFiniteLossError(MMRefError):
 
 class EvaluationError(MMRefError):
     """Nothing can be measured: scores or features hold NaN, or no query has a match in the gallery."""
+
+
+class ExportError(MMRefError):
+    """A run cannot be exported: not evaluated yet, or the target exists."""
 
 
 class SweepError(MMRefError):

@@ -6,9 +6,10 @@ import sys
 import threading
 from typing import Any
 
+from mmref.errors import StorageError
 from mmref.rundir import RunDir, read_jsonl
 
-POLL_S = 0.5
+POLL_S, POLL_URL_S = 0.5, 5.0
 
 
 def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str:
@@ -17,10 +18,15 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
     if "val_R@1" in record:
         return (
             f"{head}  val R@1 {record['val_R@1']:.1f}  mAP {record['val_mAP']:.1f}  "
-            f"(evaluated in {record['eval_seconds']:.1f} s, checkpoint in {record['checkpoint_seconds']:.1f} s)"
+            f"(evaluated in {record['eval_seconds']:.1f} s, "
+            f"stopped {record['checkpoint_blocking_seconds']:.2f} s for the checkpoint)"
         )
-    if "loss" not in record:
-        return f"{head}  checkpoint in {record.get('checkpoint_seconds', 0):.1f} s"
+    if "warning" in record:
+        return f"{head}  WARNING: {record['warning']}"
+    if "checkpoint_seconds" in record:
+        return f"{head}  checkpoint complete after {record['checkpoint_seconds']:.1f} s"
+    if "loss" not in record:  # no val split
+        return f"{head}  stopped {record['checkpoint_blocking_seconds']:.2f} s for the checkpoint"
     parts = "  ".join(
         f"{name.removeprefix('loss_')} {record[name]:.3f}"
         for name in ("loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide")
@@ -68,14 +74,14 @@ class Progress:
             self._bar.close()
 
     def _follow(self) -> None:
-        while not self._stop.wait(POLL_S):
+        while not self._stop.wait(POLL_S if self.run.local else POLL_URL_S):
             self._show()
 
     def _show(self) -> None:
         try:
             records = read_jsonl(self.run)
-        except OSError:
-            return  # being replaced
+        except (OSError, StorageError):
+            return  # being replaced, or out of reach for now
         last = max((r["step"] for r in records), default=0)
         if last < max((step for step, _ in self._seen), default=0):
             # the file was cut back: workers have started again from a checkpoint
@@ -100,5 +106,6 @@ class Progress:
             self._bar.write(line)
 
 
-def _identity(record: dict[str, Any]) -> tuple[int, bool]:
-    return record["step"], "loss" in record
+def _identity(record: dict[str, Any]) -> tuple[int, str]:
+    kinds = ("loss", "warning", "checkpoint_seconds")
+    return record["step"], next((kind for kind in kinds if kind in record), "")

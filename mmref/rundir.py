@@ -5,37 +5,54 @@ config.yaml, metrics.jsonl (a line a log step), metrics.json (final), checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
-from typing import Any
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import fsspec
 import yaml
 
 from mmref.config import Config, from_dict
 from mmref.errors import RunDirectoryError
+from mmref.storage import retry
+
+T = TypeVar("T")
+UPLOAD_EVERY_S = 5.0
 
 
 class RunDir:
-    """Reads and writes small files of a run; `local` is whether it is on this machine's file system."""
+    """Files of a run. `local` is whether it is on this machine's file system (or one mounted there, such as NFS).
+
+    Every operation is tried again for a while when the storage fails, and then raises StorageError.
+    """
 
     def __init__(self, path: str) -> None:
         self.local = "://" not in path
         # absolute: `ray job submit` runs in a copy of the working directory that is deleted afterwards
         self.path = os.path.abspath(os.path.expanduser(path)) if self.local else path.rstrip("/")
-        self.fs, self.root = fsspec.core.url_to_fs(self.path)
+        # no cached listings: other processes write here as well
+        options = {} if self.local else {"use_listings_cache": False}
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.path, **options)
+        except (ImportError, ValueError) as error:
+            raise RunDirectoryError(
+                f"run directory {path} needs a file system that is not installed: {error}. For s3:// install mmref[s3]."
+            ) from None
 
     def join(self, *parts: str) -> str:
         return "/".join((self.path, *parts))
 
-    def _inner(self, *parts: str) -> str:
+    def inner(self, *parts: str) -> str:
+        """Path on `fs`, without the protocol."""
         return "/".join((self.root, *parts))
 
     def check_writable(self) -> None:
         """Create the directory and write a probe. Raises RunDirectoryError."""
-        probe = self._inner(f".probe-{os.getpid()}")
+        probe = self.inner(f".probe-{os.getpid()}")
         try:
             self.fs.makedirs(self.root, exist_ok=True)
             with self.fs.open(probe, "wb") as file:
@@ -46,28 +63,46 @@ class RunDir:
                 f"run directory {self.path} cannot be written: {error}. Choose another with `--run_dir`."
             ) from None
 
+    def _info(self, name: str) -> dict[str, Any] | None:
+        try:
+            return retry(f"look at {self.join(name)}", lambda: self.fs.info(self.inner(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def exists(self, name: str) -> bool:
-        return self.fs.exists(self._inner(name))
+        return self._info(name) is not None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None where there is none."""
+        info = self._info(name)
+        return None if info is None else int(info["size"])
 
     def list(self, name: str) -> list[str]:
         """Names inside a folder, [] where there is none."""
-        self.fs.invalidate_cache()  # other processes write here as well
-        if not self.fs.isdir(self._inner(name)):
-            return []
-        return sorted(os.path.basename(p.rstrip("/")) for p in self.fs.ls(self._inner(name), detail=False))
+        return sorted(self.sizes(name))
 
-    def size(self, name: str) -> int | None:
+    def sizes(self, name: str) -> dict[str, int]:
+        """Names inside a folder with their bytes (0 for folders), {} where there is none."""
+        folder = self.inner(name).rstrip("/")
+        info = self._info(name)
+        if info is None or info["type"] != "directory":
+            return {}
         try:
-            return int(self.fs.size(self._inner(name)))
-        except FileNotFoundError:
-            return None
+            found = retry(f"list {self.join(name)}", lambda: self.fs.ls(folder, detail=True))
+        except FileNotFoundError:  # removed meanwhile
+            return {}
+        inside = [i for i in found if i["name"].rstrip("/") != folder]  # an object store may list the folder itself
+        return {i["name"].rstrip("/").rsplit("/", 1)[-1]: int(i["size"] or 0) for i in inside}
 
     def read_text(self, name: str) -> str:
         return self.read_bytes(name).decode()
 
     def read_bytes(self, name: str) -> bytes:
-        with self.fs.open(self._inner(name), "rb") as file:
-            return file.read()
+        def read() -> bytes:
+            with self.fs.open(self.inner(name), "rb") as file:
+                return file.read()
+
+        return retry(f"read {self.join(name)}", read)
 
     def read_config(self) -> Config:
         """The run's resolved config. Raises RunDirectoryError where there is none, ConfigError for one of another version."""
@@ -85,12 +120,17 @@ class RunDir:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Replace a file as a whole; a reader never sees half of it."""
-        self.fs.makedirs(os.path.dirname(self._inner(name)), exist_ok=True)
-        if not self.local:  # object stores replace objects atomically
-            with self.fs.open(self._inner(name), "wb") as file:
-                file.write(data)
-            return
-        target = self._inner(name)
+        # object stores replace objects atomically
+        write = self._replace_local if self.local else self._put
+        retry(f"write {self.join(name)}", lambda: write(name, data))
+
+    def _put(self, name: str, data: bytes) -> None:
+        with self.fs.open(self.inner(name), "wb") as file:
+            file.write(data)
+
+    def _replace_local(self, name: str, data: bytes) -> None:
+        target = self.inner(name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}-")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -101,17 +141,46 @@ class RunDir:
             os.unlink(temporary)
             raise
 
-    def remove(self, name: str) -> None:
-        if self.fs.exists(self._inner(name)):
-            self.fs.rm(self._inner(name), recursive=True)
+    def write_stream(self, name: str, write: Callable[[Any], T]) -> T:
+        """Result of `write(file)`, which writes a new file from its beginning and is called again when storage fails.
 
-    def fetch(self, name: str) -> str:
-        """A local path of a folder of the run: itself, or a copy that is downloaded."""
-        if self.local:
-            return self._inner(name)
-        target = tempfile.mkdtemp(prefix="mmref-")
-        self.fs.get(self._inner(name) + "/", target + "/", recursive=True)
-        return target
+        On return the file is whole and on disk. A local reader may see a part of it before.
+        """
+
+        def attempt() -> T:
+            if self.local:
+                os.makedirs(os.path.dirname(self.inner(name)), exist_ok=True)
+            with self.fs.open(self.inner(name), "wb") as file:
+                result = write(file)
+                if self.local:
+                    file.flush()
+                    os.fsync(file.fileno())
+            return result
+
+        return retry(f"write {self.join(name)}", attempt)
+
+    def read_stream(self, name: str, read: Callable[[Any], T]) -> T:
+        """Result of `read(file)`, which reads a file from its beginning and is called again when storage fails."""
+
+        def attempt() -> T:
+            with self.fs.open(self.inner(name), "rb") as file:
+                return read(file)
+
+        return retry(f"read {self.join(name)}", attempt)
+
+    def put(self, folder: str, name: str) -> None:
+        """Copy a local folder to `name` inside the run."""
+        files = sorted(os.listdir(folder))
+        retry(
+            f"write {self.join(name)}", lambda: [self.fs.put_file(f"{folder}/{f}", self.inner(name, f)) for f in files]
+        )
+
+    def remove(self, name: str) -> None:
+        def remove() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm(self.inner(name), recursive=True)
+
+        retry(f"remove {self.join(name)}", remove)
 
 
 class JsonLines:
@@ -123,17 +192,34 @@ class JsonLines:
         kept = read_jsonl(run, name)
         if keep_below_step is not None:
             kept = [r for r in kept if r["step"] < keep_below_step]
-        self.lines = [json.dumps(r) for r in kept]
-        run.write_text(name, "".join(line + "\n" for line in self.lines))
+        self.text = "".join(json.dumps(r) + "\n" for r in kept)
+        run.write_text(name, self.text)
+        self._end = len(self.text.encode())  # of the local file
+        self._uploaded = time.monotonic()
 
     def append(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record)
+        """Add a line. Behind a URL it may wait in memory for UPLOAD_EVERY_S, since an object is replaced as a whole."""
+        line = json.dumps(record) + "\n"
         if self.run.local:
-            with open(f"{self.run.root}/{self.name}", "a") as file:
-                file.write(line + "\n")
-        else:  # objects cannot be appended to
-            self.lines.append(line)
-            self.run.write_text(self.name, "".join(x + "\n" for x in self.lines))
+            retry(f"write {self.run.join(self.name)}", lambda: self._append_local(line.encode()))
+            return
+        self.text += line
+        if time.monotonic() - self._uploaded >= UPLOAD_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Upload what waits."""
+        if not self.run.local:
+            self.run.write_text(self.name, self.text)
+            self._uploaded = time.monotonic()
+
+    def _append_local(self, line: bytes) -> None:
+        descriptor = os.open(self.run.inner(self.name), os.O_WRONLY | os.O_CREAT, 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            file.seek(self._end)
+            file.truncate()  # the part of a line that a full disk took in an attempt before
+            file.write(line)
+        self._end += len(line)
 
 
 def read_jsonl(run: RunDir, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

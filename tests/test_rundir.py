@@ -7,13 +7,15 @@ import uuid
 
 import pytest
 
-from mmref.errors import RunDirectoryError
+from mmref import rundir, storage
+from mmref.errors import RunDirectoryError, StorageError
 from mmref.rundir import JsonLines, RunDir, read_jsonl
 
 
 @pytest.fixture(params=["local", "memory"])
-def run(request, tmp_path):
+def run(request, tmp_path, monkeypatch):
     """A run directory on disk and one behind a URL."""
+    monkeypatch.setattr(rundir, "UPLOAD_EVERY_S", 0.0)
     return RunDir(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
 
 
@@ -39,15 +41,6 @@ def test_text_is_utf8_whatever_the_locale(run):
         assert file.read() == "é – 鳥".encode()
 
 
-def test_fetch_gives_a_local_folder(run):
-    run.write_text("checkpoints/step-1/meta.json", "{}")
-    run.write_text("checkpoints/step-1/part/a.txt", "a")
-    folder = run.fetch("checkpoints/step-1")
-    assert sorted(os.listdir(folder)) == ["meta.json", "part"]
-    with open(f"{folder}/part/a.txt") as file:
-        assert file.read() == "a"
-
-
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     run = RunDir(str(tmp_path))
     run.write_text("metrics.json", "old")
@@ -56,7 +49,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("power cut")
 
     monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(OSError, match="power cut"):
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.1)
+    with pytest.raises(StorageError, match=r"cannot write .*metrics.json: OSError: power cut.*resumes"):
         run.write_text("metrics.json", "new and longer")
     assert run.read_text("metrics.json") == "old"
     assert run.list("") == ["metrics.json"], "nothing half-written is left behind"
@@ -113,3 +107,62 @@ def test_a_cut_last_line_is_left_out_and_repaired(run):
     JsonLines(run, keep_below_step=10).append({"step": 3})
     assert [r["step"] for r in read_jsonl(run)] == [1, 2, 3]
     assert run.read_text("metrics.jsonl").count("\n") == 3
+
+
+def test_behind_a_url_lines_are_uploaded_together():
+    run = RunDir(f"memory://{uuid.uuid4().hex}/run")
+    lines = JsonLines(run)
+    for step in range(3):
+        lines.append({"step": step})
+    assert read_jsonl(run) == [], "an object is replaced as a whole: not at every line"
+    lines.flush()
+    assert [r["step"] for r in read_jsonl(run)] == [0, 1, 2]
+
+
+def test_a_line_that_the_disk_took_half_of_is_written_again(tmp_path, monkeypatch):
+    run = RunDir(str(tmp_path))
+    lines = JsonLines(run)
+    lines.append({"step": 1})
+    whole, calls = os.fdopen, []
+
+    def full_disk(descriptor, mode):
+        file = whole(descriptor, mode)
+        if not calls:
+            calls.append(file)
+            os.pwrite(descriptor, b'{"st', lines._end)
+            raise OSError(28, "No space left on device")
+        return file
+
+    monkeypatch.setattr(os, "fdopen", full_disk)
+    lines.append({"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_storage_that_is_back_soon_is_waited_for(run, monkeypatch):
+    """Of the first three attempts of each kind the storage refuses two."""
+    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.001)
+    calls = {"open": 0, "info": 0}
+
+    def failing(name):
+        original = getattr(run.fs, name)
+
+        def call(*args, **kwargs):
+            calls[name] += 1
+            if calls[name] <= 2:
+                raise OSError(5, "Input/output error")
+            return original(*args, **kwargs)
+
+        return call
+
+    run.write_text("old.txt", "old")
+    with monkeypatch.context() as patch:
+        for name in calls:
+            patch.setattr(run.fs, name, failing(name))
+        assert run.write_stream("new.txt", lambda file: file.write(b"new")) == 3
+        assert run.exists("old.txt"), "a storage that does not answer is no missing file"
+    assert run.read_text("new.txt") == "new" and calls["open"] == calls["info"] == 3
+
+
+def test_a_permanent_answer_is_not_waited_for(run):
+    with pytest.raises(FileNotFoundError):
+        run.read_text("nothing.txt")

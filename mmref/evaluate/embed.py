@@ -15,7 +15,7 @@ from mmref.data.tokens import load_tokens
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.model.mmref import build_model
 from mmref.rundir import RunDir
-from mmref.train.checkpoint import CheckpointInfo, load_model
+from mmref.train.checkpoint import CheckpointInfo, fetched, load_model
 
 
 @dataclass
@@ -37,13 +37,14 @@ class SplitFeatures:
 class Embedder:
     """Ray Data's actor: a row is a job {split, kind, start, stop, texts}, the answer its features."""
 
-    def __init__(self, run_dir: str, folder: str, config: Config, root: str, splits: list[str]) -> None:
+    def __init__(self, run_dir: str, checkpoint: CheckpointInfo, config: Config, root: str, splits: list[str]) -> None:
         self.device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(1)
         tokens = load_tokens(config)
         model = build_model(config, tokens.vocab_size)
-        load_model(RunDir(run_dir).fetch(folder), model)
+        with fetched(RunDir(run_dir), checkpoint, "model") as folder:
+            load_model(folder, model)
         self.encoder = Encoder(model.to(self.device), model, config.data, tokens, self.device)
         self.config = config
         shards = ShardSet.open(root)
@@ -91,7 +92,7 @@ def embed_splits(
         compute=ray.data.ActorPoolStrategy(size=config.eval.workers),
         num_cpus=1,
         num_gpus=1 if config.train.gpu else 0,
-        fn_constructor_args=(run.path, checkpoint.folder, config, root, splits),
+        fn_constructor_args=(run.path, checkpoint, config, root, splits),
     )
     parts: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):

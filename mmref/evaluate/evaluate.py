@@ -21,7 +21,7 @@ from mmref.evaluate.metrics import PerQuery, ScoreFn, evaluate_features, summari
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.evaluate.report import format_table, render_report
 from mmref.rundir import RunDir, read_jsonl
-from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, load_references
+from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, fetched, load_references
 
 SHOWN = 10  # results of an example in the report
 
@@ -61,7 +61,8 @@ def evaluate_run(
     with connect(config.eval.workers):
         features = embed_splits(config, run, checkpoint, root, sorted({split, tuned_on}))
     embedded = time.perf_counter() - began
-    space = trained_space(config, load_references(run.fetch(checkpoint.folder), checkpoint.meta).numpy())
+    with fetched(run, checkpoint, "references") as folder:
+        space = trained_space(config, load_references(folder, checkpoint.meta).numpy())
     val = features[tuned_on]
     chosen = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
     evaluation = Evaluation(config, features[split], space, *chosen)
@@ -81,10 +82,8 @@ def evaluate_run(
     if (data is None and split == "test") or not run.exists("metrics.json"):
         run.write_text("metrics.json", text)
     if out:
-        target = RunDir(out)
-        target.fs.makedirs(target.root.rsplit("/", 1)[0], exist_ok=True)
-        with target.fs.open(target.root, "w") as file:
-            file.write(text)
+        folder, _, name = RunDir(out).path.rpartition("/")
+        RunDir(folder).write_text(name, text)
     if report:
         page = render_report(
             metrics=metrics,

@@ -1,34 +1,44 @@
-"""Checkpoints: complete or absent, independent of ZeRO stage and number of workers.
+"""Checkpoints: complete or absent, verified when read, independent of ZeRO stage and number of workers.
 
 A checkpoint is a folder `checkpoints/step-<steps done>-<tag>/` into which every rank writes
     model-<rank>.safetensors       full fp32 weights of the parameters this rank writes, by name
     optimizer-<rank>.safetensors   Adam's moments of the same parameters
     references-<rank>.safetensors  this rank's rows of the bank; metadata: first global row
-    rank-<rank>.json               names and sizes of the files above
-and rank 0 meta.json. It is complete when meta.json, every rank's list and every listed file are there at full size; a
-folder that is not is never loaded. Parameters are shared out over writers by size, so no rank writes a whole model.
+    rank-<rank>.json               bytes and SHA-256 of the files above
+and rank 0 at last, when every rank's list is there, meta.json with all lists in it. A folder without meta.json, or in which
+a listed file is missing or has another size, is never loaded; content is compared with its SHA-256 when it is read.
+Parameters are shared out over writers by size, so no rank writes a whole model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mmref import __version__
 from mmref.errors import CheckpointError
 from mmref.rundir import RunDir
+from mmref.tensorfile import Hashing, sha256_of, write_tensors
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import MOMENTS, iterate_state, load_state
 
 FOLDER = "checkpoints"
+KINDS = ("model", "optimizer", "references")
+log = logging.getLogger("mmref")
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,13 @@ class CheckpointInfo:
     def score(self) -> float:
         return float(self.meta.get("score") or 0.0)
 
+    def files(self, kinds: tuple[str, ...] = KINDS) -> dict[str, dict[str, Any]]:
+        """{name: {"bytes", "sha256"}} of the files of some kinds."""
+        return {name: found for name, found in self.meta["files"].items() if name.split("-")[0] in kinds}
+
+
+# -- finding ---------------------------------------------------------------------------------------------------------
+
 
 def list_checkpoints(run: RunDir) -> list[CheckpointInfo]:
     """Complete checkpoints of a run by step; half-written ones are passed over."""
@@ -59,13 +76,11 @@ def list_checkpoints(run: RunDir) -> list[CheckpointInfo]:
 def _complete(run: RunDir, folder: str) -> CheckpointInfo | None:
     try:
         meta = json.loads(run.read_text(f"{folder}/meta.json"))
-        for rank in range(meta["world"]):
-            for name, size in json.loads(run.read_text(f"{folder}/rank-{rank}.json")).items():
-                if run.size(f"{folder}/{name}") != size:
-                    return None
-    except (OSError, json.JSONDecodeError, KeyError):
+        expected = {name: file["bytes"] for name, file in meta["files"].items()}
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
         return None
-    return CheckpointInfo(folder, meta)
+    there = run.sizes(folder)
+    return CheckpointInfo(folder, meta) if all(there.get(n) == size for n, size in expected.items()) else None
 
 
 def latest_checkpoint(run: RunDir) -> CheckpointInfo | None:
@@ -85,35 +100,81 @@ def best_checkpoint(run: RunDir) -> CheckpointInfo:
     return max(found, key=lambda info: (info.score, info.step))
 
 
-def save(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> None:
-    """Write this rank's part into a local folder (collective: every rank takes part)."""
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Snapshot:
+    """This rank's share of the training state on the host, apart from what training goes on to change."""
+
+    tensors: dict[str, dict[str, Tensor]]  # kind -> name -> tensor
+    first: int  # global row of the first reference
+    meta: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for tensors in self.tensors.values() for t in tensors.values())
+
+
+def snapshot(engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> Snapshot:
+    """Copy this rank's share to the host (collective: every rank takes part)."""
     rank, world = collectives.rank(), collectives.world_size()
     owner = share_out({n: p.ds_numel if hasattr(p, "ds_numel") else p.numel() for n, p in _parameters(engine)}, world)
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
-    for name, state in iterate_state(engine):
-        if owner[name] != rank:
-            continue
+    for name, state in iterate_state(engine, lambda name: owner[name] == rank):
         weights[name] = state["weight"].cpu().contiguous()
-        for key in MOMENTS:
-            if key in state:
-                moments[f"{name}/{key}"] = state[key].cpu().contiguous()
+        moments |= {f"{name}/{key}": state[key].cpu().contiguous() for key in MOMENTS if key in state}
     if rank == 0:
-        weights |= {f"buffer:{n}": b.detach().cpu().contiguous() for n, b in _buffers(engine)}
-    os.makedirs(folder, exist_ok=True)
-    files = {
-        f"model-{rank}.safetensors": weights,
-        f"optimizer-{rank}.safetensors": moments,
-        f"references-{rank}.safetensors": {k: v.cpu().contiguous() for k, v in bank.state_dict().items()},
-    }
-    for name, tensors in files.items():
-        save_file(tensors, f"{folder}/{name}", metadata={"first": str(bank.first)})
-    sizes = {name: os.path.getsize(f"{folder}/{name}") for name in files}
-    with open(f"{folder}/rank-{rank}.json", "w") as file:
-        json.dump(sizes, file)
-    if rank == 0:
-        with open(f"{folder}/meta.json", "w") as file:
-            json.dump({**meta, "world": world, "version": __version__, "bank": bank.describe()}, file, indent=1)
+        weights |= {f"buffer:{n}": _copy(b) for n, b in _buffers(engine)}
+    references = {k: _copy(v) for k, v in bank.state_dict().items()}
+    tensors = {"model": weights, "optimizer": moments, "references": references}
+    return Snapshot(tensors, bank.first, {**meta, "world": world, "version": __version__, "bank": bank.describe()})
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A host copy even of a tensor that is on the host."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def write(run: RunDir, folder: str, state: Snapshot, rank: int) -> None:
+    """Write a rank's files, and its list of them last. Raises StorageError."""
+    files = {}
+    for kind in KINDS:
+        name = f"{kind}-{rank}.safetensors"
+        files[name] = run.write_stream(f"{folder}/{name}", _writer(state.tensors[kind], state.first))
+    run.write_text(f"{folder}/rank-{rank}.json", json.dumps(files, indent=1))
+
+
+def _writer(tensors: dict[str, Tensor], first: int) -> Callable[[Any], dict[str, Any]]:
+    def write(file: Any) -> dict[str, Any]:
+        hashing = Hashing(file)
+        write_tensors(hashing, tensors, {"first": str(first)})
+        return {"bytes": hashing.bytes, "sha256": hashing.sha256}
+
+    return write
+
+
+def commit(run: RunDir, folder: str, meta: dict[str, Any]) -> None:
+    """Wait until every rank's list of files is in place, then write meta.json: from now on the checkpoint exists."""
+    lists = [f"rank-{rank}.json" for rank in range(meta["world"])]
+    pause = 0.02
+    while not set(lists) <= set(run.list(folder)):
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+    files: dict[str, Any] = {}
+    for name in lists:
+        files |= json.loads(run.read_text(f"{folder}/{name}"))
+    run.write_text(f"{folder}/meta.json", json.dumps({**meta, "files": files}, indent=1))
+
+
+def save(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> None:
+    """Write a checkpoint into a folder of its own and return when this rank's part is in place (collective)."""
+    parent, _, name = folder.rpartition("/")
+    run, state = RunDir(parent), snapshot(engine, bank, meta)
+    write(run, name, state, collectives.rank())
+    if collectives.rank() == 0:
+        commit(run, name, state.meta)
 
 
 def share_out(sizes: dict[str, int], writers: int) -> dict[str, int]:
@@ -124,6 +185,114 @@ def share_out(sizes: dict[str, int], writers: int) -> dict[str, int]:
         owner[name] = load.index(min(load))
         load[owner[name]] += sizes[name]
     return owner
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def fetched(run: RunDir, info: CheckpointInfo, *kinds: str) -> Iterator[str]:
+    """A local folder with a checkpoint's files of some kinds, verified. Raises CheckpointError for a damaged one."""
+    with _local_folder(run, info) as folder:
+        if problems := _bring(run, info, folder, kinds):
+            raise CheckpointError(
+                f"{problems[0]} ({len(problems)} damaged files in {info.folder}). Remove that folder to use the "
+                "checkpoint before it."
+            )
+        yield folder
+
+
+@contextlib.contextmanager
+def _local_folder(run: RunDir, info: CheckpointInfo) -> Iterator[str]:
+    if run.local:
+        yield run.inner(info.folder)
+        return
+    folder = tempfile.mkdtemp(prefix="mmref-checkpoint-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _bring(
+    run: RunDir, info: CheckpointInfo, folder: str, kinds: tuple[str, ...], part: int = 0, parts: int = 1
+) -> list[str]:
+    """Verify files of a checkpoint (those at part, part + parts, ... of the list) and download them; what is wrong."""
+    problems = []
+    for name, expected in list(info.files(kinds).items())[part::parts]:
+        where = f"{info.folder}/{name}"
+        try:
+            found = run.read_stream(where, sha256_of if run.local else _downloader(f"{folder}/{name}"))
+        except FileNotFoundError:
+            problems.append(f"{run.join(where)} is gone")
+            continue
+        if found != expected["sha256"]:
+            problems.append(f"{run.join(where)} is damaged: its SHA-256 is {found}, {expected['sha256']} was written")
+    return problems
+
+
+def _downloader(path: str) -> Callable[[Any], str]:
+    def download(source: Any) -> str:
+        with open(path, "wb") as target:
+            hashing = Hashing(target)
+            while piece := source.read(1 << 26):
+                hashing.write(piece)
+        return hashing.sha256
+
+    return download
+
+
+@contextlib.contextmanager
+def resume_point(run: RunDir) -> Iterator[ResumePoint]:
+    """Where training goes on: the latest sound checkpoint, verified, in a local folder (collective).
+
+    A damaged one is passed over with a warning. Behind a URL one rank of each node downloads for all of them; on a
+    shared file system every rank verifies a share of the files.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is sound. Training does not start again by itself.
+    """
+    rank = collectives.rank()
+    # rank 0 decides: another listing may see another state of the storage
+    candidates: list[CheckpointInfo] = collectives.gather_objects(list_checkpoints(run) if rank == 0 else [])[0]
+    warnings: list[str] = []
+    for info in reversed(candidates):
+        with _local_folder(run, info) as own:
+            nodes = collectives.gather_objects((socket.gethostname(), own))
+            leader = next(r for r, (node, _) in enumerate(nodes) if node == nodes[rank][0])
+            if run.local:
+                problems = _bring(run, info, own, KINDS, rank, len(nodes))
+            else:
+                problems = _bring(run, info, own, KINDS) if rank == leader else []
+            if problems := sorted({p for part in collectives.gather_objects(problems) for p in part}):
+                warnings += problems
+                if rank == 0:
+                    log.warning("checkpoint of step %d is not used: %s", info.step, "; ".join(problems))
+                continue
+            yield ResumePoint(info.step, nodes[leader][1], info.meta, warnings)
+            collectives.gather_objects(None)  # nobody removes what another one still reads
+            return
+    if candidates:
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {run.join(FOLDER)} is sound: {'; '.join(warnings[:3])}. "
+            "Restore one from a backup, or remove the folder to train from the beginning."
+        )
+    yield ResumePoint(0, "", {}, [])
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Steps done, and the local folder with the state after them (`meta` is empty at the beginning of a run)."""
+
+    step: int
+    folder: str
+    meta: dict[str, Any]
+    warnings: list[str]  # damaged checkpoints that were passed over
+
+    def load(self, engine: Any, bank: ReferenceBank) -> None:
+        """Restore engine and bank (collective); nothing at the beginning of a run. Raises CheckpointError."""
+        if self.meta:
+            load(self.folder, engine, bank, self.meta)
 
 
 def load(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> None:

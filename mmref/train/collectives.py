@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,3 +53,12 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     x = x.clone().contiguous()
     dist.all_reduce(x)
     return x
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """A small picklable value of every rank, in rank order. Not for every step: it goes through pickle."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

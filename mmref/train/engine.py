@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,11 @@ def set_learning_rate(engine: Any, step: int, config: TrainConfig) -> float:
 # -- state by parameter name: independent of ZeRO stage and world size ---------------------------------------------
 
 
-def iterate_state(engine: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, {"weight", "exp_avg", "exp_avg_sq"}) in full fp32, one parameter at a time, on every rank (collective).
+def iterate_state(engine: Any, wanted: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, {"weight", "exp_avg", "exp_avg_sq"}) in full fp32 of the parameters this rank wants (collective).
 
-    Frozen parameters have a weight only.
+    Every rank takes part in the gathering of all parameters, one at a time. The tensors are copies: training does not
+    change them. Frozen parameters have a weight only.
     """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -140,14 +141,21 @@ def iterate_state(engine: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for name, p in engine.module.named_parameters():
         if not p.requires_grad:
             with GatheredParameters([p], enabled=hasattr(p, "ds_id")):
-                yield name, {"weight": p.detach().float().clone()}
+                if wanted(name):
+                    yield name, {"weight": _copy(p)}
         elif plain is not None:
-            state = plain.state.get(p, {})
-            moments = {k: state[k].float().clone() for k in MOMENTS if k in state}
-            yield name, {"weight": p.detach().float().clone(), **moments}
+            if wanted(name):
+                state = plain.state.get(p, {})
+                yield name, {"weight": _copy(p), **{k: _copy(state[k]) for k in MOMENTS if k in state}}
         else:
             moments = {k: safe_get_full_optimizer_state(p, k) for k in MOMENTS}
-            yield name, {"weight": safe_get_full_fp32_param(p), **moments}
+            weight = safe_get_full_fp32_param(p)
+            if wanted(name):
+                yield name, {"weight": weight, **moments}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32, copy=True)
 
 
 def load_state(engine: Any, read: Any, updates: int) -> None:

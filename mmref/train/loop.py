@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
+import socket
 import time
-import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,14 +16,16 @@ from mmref.data.plan import build_plan
 from mmref.data.shards import ShardSet
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
-from mmref.errors import CheckpointError, ModelError, NonFiniteLossError, TooManyBadSamplesError
+from mmref.errors import CheckpointError, ModelError, NonFiniteLossError, StorageError, TooManyBadSamplesError
 from mmref.evaluate.features import Encoder
 from mmref.model.mmref import build_model
-from mmref.rundir import JsonLines, RunDir
+from mmref.rundir import RunDir
 from mmref.train import checkpoint, collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import build_engine, set_learning_rate
 from mmref.train.ledger import Ledger
+from mmref.train.logs import RunLog
+from mmref.train.saver import Saver
 from mmref.train.step import LOSSES, StepRunner
 from mmref.train.validation import Validation, score_of
 
@@ -63,19 +65,22 @@ class Worker:
             self.device = torch.device("cpu")
             torch.set_num_threads(config.train.threads)
 
-        start = checkpoint.latest_checkpoint(run)
-        self.start = start.step if start else 0
-        # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built
-        self.stream = Stream(config, self.rank, self.world, self.start) if self.start < config.train.max_steps else None
-        self.tokens = load_tokens(config)
-        model = build_model(config, self.tokens.vocab_size).to(self.device)
-        shards = ShardSet.open(config.data.root)
-        index = shards.index("train")
-        self.images = len(index)
-        self.engine = build_engine(model, config, self.world)
-        self.bank = ReferenceBank(index.n_objects, model.embed_dim, config.reference, config.train.seed, self.device)
-        if start:
-            checkpoint.load(run.fetch(start.folder), self.engine, self.bank, start.meta)
+        self._check_shared_storage()
+        with checkpoint.resume_point(run) as at:
+            self.start, self.warnings = at.step, at.warnings
+            # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built
+            more = self.start < config.train.max_steps
+            self.stream = Stream(config, self.rank, self.world, self.start) if more else None
+            self.tokens = load_tokens(config)
+            model = build_model(config, self.tokens.vocab_size).to(self.device)
+            shards = ShardSet.open(config.data.root)
+            index = shards.index("train")
+            self.images = len(index)
+            self.engine = build_engine(model, config, self.world)
+            self.bank = ReferenceBank(
+                index.n_objects, model.embed_dim, config.reference, config.train.seed, self.device
+            )
+            at.load(self.engine, self.bank)
         self.runner = StepRunner(
             config, self.engine, lambda loss: self.engine.backward(loss, scale_wrt_gas=False), self.engine.step,
             self.bank, self.tokens, self.device,
@@ -84,13 +89,22 @@ class Worker:
         self.validation = Validation(config) if "val" in shards.splits else None
         self.ledger = Ledger(run, self.start, self.device)
         self.bad: set[str] = set()
+        self.log: RunLog | None = None
+
+    def _check_shared_storage(self) -> None:
+        """Every node must see what the driver wrote: else each would keep its part of a checkpoint to itself."""
+        if not self.run.exists("config.yaml"):
+            raise StorageError(
+                f"node {socket.gethostname()} does not see {self.run.join('config.yaml')}, which the driver wrote: the run "
+                "directory must be on storage that all nodes share. Give `--run_dir` on NFS or an s3:// URL."
+            )
 
     def train(self) -> None:
         """Steps from the last checkpoint to the end, with log lines, evaluations and checkpoints."""
         config = self.config.train
         eval_every = config.eval_every or max(1, config.max_steps // 10)
         self.engine.train()
-        with self._writers() as log:
+        with self._logging(), Saver(self.run, self.engine, self.bank, config.async_checkpoints) as saver:
             window = Window(self.device)
             for step in range(self.start, config.max_steps):
                 assert self.stream is not None
@@ -105,13 +119,15 @@ class Worker:
                 if logs or evaluates:
                     self._check(window)
                 if logs:
-                    log(self._line(done, lr, window))
+                    self._log(self._line(done, lr, window), saver)
                     window = Window(self.device)
                     self.stream.waited_s = 0.0
                 if evaluates:
                     began = time.perf_counter()
-                    log(self._evaluate_and_save(done))
+                    self._log(self._evaluate_and_save(done, saver), saver)
                     window.pause(time.perf_counter() - began)
+            saver.wait()
+            self._log(None, saver)
 
     def _line(self, done: int, lr: float, window: Window) -> dict[str, Any]:
         """One record of metrics.jsonl; every rank takes part in the means."""
@@ -135,18 +151,12 @@ class Worker:
         }
         return record
 
-    def _evaluate_and_save(self, done: int) -> dict[str, Any]:
-        import ray.train
-
+    def _evaluate_and_save(self, done: int, saver: Saver) -> dict[str, Any]:
+        """Score on val and begin a checkpoint; one record of metrics.jsonl (collective)."""
         began = time.perf_counter()
         metrics = self.validation(self.encoder, self.bank) if self.validation else {}
         evaluated = time.perf_counter()
         score = score_of(metrics, self.config.eval.metric) if metrics else float(done)
-        tags: list[Any] = [uuid.uuid4().hex[:6]]
-        if (
-            self.world > 1
-        ):  # a new folder for each attempt: a smaller world must not leave old ranks' files among its own
-            torch.distributed.broadcast_object_list(tags)
         meta = {
             "step": done,
             "score": score,
@@ -154,20 +164,20 @@ class Worker:
             "config_hash": config_hash(self.config),
             "seed": self.config.train.seed,
         }
+        named = {f"val_{k}": v for k, v in metrics.items()}
         self.ledger.write(done)
-        with tempfile.TemporaryDirectory(prefix="mmref-") as folder:
-            checkpoint.save(folder, self.engine, self.bank, meta)
-            ray.train.report(
-                {"step": done, "score": score, **{f"val_{k}": v for k, v in metrics.items()}},
-                ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{done:08d}-{tags[0]}",
-            )
-        return {
-            "step": done,
-            **{f"val_{k}": v for k, v in metrics.items()},
-            "eval_seconds": evaluated - began,
-            "checkpoint_seconds": time.perf_counter() - evaluated,
-        }
+        blocked = saver.save(meta, {"step": done, "score": score, **named})
+        return {"step": done, **named, "eval_seconds": evaluated - began, "checkpoint_blocking_seconds": blocked}
+
+    def _log(self, record: dict[str, Any] | None, saver: Saver) -> None:
+        """Write a record, and those of the checkpoints committed meanwhile."""
+        if self.log is None:
+            return
+        finished = saver.take_finished()
+        for line in [*([record] if record else []), *finished]:
+            self.log(line)
+        if finished:
+            self.log.flush()
 
     def _check(self, window: Window) -> None:
         """Raise, on every rank alike, for a loss that is not finite or too many broken samples."""
@@ -201,28 +211,20 @@ class Worker:
         self.run.write_text("nonfinite.json", json.dumps({"step": step, "image_ids": ids}, indent=1))
 
     @contextlib.contextmanager
-    def _writers(self):  # type: ignore[no-untyped-def]
-        """A function that logs a record to metrics.jsonl and TensorBoard, on rank 0."""
+    def _logging(self) -> Iterator[None]:
+        """`self.log` writes to metrics.jsonl and TensorBoard, on rank 0."""
         if self.rank:
-            yield lambda record: None
+            yield
             return
-        lines = JsonLines(self.run, keep_below_step=self.start + 1)
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(self.run.join("tensorboard"), purge_step=self.start or None)
-
-        def log(record: dict[str, Any]) -> None:
-            lines.append(record)
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    board.add_scalar(name.replace("val_", "val/").replace("loss_", "loss/"), value, record["step"])
-
+        self.log = RunLog(self.run, self.start)
+        for warning in self.warnings:
+            self.log({"step": self.start, "warning": warning})
         try:
-            yield log
+            yield
         finally:
             if self.bad:
                 self.run.write_text("bad_samples.json", json.dumps(sorted(self.bad), indent=1))
-            board.close()
+            self.log.close()
 
 
 class Window:

@@ -111,7 +111,8 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = ()) -> None:
         ),
         run_config=ray.train.RunConfig(
             name=checkpoint.FOLDER,
-            storage_path=run.path,
+            storage_path=run.root,
+            storage_filesystem=_filesystem(run),
             callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(max_failures=t.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
             checkpoint_config=ray.train.CheckpointConfig(
@@ -127,6 +128,13 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = ()) -> None:
     if run.exists(FAILURE):
         failure = json.loads(run.read_text(FAILURE))
         raise getattr(errors, failure["error"])(failure["message"])
+
+
+def _filesystem(run: RunDir) -> Any:
+    """The run's own file system for Ray Train, which speaks pyarrow; None for local paths."""
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return None if run.local else PyFileSystem(FSSpecHandler(run.fs))
 
 
 def named_error(error: Exception) -> Exception:

@@ -100,7 +100,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
         first = first or dict(gradients)
     if stop_at < config.train.max_steps:
         checkpoint.save(f"{folder}/checkpoint", engine, bank, {"step": stop_at, "score": 0.0})
-    weights = {name: state["weight"].cpu().clone() for name, state in iterate_state(engine)}
+    weights = {name: state["weight"].cpu().clone() for name, state in iterate_state(engine, lambda _: True)}
     rows = collectives.gather(torch.nn.functional.pad(bank.rows, (0, 0, 0, 0, 0, bank.share - bank.count)))
     if rank == 0:
         torch.save(

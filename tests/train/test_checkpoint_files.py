@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +47,7 @@ class Training(PlainTraining):
     def save(self, folder, monkeypatch, world=1, **meta):
         """Write the checkpoint as so many ranks would; returns its meta.json."""
         whole = {k: v.clone() for k, v in self.bank.state_dict().items()}
-        for rank in range(world):
+        for rank in reversed(range(world)):  # rank 0 waits for the others' files
             monkeypatch.setattr(collectives, "rank", lambda r=rank: r)
             monkeypatch.setattr(collectives, "world_size", lambda: world)
             bank = type(self.bank)(self.bank.objects, self.bank.dim, self.config.reference, 0)
@@ -142,13 +144,14 @@ def test_another_bank_s_checkpoint_is_refused(make_config, trained, tmp_path, mo
 def write(run: RunDir, step: int, tag: str = "a", world: int = 2, score: float | None = 0.0) -> str:
     """A small folder with the layout of a checkpoint; returns its name inside the run."""
     folder = f"checkpoints/step-{step:08d}-{tag}"
+    files = {}
     for rank in range(world):
-        sizes = {}
-        for kind in ("model", "optimizer", "references"):
-            run.write_text(f"{folder}/{kind}-{rank}.safetensors", "x" * (10 + rank))
-            sizes[f"{kind}-{rank}.safetensors"] = 10 + rank
-        run.write_text(f"{folder}/rank-{rank}.json", json.dumps(sizes))
-    run.write_text(f"{folder}/meta.json", json.dumps({"step": step, "world": world, "score": score}))
+        for kind in checkpoint.KINDS:
+            name, text = f"{kind}-{rank}.safetensors", "x" * (10 + rank)
+            run.write_text(f"{folder}/{name}", text)
+            files[name] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    meta = {"step": step, "world": world, "score": score, "files": files}
+    run.write_text(f"{folder}/meta.json", json.dumps(meta))
     return folder
 
 
@@ -162,7 +165,7 @@ def test_checkpoints_are_listed_by_step(tmp_path):
         assert checkpoint.latest_checkpoint(run).folder == folders[2]
 
 
-WHOLE = ["meta.json", "rank-0.json", "rank-1.json", "model-1.safetensors", "optimizer-0.safetensors",
+WHOLE = ["meta.json", "model-1.safetensors", "optimizer-0.safetensors",
          "references-1.safetensors"]  # fmt: skip
 
 
@@ -222,3 +225,114 @@ def test_ray_s_list_of_checkpoints_goes_when_it_would_stop_a_restart(tmp_path, t
     run.write_text(SNAPSHOT, text)
     checkpoint.repair_snapshot(run)
     assert run.exists(SNAPSHOT) == stays and checkpoint.latest_checkpoint(run).step == 50
+
+
+# -- integrity -------------------------------------------------------------------------------------------------------
+
+
+def flip_a_byte(path: Path) -> None:
+    """One bit in the middle of a file; its size stays."""
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("kind", checkpoint.KINDS)
+def test_a_damaged_file_is_named_and_not_loaded(trained, tmp_path, monkeypatch, kind):
+    run = RunDir(str(tmp_path))
+    trained.save(tmp_path / "checkpoints" / "step-00000002-a", monkeypatch, world=2)
+    (info,) = checkpoint.list_checkpoints(run)
+    with checkpoint.fetched(run, info, *checkpoint.KINDS) as folder:
+        assert sorted(info.files()) == sorted(n for n in os.listdir(folder) if n.endswith(".safetensors"))
+    damaged = tmp_path / info.folder / f"{kind}-1.safetensors"
+    flip_a_byte(damaged)
+    others = [k for k in checkpoint.KINDS if k != kind]
+    with checkpoint.fetched(run, info, *others):
+        pass  # what is not read is not checked
+    with (
+        pytest.raises(
+            CheckpointError, match=rf"{damaged} is damaged: its SHA-256 is \w+, \w+ was written.*Remove that"
+        ),
+        checkpoint.fetched(run, info, kind),
+    ):
+        raise AssertionError("a damaged checkpoint was handed out")
+
+
+@pytest.fixture(params=["local", "memory"])
+def two_checkpoints(request, trained, tmp_path, monkeypatch) -> RunDir:
+    """A run with checkpoints of step 2 and of step 4, written by two ranks."""
+    run = RunDir(str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}")
+    for step in (2, 4):
+        folder = tmp_path / f"step-{step}"
+        trained.save(folder, monkeypatch, world=2, step=step)
+        for path in folder.iterdir():
+            run.write_bytes(f"checkpoints/step-{step:08d}-a/{path.name}", path.read_bytes())
+    return run
+
+
+def test_resume_takes_the_latest_checkpoint(make_config, trained, two_checkpoints):
+    other = Training(make_config({**OVERRIDES, "train.seed": 9}))
+    with checkpoint.resume_point(two_checkpoints) as at:
+        assert at.step == 4 and at.warnings == []
+        at.load(other.engine, other.bank)
+    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), trained.model.parameters(), strict=True))
+    assert two_checkpoints.local == os.path.exists(at.folder), "a download is removed, the checkpoint itself is not"
+
+
+def test_resume_passes_a_damaged_checkpoint_over_and_says_so(two_checkpoints, caplog):
+    run, name = two_checkpoints, "checkpoints/step-00000004-a/optimizer-1.safetensors"
+    data = bytearray(run.read_bytes(name))
+    data[-1] ^= 1
+    run.write_bytes(name, bytes(data))
+    with checkpoint.resume_point(run) as at:
+        assert at.step == 2 and len(at.warnings) == 1
+    assert f"{run.join(name)} is damaged" in caplog.text and "step 4 is not used" in caplog.text
+
+
+def test_without_a_sound_checkpoint_training_does_not_start_again(two_checkpoints):
+    run = two_checkpoints
+    for info in checkpoint.list_checkpoints(run):
+        run.write_bytes(f"{info.folder}/model-0.safetensors", b"x" * info.files()["model-0.safetensors"]["bytes"])
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* is sound.*model-0.*from the beginning"):
+        checkpoint.resume_point(run).__enter__()
+
+
+def test_a_run_without_checkpoints_begins_at_the_beginning(trained, tmp_path):
+    with checkpoint.resume_point(RunDir(str(tmp_path))) as at:
+        before = [p.clone() for p in trained.model.parameters()]
+        at.load(trained.engine, trained.bank)
+    assert at.step == 0 and all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters()))
+
+
+def test_a_snapshot_is_apart_from_what_training_changes(trained, tmp_path):
+    state = checkpoint.snapshot(trained.engine, trained.bank, {"step": 2})
+    before = {kind: {n: t.clone() for n, t in tensors.items()} for kind, tensors in state.tensors.items()}
+    with torch.no_grad():
+        for tensor in (*trained.model.parameters(), *trained.model.buffers(), *trained.bank.state_dict().values()):
+            tensor.add_(1)
+        for moments in trained.engine.optimizer.state.values():
+            moments["exp_avg"].add_(1)
+    for kind, tensors in state.tensors.items():
+        assert tensors and all(torch.equal(t, before[kind][n]) for n, t in tensors.items()), kind
+    assert state.bytes == sum(t.nbytes for tensors in before.values() for t in tensors.values())
+
+
+def test_a_checkpoint_does_not_exist_before_every_rank_has_written(trained, tmp_path, monkeypatch):
+    run, folder = RunDir(str(tmp_path)), "checkpoints/step-00000002-a"
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    states = []
+    for rank in (0, 1):
+        monkeypatch.setattr(collectives, "rank", lambda r=rank: r)
+        states.append(checkpoint.snapshot(trained.engine, trained.bank, {"step": 2}))
+    monkeypatch.undo()
+    checkpoint.write(run, folder, states[0], 0)
+    waiting = threading.Thread(target=checkpoint.commit, args=(run, folder, states[0].meta), daemon=True)
+    waiting.start()
+    waiting.join(timeout=0.2)
+    assert waiting.is_alive() and checkpoint.list_checkpoints(run) == [] and not run.exists(f"{folder}/meta.json")
+    checkpoint.write(run, folder, states[1], 1)
+    waiting.join(timeout=60)
+    (info,) = checkpoint.list_checkpoints(run)
+    assert len(info.files()) == 6 and info.meta["world"] == 2

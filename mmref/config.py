@@ -159,6 +159,8 @@ class TrainConfig:
     """`bf16`: matrix products and convolutions in bf16 (autocast), weights, norms and losses fp32; `auto`: where it is native."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (less memory, more time)."""
+    compile: bool = False
+    """Compile the towers with torch.compile: a slow first step (needs a C++ compiler), then faster ones; ZeRO stages 0 to 2."""
     lr: float = 1e-3
     """Peak learning rate of the backbone."""
     lr_new: float = 1.0
@@ -381,6 +383,11 @@ def check_config(config: Config) -> Config:
             "`reference.assign: modality` needs an even `reference.per_object` (image and text references)."
         )
     check_batch(t.global_batch, t.workers, t.accumulation, t.images_per_object)
+    if t.compile and t.zero_stage == 3:
+        raise ConfigError(
+            "`train.compile` works at ZeRO stages 0 to 2: at stage 3 DeepSpeed gathers every layer's parameters in between, "
+            "which leaves nothing to compile. Lower `train.zero_stage`, or leave `train.compile` off."
+        )
     duals = bool(m.dual) + bool(m.dual_config)
     pair = bool(m.vision or m.vision_config), bool(m.text or m.text_config)
     if duals + any(pair) != 1 or (any(pair) and not all(pair)):
@@ -438,7 +445,8 @@ def config_hash(config: Config) -> str:
     values.pop("run_dir")
     values["data"]["root"] = values["data"]["root"].rstrip("/").rsplit("/", 1)[-1]  # a set may be moved
     for key in ("workers", "gpu", "cpus_per_worker", "threads", "zero_stage", "accumulation", "log_every", "eval_every",
-                "keep_checkpoints", "async_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing"):  # fmt: skip
+                "keep_checkpoints", "async_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing",
+                "compile"):  # fmt: skip
         values["train"].pop(key)
     for key in ("readers", "steps_per_task"):
         values["data"].pop(key)

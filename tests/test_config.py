@@ -220,7 +220,7 @@ def test_from_dict_refuses_unknown_keys():
 
 SCALE = {"run_dir": "x", "train.workers": 2, "train.accumulation": 2, "train.zero_stage": 3, "train.threads": 4,
          "train.log_every": 1, "train.eval_every": 7, "train.gradient_checkpointing": True, "data.readers": 3,
-         "data.steps_per_task": 9, "eval.batch": 3, "train.max_failures": 0}  # fmt: skip
+         "train.compile": True, "data.steps_per_task": 9, "eval.batch": 3, "train.max_failures": 0}  # fmt: skip
 RESULT = {"train.lr": 2e-3, "train.seed": 1, "train.global_batch": 64, "train.max_steps": 7, "loss.w_rec": 0.5,
           "reference.per_object": 2, "data.max_tokens": 9, "model.embed_dim": 4, "data.root": "other",
           "train.precision": "bf16"}  # fmt: skip

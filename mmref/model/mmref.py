@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class MMRef(nn.Module):
         bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone, self.bf16 = backbone, bf16
+        self.backbone, self.bf16, self.compiled = backbone, bf16, False
         self.rec_detach_text = loss.rec_detach_text
         # shape (1,): DeepSpeed cannot broadcast 0-dim parameters
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / loss.tau)]), requires_grad=loss.learn_tau)
@@ -59,7 +60,22 @@ class MMRef(nn.Module):
             )
         if gradient_checkpointing:
             for tower in (backbone.vision_model, backbone.text_model):
+                if not tower.supports_gradient_checkpointing:
+                    raise ModelError(
+                        f"train.gradient_checkpointing: {type(tower).__name__} cannot recompute its activations in transformers. "
+                        "For less memory raise `train.accumulation`, which works with every tower."
+                    )
                 tower.gradient_checkpointing_enable()
+
+    def compile_towers(self) -> None:
+        """Compile both towers in place: names of parameters stay, which checkpoints go by.
+
+        Training meets each tower with one shape, in two modes under gradient caching; evaluation, which meets others, runs
+        the towers as they are. Dropout draws what it would draw uncompiled, the same in both passes of gradient caching.
+        """
+        self.compiled = True
+        for tower in (self.backbone.vision_model, self.backbone.text_model):
+            tower.compile(dynamic=False, options={"fallback_random": True})
 
     @property
     def embed_dim(self) -> int:
@@ -75,7 +91,9 @@ class MMRef(nn.Module):
         """Features of images (B, 3, H, W) and captions (B, L), either or both, and reconstruction if `masked` is given."""
         image = text = rec_sum = None
         device = self.log_scale.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+        # evaluation brings other shapes, a compilation each, for a few batches
+        eager = torch.compiler.set_stance("force_eager") if self.compiled and not self.training else nullcontext()
+        with eager, torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             if pixels is not None:
                 image = nn.functional.normalize(self.backbone.encode_image(pixels)[0].float(), dim=-1)
             if ids is not None:

@@ -98,6 +98,8 @@ def build_engine(model: MMRef, config: Config, world: int) -> Any:
     if not config.train.gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     prepare_node()
+    if config.train.compile:
+        model.compile_towers()
     import deepspeed
     from deepspeed.utils import logger
 

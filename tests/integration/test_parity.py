@@ -59,6 +59,18 @@ def test_every(
     same(tmp_path, tiny_set, alone, workers, stage, accumulation)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "stage", "accumulation"), [(1, 0, 1), (2, 1, 2), (2, 2, 1)])
+def test_compiled_towers(
+    tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, stage: int, accumulation: int
+) -> None:
+    """torch.compile inside the engine: same names, same run."""
+    scale = {"train__workers": workers, "train__zero_stage": stage, "train__accumulation": accumulation}
+    found = run(tmp_path, tiny(tiny_set, train__compile=True, **scale), workers)
+    assert found["compiled"] and not alone["compiled"]
+    compare(alone, found)
+
+
 def test_losses_fall_and_all_parts_are_there(alone: dict[str, Any]) -> None:
     losses = torch.tensor(alone["losses"])  # (steps, 5)
     assert losses[-1, 3] < losses[0, 3], "masked words are not learned"

@@ -104,7 +104,14 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
     rows = collectives.gather(torch.nn.functional.pad(bank.rows, (0, 0, 0, 0, 0, bank.share - bank.count)))
     if rank == 0:
         torch.save(
-            {"losses": losses, "first": first, "last": gradients, "weights": weights, "rows": rows[: bank.objects]},
+            {
+                "losses": losses,
+                "first": first,
+                "last": gradients,
+                "weights": weights,
+                "rows": rows[: bank.objects],
+                "compiled": engine.module.compiled,
+            },
             f"{folder}/result.pt",
         )
     dist.barrier()

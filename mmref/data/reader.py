@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmref.config import Config
+from mmref.data.captions import CaptionNoise, usable_captions
 from mmref.data.decode import decode_image
 from mmref.data.plan import build_plan
 from mmref.data.shards import SampleReader, ShardSet
@@ -16,17 +17,6 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import SampleError, ShardSetError
 
 Batch = dict[str, NDArray[Any]]
-
-
-def usable_captions(meta: dict[str, Any], name: str) -> list[tuple[str, str]]:
-    """(caption, kind) of a sample's non-empty captions. Raises SampleError when there is none."""
-    captions = meta.get("captions") or []
-    kinds = list(meta.get("caption_kinds") or [])
-    kinds += [""] * (len(captions) - len(kinds))  # a caption is worth more than its kind
-    usable = [(c.strip(), k) for c, k in zip(captions, kinds) if isinstance(c, str) and c.strip()]
-    if not usable:
-        raise SampleError(f"{name}: no caption (found {captions!r}).")
-    return usable
 
 
 class StepReader:
@@ -43,6 +33,7 @@ class StepReader:
         self.samples = SampleReader(self.index)
         self.plan = build_plan(config, self.index)
         self.tokens = load_tokens(config)
+        self.noise = CaptionNoise(config.data, config.train.seed, self.index, self.samples)
         per_rank = config.train.global_batch // world
         self.positions = range(rank * per_rank, (rank + 1) * per_rank)
 
@@ -76,8 +67,8 @@ class StepReader:
         while True:
             try:
                 pixels, captions = self.read_image(index)
-                draw = int(planned.captions[position])
-                return index, pixels, captions[draw % len(captions)], "\n".join(problems)
+                number = int(planned.captions[position]) % len(captions)
+                return index, pixels, self.noise(captions[number], index, number), "\n".join(problems)
             except SampleError as error:
                 problems.append(str(error))
                 other = self.plan.substitute(step, position, attempt)

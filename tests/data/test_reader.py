@@ -9,7 +9,7 @@ import pytest
 from tiny_set import damage_image, replace_json
 
 from mmref.data.decode import decode_image
-from mmref.data.reader import StepReader, TaskReader, concatenate, usable_captions
+from mmref.data.reader import StepReader, TaskReader, concatenate
 from mmref.data.shards import SampleReader
 from mmref.errors import SampleError, ShardSetError, TooFewObjectsError
 
@@ -132,19 +132,6 @@ def test_descriptions_of_a_broken_image_are_equal_so_that_it_is_counted_once(mak
             StepReader(make_config(root=own_set)).read_image(0)
         said.add(str(raised.value))
     assert len(said) == 1
-
-
-def test_usable_captions_leave_out_empty_ones():
-    meta = {"captions": [" red ", "", "  ", None, "blue"], "caption_kinds": ["a", "b", "c", "d", "e"]}
-    assert usable_captions(meta, "x") == [("red", "a"), ("blue", "e")]
-    assert usable_captions({"captions": ["red"]}, "x") == [("red", "")]
-    for captions in ([], ["", " "], None):
-        with pytest.raises(SampleError, match=r"^cat 7: no caption"):
-            usable_captions({"captions": captions}, "cat 7")
-
-
-def test_captions_without_a_kind_are_kept():
-    assert usable_captions({"captions": ["red", "blue"], "caption_kinds": ["a"]}, "x") == [("red", "a"), ("blue", "")]
 
 
 def test_an_empty_caption_is_never_drawn(make_config, own_set):

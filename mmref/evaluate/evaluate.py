@@ -40,7 +40,8 @@ def evaluate_run(
 
     Args:
         run_dir: run directory of `mmref train`.
-        data: shard set, by default the one it was trained on. The references stay those of training.
+        data: shard set, by default the one it was trained on. The references stay those of training: they refine the
+            results on another set as well, with weights chosen on that set's val. Its metrics go to `out` alone.
         split: the split reported.
         out: where metrics are written besides `metrics.json` of the run.
         workers: Ray actors, by default `eval.workers`.
@@ -67,6 +68,7 @@ def evaluate_run(
     chosen = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
     evaluation = Evaluation(config, features[split], space, *chosen)
     metrics = {
+        "data": shards.manifest["name"],
         "split": split,
         **evaluation.metrics(),
         "wall_seconds": time.perf_counter() - began,
@@ -79,7 +81,8 @@ def evaluate_run(
     bad_training = json.loads(run.read_text("bad_samples.json")) if run.exists("bad_samples.json") else []
     metrics["bad_training_samples"] = bad_training
     text = json.dumps(metrics, indent=1)
-    if (data is None and split == "test") or not run.exists("metrics.json"):
+    own = RunDir(root).path == RunDir(config.data.root).path
+    if own and (split == "test" or not run.exists("metrics.json")):
         run.write_text("metrics.json", text)
     if out:
         folder, _, name = RunDir(out).path.rpartition("/")
@@ -92,7 +95,7 @@ def evaluate_run(
             title=f"{shards.manifest['name']} · {run.path.rsplit('/', 1)[-1]}",
             config=to_dict(config),
         )
-        run.write_text("report.html" if data is None else f"report-{shards.manifest['name']}.html", page)
+        run.write_text("report.html" if own else f"report-{shards.manifest['name']}.html", page)
     print(format_table(metrics))
     return metrics
 

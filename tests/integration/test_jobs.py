@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jobs import Job, losses, records, wait_for, write_config
@@ -77,6 +78,49 @@ def test_evaluate_job_repeats_the_metrics(undisturbed: Path, tiny_set: Path, tmp
     now, before = json.loads(out.read_text()), json.loads((undisturbed / "metrics.json").read_text())
     for part in ("initial", "refined", "ci95", "refinement", "by_caption_kind"):
         assert now[part] == before[part]
+
+
+def test_references_of_one_set_refine_another(undisturbed: Path, tmp_path: Path) -> None:
+    """Features, and what refines them, written out: the other set's captions and images, the run's references."""
+    from tiny_set import TinySource, build_tiny_set
+
+    from mmref.data.shards import ShardSet
+    from mmref.evaluate.embed import Embedder
+    from mmref.evaluate.evaluate import open_run
+    from mmref.evaluate.features import read_queries
+    from mmref.evaluate.metrics import evaluate_features, summarize
+    from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
+    from mmref.train.checkpoint import load_references
+
+    other, out = build_tiny_set(tmp_path / "other", TinySource("other", first=1000)), tmp_path / "metrics.json"
+    before = (undisturbed / "metrics.json").read_text()
+    argv = ["--checkpoint", str(undisturbed), "--data", str(other), "--out", str(out)]
+    status, output = Job("evaluate.py", *argv).wait()
+    assert status == 0, output
+    found = json.loads(out.read_text())
+    assert found["data"] == "other" and (undisturbed / "report-other.html").exists()
+    assert (undisturbed / "metrics.json").read_text() == before, "the run's own metrics stay"
+
+    run, config, checkpoint = open_run(str(undisturbed))
+    index = ShardSet.open(str(other)).index("test")
+    queries, embed = read_queries(index), Embedder(run.path, checkpoint.folder, config, str(other), ["test"])
+
+    def features(kind: str, count: int) -> np.ndarray:
+        job = {"job": [0], "split": ["test"], "kind": [kind], "start": [0], "stop": [count], "texts": [queries.texts]}
+        return embed(job)["feature"]
+
+    # a caption's words once for each object they describe: dense codes are centred on the mean of what is compared
+    pairs, of = np.unique(np.stack([queries.text, queries.objects], 1), axis=0, return_inverse=True)
+    image, text = features("image", len(index)), features("text", len(queries.texts))[pairs[:, 0]]
+    references = load_references(run.fetch(checkpoint.folder), checkpoint.meta).numpy()
+    space = ReferenceSpace(references[np.abs(references).max((1, 2)) > 0])
+    s = found["refinement"]
+    settings = RefinementSettings(s["kind"], s["weight"], s["top_r"], s["tau"], s["top_p"])
+    objects = np.asarray(index.object_row)
+    refine = refined_scores(space, settings, text, image)
+    for state, score_fn in (("initial", None), ("refined", refine)):
+        ranked = evaluate_features(text, image, pairs[:, 1], objects, score_fn=score_fn)
+        assert found[state] == pytest.approx(summarize(ranked, of.reshape(-1)), abs=0.01), state
 
 
 def test_a_killed_worker_is_replaced(undisturbed: Path, config_file: Path, tmp_path: Path) -> None:

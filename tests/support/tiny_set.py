@@ -24,13 +24,15 @@ SHAPES = ("circle", "square", "star")
 class TinySource:
     """Objects with one to five random 16 px images, in turn PNG, JPEG and WebP; two captions an image."""
 
-    name, licence, origin, min_images = "tiny", "CC0-1.0", "random numbers", 1
+    licence, origin, min_images = "CC0-1.0", "random numbers", 1
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "tiny", first: int = 0) -> None:
+        """first: number of the first object; another one gives other objects."""
+        self.name, self.first = name, first
         self.skipped: list[str] = []
 
     def objects(self) -> Iterable[SourceObject]:
-        number = 0
+        number = self.first
         for split, count in SPLITS.items():
             for _ in range(count):
                 images = []
@@ -51,8 +53,8 @@ class TinySource:
         """Nothing."""
 
 
-def build_tiny_set(out: Path) -> Path:
-    build_shards(TinySource(), str(out), BuildOptions(min_shards=2, tokenizer_vocab=80, progress=False))
+def build_tiny_set(out: Path, source: TinySource | None = None) -> Path:
+    build_shards(source or TinySource(), str(out), BuildOptions(min_shards=2, tokenizer_vocab=80, progress=False))
     return out
 
 

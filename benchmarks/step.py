@@ -39,7 +39,7 @@ def variant(config: Config, losses: dict[str, float]) -> Config:
 
 def build(config: Config, reader: StepReader, device: torch.device) -> Any:
     """A function that runs one step of a variant with AdamW."""
-    model = build_model(config, reader.tokens.vocab_size).to(device)
+    model = build_model(config, reader.tokens.vocab_size, reader.index.n_objects).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.train))
     bank = ReferenceBank(reader.index.n_objects, model.embed_dim, config.reference, config.train.seed, device)
 

@@ -45,6 +45,10 @@ class DataConfig:
     """Probability of erasing a random rectangle (2 to 40 % of the image) in training."""
     colour_jitter: float = 0.0
     """Strength of random brightness, contrast and saturation in training; 0: none."""
+    caption_noise: float = 0.0
+    """Share of training captions (`swap`) or of their words (`drop`) that are spoilt, the same ones each time: robustness."""
+    caption_noise_kind: Literal["swap", "drop"] = "swap"
+    """`swap`: a caption is replaced by one of another object; `drop`: words are left out."""
     readers: int = 1
     """Ray Data actors (one CPU each) that read, decode and tokenise for one training worker."""
     steps_per_task: int = 4
@@ -85,6 +89,8 @@ class ReferenceConfig:
     """References K of one object."""
     update: Literal["moving_average", "gradient"] = "moving_average"
     """`moving_average`: references follow their object's features; `gradient`: global fusion as in the paper."""
+    init: Literal["random", "mean"] = "random"
+    """Start under `gradient`: random rows, or each object's moving average, which learning sets out from at `loss.guide_from`."""
     momentum: float = 0.8
     """Share of the old reference kept at each visit of its object (moving_average)."""
     assign: Literal["nearest", "modality"] = "nearest"
@@ -96,7 +102,7 @@ class ReferenceConfig:
     score: Literal["max", "lme"] = "max"
     """With K > 1 an object's score is its best reference, or the log-mean-exp over them."""
     tau: float = 0.07
-    """Temperature of fusion and guidance."""
+    """Temperature of fusion, of guidance where `loss.guide_tau` is 0, and of soft targets."""
     lr: float = 0.05
     """Learning rate of references under `gradient` (row-wise Adam on the owner)."""
     memory_tokens: int = 4
@@ -105,7 +111,7 @@ class ReferenceConfig:
 
 @dataclass
 class LossConfig:
-    """L = align + w_fuse fuse + w_rec rec + w_guide guide (design: alignment, global fusion, local reconstruction, guidance)."""
+    """L = align + w_fuse fuse + w_rec rec + w_guide guide + w_id id + w_mlm mlm (the last two: IRRA's objective)."""
 
     align: Literal["infonce", "sdm"] = "infonce"
     """Alignment of images and texts, every pair of the same object a positive: multi-positive InfoNCE, or SDM (IRRA)."""
@@ -119,12 +125,26 @@ class LossConfig:
     """Weight of local reconstruction (masked words from references)."""
     w_guide: float = 0.5
     """Weight of reference-guided learning (trains the encoders only)."""
+    guide_on: Literal["both", "image", "text"] = "both"
+    """Features that guidance acts on."""
+    guide_tau: float = 0.0
+    """Temperature of guidance; 0: `reference.tau`."""
+    guide_soft: float = 0.0
+    """Share of guidance's target that is spread over objects by the similarity of their references (ambiguous captions)."""
     guide_from: float = 0.2
     """Share of training after which guidance begins to ramp in."""
     guide_full: float = 0.4
     """Share of training at which it has its full weight."""
+    caption_weight: float = 0.0
+    """Captions weigh exp(this x agreement with their reference) in alignment and guidance, ramped in with it; 0: alike."""
+    w_id: float = 0.0
+    """Weight of identity classification of both features by one linear layer (IRRA); its size grows with the objects."""
+    w_mlm: float = 0.0
+    """Weight of masked words predicted from the tokens of the caption's own image (IRRA)."""
+    mlm_layers: int = 4
+    """Self-attention layers behind the cross-attention to the image in that prediction."""
     mask_rate: float = 0.15
-    """Share of words masked for reconstruction (80 % mask token, 10 % random, 10 % kept)."""
+    """Share of words masked for `w_rec` and `w_mlm` (80 % mask token, 10 % random, 10 % kept)."""
     rec_layers: int = 1
     """Blocks (self-attention, feed-forward, cross-attention to the references, feed-forward) of the reconstruction head."""
     rec_detach_text: bool = False
@@ -357,20 +377,31 @@ def check_config(config: Config) -> Config:
         ("data.max_tokens", config.data.max_tokens),
         ("reference.per_object", config.reference.per_object),
         ("reference.memory_tokens", config.reference.memory_tokens),
+        ("loss.mlm_layers", config.loss.mlm_layers),
     ):
         if value < 1:
             raise ConfigError(f"`{name}` must be at least 1, found {value}.")
     for name, share in (
         ("data.flip", config.data.flip),
         ("data.erase", config.data.erase),
+        ("data.caption_noise", config.data.caption_noise),
         ("data.max_bad_fraction", config.data.max_bad_fraction),
         ("loss.mask_rate", config.loss.mask_rate),
+        ("loss.guide_soft", config.loss.guide_soft),
         ("loss.guide_from", config.loss.guide_from),
         ("loss.guide_full", config.loss.guide_full),
         ("reference.momentum", config.reference.momentum),
     ):
         if not 0.0 <= share <= 1.0:
             raise ConfigError(f"`{name}` is a share between 0 and 1, found {share}.")
+    for name, weight in (
+        ("loss.guide_tau", config.loss.guide_tau),
+        ("loss.caption_weight", config.loss.caption_weight),
+        ("loss.w_id", config.loss.w_id),
+        ("loss.w_mlm", config.loss.w_mlm),
+    ):
+        if not weight >= 0:
+            raise ConfigError(f"`{name}` must be at least 0, found {weight}.")
     for name, positive in (("loss.tau", config.loss.tau), ("reference.tau", config.reference.tau), ("train.lr", t.lr)):
         if not positive > 0:
             raise ConfigError(f"`{name}` must be above 0, found {positive}.")

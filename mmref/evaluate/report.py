@@ -37,6 +37,8 @@ _LOSSES = {  # key of a history line: (label, colour, line style)
     "loss_fuse": ("fusion", "#020000", "--"),
     "loss_rec": ("reconstruction", "#030000", "-."),
     "loss_guide": ("guidance", "#040000", ":"),
+    "loss_id": ("identity", "#050000", "-"),
+    "loss_mlm": ("words from images", "#030000", (0, (1, 3))),
 }
 _VAL_STYLES = (("#010000", "o", "-"), ("#020000", "s", "--"), ("#030000", "^", "-."), ("#040000", "D", ":"))
 _SMOOTH_ABOVE = 60  # log lines from which a curve is drawn as a rolling mean

@@ -3,9 +3,21 @@
 Each has a slow brute-force twin in tests/losses/.
 """
 
+from mmref.losses.agreement import agreement, agreement_weights
+from mmref.losses.identity import identity_loss
 from mmref.losses.infonce import infonce
 from mmref.losses.reconstruction import reconstruction_loss
-from mmref.losses.reference import reference_loss, scale_gradient
+from mmref.losses.reference import reference_loss
 from mmref.losses.sdm import sdm
+from mmref.losses.soft_targets import soft_targets
 
-__all__ = ["infonce", "reconstruction_loss", "reference_loss", "scale_gradient", "sdm"]
+__all__ = [
+    "agreement",
+    "agreement_weights",
+    "identity_loss",
+    "infonce",
+    "reconstruction_loss",
+    "reference_loss",
+    "sdm",
+    "soft_targets",
+]

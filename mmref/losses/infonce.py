@@ -5,7 +5,12 @@ from torch import Tensor
 
 
 def infonce(
-    anchors: Tensor, others: Tensor, anchor_objects: Tensor, other_objects: Tensor, scale: Tensor | float
+    anchors: Tensor,
+    others: Tensor,
+    anchor_objects: Tensor,
+    other_objects: Tensor,
+    scale: Tensor | float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy between softmax(scale * cos) and the uniform distribution over the anchor's positives.
 
@@ -18,6 +23,7 @@ def infonce(
         anchor_objects: (n,) object ids of the anchors.
         other_objects: (N,) object ids of the others; each anchor has at least one equal id.
         scale: inverse temperature.
+        weights: (n,) of the anchors, 1 on average over the global batch.
 
     Returns:
         Scalar fp32, mean over anchors.
@@ -26,4 +32,4 @@ def infonce(
     positive = anchor_objects[:, None] == other_objects[None, :]  # (n, N)
     log_p = torch.log_softmax(logits, dim=1)
     per_anchor = -(log_p * positive).sum(1) / positive.sum(1)
-    return per_anchor.mean()
+    return (per_anchor if weights is None else per_anchor * weights).mean()

@@ -7,26 +7,6 @@ import torch
 from torch import Tensor
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:  # type: ignore[override]
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return grad * ctx.factor, None
-
-
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Identity whose gradient is multiplied by `factor` (0: stop-gradient).
-
-    Fusion is w_fuse CE(cos(R, sg E)) and guidance w_guide CE(cos(sg R, E)): the same value with two gradient paths.
-    Scaling each path by its weight gives both from one matrix of logits.
-    """
-    return x.detach() if factor == 0.0 else _ScaleGradient.apply(x, factor)
-
-
 def reference_scores(features: Tensor, references: Tensor, reduce: Literal["max", "lme"], scale: float) -> Tensor:
     """Scaled cosine of each feature with each object: best or log-mean-exp over the object's K references.
 
@@ -61,6 +41,8 @@ def reference_loss(
     targets: Tensor,
     scale: float,
     reduce: Literal["max", "lme"] = "max",
+    soft: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of each feature's own object among the given references (MMRef, global fusion and its mirror).
 
@@ -70,6 +52,8 @@ def reference_loss(
         targets: (n,) row of each feature's own object in `references`.
         scale: inverse temperature.
         reduce: see `reference_scores`.
+        soft: (n, A) distributions to match in place of the own object alone, as from `soft_targets`.
+        weights: (n,) of the features, 1 on average.
 
     Returns:
         Scalar fp32, mean over n features; a feature whose object has no reference yet contributes 0.
@@ -77,5 +61,11 @@ def reference_loss(
     logits = reference_scores(features, references, reduce, scale)  # (n, A)
     known = torch.isfinite(logits.gather(1, targets[:, None]))[:, 0]
     logits = torch.where(known[:, None], logits, torch.zeros_like(logits))
-    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    if soft is None:
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    else:
+        log_p = torch.log_softmax(logits, dim=1)  # -inf where an object has no reference, and there soft is 0
+        loss = -torch.where(soft > 0, soft * log_p, torch.zeros_like(log_p)).sum(1)
+    if weights is not None:
+        loss = loss * weights
     return (loss * known).mean()

@@ -1,4 +1,4 @@
-"""The MMRef module: towers, temperature and reconstruction head in one forward."""
+"""The MMRef module: towers, temperature and heads in one forward."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from mmref.config import Config, LossConfig, ReferenceConfig
 from mmref.errors import ModelError
-from mmref.losses import reconstruction_loss
+from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, build_backbone
-from mmref.model.reconstruction import ReconstructionHead
+from mmref.model.reconstruction import ImageWordHead, ReconstructionHead
 
 
 class Masked(NamedTuple):
-    """Inputs of local reconstruction for a micro-batch."""
+    """Masked captions of a micro-batch."""
 
     ids: Tensor  # (B, L) masked token ids
     at: Tensor  # (B, L) True where a word was masked
     words: Tensor  # (B, L) the original ids
-    references: Tensor  # (B, K, d) references of each sample's object
+    references: Tensor | None  # (B, K, d) references of each sample's object; None without local reconstruction
 
 
 class Output(NamedTuple):
@@ -30,7 +30,9 @@ class Output(NamedTuple):
 
     image: Tensor | None  # (B, d) L2-normalised, fp32
     text: Tensor | None  # (B, d) L2-normalised, fp32
-    rec_sum: Tensor | None  # scalar: summed cross-entropy over the masked words
+    rec_sum: Tensor | None  # scalar: summed cross-entropy over the masked words, from references
+    mlm_sum: Tensor | None  # the same, from images
+    id_sum: Tensor | None  # scalar: summed cross-entropy of the objects over images and texts
     scale: Tensor  # (1,) inverse temperature of the alignment
 
 
@@ -47,7 +49,9 @@ class MMRef(nn.Module):
         reference: ReferenceConfig,
         gradient_checkpointing: bool = False,
         bf16: bool = False,
+        objects: int = 0,
     ) -> None:
+        """objects: of training, which `loss.w_id` classifies; 0 for a model that is only to encode."""
         super().__init__()
         self.backbone, self.bf16, self.compiled = backbone, bf16, False
         self.rec_detach_text = loss.rec_detach_text
@@ -58,6 +62,16 @@ class MMRef(nn.Module):
             self.reconstruct = ReconstructionHead(
                 backbone.embed_dim, backbone.text_width, backbone.vocab_size, loss.rec_layers, reference.memory_tokens
             )
+        self.image_words = None
+        if loss.w_mlm > 0:
+            self.image_words = ImageWordHead(
+                backbone.image_width, backbone.text_width, backbone.vocab_size, loss.mlm_layers
+            )
+        self.classify = None
+        if loss.w_id > 0 and objects:
+            self.classify = nn.Linear(backbone.embed_dim, objects)
+            nn.init.normal_(self.classify.weight, std=0.001)
+            nn.init.zeros_(self.classify.bias)
         if gradient_checkpointing:
             for tower in (backbone.vision_model, backbone.text_model):
                 if not tower.supports_gradient_checkpointing:
@@ -87,31 +101,38 @@ class MMRef(nn.Module):
         ids: Tensor | None = None,
         mask: Tensor | None = None,
         masked: Masked | None = None,
+        objects: Tensor | None = None,
     ) -> Output:
-        """Features of images (B, 3, H, W) and captions (B, L), either or both, and reconstruction if `masked` is given."""
-        image = text = rec_sum = None
+        """Features of images (B, 3, H, W) and captions (B, L), either or both; the heads' losses where `masked` captions
+        and the `objects` (B,) of the samples are given."""
+        image = text = rec_sum = mlm_sum = id_sum = None
         device = self.log_scale.device.type
         # evaluation brings other shapes, a compilation each, for a few batches
         eager = torch.compiler.set_stance("force_eager") if self.compiled and not self.training else nullcontext()
         with eager, torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             if pixels is not None:
-                image = nn.functional.normalize(self.backbone.encode_image(pixels)[0].float(), dim=-1)
+                image_global, image_tokens = self.backbone.encode_image(pixels)
+                image = nn.functional.normalize(image_global.float(), dim=-1)
             if ids is not None:
                 assert mask is not None
-                text = nn.functional.normalize(self.backbone.encode_text(ids, mask)[0].float(), dim=-1)
-            if masked is not None and self.reconstruct is not None:
+                text_global = self.backbone.encode_text(ids, mask)[0]
+                text = nn.functional.normalize(text_global.float(), dim=-1)
+            if objects is not None and self.classify is not None:
+                id_sum = identity_loss(self.classify(image_global), self.classify(text_global), objects)
+            if masked is not None:
                 assert mask is not None
-                states = self.backbone.encode_text(masked.ids, mask)[1]
-                if self.rec_detach_text:
-                    states = states.detach()
-                logits = self.reconstruct(states, mask, masked.references, masked.at)
-                rec_sum = reconstruction_loss(logits, masked.words[masked.at])
-        return Output(image, text, rec_sum, self.log_scale.float().exp().clamp(max=100.0))
+                states, words = self.backbone.encode_text(masked.ids, mask)[1], masked.words[masked.at]
+                if self.reconstruct is not None:
+                    given = states.detach() if self.rec_detach_text else states
+                    rec_sum = reconstruction_loss(self.reconstruct(given, mask, masked.references, masked.at), words)
+                if self.image_words is not None:
+                    mlm_sum = reconstruction_loss(self.image_words(states, mask, image_tokens, masked.at), words)
+        return Output(image, text, rec_sum, mlm_sum, id_sum, self.log_scale.float().exp().clamp(max=100.0))
 
     def is_new(self, name: str) -> bool:
         """Whether a parameter starts from random weights beside pretrained towers (gets `train.lr_new`)."""
         prefixes = tuple(f"backbone.{p}" for p in self.backbone.new_parameter_prefixes())
-        return name.startswith(("reconstruct.", "log_scale", *prefixes))
+        return name.startswith(("reconstruct.", "image_words.", "classify.", "log_scale", *prefixes))
 
 
 def computes_in_bf16(gpu: bool) -> bool:
@@ -121,8 +142,8 @@ def computes_in_bf16(gpu: bool) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def build_model(config: Config, vocab_size: int) -> MMRef:
-    """MMRef of a config, with weights that depend on the seed and config alone. Raises ModelError."""
+def build_model(config: Config, vocab_size: int, objects: int = 0) -> MMRef:
+    """MMRef of a config, with weights that depend on the seed and config alone; `objects` of training. Raises ModelError."""
     train = config.train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
@@ -136,4 +157,4 @@ def build_model(config: Config, vocab_size: int) -> MMRef:
             for tower in (backbone.vision_model, backbone.text_model):
                 tower.requires_grad_(False)
         bf16 = train.precision == "bf16" or (train.precision == "auto" and computes_in_bf16(train.gpu))
-        return MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16)
+        return MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16, objects)

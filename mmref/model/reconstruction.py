@@ -1,4 +1,4 @@
-"""Local reconstruction: masked words read out of their object's reference (MMRef)."""
+"""Masked words read out of their object's reference (MMRef's local reconstruction), or out of their own image (IRRA)."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class ReconstructionHead(nn.Module):
 
     def __init__(self, embed_dim: int, width: int, vocab_size: int, layers: int, memory_tokens: int) -> None:
         super().__init__()
-        heads = max(h for h in range(1, width // 32 + 2) if width % h == 0)
+        heads = _heads(width)
         self.memory_tokens = memory_tokens
         self.to_memory = nn.Linear(embed_dim, memory_tokens * width)
         self.memory_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(ReconstructionBlock(width, heads) for _ in range(layers))
-        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.transform = _transform(width)
         self.vocabulary = nn.Linear(width, vocab_size)
 
     def forward(self, states: Tensor, mask: Tensor, references: Tensor, at: Tensor) -> Tensor:
@@ -81,6 +81,42 @@ class ReconstructionHead(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, memory, padding)
         return self.vocabulary(self.transform(hidden[at]))
+
+
+class ImageWordHead(nn.Module):
+    """Predicts masked words from masked-token states and the tokens of the caption's own image.
+
+    IRRA's head: one cross-attention to the image, then self-attention layers, then the vocabulary, at the masked
+    positions only.
+    """
+
+    def __init__(self, image_width: int, width: int, vocab_size: int, layers: int) -> None:
+        super().__init__()
+        heads = _heads(width)
+        self.to_memory, self.memory_norm = nn.Linear(image_width, width), nn.LayerNorm(width)
+        self.cross_attention = Attention(width, heads)
+        self.self_attentions = nn.ModuleList(Attention(width, heads) for _ in range(layers))
+        self.feed_forwards = nn.ModuleList(FeedForward(width) for _ in range(layers))
+        self.transform = _transform(width)
+        self.vocabulary = nn.Linear(width, vocab_size)
+
+    def forward(self, states: Tensor, mask: Tensor, image_tokens: Tensor, at: Tensor) -> Tensor:
+        """Logits (M, vocabulary) of the masked words; arguments as of `ReconstructionHead`, image_tokens (B, N, image_width)."""
+        memory = self.memory_norm(self.to_memory(image_tokens))
+        hidden, padding = self.cross_attention(states, memory), mask == 0
+        for attend, feed in zip(self.self_attentions, self.feed_forwards, strict=True):
+            hidden = feed(attend(hidden, padding=padding))
+        return self.vocabulary(self.transform(hidden[at]))
+
+
+def _heads(width: int) -> int:
+    """The most heads of at least about 32 numbers each that divide the width."""
+    return max(h for h in range(1, width // 32 + 2) if width % h == 0)
+
+
+def _transform(width: int) -> nn.Sequential:
+    """What BERT has between its last layer and its vocabulary."""
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
 
 
 def mask_words(

@@ -30,7 +30,8 @@ class ReferenceBank:
         self.count = min(self.share, objects - self.first)
         shape = (self.count, config.per_object, dim)
         if config.update == "gradient":
-            self.rows = initial_rows(self.first, self.count, config.per_object, dim, seed).to(self.device)
+            random = initial_rows(self.first, self.count, config.per_object, dim, seed).to(self.device)
+            self.rows = random if config.init == "random" else torch.zeros(shape, device=self.device)
             self.exp_avg = torch.zeros(shape, device=self.device)
             self.exp_avg_sq = torch.zeros(shape[:2], device=self.device)  # one second moment a row
             self.updates = torch.zeros(self.count, dtype=torch.long, device=self.device)
@@ -91,14 +92,18 @@ class ReferenceBank:
         self.rows[own] = torch.nn.functional.normalize(rows, dim=-1)
 
     @torch.no_grad()
-    def follow(self, image: Tensor, text: Tensor, objects: Tensor, all_objects: Tensor) -> None:
-        """Move the references of the batch's objects towards their features (update: moving_average).
+    def follow(
+        self, image: Tensor, text: Tensor, objects: Tensor, all_objects: Tensor, momentum: float | None = None
+    ) -> None:
+        """Move the references of the batch's objects towards their features; those never seen become their mean.
 
         Args:
             image, text: (n, d) this rank's normalised features.
             objects: (n,) their object rows.
             all_objects: (N,) object rows of the whole global batch.
+            momentum: share of a reference kept, by default the config's; 1 sets those never seen, and no other.
         """
+        keep = self.config.momentum if momentum is None else momentum
         active = all_objects.unique()
         at = torch.searchsorted(active, objects).repeat(2)  # (2n,)
         features = torch.cat([image, text])
@@ -112,7 +117,7 @@ class ReferenceBank:
         sums = collectives.sum_over_ranks(sums).view(len(active), self.config.per_object, -1)
         where, own = self._owned(active)
         mine = sums[where]
-        self.rows[own] = moving_average(self.rows[own], mine[..., :-1], mine[..., -1], self.config.momentum)
+        self.rows[own] = moving_average(self.rows[own], mine[..., :-1], mine[..., -1], keep)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's rows and optimizer state; global row range: `first`, `first + count`."""

@@ -72,9 +72,9 @@ class Worker:
             more = self.start < config.train.max_steps
             self.stream = Stream(config, self.rank, self.world, self.start) if more else None
             self.tokens = load_tokens(config)
-            model = build_model(config, self.tokens.vocab_size).to(self.device)
             shards = ShardSet.open(config.data.root)
             index = shards.index("train")
+            model = build_model(config, self.tokens.vocab_size, index.n_objects).to(self.device)
             self.images = len(index)
             self.engine = build_engine(model, config, self.world)
             self.bank = ReferenceBank(

@@ -17,13 +17,13 @@ from mmref.config import Config, ramp
 from mmref.data.augment import augment
 from mmref.data.reader import Batch
 from mmref.data.tokens import Tokens
-from mmref.losses import infonce, reference_loss, scale_gradient, sdm
+from mmref.losses import agreement, agreement_weights, infonce, reference_loss, sdm, soft_targets
 from mmref.model.mmref import Masked
 from mmref.model.reconstruction import mask_words
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
 
-LOSSES = ("loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide")
+LOSSES = ("loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide", "loss_id", "loss_mlm")
 
 
 @dataclass
@@ -54,13 +54,15 @@ class StepRunner:
         self.bank, self.tokens, self.device = bank, tokens, device
         self.special_ids = torch.as_tensor(tokens.special_ids, device=device)
         self.scale = torch.tensor([1 / config.loss.tau])  # inverse temperature of the last step
-        self.needs_references = config.loss.w_guide > 0 or config.loss.w_rec > 0 or config.loss.w_fuse > 0
+        c = config.loss
+        self.with_masks = max(c.w_rec, c.w_mlm) > 0
+        self.needs_references = max(c.w_guide, c.w_rec, c.w_fuse, c.caption_weight) > 0
 
     def run(self, step: int, batch: Batch) -> Tensor:
-        """Forward and backward of one step and the references' update: (5,) the LOSSES of this rank's share."""
+        """Forward and backward of one step and the references' update: the LOSSES of this rank's share, one each."""
         config = self.config
         ramped = ramp(step, config.train.max_steps, config.loss.guide_from, config.loss.guide_full)
-        micro = self._micro_batches(step, batch, with_masks=config.loss.w_rec > 0)
+        micro = self._micro_batches(step, batch, self.with_masks)
         objects = torch.cat([m.objects for m in micro])
         all_objects = collectives.gather(objects)  # (N,)
         active, rows = self._references(all_objects, step)
@@ -73,6 +75,8 @@ class StepRunner:
         if rows is not None and rows.requires_grad:
             assert active is not None
             self.bank.apply_gradient(active, rows.grad, config.reference.lr * self._lr_share(step))
+            if config.reference.init == "mean":
+                self.bank.follow(image, text, objects, all_objects, momentum=1.0)
         elif self.needs_references:
             self.bank.follow(image, text, objects, all_objects)
         return values
@@ -86,9 +90,9 @@ class StepRunner:
     # -- the two ways to a gradient ------------------------------------------------------------------------------
 
     def _plain(self, m: MicroBatch, all_objects, active, rows, ramped: float, rec_count: Tensor):  # type: ignore[no-untyped-def]
-        out = self.model(m.pixels, m.ids, m.mask, self._masked(m, active, rows))
+        out = self.model(m.pixels, m.ids, m.mask, self._masked(m, active, rows), m.objects)
         loss, values = self._objective(out.image, out.text, out.scale, m.objects, all_objects, active, rows, ramped)
-        loss, values = self._add_reconstruction(loss, values, out.rec_sum, rec_count)
+        loss, values = self._add_sums(loss, values, out, rec_count)
         self.backward(loss)
         self.boundary()
         self.scale = out.scale.detach()
@@ -117,12 +121,12 @@ class StepRunner:
         first = 0
         for state, m in zip(states, micro):
             _set_random_state(self.device, state)
-            out = self.model(m.pixels, m.ids, m.mask, self._masked(m, active, rows))
+            out = self.model(m.pixels, m.ids, m.mask, self._masked(m, active, rows), m.objects)
             own = slice(first, first + len(m.objects))
             first += len(m.objects)
             surrogate = (out.image * image.grad[own]).sum() + (out.text * text.grad[own]).sum()  # type: ignore[index]
             surrogate = surrogate + (out.scale * scale.grad).sum() / len(micro)
-            surrogate, values = self._add_reconstruction(surrogate, values, out.rec_sum, rec_count)
+            surrogate, values = self._add_sums(surrogate, values, out, rec_count)
             self.backward(surrogate)
             self.boundary()
         return values, image.detach(), text.detach()
@@ -133,40 +137,68 @@ class StepRunner:
         """Loss of this rank's rows (n) against the global batch (N), and the values to log."""
         c = self.config
         all_image, all_text = collectives.gather_with_gradient(image), collectives.gather_with_gradient(text)
+        weights = self._caption_weights(text, objects, active, rows, ramped)
         align_loss = infonce if c.loss.align == "infonce" else sdm
         align = 0.5 * (
-            align_loss(image, all_text, objects, all_objects, scale)
-            + align_loss(text, all_image, objects, all_objects, scale)
+            align_loss(image, all_text, objects, all_objects, scale, weights)
+            + align_loss(text, all_image, objects, all_objects, scale, weights)
         )
         if c.loss.align == "sdm":
             align = 2 * align  # IRRA adds the two directions
-        zero = torch.zeros((), device=align.device)
         if rows is None:
-            values = torch.stack([align, align, zero, zero, zero]).detach()
-            return align, values
-        w_fuse = c.loss.w_fuse if rows.requires_grad else 0.0
-        w_guide = c.loss.w_guide * ramped
-        reference = reference_loss(
-            torch.cat([scale_gradient(image, w_guide), scale_gradient(text, w_guide)]),
-            scale_gradient(rows, w_fuse),
-            torch.searchsorted(active, objects).repeat(2),
-            1 / c.reference.tau,
-            c.reference.score,
-        )
-        # fusion and guidance are one value with two gradient paths, each scaled by its weight above
-        value = reference.detach()
-        total = align.detach() + (w_fuse + w_guide) * value
-        return align + reference, torch.stack([total, align.detach(), value, zero, value])
+            return align, _values(loss=align, loss_align=align)
+        assert active is not None
+        targets = torch.searchsorted(active, objects)  # (n,)
+        guide = self._guidance(image, text, rows.detach(), targets, weights)
+        total, fuse = align + c.loss.w_guide * ramped * guide, guide
+        if rows.requires_grad:
+            both = torch.cat([image, text]).detach()
+            fuse = reference_loss(both, rows, targets.repeat(2), 1 / c.reference.tau, c.reference.score)
+            total = total + c.loss.w_fuse * fuse
+        return total, _values(loss=total, loss_align=align, loss_fuse=fuse, loss_guide=guide)
 
-    def _add_reconstruction(self, loss, values, rec_sum, count: Tensor):  # type: ignore[no-untyped-def]
-        if rec_sum is None:
-            return loss, values
-        # the mean over ranks is taken by the engine: the sum over this rank's words is scaled up by the world size
-        rec = rec_sum * (collectives.world_size() / count)
-        weighted = self.config.loss.w_rec * rec
-        added = torch.stack([weighted.detach(), values.new_zeros(()), values.new_zeros(()), rec.detach(),
-                             values.new_zeros(())])  # fmt: skip
-        return loss + weighted, values + added
+    def _guidance(self, image: Tensor, text: Tensor, rows: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """Cross-entropy of the guided features' objects among the references (A, K, d), which get no gradient."""
+        c, r = self.config.loss, self.config.reference
+        soft = soft_targets(rows, targets, c.guide_soft, 1 / r.tau) if c.guide_soft > 0 else None
+        one = torch.ones_like(targets, dtype=torch.float32)
+        parts = [(image, one)] if c.guide_on != "text" else []
+        parts += [(text, one if weights is None else weights)] if c.guide_on != "image" else []
+        return reference_loss(
+            torch.cat([features for features, _ in parts]),
+            rows,
+            targets.repeat(len(parts)),
+            1 / (c.guide_tau or r.tau),
+            r.score,
+            None if soft is None else soft.repeat(len(parts), 1),
+            None if weights is None else torch.cat([weight for _, weight in parts]),
+        )
+
+    def _caption_weights(
+        self, text: Tensor, objects: Tensor, active: Tensor | None, rows: Tensor | None, ramped: float
+    ) -> Tensor | None:
+        """(n,) weights of this rank's captions, 1 on average over the global batch; None where all weigh alike."""
+        sharpness = self.config.loss.caption_weight * ramped
+        if sharpness == 0 or active is None or rows is None:
+            return None
+        everyone = collectives.gather(agreement(text, rows[torch.searchsorted(active, objects)]))  # (N,)
+        first = collectives.rank() * len(text)
+        return agreement_weights(everyone, sharpness)[first : first + len(text)]
+
+    def _add_sums(self, loss, values, out, words: Tensor):  # type: ignore[no-untyped-def]
+        """Add the heads' losses, which come as sums over a micro-batch: `words` masked in the global batch."""
+        c, samples = self.config.loss, self.config.train.global_batch
+        for name, weight, part, count in (
+            ("loss_rec", c.w_rec, out.rec_sum, words),
+            ("loss_mlm", c.w_mlm, out.mlm_sum, words),
+            ("loss_id", c.w_id, out.id_sum, 2 * samples),
+        ):
+            if part is not None:
+                # the mean over ranks is taken by the engine: the sum over this rank's share is scaled up by the world size
+                mean = part * (collectives.world_size() / count)
+                loss = loss + weight * mean
+                values = values + _values(loss=weight * mean, **{name: mean})
+        return loss, values
 
     # -- inputs --------------------------------------------------------------------------------------------------
 
@@ -205,20 +237,31 @@ class StepRunner:
         return collectives.sum_over_ranks(count[None])[0].clamp(min=1)
 
     def _masked(self, m: MicroBatch, active: Tensor | None, rows: Tensor | None) -> Masked | None:
-        if m.masked is None or active is None or rows is None:
+        if m.masked is None:
             return None
-        own = rows[torch.searchsorted(active, m.objects)]  # (b, K, d)
-        return Masked(m.masked[0], m.masked[1], m.ids, torch.nn.functional.normalize(own, dim=-1))
+        own = None
+        if active is not None and rows is not None:
+            own = torch.nn.functional.normalize(rows[torch.searchsorted(active, m.objects)], dim=-1)  # (b, K, d)
+        return Masked(m.masked[0], m.masked[1], m.ids, own)
 
     def _references(self, all_objects: Tensor, step: int) -> tuple[Tensor | None, Tensor | None]:
         if not self.needs_references:
             return None, None
         active = self.bank.select(all_objects, step)
-        return active, self.bank.fetch(active)
+        rows = self.bank.fetch(active)
+        c = self.config
+        follows_first = c.reference.init == "mean" and step < c.loss.guide_from * c.train.max_steps
+        return active, rows.detach() if follows_first else rows
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout depends on (seed, step, rank): a resumed run draws what the undisturbed one would have drawn."""
         torch.manual_seed((self.config.train.seed * 7_000_003 + step) * 4096 + collectives.rank())
+
+
+def _values(**losses: Tensor) -> Tensor:
+    """The named ones of LOSSES as a vector, detached, the others 0."""
+    zero = torch.zeros_like(losses["loss"])
+    return torch.stack([losses.get(name, zero) for name in LOSSES]).detach()
 
 
 def _writable(array: Any) -> Any:

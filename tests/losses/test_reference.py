@@ -1,4 +1,4 @@
-"""Scores and losses of references against loops; two weighted gradient paths out of one matrix of logits."""
+"""Scores and losses of references against loops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mmref.losses import reference_loss, scale_gradient
+from mmref.losses import reference_loss
 from mmref.losses.reference import reference_scores
 
 
@@ -98,23 +98,29 @@ def test_length_of_features_and_references_does_not_matter():
     assert reference_loss(f * 7, r * 0.3, y, 8.0, "lme").item() == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("w_fuse, w_guide", [(1.0, 0.5), (0.3, 2.0), (1.0, 0.0), (0.0, 0.7)])
-def test_two_scaled_paths_are_fusion_plus_guidance(w_fuse, w_guide):
-    """Gradients of one scaled cross-entropy = w_fuse CE(cos(R, sg E)) + w_guide CE(cos(sg R, E))."""
+def test_soft_targets_and_weights_equal_the_loops():
     f, r, y = problem(3, UNSEEN[3])
-    two = w_fuse * reference_loss(f.detach(), r, y, 8.0, "lme") + w_guide * reference_loss(f, r.detach(), y, 8.0, "lme")
-    two.backward()
-    expected = [torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in (f, r)]
-    f.grad = r.grad = None
-    reference_loss(scale_gradient(f, w_guide), scale_gradient(r, w_fuse), y, 8.0, "lme").backward()
-    for x, grad in zip((f, r), expected):
-        torch.testing.assert_close(torch.zeros_like(x) if x.grad is None else x.grad, grad, atol=1e-7, rtol=1e-5)
+    g = torch.Generator().manual_seed(1)
+    soft = torch.rand(5, 6, generator=g, dtype=torch.float64)
+    soft[:, 2] = 0  # never seen
+    soft = soft / soft.sum(1, keepdim=True)
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5], dtype=torch.float64)
+    scores = literal_scores(f, r, "lme", 8.0)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(5):
+        seen = [k for k in range(6) if k != 2]
+        log_sum = torch.log(sum(torch.exp(scores[i, k]) for k in seen))
+        total = total + weights[i] * sum(soft[i, k] * (log_sum - scores[i, k]) for k in seen) / 5
+    total.backward()
+    own = f.detach().float().requires_grad_()
+    loss = reference_loss(own, r.detach().float(), y, 8.0, "lme", soft.float(), weights.float())
+    loss.backward()
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    torch.testing.assert_close(own.grad.double(), f.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_scale_gradient_keeps_the_value():
-    x = torch.randn(3, requires_grad=True)
-    scaled = scale_gradient(x, 0.25)
-    assert torch.equal(scaled, x)
-    (scaled * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    assert x.grad.tolist() == [0.25, 0.5, 0.75]
-    assert not scale_gradient(x, 0.0).requires_grad
+def test_hard_targets_as_soft_ones_and_equal_weights_are_the_plain_loss():
+    f, r, y = problem(3, UNSEEN[3])
+    hard = torch.nn.functional.one_hot(y, 6).float()
+    plain = reference_loss(f, r, y, 8.0, "max")
+    assert reference_loss(f, r, y, 8.0, "max", hard, torch.ones(5)).item() == pytest.approx(plain.item(), rel=1e-6)

@@ -36,7 +36,7 @@ def test_value_and_gradients_equal_the_loops(objects, epsilon):
     expected = literal(*twin, y[:4], y, 9.0, epsilon)
     expected.backward()
     own = [x.detach().float().requires_grad_() for x in twin]
-    loss = sdm(*own, y[:4], y, 9.0, epsilon)
+    loss = sdm(*own, y[:4], y, 9.0, epsilon=epsilon)
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=2e-6)
     for a, b in zip(own, twin):

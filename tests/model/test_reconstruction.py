@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmref.model.reconstruction import ReconstructionHead, mask_words
+from mmref.model.reconstruction import ImageWordHead, ReconstructionHead, mask_words
 
 SPECIAL_IDS = (0, 1, 2)  # padding, start, end
 MASK = 3
@@ -51,6 +51,25 @@ def test_padding_does_not_leak():
     torch.testing.assert_close(model(noisy, mask, references, at), logits)
     short = model(states[1:2, :5], mask[1:2, :5], references[1:2], at[1:2, :5])
     torch.testing.assert_close(short, logits[2:3])
+
+
+def test_words_read_out_of_the_own_image_alone():
+    torch.manual_seed(0)
+    model, (states, mask, _, at) = ImageWordHead(image_width=12, width=32, vocab_size=50, layers=2), inputs()
+    tokens = torch.randn(4, 9, 12, generator=torch.Generator().manual_seed(2))
+    logits = model(states, mask, tokens, at)
+    assert logits.shape == (6, 50)
+    everywhere = model(states, mask, tokens, torch.ones_like(at)).view(4, 7, 50)
+    torch.testing.assert_close(logits, everywhere[at])
+    noisy = torch.where(mask[..., None] == 0, torch.randn_like(states) * 9, states)
+    torch.testing.assert_close(model(noisy, mask, tokens, at), logits, msg="padding leaks")
+    changed = tokens.clone()
+    changed[0] = torch.randn(9, 12)
+    other = model(states, mask, changed, at)
+    assert not torch.allclose(other[:2], logits[:2]), "the image does not matter"
+    torch.testing.assert_close(other[2:], logits[2:])
+    model(states, mask, tokens, at).sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("memory_tokens, per_object", [(3, 1), (1, 2), (3, 2)])

@@ -70,7 +70,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
 
     config = from_dict(values)
     reader = StepReader(config, rank, world)
-    engine = build_engine(build_model(config, reader.tokens.vocab_size), config, world)
+    engine = build_engine(build_model(config, reader.tokens.vocab_size, reader.index.n_objects), config, world)
     bank = ReferenceBank(reader.index.n_objects, engine.module.embed_dim, config.reference, config.train.seed)
     start = 0
     if resume:

@@ -19,7 +19,7 @@ from mmref.train.step import StepRunner
 
 @dataclass
 class Result:
-    """Losses of every step (steps, 5), gradients of every step by name, references (m, K, d) after every step."""
+    """Losses of every step (steps, len(LOSSES)), gradients of every step by name, references (m, K, d) after every step."""
 
     losses: Tensor
     gradients: list[dict[str, Tensor]]
@@ -32,7 +32,7 @@ class PlainTraining:
     def __init__(self, config: Config, rank: int = 0, world: int = 1) -> None:
         self.config = config
         self.reader = StepReader(config, rank, world)
-        self.model: MMRef = build_model(config, self.reader.tokens.vocab_size).train()
+        self.model: MMRef = build_model(config, self.reader.tokens.vocab_size, self.reader.index.n_objects).train()
         self.bank = ReferenceBank(
             self.reader.index.n_objects, self.model.embed_dim, config.reference, config.train.seed
         )
@@ -46,13 +46,15 @@ class PlainTraining:
         self.boundaries += 1
 
     def step(self, step: int) -> Tensor:
-        """Losses (5,) of a step over all ranks; gradients lie in the parameters."""
+        """Losses (len(LOSSES),) of a step over all ranks; gradients lie in the parameters."""
         self.model.zero_grad()
         losses = self.runner.run(step, self.reader.read_step(step))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         together = torch.cat([losses, *(g.flatten() for g in grads)])
-        mean = (collectives.sum_over_ranks(together) / collectives.world_size()).split([5, *(g.numel() for g in grads)])
+        mean = (collectives.sum_over_ranks(together) / collectives.world_size()).split(
+            [len(losses), *(g.numel() for g in grads)]
+        )
         for parameter, grad in zip(trained, mean[1:]):
             parameter.grad = grad.view_as(parameter).clone()
         return mean[0]
@@ -94,7 +96,12 @@ def train_adam(config: Config, steps: int) -> list[list[float]]:
 
 
 # names -> dotted overrides of the tiny config; those in ACCUMULATED are also run on several ranks with accumulation
-ACCUMULATED = ("moving average, K=2, rec", "gradient, sampled negatives, lme, rec")
+ACCUMULATED = (
+    "moving average, K=2, rec",
+    "gradient, sampled negatives, lme, rec",
+    "own tau on text, soft targets, weighted captions",
+    "irra",
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "moving average": {},
     "moving average, K=2, rec": {"reference.per_object": 2, "loss.w_rec": 0.3},
@@ -109,6 +116,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gradient, sampled negatives, lme, rec": {
         "reference.update": "gradient", "reference.per_object": 2, "reference.negatives": "sampled",
         "reference.sampled_negatives": 4, "reference.score": "lme", "loss.w_rec": 0.3, "loss.learn_tau": True,
+    },
+    "own tau on text, soft targets, weighted captions": {
+        "loss.guide_on": "text", "loss.guide_tau": 0.2, "loss.guide_soft": 0.3, "loss.caption_weight": 2.0,
+        "reference.per_object": 2,
+    },
+    "gradient from the mean": {
+        "reference.update": "gradient", "reference.init": "mean", "loss.guide_from": 0.05, "loss.guide_full": 0.05,
+    },
+    "irra": {
+        "loss.align": "sdm", "loss.w_guide": 0.0, "loss.w_fuse": 0.0, "loss.w_id": 0.3, "loss.w_mlm": 0.3,
+        "loss.mlm_layers": 2,
     },
     "align only": {"loss.w_guide": 0.0, "loss.w_fuse": 0.0},
 }  # fmt: skip

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # pytest's conftest does this otherwise
 from plain_training import VARIANTS, PlainTraining, train, train_adam
 from tiny_set import BERT, VIT, tiny_config
 
-from mmref.losses import infonce, reference_loss, sdm
+from mmref.losses import agreement, agreement_weights, infonce, reference_loss, sdm, soft_targets
 from mmref.train import collectives
 from mmref.train.engine import learning_rate
 from mmref.train.step import LOSSES
@@ -107,7 +107,7 @@ def test_ranks_drop_out_differently(make_config, monkeypatch):
 
 def inputs(run, step):
     """Pixels, ids, mask, objects, masked ids and masked positions of a step of one rank."""
-    (micro,) = run.runner._micro_batches(step, run.reader.read_step(step), with_masks=run.config.loss.w_rec > 0)
+    (micro,) = run.runner._micro_batches(step, run.reader.read_step(step), with_masks=run.runner.with_masks)
     return micro
 
 
@@ -150,7 +150,7 @@ def test_a_step_is_the_sum_of_its_losses(make_config, accumulation, per_object, 
     loss.backward()
     asked = []
     run.bank.apply_gradient = lambda active, grad, lr: asked.append((active, grad, lr))
-    torch.testing.assert_close(run.step(3), values, **CLOSE)
+    torch.testing.assert_close(run.step(3)[:5], values, **CLOSE)
     expected, found = whole.gradients(), run.gradients()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
@@ -158,6 +158,118 @@ def test_a_step_is_the_sum_of_its_losses(make_config, accumulation, per_object, 
     assert active.tolist() == list(range(14))
     torch.testing.assert_close(grad, references.grad, **CLOSE)
     assert lr == pytest.approx(config.reference.lr * learning_rate(3, config.train) / config.train.lr)
+
+
+IRRA = {
+    "loss.align": "sdm", "loss.w_guide": 0.0, "loss.w_fuse": 0.0, "loss.w_id": 0.7, "loss.w_mlm": 0.3, "loss.mlm_layers": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_irra_s_objective_is_the_sum_of_its_three_losses(make_config, accumulation):
+    whole = PlainTraining(make_config(IRRA))
+    run = PlainTraining(make_config({**IRRA, "train.accumulation": accumulation}))
+    c, m, model = whole.config.loss, inputs(whole, 3), whole.model
+    (image, tokens), y = model.backbone.encode_image(m.pixels), m.objects
+    text = model.backbone.encode_text(m.ids, m.mask)[0]
+    unit = [torch.nn.functional.normalize(x, dim=-1) for x in (image, text)]
+    align = sdm(*unit, y, y, 1 / c.tau) + sdm(*unit[::-1], y, y, 1 / c.tau)
+    logits = [model.classify(x) for x in (image, text)]  # of features as they are, not normalised
+    identity = sum(torch.nn.functional.cross_entropy(x, y) for x in logits) / 2
+    masked_ids, at = m.masked
+    states = model.backbone.encode_text(masked_ids, m.mask)[1]
+    words = model.image_words(states, m.mask, tokens, torch.ones_like(at))
+    mlm = torch.nn.functional.cross_entropy(words, m.ids.flatten(), reduction="none")[at.flatten()].mean()
+    loss = align + c.w_id * identity + c.w_mlm * mlm
+    loss.backward()
+    zero = torch.zeros(())
+    values = torch.stack([loss, align, zero, zero, zero, identity, mlm]).detach()
+    torch.testing.assert_close(run.step(3), values, **CLOSE)
+    expected, found = whole.gradients(), run.gradients()
+    assert {n for n, _ in model.named_parameters()} - set(expected) == {"log_scale"}
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+    assert (run.bank.rows == 0).all(), "no references are kept"
+
+
+OPTIONS = {
+    "on text": {"loss.guide_on": "text"},
+    "on images": {"loss.guide_on": "image"},
+    "own temperature": {"loss.guide_tau": 0.2},
+    "soft targets": {"loss.guide_soft": 0.3},
+    "weighted captions": {"loss.caption_weight": 2.0},
+    "weighted captions, sdm": {"loss.caption_weight": 2.0, "loss.align": "sdm"},
+    "everything": {
+        "loss.guide_on": "text", "loss.guide_tau": 0.2, "loss.guide_soft": 0.3, "loss.caption_weight": 2.0,
+        "reference.per_object": 2, "reference.score": "lme",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_guidance_written_out(make_config, option):
+    whole, run = (PlainTraining(make_config({"loss.w_guide": 0.4, **OPTIONS[option]})) for _ in range(2))
+    for training in (whole, run):  # an epoch of the 14 objects: all but those of one step have references
+        for step in (0, 1, 3):
+            training.step(step)
+        training.model.zero_grad()
+    c, r, m, rows = whole.config.loss, whole.config.reference, inputs(whole, 4), whole.references()
+    out, y = whole.model(m.pixels, m.ids, m.mask), m.objects
+    weights = None
+    if c.caption_weight:
+        weights = agreement_weights(agreement(out.text, rows[y]), c.caption_weight)
+        assert weights.std() > 0.01
+    loss = infonce if c.align == "infonce" else sdm
+    align = loss(out.image, out.text, y, y, out.scale, weights) + loss(out.text, out.image, y, y, out.scale, weights)
+    align = align / 2 if c.align == "infonce" else align
+    soft = soft_targets(rows, y, c.guide_soft, 1 / r.tau) if c.guide_soft else None
+    per_modality = {
+        name: reference_loss(features, rows, y, 1 / (c.guide_tau or r.tau), r.score, soft, weight)
+        for name, features, weight in (("image", out.image, None), ("text", out.text, weights))
+    }
+    guide = sum(per_modality.values()) / 2 if c.guide_on == "both" else per_modality[c.guide_on]
+    (align + c.w_guide * guide).backward()
+    found = run.step(4)
+    torch.testing.assert_close(found[[0, 1, 4]], torch.stack([align + c.w_guide * guide, align, guide]), **CLOSE)
+    expected = whole.gradients()
+    for name, gradient in run.gradients().items():
+        torch.testing.assert_close(gradient, expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_options_of_guidance_change_something(make_config):
+    losses = {o: train(make_config({"loss.w_guide": 0.4, **OPTIONS[o]}), steps=6).losses[-1, 0].item() for o in OPTIONS}
+    losses["none"] = train(make_config({"loss.w_guide": 0.4}), steps=6).losses[-1, 0].item()
+    assert len({round(value, 5) for value in losses.values()}) == len(losses)
+
+
+def test_learned_references_may_start_from_the_mean_of_their_object(make_config):
+    """They follow until guidance begins, then each is learned; one that comes up later starts from its first features."""
+    overrides = {
+        "reference.update": "gradient", "reference.init": "mean", "loss.guide_from": 0.15, "loss.guide_full": 0.15,
+        "reference.momentum": 0.5,
+    }  # fmt: skip
+    run = PlainTraining(make_config(overrides))
+    follows = PlainTraining(make_config({**overrides, "reference.update": "moving_average"}))
+    assert (run.references() == 0).all()
+    for step in (0, 1, 2):  # of 20 steps, with 12 of the 14 objects
+        losses = run.step(step)
+        torch.testing.assert_close(losses, follows.step(step), **CLOSE)
+    torch.testing.assert_close(run.references(), follows.references(), **CLOSE)
+    before, seen = run.references(), run.references().abs().amax((1, 2)) > 0
+    assert seen.any() and not seen.all()
+    m = inputs(run, 3)
+    out = run.model(m.pixels, m.ids, m.mask)
+    run.step(3)
+    after = run.references()
+    learned = set(m.objects.tolist()) & set(seen.nonzero()[:, 0].tolist())
+    assert learned and (run.bank.updates > 0).any()
+    torch.testing.assert_close(after[list(learned)].norm(dim=-1), torch.ones(len(learned), 1), **CLOSE)
+    assert not torch.equal(after[list(learned)], before[list(learned)])
+    assert set(m.objects.tolist()) - learned
+    for row in set(m.objects.tolist()) - learned:
+        mine = m.objects == row
+        mean = torch.cat([out.image[mine], out.text[mine]]).mean(0).detach()
+        torch.testing.assert_close(after[row, 0], mean, **CLOSE)
 
 
 @pytest.mark.parametrize("align, loss, factor", [("infonce", infonce, 0.5), ("sdm", sdm, 1.0)])
@@ -184,7 +296,7 @@ def test_align_only_equals_references_that_do_not_guide_yet(make_config):
 def test_without_any_use_of_references_none_are_kept(make_config):
     run = PlainTraining(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 0.0}))
     losses = run.step(0)
-    assert (run.bank.rows == 0).all() and losses[2:].tolist() == [0, 0, 0] and losses[0] == losses[1]
+    assert (run.bank.rows == 0).all() and (losses[2:] == 0).all() and losses[0] == losses[1]
 
 
 def test_references_follow_the_features_of_the_step(make_config):
@@ -242,10 +354,12 @@ def golden_run() -> dict[str, list[list[float]]]:
 
 def test_losses_are_the_golden_ones():
     golden, found = json.loads(GOLDEN.read_text()), golden_run()
-    assert golden["names"] == list(LOSSES) and set(golden["runs"]) == set(found)
+    known = len(golden["names"])  # parts that came later are off here, and 0
+    assert golden["names"] == list(LOSSES[:known]) and set(golden["runs"]) == set(found)
     for name, losses in found.items():
+        assert (torch.tensor(losses)[:, known:] == 0).all()
         torch.testing.assert_close(
-            torch.tensor(losses), torch.tensor(golden["runs"][name]), rtol=1e-4, atol=1e-6,
+            torch.tensor(losses)[:, :known], torch.tensor(golden["runs"][name]), rtol=1e-4, atol=1e-6,
             msg=lambda m, n=name: f"{n}: the losses changed. If that is meant: python {Path(__file__).name} --update\n{m}",
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`mmref shards|train|evaluate|tune`: the same functions that jobs/ call."""
+"""`mmref shards|train|evaluate|export|ledger|tune`: the same functions that jobs/ call."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def _dispatch(argv: list[str]) -> int:
         return tune(argv[1:])
     parser = argparse.ArgumentParser(prog="mmref", description="Text-to-image retrieval with multi-modal references.")
     parser.add_argument("--version", action="version", version=f"mmref {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{shards,train,evaluate,ledger,tune}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{shards,train,evaluate,export,ledger,tune}"
+    )
     from data_shards.cli import add_parser as add_shards
 
     add_shards(commands)
@@ -52,6 +54,7 @@ def _dispatch(argv: list[str]) -> int:
     ):
         commands.add_parser(name, help=text, add_help=False)
     add_evaluate(commands.add_parser("evaluate", help="score a run's best checkpoint on a split"))
+    add_export(commands.add_parser("export", help="write a run's best model as a folder that loads anywhere"))
     add_ledger(commands.add_parser("ledger", help="hold the samples a run has seen against its plan"))
     args = parser.parse_args(argv)
     result = args.run(args)
@@ -86,6 +89,26 @@ def evaluate(args: argparse.Namespace) -> int:
     from mmref.evaluate.evaluate import evaluate_run
 
     evaluate_run(args.checkpoint, args.data, args.split, args.out, args.workers, report=not args.no_report)
+    return 0
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mmref export`."""
+    parser.description = (
+        "Write the best checkpoint of an evaluated run as one folder: weights, config, tokenizer, references, the "
+        "refinement chosen on val, and a copy for plain transformers. `mmref.load(DIR)` reads it."
+    )
+    parser.add_argument("run_dir", metavar="RUN", help="run directory of `mmref train`, or its URL")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist yet")
+    parser.add_argument("--data", metavar="SHARDS", help="shard set of the run, where it has been moved")
+    parser.set_defaults(run=export)
+
+
+def export(args: argparse.Namespace) -> int:
+    """`mmref export`."""
+    from mmref.export import export_run
+
+    print(f"exported to {export_run(args.run_dir, args.out, args.data)}")
     return 0
 
 

@@ -21,6 +21,15 @@ from mmref.errors import RunDirectoryError
 from mmref.storage import retry
 
 T = TypeVar("T")
+OBJECT_STORES = {
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "az",
+    "abfs",
+    "abfss",
+}  # have no folders to create; a wrong bucket is not created
 UPLOAD_EVERY_S = 5.0
 
 
@@ -43,6 +52,8 @@ class RunDir:
                 f"run directory {path} needs a file system that is not installed: {error}. For s3:// install mmref[s3]."
             ) from None
 
+        self._has_folders = path.split("://")[0] not in OBJECT_STORES
+
     def join(self, *parts: str) -> str:
         return "/".join((self.path, *parts))
 
@@ -54,7 +65,7 @@ class RunDir:
         """Create the directory and write a probe. Raises RunDirectoryError."""
         probe = self.inner(f".probe-{os.getpid()}")
         try:
-            self.fs.makedirs(self.root, exist_ok=True)
+            self._make_folder(probe)
             with self.fs.open(probe, "wb") as file:
                 file.write(b"mmref")
             self.fs.rm(probe)
@@ -124,7 +135,13 @@ class RunDir:
         write = self._replace_local if self.local else self._put
         retry(f"write {self.join(name)}", lambda: write(name, data))
 
+    def _make_folder(self, path: str) -> None:
+        """Create the folder that holds a path of `fs`."""
+        if self._has_folders:
+            self.fs.makedirs(os.path.dirname(path), exist_ok=True)
+
     def _put(self, name: str, data: bytes) -> None:
+        self._make_folder(self.inner(name))
         with self.fs.open(self.inner(name), "wb") as file:
             file.write(data)
 
@@ -148,8 +165,7 @@ class RunDir:
         """
 
         def attempt() -> T:
-            if self.local:
-                os.makedirs(os.path.dirname(self.inner(name)), exist_ok=True)
+            self._make_folder(self.inner(name))
             with self.fs.open(self.inner(name), "wb") as file:
                 result = write(file)
                 if self.local:

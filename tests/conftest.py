@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +42,12 @@ def make_config(tiny_set: Path) -> Callable[..., Config]:
         return tiny_config(root, overrides or {})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    """s3:// URL of a bucket on a server of this test session; take a prefix of your own inside."""
+    from s3 import s3_server
+
+    with s3_server() as url:
+        yield url

@@ -41,11 +41,16 @@ def decode_image(data: bytes, height: int, width: int, name: str = "image") -> N
             pixels = _decode_pillow(data, name)
     if pixels.dtype != np.uint8:
         pixels = (pixels // 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels.astype(np.uint8)
-    rgb: Any = _to_rgb(pixels)
-    if rgb.shape[:2] != (height, width):
-        shrinks = rgb.shape[0] * rgb.shape[1] > height * width
-        rgb = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
-    return rgb
+    return resize_rgb(_to_rgb(pixels), height, width)
+
+
+def resize_rgb(rgb: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 -> (height, width, 3) uint8: averaged when it shrinks, bicubic when it grows."""
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    shrinks = rgb.shape[0] * rgb.shape[1] > height * width
+    resized: Any = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    return resized
 
 
 def _decode_pillow(data: bytes, name: str) -> Any:

@@ -112,7 +112,7 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = ()) -> None:
         run_config=ray.train.RunConfig(
             name=checkpoint.FOLDER,
             storage_path=run.root,
-            storage_filesystem=_filesystem(run),
+            storage_filesystem=ray_filesystem(run),
             callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(max_failures=t.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
             checkpoint_config=ray.train.CheckpointConfig(
@@ -130,7 +130,7 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = ()) -> None:
         raise getattr(errors, failure["error"])(failure["message"])
 
 
-def _filesystem(run: RunDir) -> Any:
+def ray_filesystem(run: RunDir) -> Any:
     """The run's own file system for Ray Train, which speaks pyarrow; None for local paths."""
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 

@@ -1,0 +1,48 @@
+"""A finished run in a moment: one checkpoint of random weights and references, and the metrics of its evaluation."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from mmref.config import Config, dump_yaml
+from mmref.data.shards import ShardSet
+from mmref.data.tokens import load_tokens
+from mmref.model.mmref import MMRef, build_model
+from mmref.rundir import RunDir
+from mmref.train import checkpoint
+from mmref.train.bank import ReferenceBank
+
+UNSEEN = 2  # the first objects have no trained reference
+
+
+def make_run(config: Config, path: str, refinement: dict[str, Any]) -> MMRef:
+    """Write a run directory (a path or URL) and return its model; set DS_ACCELERATOR=cpu before."""
+    run = RunDir(path)
+    run.write_text("config.yaml", dump_yaml(config))
+    model = build_model(config, load_tokens(config).vocab_size).eval()
+    engine = SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
+    index = ShardSet.open(config.data.root).index("train")
+    bank = ReferenceBank(index.n_objects, model.embed_dim, config.reference, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases too: a swapped one must show
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+        bank.rows[UNSEEN:] = torch.randn(bank.rows[UNSEEN:].shape, generator=torch.Generator().manual_seed(1))
+    scores = {"R@1": 40.0, "R@5": 60.0, "R@10": 70.0, "mAP": 45.0, "mINP": 30.0}
+    folder = f"{checkpoint.FOLDER}/step-00000020-a"
+    state = checkpoint.snapshot(engine, bank, {"step": 20, "score": 85.0, "val": scores})
+    checkpoint.write(run, folder, state, 0)
+    checkpoint.commit(run, folder, state.meta)
+    metrics = {
+        "split": "test", "checkpoint": folder, "n_queries": 20, "n_gallery": 10, "initial": scores,
+        "refined": {name: value + 2.5 for name, value in scores.items()}, "ci95": {"R@1": [33.0, 51.0]},
+        "refinement": {
+            "kind": "sparse", "weight": 0.4, "top_r": 4, "tau": 0.05, "top_p": None, "chosen_on": "val", "tried": [],
+            **refinement,
+        },
+    }  # fmt: skip
+    run.write_text("metrics.json", json.dumps(metrics))
+    return model

@@ -90,8 +90,7 @@ def test_unwritable_run_directory(attempt: Callable[..., str], tmp_path: Path) -
 def test_run_directory_of_another_config(attempt: Callable[..., str], tmp_path: Path, make_config: MakeConfig) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step-00000004-abc"
     folder.mkdir(parents=True)
-    (folder / "rank-0.json").write_text("{}")
-    (folder / "meta.json").write_text('{"step": 4, "world": 1}')
+    (folder / "meta.json").write_text('{"step": 4, "world": 1, "files": {}}')
     shutil.copy(write_config(make_config({"train.lr": 0.5}), tmp_path), tmp_path / "run" / "config.yaml")
     error = attempt()
     assert "RunDirectoryError" in error and "train.lr 0.5 -> 0.001" in error

@@ -1,4 +1,4 @@
-"""`mmref shards|train|evaluate|export|ledger|tune`: the same functions that jobs/ call."""
+"""`mmref shards|train|sizing|evaluate|export|ledger|tune`: the same functions that jobs/ call."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ def run_command(command: Callable[[], int]) -> int:
 def _dispatch(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
         return train(argv[1:])
+    if argv[:1] == ["sizing"]:
+        from mmref.sizing import main as sizing
+
+        return sizing(argv[1:])
     if argv[:1] == ["tune"]:
         from tune.sweep import main as tune
 
@@ -43,13 +47,14 @@ def _dispatch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mmref", description="Text-to-image retrieval with multi-modal references.")
     parser.add_argument("--version", action="version", version=f"mmref {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{shards,train,evaluate,export,ledger,tune}"
+        dest="command", required=True, metavar="{shards,train,sizing,evaluate,export,ledger,tune}"
     )
     from data_shards.cli import add_parser as add_shards
 
     add_shards(commands)
     for name, text in (
         ("train", "train, evaluate and report; `mmref train --help`"),
+        ("sizing", "memory, bytes and FLOPs of a run before it is started; `mmref sizing --help`"),
         ("tune", "search hyper-parameters; `mmref tune --help`"),
     ):
         commands.add_parser(name, help=text, add_help=False)

@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
-from memory import PeakMemory
 from plain_training import PlainTraining, train, train_adam
 from tiny_set import BERT, CONVNEXT, VIT
 
 from mmref.errors import ConfigError, ModelError
+from mmref.livebytes import LiveBytes
 
 CLIP_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = {
@@ -70,7 +70,7 @@ def peak_bytes(config) -> int:
     """Tensors alive at once in a step, beyond parameters and the batch."""
     run = PlainTraining(config)
     batch = run.reader.read_step(0)
-    with PeakMemory() as memory:
+    with LiveBytes() as memory:
         run.runner.run(0, batch)
     return memory.peak
 

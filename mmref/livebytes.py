@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive at once: what a step takes at its peak, on any device and without noise."""
+"""Bytes of the tensors that are alive at once: what a step takes at its peak, on any device, fake tensors included."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class PeakMemory(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts storages made inside the `with` until they are freed; `peak` is the largest sum, in bytes."""
 
     def __init__(self) -> None:

@@ -101,6 +101,10 @@ class ReferenceConfig:
     """Random objects added to the batch's as negatives (negatives: sampled)."""
     score: Literal["max", "lme"] = "max"
     """With K > 1 an object's score is its best reference, or the log-mean-exp over them."""
+    row_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How rows are stored (bf16: half the memory; arithmetic and optimizer state stay fp32)."""
+    rows_on: Literal["device", "host"] = "device"
+    """Where a worker's share of the rows lies: `host` keeps it in main memory, only a step's rows come to the GPU."""
     tau: float = 0.07
     """Temperature of fusion, of guidance where `loss.guide_tau` is 0, and of soft targets."""
     lr: float = 0.05
@@ -481,6 +485,7 @@ def config_hash(config: Config) -> str:
         values["train"].pop(key)
     for key in ("readers", "steps_per_task"):
         values["data"].pop(key)
+    values["reference"].pop("rows_on")
     values.pop("eval")
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -27,6 +27,8 @@ Kind: TypeAlias = Literal["sparse", "dense"]
 Codes: TypeAlias = "sparse.csr_matrix | np.ndarray"
 """Unit rows, (N, m) sparse or (N, c) dense."""
 
+# References are searched this many at a time.
+_SHARD_ROWS = 1 << 20
 # Similarities to references are made this many values at a time (64 MB of float32).
 _BLOCK_VALUES = 1 << 24
 # A sparse multiply-add costs about as much as this many dense ones: above it, a dense product is faster.
@@ -88,16 +90,24 @@ class ReferenceSpace:
 
     def nearest(self, features: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
         """The r nearest objects of each feature row: ids (N, r) int32 and cosines (N, r), descending. r <= m."""
-        ids = np.empty((len(features), r), np.int32)
-        cosines = np.empty((len(features), r), np.float32)
-        for rows, similarity in self._similarities(features):
-            near = np.argpartition(similarity, self.n_objects - r, axis=1)[:, self.n_objects - r :]
-            near.sort(axis=1)  # so that the stable sort below puts the lower id first on a tie
-            value = np.take_along_axis(similarity, near, axis=1)
-            order = np.argsort(-value, axis=1, kind="stable")
-            ids[rows] = np.take_along_axis(near, order, axis=1)
-            cosines[rows] = np.take_along_axis(value, order, axis=1)
-        return ids, cosines
+        import faiss
+
+        # exact, a shard of the references at a time: memory is (N, r) whatever m is
+        queries = np.ascontiguousarray(features, dtype=np.float32)
+        ids = np.empty((len(queries), 0), np.int64)
+        cosines = np.empty((len(queries), 0), np.float32)
+        # the best r K rows hold those of the best r objects
+        wanted = r * self.per_object
+        for start in range(0, len(self._rows), _SHARD_ROWS):
+            shard = self._rows[start : start + _SHARD_ROWS]
+            found, at = faiss.knn(queries, shard, min(wanted, len(shard)), metric=faiss.METRIC_INNER_PRODUCT)
+            ids, cosines = np.hstack([ids, at + start]), np.hstack([cosines, found])
+            # by cosine, of equal ones the lower id
+            order = np.lexsort((ids, -cosines), axis=1)[:, :wanted]
+            ids, cosines = (np.take_along_axis(x, order, axis=1) for x in (ids, cosines))
+        if self.per_object > 1:
+            ids, cosines = _best_of_each(ids // self.per_object, cosines, r)
+        return ids.astype(np.int32), cosines
 
     def encode(self, features: np.ndarray, settings: RefinementSettings, mean: np.ndarray | None = None) -> Codes:
         """Codes of L2-normalised features (N, d) of *one* modality, as unit rows.
@@ -317,6 +327,16 @@ def _encode_all(
             pair = [space.sparse_codes(ids[:, :r], cosines[:, :r], tau) for ids, cosines in near]
             result.append((pair[0], pair[1]))
     return result
+
+
+def _best_of_each(objects: np.ndarray, cosines: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first r different objects of each row and their cosines; (N, w) in descending order, w >= r K."""
+    by_object = np.argsort(objects, axis=1, kind="stable")  # stable: an object's best stays first
+    ordered = np.take_along_axis(objects, by_object, axis=1)
+    again = np.zeros(objects.shape, dtype=bool)
+    np.put_along_axis(again, by_object[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    first = np.argsort(again, axis=1, kind="stable")[:, :r]  # first occurrences, in their order
+    return np.take_along_axis(objects, first, axis=1), np.take_along_axis(cosines, first, axis=1)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 
 
-def initial_rows(first: int, count: int, per_object: int, dim: int, seed: int) -> Tensor:
+def initial_rows(
+    first: int, count: int, per_object: int, dim: int, seed: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Random unit references of objects first .. first + count - 1, the same whoever owns them: (count, K, d).
 
     Each object has its own generator seed, so a row does not depend on how rows are shared out.
     """
-    rows = torch.empty(count, per_object, dim)
+    rows = torch.empty(count, per_object, dim, dtype=dtype)
     chunk = 4096  # one generator per chunk of objects, at fixed boundaries
     for start in range(first - first % chunk, first + count, chunk):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + start) % (1 << 62))
         block = torch.randn(chunk, per_object, dim, generator=generator)
         lo, hi = max(start, first), min(start + chunk, first + count)
-        rows[lo - first : hi - first] = block[lo - start : hi - start]
-    return torch.nn.functional.normalize(rows, dim=-1)
+        rows[lo - first : hi - first] = torch.nn.functional.normalize(block[lo - start : hi - start], dim=-1)
+    return rows
 
 
 def assign_features(features: Tensor, is_text: Tensor, references: Tensor, assign: str) -> Tensor:

@@ -1,7 +1,11 @@
 """The reference bank: rows sharded over ranks by contiguous range, outside the DeepSpeed engine.
 
 ZeRO averages replicated parameters; references are not replicated. A rank owns rows [first, first + count) with their
-optimizer state, and only the rows that a step contrasts travel.
+optimizer state, and only the rows that a step contrasts travel. So with `negatives: batch` or `sampled` a step costs
+the same at any number of objects, and memory is rows x bytes / ranks.
+
+Rows may lie in bf16 (`reference.row_dtype`; arithmetic and optimizer state stay fp32) and in host memory
+(`reference.rows_on`): then only a step's rows come to the device.
 """
 
 from __future__ import annotations
@@ -28,15 +32,19 @@ class ReferenceBank:
         self.share = -(-objects // world)  # rows of one rank; the last may own fewer
         self.first = min(rank * self.share, objects)
         self.count = min(self.share, objects - self.first)
+        self.dtype = torch.bfloat16 if config.row_dtype == "bf16" else torch.float32
+        self.home = torch.device("cpu") if config.rows_on == "host" else self.device  # where this rank's share lies
         shape = (self.count, config.per_object, dim)
         if config.update == "gradient":
-            random = initial_rows(self.first, self.count, config.per_object, dim, seed).to(self.device)
-            self.rows = random if config.init == "random" else torch.zeros(shape, device=self.device)
-            self.exp_avg = torch.zeros(shape, device=self.device)
-            self.exp_avg_sq = torch.zeros(shape[:2], device=self.device)  # one second moment a row
-            self.updates = torch.zeros(self.count, dtype=torch.long, device=self.device)
+            if config.init == "random":
+                self.rows = initial_rows(self.first, self.count, config.per_object, dim, seed, self.dtype).to(self.home)
+            else:
+                self.rows = torch.zeros(shape, device=self.home, dtype=self.dtype)
+            self.exp_avg = torch.zeros(shape, device=self.home)
+            self.exp_avg_sq = torch.zeros(shape[:2], device=self.home)  # one second moment a row
+            self.updates = torch.zeros(self.count, dtype=torch.long, device=self.home)
         else:  # a row of zeros has not been seen yet
-            self.rows = torch.zeros(shape, device=self.device)
+            self.rows = torch.zeros(shape, device=self.home, dtype=self.dtype)
 
     def select(self, objects: Tensor, step: int) -> Tensor:
         """Sorted rows (A,) that a step contrasts: the batch's objects and the configured negatives."""
@@ -50,9 +58,10 @@ class ReferenceBank:
         return active
 
     def fetch(self, active: Tensor) -> Tensor:
-        """References (A, K, d) of sorted rows, on every rank; a leaf that collects a gradient under `gradient`."""
+        """fp32 references (A, K, d) of sorted rows, on every rank; a leaf that collects a gradient under `gradient`."""
         if collectives.world_size() == 1:
-            rows = self.rows if len(active) == self.objects else self.rows[active]
+            rows = self.rows if len(active) == self.objects else self.rows[active.to(self.home)]
+            rows = rows.to(self.device).float()
         elif len(active) == self.objects:
             padded = torch.zeros(self.share, *self.rows.shape[1:], device=self.device)
             padded[: self.count] = self.rows
@@ -60,16 +69,16 @@ class ReferenceBank:
         else:
             rows = torch.zeros(len(active), *self.rows.shape[1:], device=self.device)
             at, own = self._owned(active)
-            rows[at] = self.rows[own]
+            rows[at] = self.rows[own].to(self.device).float()
             rows = collectives.sum_over_ranks(rows)
         rows = rows.detach()
         return rows.requires_grad_() if self.config.update == "gradient" else rows
 
     def _owned(self, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions in `active` of the rows this rank owns, and their local row numbers."""
+        """Positions in `active` of the rows this rank owns, on the device, and their local row numbers, where the rows lie."""
         mine = (active >= self.first) & (active < self.first + self.count)
         at = mine.nonzero()[:, 0]
-        return at, active[at] - self.first
+        return at, (active[at] - self.first).to(self.home)
 
     @torch.no_grad()
     def apply_gradient(self, active: Tensor, grad: Tensor | None, lr: float) -> None:
@@ -78,7 +87,7 @@ class ReferenceBank:
             return
         grad = collectives.sum_over_ranks(grad) / collectives.world_size()
         at, own = self._owned(active)
-        g = grad[at]
+        g = grad[at].to(self.home)
         touched = g.abs().amax((1, 2)) > 0
         g, own = g[touched], own[touched]
         self.updates[own] += 1
@@ -87,9 +96,9 @@ class ReferenceBank:
         self.exp_avg_sq[own] = 0.999 * self.exp_avg_sq[own] + 0.001 * g.square().mean(-1)
         second = (self.exp_avg_sq[own] / (1 - 0.999**t)).sqrt() + 1e-8  # (n, K)
         step = self.exp_avg[own] / (1 - 0.9**t)[..., None] / second[..., None]
-        rows = self.rows[own] - lr * step
+        rows = self.rows[own].float() - lr * step
         # only directions count: unit rows keep the effective step size constant
-        self.rows[own] = torch.nn.functional.normalize(rows, dim=-1)
+        self.rows[own] = torch.nn.functional.normalize(rows, dim=-1).to(self.dtype)
 
     @torch.no_grad()
     def follow(
@@ -116,8 +125,8 @@ class ReferenceBank:
         sums.index_add_(0, flat, torch.cat([features, ones], dim=1))
         sums = collectives.sum_over_ranks(sums).view(len(active), self.config.per_object, -1)
         where, own = self._owned(active)
-        mine = sums[where]
-        self.rows[own] = moving_average(self.rows[own], mine[..., :-1], mine[..., -1], keep)
+        mine = sums[where].to(self.home)
+        rows = moving_average(self.rows[own].float(), mine[..., :-1], mine[..., -1], keep)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's rows and optimizer state; global row range: `first`, `first + count`."""
@@ -133,7 +142,7 @@ class ReferenceBank:
         if lo >= hi:
             return
         for name, own in self.state_dict().items():
-            own[lo - self.first : hi - self.first] = state[name][lo - first : hi - first].to(self.device)
+            own[lo - self.first : hi - self.first] = state[name][lo - first : hi - first].to(own)
 
     def describe(self) -> dict[str, Any]:
         return {"objects": self.objects, "per_object": self.config.per_object, "dim": self.dim}

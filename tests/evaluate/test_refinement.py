@@ -170,6 +170,23 @@ def test_nearest_is_sorted_and_best_of_an_objects_references():
     assert cosines[0, 0] == pytest.approx(0.9 / math.sqrt(0.91))
 
 
+@pytest.mark.parametrize("per_object", [1, 3])
+@pytest.mark.parametrize("shard", [7, 30, 1 << 20])
+def test_nearest_searched_in_shards_is_that_of_all_similarities(monkeypatch, per_object, shard):
+    """With equal references among them, which go by the lower id."""
+    monkeypatch.setattr(refinement, "_SHARD_ROWS", shard)
+    rng = np.random.default_rng(5)
+    references = rng.standard_normal((60, per_object, 8)).astype(np.float32)
+    references[50] = references[4]
+    features = unit(rng.standard_normal((20, 8)))
+    features[0] = unit(references[4, 0][None])[0]
+    ids, cosines = ReferenceSpace(references).nearest(features, 9)
+    similarity = np.einsum("nd,mkd->nmk", features, unit(references)).max(-1)
+    expected = np.argsort(-np.round(similarity, 5), axis=1, kind="stable")[:, :9]
+    assert (ids == expected).all() and ids[0, :2].tolist() == [4, 50]
+    np.testing.assert_allclose(cosines, np.take_along_axis(similarity, expected, axis=1), atol=1e-6)
+
+
 def helpful_case(rng, n_objects=40, noise=1.2):
     """Known objects span the ways in which new ones differ; the first pass sees mostly a nuisance shared by all."""
     basis = rng.standard_normal((30, 16))

@@ -104,7 +104,8 @@ class ReferenceSpace:
             ids, cosines = np.hstack([ids, at + start]), np.hstack([cosines, found])
             # by cosine, of equal ones the lower id
             order = np.lexsort((ids, -cosines), axis=1)[:, :wanted]
-            ids, cosines = (np.take_along_axis(x, order, axis=1) for x in (ids, cosines))
+            ids = np.take_along_axis(ids, order, axis=1)
+            cosines = np.take_along_axis(cosines, order, axis=1)
         if self.per_object > 1:
             ids, cosines = _best_of_each(ids // self.per_object, cosines, r)
         return ids.astype(np.int32), cosines

@@ -127,6 +127,7 @@ class ReferenceBank:
         where, own = self._owned(active)
         mine = sums[where].to(self.home)
         rows = moving_average(self.rows[own].float(), mine[..., :-1], mine[..., -1], keep)
+        self.rows[own] = rows.to(self.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's rows and optimizer state; global row range: `first`, `first + count`."""

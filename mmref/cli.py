@@ -1,4 +1,4 @@
-"""`mmref shards|train|sizing|evaluate|export|ledger|tune`: the same functions that jobs/ call."""
+"""`mmref shards|train|sizing|evaluate|export|ledger|tune|ablate`: the same functions that jobs/ call."""
 
 from __future__ import annotations
 
@@ -44,10 +44,14 @@ def _dispatch(argv: list[str]) -> int:
         from tune.sweep import main as tune
 
         return tune(argv[1:])
+    if argv[:1] == ["ablate"]:
+        from tune.ablate import main as ablate
+
+        return ablate(argv[1:])
     parser = argparse.ArgumentParser(prog="mmref", description="Text-to-image retrieval with multi-modal references.")
     parser.add_argument("--version", action="version", version=f"mmref {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{shards,train,sizing,evaluate,export,ledger,tune}"
+        dest="command", required=True, metavar="{shards,train,sizing,evaluate,export,ledger,tune,ablate}"
     )
     from data_shards.cli import add_parser as add_shards
 
@@ -56,6 +60,7 @@ def _dispatch(argv: list[str]) -> int:
         ("train", "train, evaluate and report; `mmref train --help`"),
         ("sizing", "memory, bytes and FLOPs of a run before it is started; `mmref sizing --help`"),
         ("tune", "search hyper-parameters; `mmref tune --help`"),
+        ("ablate", "compare configs over seeds; `mmref ablate --help`"),
     ):
         commands.add_parser(name, help=text, add_help=False)
     add_evaluate(commands.add_parser("evaluate", help="score a run's best checkpoint on a split"))

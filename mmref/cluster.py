@@ -47,7 +47,7 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
             )
         _start_local(cpus, storage_gb)
     try:
-        with _named_address():
+        with named_address():
             yield
     finally:
         ray.shutdown()
@@ -75,7 +75,7 @@ def _start_local(cpus: int, storage_gb: float) -> None:
 
 
 @contextlib.contextmanager
-def _named_address() -> Iterator[None]:
+def named_address() -> Iterator[None]:
     """Tell everything below which cluster it is on.
 
     Ray Train's watchdog looks its controller up through "the" cluster of the machine. Where two are running, say two

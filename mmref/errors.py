@@ -70,4 +70,4 @@ class ExportError(MMRefError):
 
 
 class SweepError(MMRefError):
-    """A sweep ended without a single trial that has a score."""
+    """A sweep ended without a single trial that has a score, or trainings of an ablation failed."""

@@ -29,7 +29,7 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
         return f"{head}  stopped {record['checkpoint_blocking_seconds']:.2f} s for the checkpoint"
     parts = "  ".join(
         f"{name.removeprefix('loss_')} {record[name]:.3f}"
-        for name in ("loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide")
+        for name in ("loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide", "loss_id", "loss_mlm")
         if record.get(name)
     )
     left = "" if eta_s is None else f"  eta {_clock(eta_s)}"

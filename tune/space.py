@@ -133,7 +133,7 @@ def _parameter(name: str, entry: Any, path: str) -> Parameter:
         raise ConfigError(f"{path}: `{name}` is a whole number: use type `int` or `choice`, not `{kind}`.")
     if hint not in (int, float):
         raise ConfigError(f"{path}: `{name}` is no number: use type `choice`, not `{kind}`.")
-    low, high = (_cast(name, entry[end], wanted, path) for end in ("low", "high"))
+    low, high = (cast_value(name, entry[end], wanted, path) for end in ("low", "high"))
     if not low < high:
         raise ConfigError(f"{path}: `{name}` has low {low} and high {high}; low must be below high.")
     if kind == "loguniform" and low <= 0:
@@ -169,10 +169,10 @@ def _kind(name: str, entry: Any, path: str) -> Any:
 def _values(name: str, values: Any, hint: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{path}: `{name}` needs a list of values, found {values!r}.")
-    return tuple(_cast(name, value, hint, path) for value in values)
+    return tuple(cast_value(name, value, hint, path) for value in values)
 
 
-def _cast(name: str, value: Any, hint: Any, path: str) -> Any:
+def cast_value(name: str, value: Any, hint: Any, path: str) -> Any:
     """A value as its field's type. Raises ConfigError."""
     options = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
     if options is not None:

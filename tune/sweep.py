@@ -99,7 +99,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
     """
     run = RunDir(base.run_dir)
     config, base = prepare(base, space, options, run)
-    local = not os.environ.get("RAY_ADDRESS") and not _ray_runs()
+    local = starts_ray()
     cores = os.cpu_count() or 1
     storage_gb = config.train.storage_gb * max(1, cores // config.train.workers)
     with connect(TRIAL_CPUS + needed_cpus(config) + SPARE_CPUS, storage_gb):
@@ -252,10 +252,11 @@ def _conclude(recorder: Recorder, base: Config, run: RunDir, trial_steps: int) -
     return config
 
 
-def _ray_runs() -> bool:
+def starts_ray() -> bool:
+    """Whether mmref will start Ray on this machine itself: no cluster is named or connected."""
     import ray
 
-    return bool(ray.is_initialized())
+    return not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
 
 
 def _positive(text: str) -> int:

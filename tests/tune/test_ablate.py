@@ -1,0 +1,113 @@
+"""The command around trainings: what is done, what is not repeated, what is refused. Trainings are stood in for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmref.config import Config, config_hash, dump_yaml
+from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
+from mmref.rundir import RunDir
+from tune import ablate as module
+from tune.ablate import ablate, main, read_result, result_name
+from tune.rows import Row, Rows
+
+ROWS = Rows((Row("plain", {"loss.w_guide": 0.0}), Row("full"), Row("full, refined", of="full", refined=True)), "plain")
+
+
+@pytest.fixture
+def base(tiny_set: Path, tmp_path: Path) -> Config:
+    from tiny_set import tiny_config
+
+    config = tiny_config(tiny_set, {})
+    config.run_dir = str(tmp_path / "out")
+    return config
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Folders trained, in order. A training leaves a result at once; the first of full-seed1 fails below a folder `fail`."""
+    done: list[str] = []
+
+    def fake(base: Config, planned: dict, split: str, wanted: int | None, failures: dict) -> dict:
+        found = {}
+        for training, config in planned.items():
+            done.append(training.folder)
+            if training.folder == "full-seed1" and done.count("full-seed1") == 1 and "fail" in base.run_dir:
+                failures[training] = "RuntimeError: no."
+                continue
+            state = {"R@1": 40.0 + training.seed, "mAP": 30.0}
+            metrics = {"initial": state, "refined": state, "by_caption_kind": {}, "config_hash": config_hash(config)}
+            run = RunDir(config.run_dir)
+            run.write_text(result_name(split), json.dumps(metrics))
+            lines = [{"step": i, "step_seconds": s} for i, s in enumerate((9.0, 1.0, 1.0))]
+            run.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            found[training] = read_result(config, split)
+        return found
+
+    monkeypatch.setattr(module, "_train", fake)
+    return done
+
+
+def test_the_same_command_does_only_what_is_missing(base: Config, trained: list[str]) -> None:
+    table = ablate(base, ROWS, [0, 1])
+    assert trained == ["plain-seed0", "full-seed0", "plain-seed1", "full-seed1"]
+    assert [row["name"] for row in table] == ["plain", "full", "full, refined"] and table[0]["step_ratio"] == 1.0
+    again = ablate(base, ROWS, [0, 1, 2])
+    assert trained[4:] == ["plain-seed2", "full-seed2"] and again[0]["R@1"]["mean"] == pytest.approx(41)
+    out = Path(base.run_dir)
+    written = json.loads((out / "ablation.json").read_text())
+    assert written["rows"] == again and written["seeds"] == [0, 1, 2] and written["split"] == "test"
+    assert all((out / f"ablation.{kind}").stat().st_size for kind in ("md", "csv", "png"))
+
+
+def test_a_failure_is_told_at_the_end_and_tried_again(base: Config, trained: list[str], tmp_path: Path) -> None:
+    base.run_dir = str(tmp_path / "fail")
+    with pytest.raises(SweepError, match="1 of 4 trainings failed; the first, full, seed 1: RuntimeError: no"):
+        ablate(base, ROWS, [0, 1])
+    assert (tmp_path / "fail" / "ablation.md").exists()
+    ablate(base, ROWS, [0, 1])
+    assert trained.count("full-seed1") == 2 and trained.count("full-seed0") == 1
+
+
+def test_results_of_another_config_are_refused(base: Config, trained: list[str]) -> None:
+    ablate(base, ROWS, [0])
+    base.train.lr *= 2
+    with pytest.raises(RunDirectoryError, match="another config"):
+        ablate(base, ROWS, [0])
+
+
+def test_what_can_be_known_before_is_said_before(base: Config, trained: list[str]) -> None:
+    with pytest.raises(ShardSetError, match="no split `dev`"):
+        ablate(base, ROWS, [0], split="dev")
+    with pytest.raises(ConfigError, match="a seed twice"):
+        ablate(base, ROWS, [0, 0])
+    assert trained == []
+
+
+def test_the_command_line(base: Config, trained: list[str], tmp_path: Path, capsys: Any) -> None:
+    config, rows = tmp_path / "config.yaml", tmp_path / "rows.yaml"
+    config.write_text(dump_yaml(base))
+    rows.write_text("rows: {a: {}, b: {set: {loss.w_guide: 0.1}}, c: {}}")
+    argv = ["--config", str(config), "--rows", str(rows), "--seeds", "4", "--run_dir", str(tmp_path / "cli")]
+    assert main([*argv, "--only", "b", "--baseline", "c", "--train.max_steps", "10"]) == 0
+    assert trained == ["b-seed4", "c-seed4"]
+    assert "over c" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no row `d`"):
+        main([*argv, "--baseline", "d"])
+
+
+def test_configs_reach_the_trainings(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Config] = {}
+
+    def note(base: Config, planned: dict, *rest: Any) -> dict:
+        seen.update({str(training): config for training, config in planned.items()})
+        return {}
+
+    monkeypatch.setattr(module, "_train", note)
+    ablate(base, ROWS, [3])
+    assert seen["plain, seed 3"].loss.w_guide == 0.0 and seen["full, seed 3"].loss.w_guide == base.loss.w_guide
+    assert seen["full, seed 3"].run_dir.endswith("out/full-seed3") and seen["full, seed 3"].train.seed == 3

@@ -1,0 +1,70 @@
+"""The tables of an ablation from made-up results, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from tune.ablation import markdown, mean_interval, plot, summarise, table_csv
+from tune.rows import Row, Rows, Training
+
+T_3 = 4.302652729911275  # Student's t for three seeds, 97.5 %
+ROWS = Rows((Row("plain"), Row("full"), Row("full, refined", of="full", refined=True, against="full")), "plain")
+
+
+def metrics(initial: float, refined: float, step_seconds: float = 1.0) -> dict:
+    state = {name: {"R@1": value, "mAP": value / 2} for name, value in (("initial", initial), ("refined", refined))}
+    return {**state, "by_caption_kind": {"name": state}, "step_seconds": step_seconds}
+
+
+def results(rows: Rows = ROWS) -> dict:
+    found = {}
+    for seed, (plain, full, refined) in enumerate([(40, 43, 44), (42, 44, 46), (41, 45, 45)]):
+        for point in rows.points:
+            found[Training("plain", point, seed)] = metrics(plain, plain, 0.5)
+            found[Training("full", point, seed)] = metrics(full, refined, 0.6)
+    return found
+
+
+def test_means_paired_differences_and_contributions() -> None:
+    plain, full, refined = summarise(ROWS, results(), [0, 1, 2], "name")
+    assert plain["R@1"]["mean"] == 41 and "delta_R@1" not in plain and plain["step_ratio"] == 1.0
+    half = T_3 * 1.0 / 3**0.5  # the seeds' standard deviation is 1
+    assert plain["R@1"]["ci95"] == pytest.approx([41 - half, 41 + half])
+    assert full["delta_R@1"]["mean"] == pytest.approx(3) and full["step_ratio"] == pytest.approx(1.2)
+    assert full["delta_R@1"]["ci95"] == pytest.approx([3 - half, 3 + half])  # differences 3, 2, 4
+    assert refined["delta_mAP"]["mean"] == pytest.approx(2) and refined["against"] == "full"
+    assert refined["contribution_R@1"]["mean"] == pytest.approx(1)
+    assert refined["name R@1"]["mean"] == pytest.approx(45)
+
+
+def test_seeds_that_are_missing_pair_with_none() -> None:
+    found = results()
+    del found[Training("full", None, 1)]
+    _, full, _ = summarise(ROWS, found, [0, 1, 2])
+    assert full["seeds"] == [0, 2] and full["delta_R@1"]["mean"] == pytest.approx(3.5)
+    only_plain = summarise(ROWS, {Training("plain", None, 0): metrics(1, 1)}, [0, 1])
+    assert [row["name"] for row in only_plain] == ["plain"]
+    assert only_plain[0]["R@1"]["ci95"] is None, "one seed has no interval"
+
+
+def test_one_value_has_no_interval() -> None:
+    import numpy as np
+
+    assert mean_interval(np.array([3.0])) == {"mean": 3.0, "ci95": None}
+
+
+@pytest.mark.parametrize("points", [(None,), (0.0, 0.5)])
+def test_tables_and_plot(points: tuple) -> None:
+    rows = Rows(ROWS.rows, "plain", "" if points == (None,) else "data.caption_noise", points)
+    table = summarise(rows, results(rows), [0, 1, 2])
+    assert len(table) == 3 * len(points)
+    text = markdown(table, "plain")
+    assert f"| full |{' 0.5 |' if len(points) > 1 else ''} 44.0 [" in text and "R@1 +3.0 [+0.5, +5.5]" in text
+    assert "over full |" in text and text.count("\n") == 1 + len(table)
+    lines = list(csv.DictReader(io.StringIO(table_csv(table))))
+    assert len(lines) == len(table) and float(lines[1]["delta_R@1 mean"]) == pytest.approx(3)
+    assert lines[0]["delta_R@1 mean"] == "" and lines[0]["seeds"] == "0 1 2"
+    assert plot(table, rows.over).startswith(b"\x89PNG")

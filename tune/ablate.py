@@ -1,0 +1,181 @@
+"""Ablate: `python tune/ablate.py --rows tune/rows/default.yaml --config configs/emoji.yaml --seeds 0 1 2`.
+
+Every row is trained with every seed, each the whole job of `mmref train`, as tasks that share the cluster. Finished ones
+are not repeated and interrupted ones resume, so the same command goes on. The run directory gets ablation.json, .md,
+.csv and .png and a folder for each training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+from mmref.cli import run_command
+from mmref.cluster import SETTINGS, connect, needed_cpus
+from mmref.config import Config, config_hash, from_dict, load_config, to_dict
+from mmref.data.shards import ShardSet
+from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
+from mmref.rundir import RunDir, read_jsonl
+from mmref.train.trainer import check_inputs
+from tune.ablation import Results, markdown, plot, summarise, table_csv
+from tune.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
+from tune.sweep import SPARE_CPUS, TRIAL_CPUS, concurrency, starts_ray
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The ablation's own flags; everything else on the command line goes to the config."""
+    parser = argparse.ArgumentParser(
+        prog="mmref ablate", allow_abbrev=False, description="Train rows of configs over seeds, and compare them.",
+        epilog="Any config field is a flag too (`--data.caption_noise 0.2`): `mmref train --help` lists them.",
+    )  # fmt: skip
+    parser.add_argument("--rows", default=DEFAULT_ROWS, metavar="FILE", help="rows to compare (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows of the file, and the baseline")
+    parser.add_argument("--baseline", metavar="ROW", help="row that all are compared with (default: the file's)")
+    parser.add_argument("--config", metavar="FILE", help="config that the rows vary")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
+    parser.add_argument(
+        "--split", default="test", help="split reported; refinement is chosen on val (default: %(default)s)"
+    )
+    parser.add_argument("--kind", default="", help="kind of captions reported besides all of them")
+    parser.add_argument(
+        "--run_dir", default="runs/ablation", metavar="DIR", help="directory or URL (default: %(default)s)"
+    )
+    parser.add_argument("--max-concurrent", type=int, metavar="N", help="trainings at a time (default: as many as fit)")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`mmref ablate` and tune/ablate.py. Raises the errors of mmref.errors."""
+    args, rest = build_parser().parse_known_args(argv)
+    base = load_config([*(["--config", args.config] if args.config else []), *rest])
+    base.run_dir = args.run_dir
+    rows = read_rows(args.rows, base)
+    if args.baseline:
+        rows = rows.compared_with(args.baseline, "--baseline")
+    if args.only:
+        rows = rows.only(args.only, "--only")
+    table = ablate(base, rows, args.seeds, args.split, args.kind, args.max_concurrent)
+    print(markdown(table, rows.baseline))
+    return 0
+
+
+def ablate(
+    base: Config, rows: Rows, seeds: list[int], split: str = "test", kind: str = "", max_concurrent: int | None = None
+) -> list[dict[str, Any]]:
+    """Train and evaluate what is not there yet, write the tables, and return the rows as `ablation.summarise` does.
+
+    Raises:
+        ConfigError, ShardSetError, RunDirectoryError: whatever can be known before Ray starts.
+        SweepError: a training failed; those that did not are in the tables.
+    """
+    run = RunDir(base.run_dir)
+    base = from_dict({**to_dict(base), "run_dir": run.path})
+    base.data.root = RunDir(base.data.root).path if "://" not in base.data.root else base.data.root
+    check_inputs(base)
+    if split not in (splits := ShardSet.open(base.data.root).splits):
+        raise ShardSetError(f"{base.data.root} has no split `{split}`, only {splits}.")
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"`--seeds` names a seed twice: {seeds}.")
+    run.check_writable()
+    planned = {t: rows.config(base, t.row, t.point, t.seed, run.join(t.folder)) for t in trainings(rows, seeds)}
+    results = {t: found for t, config in planned.items() if (found := read_result(config, split))}
+    missing = [t for t in planned if t not in results]
+    print(f"{len(planned)} trainings to {run.path}, {len(results)} of them are there already", flush=True)
+    failures: dict[Training, str] = {}
+    if missing:
+        results |= _train(base, {t: planned[t] for t in missing}, split, max_concurrent, failures)
+    table = summarise(rows, results, seeds, kind)
+    if table:
+        write_tables(run, table, rows, {"split": split, "seeds": seeds, "steps": base.train.max_steps})
+    if failures:
+        first = next(iter(failures))
+        raise SweepError(
+            f"{len(failures)} of {len(planned)} trainings failed; the first, {first}: {failures[first]} The same command "
+            f"tries them again; what there is so far is in {run.join('ablation.md')}."
+        )
+    return table
+
+
+def result_name(split: str) -> str:
+    """File of a training's metrics in its run directory."""
+    return f"result-{split}.json"
+
+
+def read_result(config: Config, split: str) -> dict[str, Any] | None:
+    """Metrics of a finished training, None where it is not finished. Raises RunDirectoryError for another config's."""
+    run = RunDir(config.run_dir)
+    if not run.exists(result_name(split)):
+        return None
+    metrics = json.loads(run.read_text(result_name(split)))
+    if metrics["config_hash"] != config_hash(config):
+        raise RunDirectoryError(
+            f"{run.path} holds a training of another config. Give another `--run_dir`, or remove that folder."
+        )
+    times = [record["step_seconds"] for record in read_jsonl(run) if "step_seconds" in record]
+    metrics["step_seconds"] = statistics.median(times[1:] or times)  # the first line includes the warm-up
+    return metrics
+
+
+def train_and_evaluate(values: dict[str, Any], split: str) -> None:
+    """One training and its evaluation, in a task that Ray placed; leaves result-<split>.json in the run directory."""
+    from mmref.cluster import named_address
+    from mmref.evaluate.evaluate import evaluate_run
+    from mmref.train.trainer import train
+
+    for name, value in SETTINGS.items():  # of the nested training, for which this process is the driver
+        os.environ.setdefault(name, value)
+    config = from_dict(values)
+    with named_address():
+        train(config, final_evaluation=False)
+        evaluate_run(config.run_dir, split=split, out=f"{config.run_dir}/{result_name(split)}")
+
+
+def _train(
+    base: Config, planned: dict[Training, Config], split: str, wanted: int | None, failures: dict[Training, str]
+) -> Results:
+    """Run the trainings, as many at a time as fit; what ends one badly is noted in `failures`."""
+    local, cores = starts_ray(), os.cpu_count() or 1
+    with connect(
+        TRIAL_CPUS + needed_cpus(base) + SPARE_CPUS, base.train.storage_gb * max(1, cores // base.train.workers)
+    ):
+        import ray
+
+        at_once = min(len(planned), concurrency(ray.cluster_resources(), base, wanted, cores if local else None))
+        task = ray.remote(num_cpus=TRIAL_CPUS, max_retries=0)(train_and_evaluate)
+        waiting, results = list(planned.items())[::-1], {}
+        running: dict[Any, tuple[Training, float]] = {}
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                training, config = waiting.pop()
+                running[task.remote(to_dict(config), split)] = (training, time.monotonic())
+            for done in ray.wait(list(running), num_returns=1)[0]:
+                training, began = running.pop(done)
+                try:
+                    ray.get(done)
+                    results[training] = read_result(planned[training], split) or {}
+                    text = ", ".join(f"{m} {results[training]['refined'][m]:.1f}" for m in ("R@1", "mAP"))
+                except ray.exceptions.RayError as error:
+                    cause = getattr(error, "cause", None) or error
+                    failures[training] = text = f"{type(cause).__name__}: {cause}"
+                left = len(waiting) + len(running)
+                print(f"[{left} left] {training}: {text} ({time.monotonic() - began:.0f} s)", flush=True)
+        return results
+
+
+def write_tables(run: RunDir, table: list[dict[str, Any]], rows: Rows, about: dict[str, Any]) -> None:
+    """ablation.json, .md, .csv and .png."""
+    run.write_text(
+        "ablation.json", json.dumps({**about, "baseline": rows.baseline, "over": rows.over, "rows": table}, indent=1)
+    )
+    run.write_text("ablation.md", markdown(table, rows.baseline) + "\n")
+    run.write_text("ablation.csv", table_csv(table))
+    run.write_bytes("ablation.png", plot(table, rows.over))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

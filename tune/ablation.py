@@ -1,0 +1,167 @@
+"""What came of an ablation: means over seeds, paired differences with 95 % intervals, as JSON, Markdown, CSV and a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tune.rows import Row, Rows, Training
+
+METRICS = ("R@1", "mAP")
+Results = dict[Training, dict[str, Any]]
+"""Metrics of evaluated trainings, with `step_seconds`, the median time of a step."""
+
+
+def mean_interval(values: np.ndarray) -> dict[str, Any]:
+    """{"mean", "ci95"}: Student's t over seeds; no interval (None) for a single one."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return {"mean": mean, "ci95": None}
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    return {"mean": mean, "ci95": [mean - half, mean + half]}
+
+
+def summarise(rows: Rows, results: Results, seeds: list[int], kind: str = "") -> list[dict[str, Any]]:
+    """A row of the table for each row and value of `over` that has results.
+
+    {"name", "at", "seeds", "R@1": {"mean", "ci95"}, "mAP": ..., "delta_R@1": difference to the baseline, paired by seed, ...,
+    "against", "contribution_R@1": difference to the row it names, ..., "step_ratio": time of a step over the baseline's}.
+    `kind`: a caption kind that is reported besides all captions, as "<kind> R@1".
+    """
+    table = []
+    for point in rows.points:
+        for row in rows.rows:
+            own = _per_seed(row, point, results, seeds, kind)
+            if not own:
+                continue
+            entry: dict[str, Any] = {"name": row.name, "at": point, "seeds": sorted(own)}
+            entry |= {m: mean_interval(np.array([own[s][m] for s in sorted(own)])) for m in _metrics(own)}
+            if row.name != rows.baseline:
+                base = _per_seed(rows[rows.baseline], point, results, seeds, kind)
+                entry |= _differences("delta", own, base)
+            if row.against and row.against in {r.name for r in rows.rows}:
+                other = _per_seed(rows[row.against], point, results, seeds, kind)
+                entry |= {"against": row.against, **_differences("contribution", own, other)}
+            entry["step_ratio"] = _step_ratio(row, rows, point, results, seeds)
+            table.append(entry)
+    return table
+
+
+def _per_seed(row: Row, point: Any, results: Results, seeds: list[int], kind: str) -> dict[int, dict[str, float]]:
+    """Metrics of a row by seed, of the seeds that are there."""
+    found = {}
+    for seed in seeds:
+        metrics = results.get(Training(row.training, point, seed))
+        if metrics:
+            state = "refined" if row.refined else "initial"
+            found[seed] = {m: float(metrics[state][m]) for m in METRICS}
+            if kind in metrics["by_caption_kind"]:
+                found[seed] |= {f"{kind} {m}": float(metrics["by_caption_kind"][kind][state][m]) for m in METRICS}
+    return found
+
+
+def _metrics(per_seed: dict[int, dict[str, float]]) -> list[str]:
+    return list(next(iter(per_seed.values())))
+
+
+def _differences(label: str, own: dict[int, dict[str, float]], other: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """{"<label>_R@1": {"mean", "ci95"}, ...} over the seeds that both have; nothing where there is none."""
+    shared = sorted(set(own) & set(other))
+    if not shared:
+        return {}
+    return {f"{label}_{m}": mean_interval(np.array([own[s][m] - other[s][m] for s in shared])) for m in _metrics(own)}
+
+
+def _step_ratio(row: Row, rows: Rows, point: Any, results: Results, seeds: list[int]) -> float | None:
+    """Median over seeds of the time of a step over the baseline's; None without a common seed."""
+    times = [
+        results[own]["step_seconds"] / results[base]["step_seconds"]
+        for seed in seeds
+        if (own := Training(row.training, point, seed)) in results
+        and (base := Training(rows[rows.baseline].training, point, seed)) in results
+    ]
+    return float(np.median(times)) if times else None
+
+
+def markdown(table: list[dict[str, Any]], baseline: str) -> str:
+    """The table as Markdown; small differences are in points."""
+    metrics = [key for key in table[0] if isinstance(table[0][key], dict) and not key.startswith(("delta", "contrib"))]
+    over = any(entry["at"] is not None for entry in table)
+    head = ["row", *(["at"] if over else []), *metrics, f"over {baseline}", "contribution", "step time"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for entry in table:
+        cells = [entry["name"], *([str(entry["at"])] if over else [])]
+        cells += [f"{entry[m]['mean']:.1f}{_bounds(entry[m], '{:.1f}')}" for m in metrics]
+        cells.append(_signed_cells(entry, "delta", metrics))
+        contribution = _signed_cells(entry, "contribution", metrics)
+        cells.append(f"{contribution} over {entry['against']}" if contribution else "")
+        cells.append("" if entry["step_ratio"] is None else f"{entry['step_ratio']:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _signed_cells(entry: dict[str, Any], label: str, metrics: list[str]) -> str:
+    found = [(m, entry[f"{label}_{m}"]) for m in metrics if f"{label}_{m}" in entry]
+    return ", ".join(f"{m} {d['mean']:+.1f}{_bounds(d, '{:+.1f}')}" for m, d in found)
+
+
+def _bounds(value: dict[str, Any], form: str) -> str:
+    return "" if value["ci95"] is None else " [" + ", ".join(form.format(x) for x in value["ci95"]) + "]"
+
+
+def table_csv(table: list[dict[str, Any]]) -> str:
+    """A line a row: means and bounds of every number."""
+    names = dict.fromkeys(key for entry in table for key, value in entry.items() if isinstance(value, dict))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["name", "at", "seeds", "step_ratio", *(f"{n} {part}" for n in names for part in ("mean", "low", "high"))]
+    )
+    for entry in table:
+        numbers: list[Any] = []
+        for name in names:
+            value = entry.get(name)
+            numbers += ["", "", ""] if value is None else [value["mean"], *(value["ci95"] or ("", ""))]
+        at, ratio = ("" if entry[key] is None else entry[key] for key in ("at", "step_ratio"))
+        writer.writerow([entry["name"], at, " ".join(map(str, entry["seeds"])), ratio, *numbers])
+    return out.getvalue()
+
+
+def plot(table: list[dict[str, Any]], over: str) -> bytes:
+    """PNG of R@1: a point with its interval for each row, or a curve a row over the values of a field."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.4 * len(table) + 1.4) if not over else (7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if over:
+        for name in dict.fromkeys(entry["name"] for entry in table):
+            own = [entry for entry in table if entry["name"] == name]
+            axes.errorbar(
+                [entry["at"] for entry in own], [entry["R@1"]["mean"] for entry in own],
+                yerr=[_half(entry) for entry in own], marker="o", capsize=3, label=name,
+            )  # fmt: skip
+        axes.set_xlabel(over)
+        axes.set_ylabel("R@1, percent")
+        axes.legend(frameon=False)
+    else:
+        at = list(range(len(table)))[::-1]
+        means = [entry["R@1"]["mean"] for entry in table]
+        axes.errorbar(means, at, xerr=[_half(entry) for entry in table], fmt="o", capsize=3)
+        axes.set_yticks(at, [entry["name"] for entry in table])
+        axes.set_xlabel("R@1, percent; 95 % over seeds")
+        axes.grid(axis="x", linewidth=0.4)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()
+
+
+def _half(entry: dict[str, Any]) -> float:
+    """Half the width of an interval, 0 without one."""
+    bounds = entry["R@1"]["ci95"]
+    return 0.0 if bounds is None else (bounds[1] - bounds[0]) / 2

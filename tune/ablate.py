@@ -160,11 +160,18 @@ def _train(
                     results[training] = read_result(planned[training], split) or {}
                     text = ", ".join(f"{m} {results[training]['refined'][m]:.1f}" for m in ("R@1", "mAP"))
                 except ray.exceptions.RayError as error:
-                    cause = getattr(error, "cause", None) or error
-                    failures[training] = text = f"{type(cause).__name__}: {cause}"
+                    failures[training] = text = reason(error)
                 left = len(waiting) + len(running)
                 print(f"[{left} left] {training}: {text} ({time.monotonic() - began:.0f} s)", flush=True)
         return results
+
+
+def reason(error: Exception) -> str:
+    """A line that says what ended a training: our own error, however deep inside Ray's, else the first line of Ray's."""
+    cause = getattr(error, "cause", None) or error
+    text = f"{type(cause).__name__}: {cause}"
+    named = [line for line in text.splitlines() if line.startswith("mmref.errors.")]
+    return named[-1].removeprefix("mmref.errors.") if named else text.splitlines()[0]
 
 
 def write_tables(run: RunDir, table: list[dict[str, Any]], rows: Rows, about: dict[str, Any]) -> None:

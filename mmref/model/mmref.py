@@ -15,6 +15,8 @@ from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, build_backbone
 from mmref.model.reconstruction import ImageWordHead, ReconstructionHead
 
+TRAINING_ONLY = ("classify.",)  # parameters that a model which only encodes is built without
+
 
 class Masked(NamedTuple):
     """Masked captions of a micro-batch."""

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mmref import __version__
 from mmref.errors import CheckpointError
+from mmref.model.mmref import TRAINING_ONLY
 from mmref.rundir import RunDir
 from mmref.tensorfile import Hashing, sha256_of, write_tensors
 from mmref.train import collectives
@@ -319,9 +320,9 @@ def load_bank(folder: str, bank: ReferenceBank, meta: dict[str, Any]) -> None:
 
 
 def load_model(folder: str, model: torch.nn.Module) -> None:
-    """Restore the weights alone into a plain module, for evaluation. Raises CheckpointError."""
+    """Restore the weights alone into a plain module, for evaluation: without those of training alone. Raises CheckpointError."""
     tensors = TensorFolder(folder, "model")
-    check_fits(tensors, {n: tuple(p.shape) for n, p in model.named_parameters()}, folder)
+    check_fits(tensors, {n: tuple(p.shape) for n, p in model.named_parameters()}, folder, TRAINING_ONLY)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors.get(name))
@@ -356,10 +357,16 @@ class TensorFolder:
         return {"weight": self.get(name), **moments}
 
 
-def check_fits(tensors: TensorFolder, shapes: dict[str, tuple[int, ...]], folder: str) -> None:
-    """Raise CheckpointError that names the first parameters that are missing, unknown or of another shape."""
+def check_fits(
+    tensors: TensorFolder, shapes: dict[str, tuple[int, ...]], folder: str, spare: tuple[str, ...] = ()
+) -> None:
+    """Raise CheckpointError that names the first parameters that are missing, unknown or of another shape.
+
+    Parameters whose names begin with one of `spare` may be saved without being wanted.
+    """
     saved = {n for n in tensors.files if not n.startswith("buffer:") and "/" not in n}
-    wrong = [f"missing {n}" for n in shapes if n not in saved] + [f"unknown {n}" for n in saved if n not in shapes]
+    wrong = [f"missing {n}" for n in shapes if n not in saved]
+    wrong += [f"unknown {n}" for n in sorted(saved) if n not in shapes and not n.startswith(spare)]
     for name in sorted(saved & set(shapes)):
         found = tuple(tensors.files[name].get_slice(name).get_shape())
         if found != shapes[name]:

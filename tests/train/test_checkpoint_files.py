@@ -113,6 +113,19 @@ def test_weights_and_references_alone_for_evaluation(make_config, trained, tmp_p
     assert torch.equal(checkpoint.load_references(str(tmp_path), meta), trained.bank.rows)
 
 
+def test_the_classifier_of_the_objects_is_left_behind_in_evaluation(make_config, tmp_path, monkeypatch):
+    run = Training(make_config({**OVERRIDES, "loss.w_id": 1.0}))
+    assert run.model.classify is not None
+    meta = run.save(tmp_path, monkeypatch)
+    model = build_model(make_config({**OVERRIDES, "loss.w_id": 1.0, "train.seed": 9}), run.reader.tokens.vocab_size)
+    checkpoint.load_model(str(tmp_path), model)
+    pixels = torch.randn(2, 3, 16, 16)
+    assert model.classify is None and torch.equal(model.eval()(pixels).image, run.model.eval()(pixels).image)
+    again = Training(make_config({**OVERRIDES, "loss.w_id": 1.0, "train.seed": 9}))
+    checkpoint.load(str(tmp_path), again.engine, again.bank, meta)
+    assert torch.equal(again.model.classify.weight, run.model.classify.weight)
+
+
 @pytest.mark.parametrize("overrides, said", [
     ({"model.embed_dim": 6}, r"visual_projection.weight has shape \(8, 16\), the model needs \(6, 16\)"),
     ({"loss.w_rec": 0.0}, "unknown reconstruct"),

@@ -12,7 +12,7 @@ from mmref.config import Config, config_hash, dump_yaml
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.rundir import RunDir
 from tune import ablate as module
-from tune.ablate import ablate, main, read_result, result_name
+from tune.ablate import ablate, main, read_result, reason, result_name
 from tune.rows import Row, Rows
 
 ROWS = Rows((Row("plain", {"loss.w_guide": 0.0}), Row("full"), Row("full, refined", of="full", refined=True)), "plain")
@@ -111,3 +111,9 @@ def test_configs_reach_the_trainings(base: Config, monkeypatch: pytest.MonkeyPat
     ablate(base, ROWS, [3])
     assert seen["plain, seed 3"].loss.w_guide == 0.0 and seen["full, seed 3"].loss.w_guide == base.loss.w_guide
     assert seen["full, seed 3"].run_dir.endswith("out/full-seed3") and seen["full, seed 3"].train.seed == 3
+
+
+def test_the_reason_of_a_failure_is_one_line() -> None:
+    deep = RuntimeError("the actor died\n  File x\nmmref.errors.CheckpointError: another model. Use its config.\n")
+    assert reason(deep) == "CheckpointError: another model. Use its config."
+    assert reason(ValueError("no\nmore")) == "ValueError: no"

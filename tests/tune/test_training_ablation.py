@@ -27,7 +27,7 @@ def test_rows_are_trained_at_once_and_the_same_command_goes_on(tiny_set: Path, t
     base = tiny_config(tiny_set, overrides)
     base.run_dir = str(tmp_path / "out")
     with connect(8, 0.4):
-        with pytest.raises(SweepError, match="1 of 3 trainings failed.*diverges.*NonFiniteLossError"):
+        with pytest.raises(SweepError, match=r"1 of 3 trainings failed.*diverges.*NonFiniteLossError"):
             ablate(base, ROWS, [0], max_concurrent=2)
         found = json.loads((tmp_path / "out" / "ablation.json").read_text())
         assert [row["name"] for row in found["rows"]] == ["plain", "full"]

@@ -227,14 +227,14 @@ class EvalConfig:
     """Also the protocol of sets whose objects are classes (CUB, Flowers): a class's mean text feature searches all images."""
     top_p: int = 1000
     """Candidates of the first pass that refinement re-scores; 0: all."""
-    refine_kinds: list[Literal["sparse", "dense"]] = field(default_factory=lambda: ["sparse", "dense"])
+    refine_kinds: list[Literal["sparse", "dense", "expansion"]] = field(default_factory=lambda: ["sparse", "dense"])
     """Codes that the search for the refinement tries, with every combination of the three below."""
     refine_weights: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.4, 0.8])
     """Weights of the reference-based similarity that it tries; no refinement always competes."""
     refine_top_rs: list[int] = field(default_factory=lambda: [16, 64, 256])
-    """References in a sparse code that it tries."""
+    """References in a sparse code or an expansion that it tries."""
     refine_taus: list[float] = field(default_factory=lambda: [0.02, 0.05, 0.1])
-    """Temperatures of a sparse code that it tries."""
+    """Temperatures of both that it tries."""
     refine_in_training: bool = False
     """Search the refinement at each evaluation on val too: checkpoints are then picked by their refined score."""
     bootstrap: int = 1000

@@ -109,7 +109,9 @@ class Model:
 
     def gallery(self, features: Floats) -> Gallery:
         """Prepare image features (g, d) for many calls of `refine`."""
-        return Gallery(features, None if self.space is None else self.space.encode(features, self.refinement))
+        return Gallery(
+            features, None if self.space is None else self.space.encode(features, self.refinement, gallery=True)
+        )
 
     def refine(self, text: Floats, images: Floats | Gallery) -> Floats:
         """Scores (q, g) of text features (q, d) with images: cosines, and on the first candidates the refinement.

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby, product
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from scipy import sparse
@@ -23,7 +23,7 @@ from scipy import sparse
 from mmref.errors import ConfigError, EvaluationError
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, score_ranking, summarize
 
-Kind: TypeAlias = Literal["sparse", "dense"]
+Kind: TypeAlias = Literal["sparse", "dense", "expansion"]
 Codes: TypeAlias = "sparse.csr_matrix | np.ndarray"
 """Unit rows, (N, m) sparse or (N, c) dense."""
 
@@ -44,19 +44,20 @@ class RefinementSettings:
     """
 
     kind: Kind = "sparse"
-    """"sparse": softmax over the top_r nearest references; "dense": all similarities, centred per modality."""
+    """"sparse": softmax over the top_r nearest references; "dense": all similarities, centred per modality; "expansion": a
+    query is expanded by the softmax-weighted mean of its top_r nearest references, gallery items stay as they are."""
     weight: float = 0.2
     """Weight of the reference-based similarity; 0 leaves the ranking as it is."""
     top_r: int = 32
-    """References in a sparse code; clipped to the number of references."""
+    """References in a sparse code or an expansion; clipped to the number of references."""
     tau: float = 0.05
-    """Temperature of the softmax of a sparse code."""
+    """Temperature of their softmax."""
     top_p: int | None = None
     """Candidates of the first pass that are refined; None refines all."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("sparse", "dense"):
-            raise ConfigError(f"refinement kind is {self.kind!r}: choose 'sparse' or 'dense'.")
+        if self.kind not in get_args(Kind):
+            raise ConfigError(f"refinement kind is {self.kind!r}: choose one of {', '.join(get_args(Kind))}.")
         if not 0 <= self.weight < float("inf"):
             raise ConfigError(f"refinement weight is {self.weight}: it must be a finite number of at least 0.")
         if self.top_r < 1 or not self.tau > 0:
@@ -110,18 +111,30 @@ class ReferenceSpace:
             ids, cosines = _best_of_each(ids // self.per_object, cosines, r)
         return ids.astype(np.int32), cosines
 
-    def encode(self, features: np.ndarray, settings: RefinementSettings, mean: np.ndarray | None = None) -> Codes:
+    def encode(
+        self, features: np.ndarray, settings: RefinementSettings, mean: np.ndarray | None = None, gallery: bool = False
+    ) -> Codes:
         """Codes of L2-normalised features (N, d) of *one* modality, as unit rows.
 
         Args:
+            gallery: these are what is searched, not what searches: expansion leaves them as they are.
             mean: for dense codes of a few features (a search service): `coordinates(many features).mean(0)` of the same
                 modality. By default the mean of these features.
         """
-        if settings.kind == "sparse":
-            return self.sparse_codes(*self.nearest(features, min(settings.top_r, self.n_objects)), settings.tau)
+        if settings.kind == "expansion" and gallery:
+            return features
+        if settings.kind != "dense":
+            nearest = self.nearest(features, min(settings.top_r, self.n_objects))
+            codes = self.sparse_codes(*nearest, settings.tau)
+            return codes if settings.kind == "sparse" else self.expand(codes)
         coordinates = self.coordinates(features)
         coordinates -= coordinates.mean(axis=0) if mean is None else mean
         return _unit(coordinates)
+
+    def expand(self, codes: sparse.csr_matrix) -> np.ndarray:
+        """Mean of the references (of an object: of its unit references) with the weights of sparse codes: (N, d) unit rows."""
+        centres = self._rows.reshape(self.n_objects, self.per_object, self.dim).mean(axis=1)
+        return _unit(np.asarray(codes @ centres, dtype=np.float32))
 
     def coordinates(self, features: np.ndarray) -> np.ndarray:
         """Features in coordinates (N, c) whose inner products are those of the similarities to all m objects."""
@@ -223,7 +236,7 @@ def refined_scores(
     """
     if settings.weight == 0:
         return lambda rows, initial: initial
-    query_codes, gallery_codes = space.encode(queries, settings), space.encode(gallery, settings)
+    query_codes, gallery_codes = space.encode(queries, settings), space.encode(gallery, settings, gallery=True)
 
     def score(rows: slice, initial: np.ndarray) -> np.ndarray:
         inside = None if settings.top_p is None else candidates(initial, settings.top_p)
@@ -239,12 +252,12 @@ def refinement_grid(
     taus: Iterable[float] = (0.02, 0.05, 0.1),
     top_ps: Iterable[int | None] = (None,),
 ) -> list[RefinementSettings]:
-    """Every combination; `top_rs` and `taus` matter to sparse codes only."""
+    """Every combination; `top_rs` and `taus` do not matter to dense codes."""
     weights, top_ps = list(weights), list(top_ps)
     sparse_codes = list(product(top_rs, taus))
     grid: list[RefinementSettings] = []
     for kind in kinds:
-        codes = sparse_codes if kind == "sparse" else [(RefinementSettings.top_r, RefinementSettings.tau)]
+        codes = sparse_codes if kind != "dense" else [(RefinementSettings.top_r, RefinementSettings.tau)]
         grid += [RefinementSettings(kind, w, r, tau, p) for (r, tau), p, w in product(codes, top_ps, weights)]
     return grid
 
@@ -310,23 +323,24 @@ def _code(settings: RefinementSettings, n_objects: int) -> tuple[str, int, float
     """What a code depends on. Equal for top_r that are clipped to the same number, and for all dense settings."""
     if settings.kind == "dense":
         return "dense", 0, 0.0
-    return "sparse", min(settings.top_r, n_objects), settings.tau
+    return settings.kind, min(settings.top_r, n_objects), settings.tau
 
 
 def _encode_all(
     space: ReferenceSpace, queries: np.ndarray, gallery: np.ndarray, codes: list[tuple[str, int, float]]
 ) -> list[tuple[Codes, Codes]]:
     """Query and gallery codes of each (kind, r, tau). The nearest references are found once, for the largest r."""
-    largest = max((r for kind, r, _ in codes if kind == "sparse"), default=0)
-    near = [space.nearest(features, largest) for features in (queries, gallery)] if largest else []
+    largest = {kind: max((r for k, r, _ in codes if k == kind), default=0) for kind in ("sparse", "expansion")}
+    wanted = (max(largest.values()), largest["sparse"])  # of queries and of gallery items
+    near = [space.nearest(x, r) for x, r in zip((queries, gallery), wanted, strict=True) if r]
     result: list[tuple[Codes, Codes]] = []
     for kind, r, tau in codes:
         if kind == "dense":
             dense = RefinementSettings(kind="dense")
             result.append((space.encode(queries, dense), space.encode(gallery, dense)))
-        else:
-            pair = [space.sparse_codes(ids[:, :r], cosines[:, :r], tau) for ids, cosines in near]
-            result.append((pair[0], pair[1]))
+            continue
+        query_codes, *gallery_codes = (space.sparse_codes(ids[:, :r], cosines[:, :r], tau) for ids, cosines in near)
+        result.append((query_codes, gallery_codes[0]) if kind == "sparse" else (space.expand(query_codes), gallery))
     return result
 
 

@@ -105,7 +105,7 @@ def test_weight_zero_is_the_identity():
     np.testing.assert_array_equal(refine(initial, np.ones_like(initial), 0.0), initial)
 
 
-@pytest.mark.parametrize("kind", ["sparse", "dense"])
+@pytest.mark.parametrize("kind", ["sparse", "dense", "expansion"])
 def test_chunks_and_blocks_do_not_change_the_result(kind, monkeypatch):
     references, queries, gallery = case()
     chosen = RefinementSettings(kind, 0.4, 6, 0.1, top_p=9)
@@ -131,7 +131,9 @@ def test_dense_product_of_sparse_codes_equals_the_sparse_one(monkeypatch):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from(["sparse", "dense"]), st.floats(0, 100))
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from(["sparse", "dense", "expansion"]), st.floats(0, 100)
+)
 def test_no_item_outside_top_p_moves_past_a_candidate(seed, top_p, kind, weight):
     rng = np.random.default_rng(seed)
     references, queries, gallery = case(seed % 7)
@@ -146,6 +148,35 @@ def test_no_item_outside_top_p_moves_past_a_candidate(seed, top_p, kind, weight)
         assert set(order[:top_p]) == set(first_pass[:top_p])
         assert order[top_p:].tolist() == first_pass[top_p:].tolist()
         np.testing.assert_array_equal(after[first_pass[top_p:]], before[first_pass[top_p:]])
+
+
+@pytest.mark.parametrize("per_object", [1, 2])
+def test_expansion_adds_the_weighted_mean_of_the_nearest_references_to_a_query(per_object):
+    """S_ref of a pair one at a time: the expanded query with the gallery item as it is."""
+    references, queries, gallery = case(per_object=per_object)
+    chosen = RefinementSettings("expansion", 0.4, 5, 0.1)
+    found = scores_of(references, queries, gallery, chosen)
+    for i, similarity in enumerate(literal_similarities(references, queries)):
+        code = literal_code(similarity, 5, 0.1)
+        units = [[r / np.linalg.norm(r) for r in rows] for rows in references.astype(float)]
+        expansion = sum(a * sum(rows) for a, rows in zip(code, units, strict=True))
+        for j, item in enumerate(gallery):
+            expected = queries[i] @ item + 0.4 * (1 + literal_cosine(expansion, item)) / 2
+            assert found[i, j] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_search_scores_each_kind_as_the_refinement_does():
+    references, queries, gallery = case()
+    labels = np.arange(17) % 5, np.arange(23) % 5
+    space, grid = ReferenceSpace(references), refinement_grid(["dense", "expansion", "sparse"], [0.4], [3, 6], [0.1])
+    assert [s.kind for s in grid] == ["dense", "expansion", "expansion", "sparse", "sparse"]
+    _, table = choose_refinement(space, queries, gallery, *labels, grid=grid)
+    for chosen, row in zip(grid, table[1:], strict=True):
+        score = refined_scores(space, chosen, queries, gallery)
+        expected = summarize(evaluate_features(queries, gallery, *labels, score_fn=score))
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
+    _, alone = choose_refinement(space, queries, gallery, *labels, grid=[grid[1]])
+    assert alone[1] == table[2], "expansion needs no codes of the gallery"
 
 
 def test_candidates_of_tied_scores_are_the_first():

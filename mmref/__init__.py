@@ -8,3 +8,12 @@ def load(path, device="cpu"):  # type: ignore[no-untyped-def]
     from mmref.inference import load
 
     return load(path, device)
+
+
+def __getattr__(name):  # type: ignore[no-untyped-def]
+    """`mmref.Searcher`, loaded on first use: it needs torch."""
+    if name == "Searcher":
+        from mmref.retrieval.searcher import Searcher
+
+        return Searcher
+    raise AttributeError(f"module 'mmref' has no attribute {name!r}")

@@ -69,5 +69,17 @@ class ExportError(MMRefError):
     """A run cannot be exported: not evaluated yet, or the target exists."""
 
 
+class SearchIndexError(MMRefError):
+    """A search index is missing, unfinished, damaged, in use by another writer, or does not hold what is asked of it."""
+
+
+class ModelMismatchError(SearchIndexError):
+    """The model is not the one whose features an index holds."""
+
+
+class QueryError(MMRefError):
+    """A search cannot be answered: nothing asked, an unreadable image, an unknown column, more results than items."""
+
+
 class SweepError(MMRefError):
     """A sweep ended without a single trial that has a score, or trainings of an ablation failed."""

@@ -119,19 +119,28 @@ class TableSource:
 
     def load(self, ref: str) -> bytes:
         """Bytes of an image file or URL. Raises OSError, which leaves the image out of the set."""
-        path = ref if "://" in ref or os.path.isabs(ref) else _join(self.image_root, ref)
-        if path.startswith(("http://", "https://")):
-            return _download(path)
-        if "://" in path:
-            import fsspec  # only tables that name remote files need it
-
-            with fsspec.open(path, "rb") as file:
-                return file.read()
-        with open(path, "rb") as file:
-            return file.read()
+        return read_location(locate(ref, self.image_root))
 
     def write_extras(self, root: str) -> None:
         """Nothing to add."""
+
+
+def locate(ref: str, root: str) -> str:
+    """Path or URL of an image cell: absolute, or relative to `root`."""
+    return ref if "://" in ref or os.path.isabs(ref) else _join(root, ref)
+
+
+def read_location(path: str) -> bytes:
+    """Bytes of a file, an http(s) URL, or whatever fsspec opens. Raises OSError."""
+    if path.startswith(("http://", "https://")):
+        return _download(path)
+    if "://" in path:
+        import fsspec  # only tables that name remote files need it
+
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _join(root: str, name: str) -> str:

@@ -16,7 +16,12 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken imag
 
 
 def decode_image(data: bytes, height: int, width: int, name: str = "image") -> NDArray[np.uint8]:
-    """Decode JPEG, PNG or WebP to RGB and resize: (height, width, 3) uint8.
+    """Decode an image (see `decode_rgb`) and resize it: (height, width, 3) uint8. Raises SampleError."""
+    return resize_rgb(decode_rgb(data, name), height, width)
+
+
+def decode_rgb(data: bytes, name: str = "image") -> NDArray[np.uint8]:
+    """Decode JPEG, PNG or WebP to RGB in its own size: (H, W, 3) uint8.
 
     Grey, palette, CMYK and 16-bit images become RGB; transparent ones are laid on white; photographs are turned upright
     as their Exif orientation says.
@@ -41,7 +46,7 @@ def decode_image(data: bytes, height: int, width: int, name: str = "image") -> N
             pixels = _decode_pillow(data, name)
     if pixels.dtype != np.uint8:
         pixels = (pixels // 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels.astype(np.uint8)
-    return resize_rgb(_to_rgb(pixels), height, width)
+    return _to_rgb(pixels)
 
 
 def resize_rgb(rgb: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

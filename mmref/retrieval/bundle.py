@@ -1,0 +1,83 @@
+"""The model an index was made with travels inside it: `INDEX/model` is an export, and its fingerprint is in the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from mmref.config import Config
+from mmref.data.shards import SampleReader, ShardSet, sha256_of
+from mmref.errors import ModelError, SampleError, ShardSetError
+
+# what a search needs of an export; the copy for plain transformers stays behind
+FILES = ("config.json", "config.yaml", "model.safetensors", "references.safetensors", "README.md")
+CAPTIONS = "reference_captions.json"
+
+
+def bundle_model(source: str, target: Path) -> None:
+    """Copy an export, or export a run directory, to `target`. Raises ModelError, and ExportError for a run."""
+    if "://" not in source and (Path(source) / "model.safetensors").exists():
+        _copy(Path(source), target)
+        return
+    if "://" not in source and not (Path(source) / "config.yaml").exists():
+        raise ModelError(
+            f"{source} is neither a run directory of `mmref train` nor a folder of `mmref export`: give one of the two."
+        )
+    from mmref.export import export_run
+
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
+        _copy(export_run(source, f"{folder}/model"), target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name in FILES:
+            shutil.copyfile(source / name, partial / name)
+        shutil.copytree(source / "tokenizer", partial / "tokenizer")
+    except OSError as error:
+        raise ModelError(f"{source} is no whole export: {error}. Write it again with `mmref export`.") from None
+    os.rename(partial, target)
+
+
+def fingerprint(model: Path) -> str:
+    """SHA-256 over the weights, references and configuration of an export: what features and codes depend on."""
+    digest = hashlib.sha256()
+    for name in ("model.safetensors", "references.safetensors", "config.yaml", "config.json"):
+        try:
+            digest.update(sha256_of(str(model / name)).encode())
+        except OSError as error:
+            raise ModelError(f"{model} is no whole export: {error}.") from None
+    return digest.hexdigest()
+
+
+def write_reference_captions(model: Path, config: Config, object_ids: list[str]) -> None:
+    """Keep a caption of each reference's object beside the model, where the training set can still be read."""
+    captions: dict[str, str] = {}
+    try:
+        index = ShardSet.open(config.data.root).index("train")
+    except ShardSetError:
+        return
+    reader, wanted = SampleReader(index), set(object_ids)
+    for row, object_id in enumerate(index.object_ids):
+        if object_id not in wanted:
+            continue
+        try:
+            texts = reader.read_meta(int(index.object_start[row]))["captions"]
+        except SampleError:
+            continue
+        if texts and isinstance(texts[0], str):
+            captions[object_id] = texts[0].strip()
+    (model / CAPTIONS).write_text(json.dumps(captions, ensure_ascii=False))
+
+
+def read_reference_captions(model: Path) -> dict[str, str]:
+    """Object id -> a caption of it, {} where none were kept."""
+    path = model / CAPTIONS
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,216 @@
+"""Which images an index holds: a folder, a shard set, a table, or a URL prefix, listed as rows of one table.
+
+Every image is a byte range of a file or URL (`path`, `offset`, `length`; length 0 is the whole file), so that all kinds
+of source are read alike, by the workers that embed and by the service that shows an image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from data_shards.sources.table import ROW_NUMBER, locate, read_location, read_table
+from mmref.data.shards import SampleReader, ShardSet
+from mmref.errors import SampleError, SearchIndexError
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+COLUMNS = {  # of every listing, before metadata columns
+    "id": pa.string(), "path": pa.string(), "offset": pa.int64(), "length": pa.int64(), "object_id": pa.string(),
+}  # fmt: skip
+RESERVED = {*COLUMNS, "uid", "width", "height", "captions", "image_id"}
+QUERIES = 256  # captions kept to measure the recall of an approximate index with
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Images of a source: `COLUMNS` and its metadata columns; object_id is null where it is not known."""
+
+    items: pa.Table
+    captions: list[str]  # at most QUERIES of the source's captions
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """Names of a table's columns: the image's path or URL, the object's id (optional), captions."""
+
+    image: str = "image"
+    object_id: str = "object_id"
+    image_root: str | None = None
+
+
+DEFAULT_COLUMNS = TableColumns()
+
+
+def list_images(source: str, split: str | None = None, columns: TableColumns = DEFAULT_COLUMNS) -> Listing:
+    """Every image of a folder (recursive), shard set (of `split`, by default all splits), table, or URL prefix.
+
+    Raises:
+        SearchIndexError: there is nothing there, or no image in it.
+        ShardSetError, SourceError: a damaged shard set or table.
+    """
+    remote = "://" in source
+    if not remote:
+        source = os.path.abspath(os.path.expanduser(source))
+    if source.lower().endswith(TABLE_ENDINGS):
+        listing = _list_table(source, columns)
+    elif _exists(f"{source.rstrip('/')}/manifest.json"):
+        listing = _list_shards(ShardSet.open(source), split)
+    else:
+        listing = _list_folder(source)
+    if not len(listing.items):
+        raise SearchIndexError(f"{source} holds no image ({', '.join(IMAGE_ENDINGS)}).")
+    return listing
+
+
+def read_image_bytes(path: str, offset: int = 0, length: int = 0) -> bytes:
+    """Encoded bytes of one image of a listing. Raises SampleError."""
+    try:
+        if not length:
+            return read_location(path)
+        if "://" in path:
+            import fsspec
+
+            fs, inner = fsspec.core.url_to_fs(path)
+            data = fs.cat_file(inner, start=offset, end=offset + length)
+        else:
+            with open(path, "rb") as file:
+                data = os.pread(file.fileno(), length, offset)
+    except Exception as error:  # every file system has its own
+        raise SampleError(f"{path} cannot be read: {error}.") from None
+    if len(data) != length:
+        raise SampleError(f"{path}: short at byte {offset}: {len(data)} of {length} bytes.")
+    return data
+
+
+def _exists(path: str) -> bool:
+    if "://" not in path:
+        return os.path.isfile(path)
+    import fsspec
+
+    fs, inner = fsspec.core.url_to_fs(path)
+    return bool(fs.exists(inner))
+
+
+def _as_table(rows: list[dict[str, Any]], extra: list[str]) -> pa.Table:
+    """Rows as a table; a metadata column of mixed types becomes text."""
+    arrays: dict[str, Any] = {name: pa.array([row[name] for row in rows], kind) for name, kind in COLUMNS.items()}
+    for name in extra:
+        values = [row["extra"].get(name) for row in rows]
+        try:
+            arrays[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            arrays[name] = pa.array([None if value is None else str(value) for value in values])
+        if pa.types.is_null(arrays[name].type):
+            arrays[name] = arrays[name].cast(pa.string())
+    return pa.table(arrays)
+
+
+def _row(
+    name: str, path: str, offset: int, length: int, object_id: str | None, extra: dict[str, Any]
+) -> dict[str, Any]:
+    return {"id": name, "path": path, "offset": offset, "length": length, "object_id": object_id, "extra": extra}
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def _sample(captions: list[str]) -> list[str]:
+    distinct = sorted(set(captions))
+    return [distinct[i] for i in np.random.default_rng(0).permutation(len(distinct))[:QUERIES]]
+
+
+# -- kinds of source -------------------------------------------------------------------------------------------------
+
+
+def _list_folder(source: str) -> Listing:
+    """Image files below a folder or URL prefix, hidden ones left out; ids are paths relative to it."""
+    rows = [
+        _row(name, path, 0, 0, None, {})
+        for name, path in sorted(_walk_url(source) if "://" in source else _walk(source))
+        if name.lower().endswith(IMAGE_ENDINGS)
+    ]
+    return Listing(_as_table(rows, []), [])
+
+
+def _walk(root: str) -> Iterator[tuple[str, str]]:
+    if not os.path.isdir(root):
+        raise SearchIndexError(f"{root} is no folder, shard set or table ({', '.join(TABLE_ENDINGS)}).")
+    for folder, folders, files in os.walk(root, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith("."):
+                path = os.path.join(folder, name)
+                yield os.path.relpath(path, root).replace(os.sep, "/"), path
+
+
+def _walk_url(root: str) -> Iterator[tuple[str, str]]:
+    import fsspec
+
+    try:
+        fs, inner = fsspec.core.url_to_fs(root)
+        found = fs.find(inner)
+    except Exception as error:  # every file system has its own
+        raise SearchIndexError(f"{root} cannot be listed: {error}.") from None
+    for path in found:
+        name = path.removeprefix(inner).lstrip("/") or path.rsplit("/", 1)[-1]
+        if not any(part.startswith(".") for part in name.split("/")):
+            yield name, path if "://" in path else fs.unstrip_protocol(path)
+
+
+def _list_shards(shards: ShardSet, split: str | None) -> Listing:
+    """Images of one split or of all; ids are image ids, the first caption and scalar fields become columns."""
+    rows, captions = [], []
+    extra: dict[str, None] = {"split": None, "caption": None}
+    for name in [split] if split else shards.splits:
+        index = shards.index(name)
+        reader = SampleReader(index)
+        for i in range(len(index)):
+            fields: dict[str, Any] = {"split": name}
+            try:
+                meta = reader.read_meta(i)
+                texts = [text for text in meta["captions"] if isinstance(text, str) and text.strip()]
+                captions += texts
+                fields["caption"] = texts[0] if texts else None
+                fields |= {k: v for k, v in meta.items() if k not in RESERVED and k not in fields and _is_scalar(v)}
+            except SampleError:
+                pass  # the image may be sound; its record adds nothing
+            extra |= dict.fromkeys(fields)
+            path, object_id = index.shard_paths[int(index.shard[i])], index.object_ids[int(index.object_row[i])]
+            span = int(index.image_offset[i]), int(index.image_size[i])
+            rows.append(_row(index.image_ids[i], path, *span, object_id, fields))
+    return Listing(_as_table(rows, list(extra)), _sample(captions))
+
+
+def _list_table(source: str, columns: TableColumns) -> Listing:
+    """Distinct images of a table in its order; ids are the cells of the image column, other scalar columns metadata."""
+    names, table = read_table(source)
+    if columns.image not in names:
+        raise SearchIndexError(
+            f"{source} has no column {columns.image!r}, only {', '.join(names)}. Name yours with --image-column."
+        )
+    root = os.path.dirname(source) if columns.image_root is None else columns.image_root
+    rows: dict[str, dict[str, Any]] = {}
+    captions: list[str] = []
+    kept = [name for name in names if name not in {columns.image, columns.object_id, *RESERVED}]
+    extra: dict[str, None] = {}
+    for number, row in enumerate(table):
+        name = str(row.get(columns.image) or "").strip()
+        if not name:
+            raise SearchIndexError(f"{source}, row {row.get(ROW_NUMBER, number)}: no {columns.image}.")
+        several = row.get("captions")
+        texts = [row.get("caption"), *(several if isinstance(several, list) else [several])]
+        captions += [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+        if name in rows:
+            continue
+        object_id = row.get(columns.object_id)
+        fields = {k: row[k] for k in kept if row.get(k) is not None and _is_scalar(row[k])}
+        extra |= dict.fromkeys(fields)
+        rows[name] = _row(name, locate(name, root), 0, 0, None if object_id is None else str(object_id), fields)
+    return Listing(_as_table(list(rows.values()), list(extra)), _sample(captions))

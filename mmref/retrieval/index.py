@@ -1,0 +1,432 @@
+"""The index directory: made in a folder beside it and moved into place; changed by new files and a new manifest.
+
+    manifest.json    written last: what of the rest is in force, the model's fingerprint, measured recall
+    model/           the export whose features these are
+    segments/<n>/    items, features, codes and thumbnails (see `segment.py`)
+    vectors-<n>      faiss index, only for ivf and hnsw: an exact search reads the features themselves
+    skipped.jsonl    images that could not be read
+
+A reader opens the files of one manifest; a writer leaves them alone, and deletes what no manifest names afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mmref.errors import ModelMismatchError, SearchIndexError
+from mmref.retrieval import bundle
+from mmref.retrieval.embed import Chunks, embed
+from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, list_images
+from mmref.retrieval.segment import Segment, copy_rows, write_segment
+from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
+
+VERSION = 1
+MOST_SEGMENTS = 8  # more are joined: every search looks into each
+REBUILD_SHARE = 0.1  # of an approximate index that may be items removed since
+LISTING = "listing.parquet"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an index holds. `generation` rises with every change."""
+
+    generation: int
+    items: int
+    dim: int
+    next_uid: int
+    segments: list[str]
+    model: str  # fingerprint
+    kind: str  # flat, ivf or hnsw
+    vectors: dict[str, Any] = field(default_factory=dict)  # file, setting, recall and how it was measured
+    sources: list[str] = field(default_factory=list)
+    skipped: int = 0
+    version: int = VERSION
+
+    @classmethod
+    def read(cls, index: Path) -> Manifest:
+        """Raises SearchIndexError where there is no complete index of this version."""
+        path = index / "manifest.json"
+        try:
+            values = json.loads(path.read_text())
+        except OSError:
+            begun = Path(f"{index}.partial").exists()
+            hint = "was begun and is not finished: run the same `mmref index` again" if begun else "is no index"
+            raise SearchIndexError(
+                f"{index} {hint}. Make one with `mmref index IMAGES --model RUN --out DIR`."
+            ) from None
+        except ValueError as error:
+            raise SearchIndexError(f"{path} is damaged ({error}): make the index again.") from None
+        if values.get("version") != VERSION:
+            raise SearchIndexError(
+                f"{path} has version {values.get('version')}, this program reads {VERSION}: make the index again."
+            )
+        return cls(**values)
+
+    def write(self, index: Path) -> None:
+        """Replace the manifest as a whole."""
+        write_whole(index / "manifest.json", json.dumps(asdict(self), indent=1, ensure_ascii=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file; after a crash it is the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one writer at a time. Raises SearchIndexError when there is another."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SearchIndexError(
+                f"{folder} is being written by another process: wait until it has finished."
+            ) from None
+        yield
+
+
+def create(
+    images: str,
+    model: str,
+    out: str,
+    split: str | None = None,
+    columns: TableColumns = DEFAULT_COLUMNS,
+    kind: Kind = "auto",
+    workers: int = 1,
+    recall: float = 0.95,
+) -> Manifest:
+    """Make an index of images.
+
+    Args:
+        images: folder, shard set, table, or URL prefix of any of them.
+        model: run directory of `mmref train` (or its URL), or folder of `mmref export`.
+        out: the index directory; must not exist. The same call again goes on after a kill.
+        split: of a shard set; by default all of it.
+        columns: names of a table's columns.
+        kind: search exactly (flat) or approximately; auto: exactly up to a million images.
+        workers: Ray actors; 0: in this process.
+        recall: share of the ten nearest that an approximate search must find.
+
+    Raises:
+        SearchIndexError, ModelError, ExportError, ShardSetError, SourceError.
+    """
+    target = Path(out).expanduser().absolute()
+    if target.exists():
+        raise SearchIndexError(f"{target} exists already: `mmref index add` adds to an index; else give another --out.")
+    work = target.with_name(f"{target.name}.partial")
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work):
+        # what makes the same command the same: another one starts over
+        plan = {"images": images, "model": os.path.abspath(model) if "://" not in model else model, "split": split}
+        plan |= asdict(columns)
+        _start(work, plan)
+        listing = _listed(work, images, split, columns)
+        if not (work / "model").exists():
+            bundle.bundle_model(model, work / "model")
+        skipped = _embed(work, listing, work / "segments" / "000000", workers, 0, work / "model")
+        if len(skipped) == len(listing.items):
+            raise SearchIndexError(f"none of {len(skipped)} images can be read, the first: {skipped[0]['problem']}")
+        _write_skipped(work, skipped)
+        segment = Segment(work / "segments" / "000000")
+        loaded = _load(work / "model")
+        bundle.write_reference_captions(work / "model", loaded.config, loaded.object_ids)
+        chosen = ("flat" if len(segment) <= FLAT_UP_TO else "ivf") if kind == "auto" else kind
+        queries = loaded.encode_text(listing.captions) if listing.captions else None
+        manifest = Manifest(
+            generation=1,
+            items=len(segment),
+            dim=segment.features.shape[1],
+            next_uid=len(segment),
+            segments=["000000"],
+            model=bundle.fingerprint(work / "model"),
+            kind=chosen,
+            vectors=_build_vectors(work, chosen, 1, [segment], queries, recall),
+            sources=[images],
+            skipped=len(skipped),
+        )
+        _clean_work(work)
+        manifest.write(work)
+        os.rename(work, target)
+    return manifest
+
+
+def add(
+    index: str,
+    images: str,
+    model: str | None = None,
+    split: str | None = None,
+    columns: TableColumns = DEFAULT_COLUMNS,
+    workers: int = 1,
+) -> Manifest:
+    """Add the images of a source that the index does not hold yet (by id). Nothing else is embedded.
+
+    Args:
+        model: checked against the index's own, which is used. Others as in `create`.
+
+    Raises:
+        ModelMismatchError: `model` is another one. SearchIndexError and others as in `create`.
+    """
+    folder = Path(index).expanduser().absolute()
+    Manifest.read(folder)
+    with locked(folder):
+        manifest = Manifest.read(folder)
+        check_model(folder, manifest)
+        if model is not None:
+            _check_same_model(folder, manifest, model)
+        work = folder / ".adding"
+        work.mkdir(exist_ok=True)
+        _start(work, {"images": images, "split": split, "generation": manifest.generation, **asdict(columns)})
+        segments = open_segments(folder, manifest)
+        known = {name for s in segments for name in s.items["id"].to_pylist()}
+        listing = _listed(work, images, split, columns, known)
+        name = f"{manifest.generation:06d}"
+        skipped = _embed(work, listing, work / name, workers, manifest.next_uid, folder / "model")
+        if len(skipped) == len(listing.items):
+            shutil.rmtree(work)
+            return manifest
+        _discard(folder / "segments" / name)
+        os.rename(work / name, folder / "segments" / name)
+        added = Segment(folder / "segments" / name)
+        again = set(listing.items["id"].to_pylist())
+        skipped = [s for s in read_skipped(folder) if s["id"] not in again] + skipped
+        vectors = dict(manifest.vectors)
+        if manifest.kind != "flat":
+            approximate = open_vectors(folder, manifest)
+            assert approximate is not None
+            approximate.add(added.features, added.uids)
+            vectors["file"] = f"vectors-{name}"
+            approximate.write(folder / vectors["file"])
+        changed = _next(
+            manifest,
+            items=manifest.items + len(added),
+            next_uid=manifest.next_uid + len(added),
+            segments=[*manifest.segments, name],
+            vectors=vectors,
+            sources=list(dict.fromkeys([*manifest.sources, images])),
+            skipped=len(skipped),
+        )
+        if len(changed.segments) > MOST_SEGMENTS:
+            joined = f"{name}-joined"
+            _discard(folder / "segments" / joined)
+            copy_rows(folder / "segments" / joined, [(s, np.arange(len(s))) for s in (*segments, added)])
+            changed = replace(changed, segments=[joined])
+        _write_skipped(folder, skipped)
+        _commit(folder, changed)
+        shutil.rmtree(work)
+    return changed
+
+
+def remove(index: str, ids: Sequence[str]) -> Manifest:
+    """Remove items. Raises SearchIndexError for an id that is not there, or when nothing would be left."""
+    folder = Path(index).expanduser().absolute()
+    Manifest.read(folder)
+    with locked(folder):
+        manifest = Manifest.read(folder)
+        segments = open_segments(folder, manifest)
+        wanted = pa.array(sorted(set(ids)), pa.string())
+        gone = [np.asarray(pc.is_in(s.items["id"], value_set=wanted)) for s in segments]
+        found = {name for s, at in zip(segments, gone) for name in s.items["id"].filter(pa.array(at)).to_pylist()}
+        if missing := [name for name in ids if name not in found]:
+            raise SearchIndexError(
+                f"{folder} has no item {missing[0]!r} ({len(missing)} of {len(ids)} ids are unknown)."
+            )
+        left = manifest.items - len(found)
+        if left == 0:
+            raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
+        names = []
+        for name, segment, at in zip(manifest.segments, segments, gone):
+            if not at.any():
+                names.append(name)
+            elif not at.all():
+                names.append(f"{manifest.generation:06d}-{len(names)}")
+                _discard(folder / "segments" / names[-1])
+                copy_rows(folder / "segments" / names[-1], [(segment, np.flatnonzero(~at))])
+        changed = _next(manifest, items=left, segments=names)
+        approximate = open_vectors(folder, manifest)
+        if approximate is not None and left < (1 - REBUILD_SHARE) * len(approximate):
+            kept = open_segments(folder, changed)
+            recall = float(manifest.vectors["wanted"])
+            vectors = _build_vectors(folder, manifest.kind, changed.generation, kept, None, recall)
+            changed = replace(changed, vectors=vectors)
+        _commit(folder, changed)
+    return changed
+
+
+def check_model(index: Path, manifest: Manifest) -> None:
+    """Raise ModelMismatchError when `model/` is not what the features were made with."""
+    found = bundle.fingerprint(index / "model")
+    if found != manifest.model:
+        raise ModelMismatchError(
+            f"{index / 'model'} has fingerprint {found[:12]}, the features were made with {manifest.model[:12]}: the model "
+            "was replaced. Make the index again with the new one."
+        )
+
+
+def open_segments(index: Path, manifest: Manifest) -> list[Segment]:
+    """The segments in force. Raises SearchIndexError."""
+    return [Segment(index / "segments" / name) for name in manifest.segments]
+
+
+def open_vectors(index: Path, manifest: Manifest) -> Approximate | None:
+    """The approximate index, None for an exact search. Raises SearchIndexError."""
+    if manifest.kind == "flat":
+        return None
+    return Approximate.open(index / manifest.vectors["file"], manifest.kind, int(manifest.vectors["setting"]))
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _start(work: Path, plan: dict[str, Any]) -> None:
+    """Keep what an interrupted call with the same plan has done, remove what another one left."""
+    path = work / "plan.json"
+    if not path.exists() or json.loads(path.read_text()) != plan:
+        for entry in work.iterdir():
+            if entry.name != ".lock":
+                _discard(entry)
+        write_whole(path, json.dumps(plan))
+
+
+def _listed(work: Path, images: str, split: str | None, columns: TableColumns, known: Iterable[str] = ()) -> Listing:
+    """The listing, made once and kept: a resumed call embeds the same images."""
+    path = work / LISTING
+    if not path.exists():
+        listing = list_images(images, split, columns)
+        ids = listing.items["id"]
+        if len(ids.unique()) != len(ids):
+            twice = pc.value_counts(ids)
+            name = next(v["values"].as_py() for v in twice if v["counts"].as_py() > 1)
+            raise SearchIndexError(f"{images}: the id {name!r} appears twice; ids must be distinct.")
+        held = pc.is_in(ids, value_set=pa.array(list(known), pa.string()))
+        items = listing.items.filter(pc.invert(held))
+        metadata = {b"captions": json.dumps(listing.captions).encode()}
+        pq.write_table(items.replace_schema_metadata(metadata), work / f".{LISTING}.tmp")
+        os.replace(work / f".{LISTING}.tmp", path)
+    items = pq.read_table(path)
+    return Listing(items.replace_schema_metadata(None), json.loads(items.schema.metadata[b"captions"]))
+
+
+def _embed(
+    work: Path, listing: Listing, target: Path, workers: int, first_uid: int, model: Path
+) -> list[dict[str, str]]:
+    """Embed a listing and write its readable images as a segment; returns those that could not be read."""
+    chunks = Chunks(work, listing.items)
+    embed(chunks, model, workers)
+    count, dim = 0, 0
+    skipped: list[dict[str, str]] = []
+    for rows, arrays in chunks.read():
+        count += len(arrays["position"])
+        dim = arrays["features"].shape[1]
+        paths, ids = rows["path"].to_pylist(), rows["id"].to_pylist()
+        for position, problem in json.loads(arrays["problems"].tobytes()).items():
+            skipped.append({"id": ids[int(position)], "path": paths[int(position)], "problem": problem})
+    _discard(target)
+    if count:
+        write_segment(target, chunks.read(), first_uid, count, dim)
+    return skipped
+
+
+def read_skipped(index: Path) -> list[dict[str, str]]:
+    """Images that could not be read: id, path, problem."""
+    return [json.loads(line) for line in (index / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _write_skipped(index: Path, skipped: list[dict[str, str]]) -> None:
+    write_whole(index / "skipped.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped))
+
+
+def _build_vectors(
+    index: Path, kind: str, generation: int, segments: list[Segment], queries: Floats | None, recall: float
+) -> dict[str, Any]:
+    """Build, tune and write an approximate index; {} for flat.
+
+    Recall is measured with captions of the source where it has any, else with the features of items.
+    """
+    if kind == "flat":
+        return {}
+    matrices, uids = [s.features for s in segments], np.concatenate([s.uids for s in segments])
+    began = time.perf_counter()
+    approximate = Approximate.build(kind, matrices, uids)
+    measured_on = "captions"
+    if queries is None:
+        measured_on = "items"
+        queries = np.ascontiguousarray(matrices[0][:: max(1, len(matrices[0]) // 256)][:256])
+    reached = approximate.tune(queries, matrices, uids, recall)
+    name = f"vectors-{generation:06d}"
+    approximate.write(index / name)
+    return {
+        "file": name,
+        "setting": approximate.setting,
+        "recall@10": round(reached, 4),
+        "wanted": recall,
+        "measured_on": measured_on,
+        "queries": len(queries),
+        "build_seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _next(manifest: Manifest, **changes: Any) -> Manifest:
+    return replace(manifest, generation=manifest.generation + 1, **changes)
+
+
+def _commit(index: Path, manifest: Manifest) -> None:
+    """Put a manifest in force and delete what it does not name."""
+    manifest.write(index)
+    for entry in (index / "segments").iterdir():
+        if entry.name not in manifest.segments:
+            _discard(entry)
+    for entry in index.glob("vectors-*"):
+        if entry.name != manifest.vectors.get("file"):
+            _discard(entry)
+
+
+def _check_same_model(index: Path, manifest: Manifest, model: str) -> None:
+    other = index / ".adding-model"
+    _discard(other)
+    try:
+        bundle.bundle_model(model, other)
+        found = bundle.fingerprint(other)
+    finally:
+        _discard(other)
+    if found != manifest.model:
+        raise ModelMismatchError(
+            f"{model} (fingerprint {found[:12]}) is not the model of {index} ({manifest.model[:12]}): features of two "
+            "models cannot be compared. Leave --model out to use the index's own, or make a new index."
+        )
+
+
+def _load(model: Path) -> Any:
+    from mmref.inference import load
+
+    return load(model)
+
+
+def _clean_work(work: Path) -> None:
+    for name in ("chunks", "plan.json", LISTING):
+        _discard(work / name)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

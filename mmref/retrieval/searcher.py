@@ -1,0 +1,433 @@
+"""Searching an index: text, image or both to ranked items, refined by references, with what raised each of them.
+
+from mmref import Searcher
+for result in Searcher("INDEX").search("a small yellow bird with black wings", top=10):
+    print(result.rank, result.id, result.score)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from mmref.errors import QueryError, SampleError, SearchIndexError
+from mmref.evaluate.refinement import ReferenceSpace, reference_similarity
+from mmref.inference import ImageLike, load
+from mmref.retrieval import index as directory
+from mmref.retrieval.bundle import read_reference_captions
+from mmref.retrieval.embed import code_arrays
+from mmref.retrieval.images import read_image_bytes
+from mmref.retrieval.vectors import Floats, Rows, exact, exact_among, gather
+
+SHARED = 3  # references named with each result
+CACHED_FILTERS = 16
+OPEN_ATTEMPTS = 3
+ITEM_COLUMNS = ("id", "object_id", "path", "width", "height")
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is looked for: a sentence, an image, or both (`image_weight` of the image, the rest of the sentence)."""
+
+    text: str | None = None
+    image: ImageLike | None = None
+    image_weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A training object that a query and an item both resemble."""
+
+    object_id: str
+    caption: str  # "" where the training set could not be read when the index was made
+    gain: float  # its part of the score that refinement added
+
+
+@dataclass(frozen=True)
+class Result:
+    """An item found. Without refinement `score` is `initial` and `rank` is `rank_before`."""
+
+    rank: int  # from 1
+    id: str
+    score: float
+    initial: float  # cosine, the score before refinement
+    rank_before: int
+    object_id: str | None
+    path: str
+    width: int
+    height: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+    references: list[Reference] = field(default_factory=list)  # the largest gains
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Queries as features (q, d), and their codes over the references: sparse ones as the `near` (q, r) object rows and
+    the weights of them, `code` (q, r); other kinds as unit rows, `code` (q, c). None: nothing to refine by."""
+
+    features: Floats
+    code: Floats | None = None
+    near: NDArray[np.int32] | None = None
+
+    def take(self, rows: Sequence[int]) -> Encoded:
+        """Some of the queries."""
+        code = None if self.code is None else self.code[rows]
+        return Encoded(self.features[rows], code, None if self.near is None else self.near[rows])
+
+    @staticmethod
+    def join(parts: Sequence[Encoded]) -> Encoded:
+        """Queries end to end."""
+        code = None if parts[0].code is None else np.concatenate([p.code for p in parts if p.code is not None])
+        near = None if parts[0].near is None else np.concatenate([p.near for p in parts if p.near is not None])
+        return Encoded(np.concatenate([p.features for p in parts]), code, near)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+class Searcher:
+    """Answers queries from an index directory. Thread-safe; holds the state of the index at the time it was opened.
+
+    Args:
+        index: directory written by `mmref index`.
+        device: where queries are encoded.
+        cached: sentences whose features are kept.
+
+    Raises:
+        SearchIndexError: no complete index. ModelMismatchError: its model was replaced.
+    """
+
+    def __init__(self, index: str, device: str = "cpu", cached: int = 4096) -> None:
+        self.index = Path(index).expanduser().absolute()
+        self._open()
+        self.model = load(self.index / "model", device)
+        self._cached = cached
+        self._cache: OrderedDict[str, Encoded] = OrderedDict()
+        self._filters: OrderedDict[tuple[tuple[str, str], ...], Rows] = OrderedDict()
+        self._lock = threading.Lock()  # of the caches
+        self._encoding = threading.Lock()  # of the model, which is not thread-safe
+
+    def _open(self) -> None:
+        """Open the files of one manifest; a writer may replace it meanwhile."""
+        for attempt in range(OPEN_ATTEMPTS):
+            self.manifest = directory.Manifest.read(self.index)
+            directory.check_model(self.index, self.manifest)
+            try:
+                self.segments = directory.open_segments(self.index, self.manifest)
+                self._approximate = directory.open_vectors(self.index, self.manifest)
+                break
+            except SearchIndexError:
+                unchanged = directory.Manifest.read(self.index).generation == self.manifest.generation
+                if unchanged or attempt == OPEN_ATTEMPTS - 1:
+                    raise
+        self._matrices = [s.features for s in self.segments]
+        self._uids = np.concatenate([s.uids for s in self.segments])
+        self._starts = np.cumsum([0, *(len(s) for s in self.segments)])
+        self.items: pa.Table = pa.concat_tables([s.items for s in self.segments], promote_options="permissive")
+
+    def __len__(self) -> int:
+        return len(self._uids)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the index on disk has changed since it was opened."""
+        return directory.Manifest.read(self.index).generation != self.manifest.generation
+
+    @property
+    def metadata_columns(self) -> list[str]:
+        """Columns that `where` may name."""
+        return [name for name in self.items.column_names if name not in {*ITEM_COLUMNS, "offset", "length"}]
+
+    # -- searching ---------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        text: str | None = None,
+        image: ImageLike | None = None,
+        top: int = 10,
+        refine: bool = True,
+        candidates: int | None = None,
+        where: Mapping[str, Any] | None = None,
+        image_weight: float = 0.5,
+    ) -> list[Result]:
+        """The best items for a sentence, an image, or both; see `search_many`."""
+        return self.search_many([Query(text, image, image_weight)], top, refine, candidates, where)[0]
+
+    def search_many(
+        self,
+        queries: Sequence[Query | str],
+        top: int = 10,
+        refine: bool = True,
+        candidates: int | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> list[list[Result]]:
+        """The best items of each query, the best first; of equal scores the item that was indexed first.
+
+        Args:
+            top: results of each query. With `where`, fewer when fewer items match.
+            refine: compare the first candidates by references too.
+            candidates: how many of the first pass are refined, by default as many as the evaluation of the model
+                refined; 0: all.
+            where: only items whose metadata columns have these values.
+
+        Raises:
+            QueryError: an empty query, an unreadable image, more results than items, an unknown column.
+        """
+        if not 1 <= top <= len(self):
+            raise QueryError(f"top is {top}: give 1 to {len(self)}, the number of items in {self.index.name}.")
+        among = self.matching(where) if where else None
+        if not queries or (among is not None and not len(among)):
+            return [[] for _ in queries]
+        encoded = self.encode([q if isinstance(q, Query) else Query(q) for q in queries])
+        return self.results(encoded, *self.rank(encoded, top, refine, candidates, among))
+
+    def rank(
+        self, queries: Encoded, top: int, refine: bool = True, candidates: int | None = None, among: Rows | None = None
+    ) -> tuple[Rows, Floats, Floats, Rows]:
+        """Rows, scores, initial scores and initial ranks, (q, top) each; row -1 where an approximate search found none.
+
+        Args:
+            among: rising row numbers to search, by default all.
+        """
+        available = len(self) if among is None else len(among)
+        refining = refine and queries.code is not None
+        p = self.candidates(candidates, available) if refining else 0
+        k = min(max(top, p), available)
+        if among is not None:
+            initial, rows = exact_among(queries.features, self._matrices, among, k)
+        elif self._approximate is not None:
+            initial, rows = self._approximate.search(queries.features, self._matrices, self._uids, k)
+        else:
+            initial, rows = exact(queries.features, self._matrices, k)
+        scores, before = initial, np.broadcast_to(np.arange(1, k + 1), rows.shape)
+        if refining:
+            scores = initial.copy()
+            scores[:, :p] += self.model.refinement.weight * self.similarity(queries, rows[:, :p])
+            order = np.lexsort((rows, -scores))
+            scores, initial = np.take_along_axis(scores, order, 1), np.take_along_axis(initial, order, 1)
+            rows, before = np.take_along_axis(rows, order, 1), np.take_along_axis(before, order, 1)
+        return rows[:, :top], scores[:, :top], initial[:, :top], before[:, :top]
+
+    def candidates(self, asked: int | None, available: int) -> int:
+        """How many of the first pass are refined."""
+        if asked is not None and asked < 0:
+            raise QueryError(f"candidates is {asked}: give a number of items to refine, or 0 for all.")
+        chosen = asked if asked is not None else self.model.refinement.top_p or self.model.config.eval.top_p
+        return min(chosen, available) if chosen else available
+
+    def similarity(self, queries: Encoded, rows: Rows) -> Floats:
+        """S_ref in [0, 1] of each query with its own candidates' rows (q, p); 0 where a row is -1."""
+        assert queries.code is not None
+        known = np.maximum(rows, 0)
+        found = np.empty(rows.shape, np.float32)
+        if queries.near is not None:
+            near, weights = self._codes(known)  # (q, p, r) each
+            code = np.zeros(self._space.n_objects, np.float32)
+            for i, at in enumerate(queries.near):
+                code[at] = queries.code[i]
+                found[i] = np.einsum("pr,pr->p", code[near[i]], weights[i])
+                code[at] = 0
+        else:
+            for i, of in enumerate(queries.code):
+                features = gather(self._matrices, known[i])
+                gallery = self._space.encode(features, self.model.refinement, self._image_mean, gallery=True)
+                found[i] = reference_similarity(of[None], gallery)[0]
+        return np.where(rows >= 0, np.clip(found, 0, 1), 0).astype(np.float32)
+
+    def results(
+        self, queries: Encoded, rows: Rows, scores: Floats, initial: Floats, before: Rows
+    ) -> list[list[Result]]:
+        """Results of ranked rows (q, top): their items, and the references that raised them."""
+        distinct, at = np.unique(np.maximum(rows, 0), return_inverse=True)
+        items = self.items.take(pa.array(distinct)).to_pylist()
+        at = at.reshape(rows.shape)
+        shared = self._shared(queries, rows)
+        answers = []
+        for q in range(len(rows)):
+            found: list[Result] = []
+            for j in np.flatnonzero(rows[q] >= 0).tolist():
+                item = items[at[q, j]]
+                metadata = {name: item[name] for name in self.metadata_columns if item[name] is not None}
+                refined = bool(scores[q, j] != initial[q, j])
+                found.append(
+                    Result(
+                        rank=len(found) + 1,
+                        score=float(scores[q, j]),
+                        initial=float(initial[q, j]),
+                        rank_before=int(before[q, j]),
+                        metadata=metadata,
+                        references=shared(q, j) if refined else [],
+                        **{name: item[name] for name in ITEM_COLUMNS},
+                    )
+                )
+            answers.append(found)
+        return answers
+
+    def _shared(self, queries: Encoded, rows: Rows) -> Callable[[int, int], list[Reference]]:
+        """A function (query, place) -> the references with the largest gains; sparse codes only."""
+        if queries.near is None or queries.code is None:
+            return lambda q, j: []
+        near, weights = self._codes(np.maximum(rows, 0))
+        asked, codes = queries.near, queries.code
+
+        def references(q: int, j: int) -> list[Reference]:
+            _, mine, its = np.intersect1d(asked[q], near[q, j], return_indices=True)
+            gains = self.model.refinement.weight * codes[q, mine] * weights[q, j, its]
+            order = np.argsort(-gains, kind="stable")[:SHARED]
+            return [self.reference(int(asked[q, mine[i]]), float(gains[i])) for i in order if gains[i] > 0]
+
+        return references
+
+    def reference(self, row: int, gain: float) -> Reference:
+        """A reference by its row."""
+        object_id = self.model.object_ids[row]
+        return Reference(object_id, self._captions.get(object_id, ""), gain)
+
+    @cached_property
+    def _captions(self) -> dict[str, str]:
+        return read_reference_captions(self.index / "model")
+
+    # -- queries -----------------------------------------------------------------------------------------------------
+
+    def encode(self, queries: Sequence[Query]) -> Encoded:
+        """Features and codes of queries; those of sentences alone are kept. Raises QueryError."""
+        for query in queries:
+            if not (query.text or "").strip() and query.image is None:
+                raise QueryError("the query is empty: give a sentence, an image, or both.")
+            if not 0 <= query.image_weight <= 1:
+                raise QueryError(f"the weight of the image is {query.image_weight}: give 0 to 1.")
+        texts = dict.fromkeys(query.text.strip() for query in queries if query.text and query.text.strip())
+        known = self._encode_texts(list(texts))
+        return Encoded.join(
+            [
+                known[(query.text or "").strip()] if query.image is None else self._encode_with_image(query, known)
+                for query in queries
+            ]
+        )
+
+    def _encode_texts(self, texts: list[str]) -> dict[str, Encoded]:
+        with self._lock:
+            known = {text: self._cache[text] for text in texts if text in self._cache}
+            for text in known:
+                self._cache.move_to_end(text)
+        missing = [text for text in texts if text not in known]
+        if missing:
+            with self._encoding:
+                features = self.model.encode_text(missing)
+            encoded = self._with_code(features, image_share=0.0)
+            new = {text: encoded.take([i]) for i, text in enumerate(missing)}
+            known |= new
+            with self._lock:
+                self._cache |= new
+                while len(self._cache) > self._cached:
+                    self._cache.popitem(last=False)
+        return known
+
+    def _encode_with_image(self, query: Query, texts: dict[str, Encoded]) -> Encoded:
+        """An image, or the weighted mean of the features of an image and a sentence."""
+        assert query.image is not None
+        try:
+            with self._encoding:
+                feature = self.model.encode_images([query.image])
+        except SampleError as error:
+            raise QueryError(f"the image of the query cannot be used: {error}") from None
+        text, share = (query.text or "").strip(), 1.0
+        if text:
+            share = query.image_weight
+            feature = share * feature + (1 - share) * texts[text].features
+            feature = (feature / max(float(np.linalg.norm(feature)), 1e-12)).astype(np.float32)
+        return self._with_code(feature, share)
+
+    def _with_code(self, features: Floats, image_share: float) -> Encoded:
+        """Query features with their codes. Dense ones are centred by the mean of texts, of images, or between the two."""
+        if self.model.space is None:
+            return Encoded(features)
+        if self.model.refinement.kind == "sparse":
+            arrays = code_arrays(self.model, features)
+            return Encoded(features, arrays["weights"], arrays["near"])
+        mean = self._image_mean
+        if mean is not None and self.model.text_mean is not None:
+            mean = (1 - image_share) * self.model.text_mean + image_share * mean
+        return Encoded(features, np.asarray(self._space.encode(features, self.model.refinement, mean)))
+
+    # -- items -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _space(self) -> ReferenceSpace:
+        assert self.model.space is not None
+        return self.model.space
+
+    def _codes(self, rows: Rows) -> tuple[NDArray[np.int32], Floats]:
+        return (
+            gather([s.codes["near"] for s in self.segments], rows),
+            gather([s.codes["weights"] for s in self.segments], rows),
+        )
+
+    @cached_property
+    def _image_mean(self) -> Floats | None:
+        """Mean coordinates of all items, which centre dense codes; None for other kinds."""
+        if self.model.refinement.kind != "dense":
+            return None
+        total: Any = 0
+        for matrix in self._matrices:
+            for start in range(0, len(matrix), 65_536):
+                total = total + self._space.coordinates(np.asarray(matrix[start : start + 65_536])).sum(0, np.float64)
+        return (total / len(self)).astype(np.float32)
+
+    def matching(self, where: Mapping[str, Any]) -> Rows:
+        """Rows of the items whose columns have the given values, compared as text. Raises QueryError."""
+        key = tuple(sorted((name, str(value)) for name, value in where.items()))
+        with self._lock:
+            if key in self._filters:
+                self._filters.move_to_end(key)
+                return self._filters[key]
+        mask = np.ones(len(self), bool)
+        for name, value in key:
+            if name not in self.metadata_columns and name not in ("object_id", "id"):
+                known = ", ".join(self.metadata_columns) or "none"
+                raise QueryError(f"{self.index.name} has no column {name!r} to filter by. It has: {known}.")
+            column = self.items[name]
+            text = pc.cast(column, pa.string())
+            wanted = value.lower() if pa.types.is_boolean(column.type) else value
+            mask &= np.asarray(pc.fill_null(pc.equal(text, wanted), False))
+        rows = np.flatnonzero(mask)
+        with self._lock:
+            self._filters[key] = rows
+            while len(self._filters) > CACHED_FILTERS:
+                self._filters.popitem(last=False)
+        return rows
+
+    def row(self, item_id: str) -> int:
+        """Row of an item. Raises QueryError."""
+        row = pc.index(self.items["id"], pa.scalar(item_id, pa.string())).as_py()
+        if row < 0:
+            raise QueryError(f"{self.index.name} has no item {item_id!r}.")
+        return int(row)
+
+    def item(self, item_id: str) -> dict[str, Any]:
+        """Columns of an item. Raises QueryError."""
+        return self.items.slice(self.row(item_id), 1).to_pylist()[0]
+
+    def thumbnail(self, item_id: str) -> bytes:
+        """WebP, at most 256 px. Raises QueryError."""
+        row = self.row(item_id)
+        of = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.segments[of].thumbnail(row - int(self._starts[of]))
+
+    def image_bytes(self, item_id: str) -> bytes:
+        """The image as it was indexed. Raises QueryError for an unknown item, SampleError when the image is gone."""
+        item = self.item(item_id)
+        return read_image_bytes(item["path"], item["offset"], item["length"])

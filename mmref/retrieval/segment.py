@@ -1,0 +1,157 @@
+"""A segment: the arrays of a run of items, each a file that is mapped into memory, never changed once written.
+
+features.npy    (n, d) float32, L2-normalised
+near.npy        (n, r) int32 and weights.npy (n, r) float32: sparse codes over the references, where there are any
+uids.npy        (n,) int64, rising: numbers that items keep for life
+items.parquet   id, path, offset, length, object_id, width, height (pixels), metadata columns
+thumbnails.bin  WebP files end to end; thumbnails.npy (n, 2) int64: where each starts, and its bytes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mmref.errors import SearchIndexError
+from mmref.retrieval.embed import Arrays
+
+CODES = ("near", "weights")
+COPIED_ROWS = 65_536  # at a time
+
+
+class Segment:
+    """A segment that is read. Files are opened at once: they may be deleted behind a reader's back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.features: NDArray[np.float32] = np.load(folder / "features.npy", mmap_mode="r")
+            self.codes = {
+                n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in CODES if (folder / f"{n}.npy").exists()
+            }
+            self.uids: NDArray[np.int64] = np.load(folder / "uids.npy")
+            self.spans: NDArray[np.int64] = np.load(folder / "thumbnails.npy", mmap_mode="r")
+            self.items: pa.Table = pq.read_table(folder / "items.parquet", memory_map=True)
+            self._thumbnails = os.open(folder / "thumbnails.bin", os.O_RDONLY)
+        except (OSError, ValueError) as error:
+            raise SearchIndexError(f"{folder} cannot be read ({error}): the index is damaged; make it again.") from None
+        lengths = {len(x) for x in (self.features, self.uids, self.spans, self.items, *self.codes.values())}
+        if len(lengths) != 1:
+            raise SearchIndexError(
+                f"{folder} holds arrays of {sorted(lengths)} rows: the index is damaged; make it again."
+            )
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self._thumbnails)
+
+    def thumbnail(self, row: int) -> bytes:
+        """WebP of a row."""
+        start, size = self.spans[row].tolist()
+        return os.pread(self._thumbnails, size, start)
+
+    @cached_property
+    def thumbnail_file_bytes(self) -> int:
+        return os.fstat(self._thumbnails).st_size
+
+
+def write_segment(
+    folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first_uid: int, count: int, dim: int
+) -> None:
+    """Write the embedded chunks of a listing, `count` readable images. Raises SearchIndexError when they are not as many."""
+    folder.mkdir(parents=True)
+    features = _create(folder / "features.npy", (count, dim), np.float32)
+    codes: dict[str, Any] = {}
+    tables, spans, done, end = [], [], 0, 0
+    with open(folder / "thumbnails.bin", "wb") as file:
+        for rows, arrays in chunks:
+            n = len(arrays["position"])
+            if not n:
+                continue
+            at = slice(done, done + n)
+            features[at] = arrays["features"]
+            for name in CODES:
+                if name in arrays:
+                    if name not in codes:
+                        codes[name] = _create(
+                            folder / f"{name}.npy", (count, arrays[name].shape[1]), arrays[name].dtype
+                        )
+                    codes[name][at] = arrays[name]
+            table = rows.take(pa.array(arrays["position"]))
+            for column, name in enumerate(("height", "width")):
+                table = table.append_column(name, pa.array(arrays["size"][:, column], pa.int32()))
+            tables.append(table)
+            sizes = arrays["thumbnail_bytes"]
+            spans.append(np.stack([end + np.cumsum(sizes) - sizes, sizes], 1))
+            file.write(arrays["thumbnails"].tobytes())
+            done, end = done + n, end + int(sizes.sum())
+        file.flush()
+        os.fsync(file.fileno())
+    if done != count:
+        raise SearchIndexError(f"{folder}: {done} of {count} images arrived. Start the same command again.")
+    for array in (features, *codes.values()):
+        array.flush()
+    _write_rows(folder, pa.concat_tables(tables), np.arange(first_uid, first_uid + count), np.concatenate(spans))
+
+
+def copy_rows(folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]]) -> None:
+    """Write a segment of the chosen rows of others, in order. Nothing is embedded; one source's thumbnails are linked."""
+    folder.mkdir(parents=True)
+    count = sum(len(rows) for _, rows in parts)
+    first = parts[0][0]
+    arrays = {"features": [s.features for s, _ in parts]} | {n: [s.codes[n] for s, _ in parts] for n in first.codes}
+    for name, sources in arrays.items():
+        target, done = _create(folder / f"{name}.npy", (count, sources[0].shape[1]), sources[0].dtype), 0
+        for source, (_, rows) in zip(sources, parts):
+            for start in range(0, len(rows), COPIED_ROWS):
+                chosen = rows[start : start + COPIED_ROWS]
+                target[done : done + len(chosen)] = source[chosen]
+                done += len(chosen)
+        target.flush()
+    spans, end = [], 0
+    for segment, rows in parts:
+        spans.append(segment.spans[rows] + np.array([end, 0]))
+        end += segment.thumbnail_file_bytes
+    packs = [segment.folder / "thumbnails.bin" for segment, _ in parts]
+    _join_files(packs, folder / "thumbnails.bin")
+    tables = pa.concat_tables([s.items.take(pa.array(rows)) for s, rows in parts], promote_options="permissive")
+    uids = np.concatenate([s.uids[rows] for s, rows in parts])
+    _write_rows(folder, tables, uids, np.concatenate(spans))
+
+
+def _join_files(sources: Sequence[Path], target: Path) -> None:
+    if len(sources) == 1:
+        try:
+            os.link(sources[0], target)
+            return
+        except OSError:  # a file system without hard links
+            pass
+    with open(target, "wb") as file:
+        for source in sources:
+            with open(source, "rb") as part:
+                shutil.copyfileobj(part, file, 1 << 24)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _create(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+
+def _write_rows(folder: Path, items: pa.Table, uids: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
+    pq.write_table(items, folder / "items.parquet", compression="zstd")
+    np.save(folder / "uids.npy", uids.astype(np.int64))
+    np.save(folder / "thumbnails.npy", spans.astype(np.int64))

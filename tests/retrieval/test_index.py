@@ -1,0 +1,244 @@
+"""Index directories: what goes in, what survives a kill, adding, removing, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import write_images
+from PIL import Image
+
+from mmref.errors import ModelError, ModelMismatchError, SearchIndexError
+from mmref.retrieval import embed, index
+from mmref.retrieval.images import TableColumns, list_images
+from mmref.retrieval.searcher import Searcher
+
+
+def ids(path: Path) -> list[str]:
+    return Searcher(str(path)).items["id"].to_pylist()
+
+
+def test_a_folder_becomes_an_index_and_broken_images_are_listed(folder, run, tmp_path):
+    manifest = index.create(str(folder), str(run), str(tmp_path / "out"), workers=0)
+    assert (manifest.items, manifest.skipped, manifest.kind) == (11, 1, "flat")
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [s["id"] for s in skipped] == ["deep/broken.jpg"] and "not an image" in skipped[0]["problem"]
+    searcher = Searcher(str(tmp_path / "out"))
+    item = searcher.item("deep/03.png")
+    assert (item["width"], item["height"], item["path"]) == (300, 23, str(folder / "deep" / "03.png"))
+    with Image.open(io.BytesIO(searcher.thumbnail("deep/03.png"))) as thumbnail:
+        assert thumbnail.format == "WEBP" and max(thumbnail.size) == 256
+    assert searcher.image_bytes("deep/03.png") == (folder / "deep" / "03.png").read_bytes()
+    pixels = np.asarray(Image.open(folder / "04.png"))
+    row = searcher.row("04.png")
+    np.testing.assert_allclose(searcher.segments[0].features[row], searcher.model.encode_images([pixels])[0], atol=1e-6)
+    assert not list(tmp_path.glob("*.partial")) and not list((tmp_path / "out").glob("chunks"))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_table_brings_object_ids_and_columns(folder, run, tmp_path, ending):
+    import pandas as pd
+
+    rows = [
+        {"picture": f"{i:02d}.png", "object_id": f"o{i}", "colour": "red" if i else "blue", "caption": f"thing {i}"}
+        for i in (0, 2, 2, 4)
+    ]
+    table = pd.DataFrame(rows)
+    path = folder / f"t.{ending}"
+    {"csv": lambda: table.to_csv(path, index=False), "parquet": lambda: table.to_parquet(path),
+     "jsonl": lambda: table.to_json(path, orient="records", lines=True)}[ending]()  # fmt: skip
+    index.create(str(path), str(run), str(tmp_path / "out"), columns=TableColumns(image="picture"), workers=0)
+    searcher = Searcher(str(tmp_path / "out"))
+    assert ids(tmp_path / "out") == ["00.png", "02.png", "04.png"], "an image of several rows is one item"
+    assert searcher.item("02.png")["object_id"] == "o2"
+    assert searcher.metadata_columns == ["colour", "caption"]
+    assert {r.id for r in searcher.search("x", top=3, where={"colour": "red"})} == {"02.png", "04.png"}
+
+
+def test_a_url_prefix_is_listed_and_read(folder, run, tmp_path):
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    for path in folder.rglob("*.png"):
+        fs.pipe(f"/bucket/{path.relative_to(folder)}", path.read_bytes())
+    index.create("memory://bucket", str(run), str(tmp_path / "out"), workers=0)
+    searcher = Searcher(str(tmp_path / "out"))
+    assert len(searcher) == 11
+    assert searcher.image_bytes("deep/03.png") == (folder / "deep" / "03.png").read_bytes()
+
+
+def test_a_killed_build_embeds_nothing_twice(folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "SMALLEST_CHUNK", 2)
+    seen: list[str] = []
+    whole = embed.embed_chunk
+
+    def counted(model, locations):
+        arrays = whole(model, locations)
+        seen.extend(path for path, _, _ in locations)
+        return arrays
+
+    def dies(model, locations):
+        if len(seen) >= 6:
+            raise KeyboardInterrupt
+        return counted(model, locations)
+
+    monkeypatch.setattr(embed, "embed_chunk", dies)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        index.create(str(folder), str(run), str(out), workers=0)
+    with pytest.raises(SearchIndexError, match="was begun and is not finished"):
+        Searcher(str(out))
+    (tmp_path / "out.partial" / "chunks" / ".000009.tmp").write_bytes(b"half")
+    monkeypatch.setattr(embed, "embed_chunk", counted)
+    index.create(str(folder), str(run), str(out), workers=0)
+    assert len(seen) == len(set(seen)) == 12
+    reference = tmp_path / "reference"
+    monkeypatch.setattr(embed, "embed_chunk", whole)
+    index.create(str(folder), str(run), str(reference), workers=0)
+    for name in ("features", "near", "weights", "uids"):
+        arrays = [np.load(p / "segments" / "000000" / f"{name}.npy") for p in (out, reference)]
+        np.testing.assert_allclose(*arrays, atol=1e-5)
+    assert ids(out) == ids(reference)
+
+
+def test_another_command_does_not_resume_what_was_begun(folder, run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(index, "_embed", dies)
+        index.create(str(folder), str(run), str(out), workers=0)
+    index.create(str(folder / "deep"), str(run), str(out), workers=0)
+    assert ids(out) == ["01.png", "03.png", "05.png", "07.png", "09.png"]
+
+
+def test_adding_and_removing_change_nothing_else(folder, run, tmp_path):
+    out = tmp_path / "out"
+    index.create(str(folder), str(run), str(out), workers=0)
+    old = Searcher(str(out))
+    before = {r.id: r.score for r in old.search("red star", top=11)}
+    write_images(folder, range(11, 15))
+    manifest = index.add(str(out), str(folder), workers=0)
+    assert (manifest.items, manifest.generation) == (15, 2), "only what it does not hold"
+    assert old.outdated and len(old.search("red star", top=11)) == 11, "a reader keeps what it opened"
+    new = Searcher(str(out))
+    after = {r.id: r.score for r in new.search("red star", top=15)}
+    assert {k: after[k] for k in before} == pytest.approx(before, abs=1e-6)
+    assert index.add(str(out), str(folder), workers=0).generation == 2, "nothing new"
+
+    manifest = index.remove(str(out), ["00.png", "deep/11.png", "deep/13.png"])
+    assert manifest.items == 12
+    left = Searcher(str(out))
+    assert set(ids(out)) == set(after) - {"00.png", "deep/11.png", "deep/13.png"}
+    for result in left.search("red star", top=12):
+        assert result.score == pytest.approx(after[result.id], abs=1e-6)
+        assert left.thumbnail(result.id) == new.thumbnail(result.id)
+    assert sorted(p.name for p in (out / "segments").iterdir()) == sorted(manifest.segments), "the old ones are gone"
+    assert old.thumbnail("00.png"), "and still there for who had opened them"
+    index.add(str(out), str(folder), workers=0)
+    assert len(ids(out)) == len(set(ids(out))) == 15
+
+
+def test_many_additions_are_joined(folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "MOST_SEGMENTS", 2)
+    out = tmp_path / "out"
+    index.create(str(folder), str(run), str(out), workers=0)
+    for number in (20, 21):
+        write_images(folder, [number])
+        manifest = index.add(str(out), str(folder), workers=0)
+    assert len(manifest.segments) == 1
+    reference = tmp_path / "reference"
+    index.create(str(folder), str(run), str(reference), workers=0)
+    joined, fresh = (Searcher(str(p)) for p in (out, reference))
+    a, b = ({r.id: r.score for r in s.search("green square", top=len(s))} for s in (joined, fresh))
+    assert a == pytest.approx(b, abs=1e-6)
+    assert all(joined.thumbnail(i) == fresh.thumbnail(i) for i in a)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_approximate_indexes_write_down_their_recall(folder, run, tmp_path, kind):
+    write_images(folder, range(11, 80))
+    out, exact = tmp_path / "out", tmp_path / "exact"
+    manifest = index.create(str(folder), str(run), str(out), kind=kind, workers=0, recall=0.99)
+    assert manifest.vectors["recall@10"] >= 0.99 and manifest.vectors["measured_on"] == "items"
+    index.create(str(folder), str(run), str(exact), workers=0)
+
+    def agree() -> float:
+        a, b = (Searcher(str(p)).search("blue circle 7", top=10, refine=False) for p in (out, exact))
+        scores = {r.id: r.score for r in b}
+        assert all(r.score == pytest.approx(scores[r.id], abs=1e-6) for r in a if r.id in scores), "scores are exact"
+        return len({r.id for r in a} & set(scores)) / 10
+
+    assert agree() >= 0.8
+    write_images(folder, range(80, 84))
+    gone = [r.id for r in Searcher(str(out)).search("blue circle 7", top=3)]
+    for path in (out, exact):
+        index.add(str(path), str(folder), workers=0)
+        index.remove(str(path), gone)
+    assert len(Searcher(str(out))) == 81 and agree() >= 0.8
+    more = [r.id for r in Searcher(str(out)).search("red", top=20)]
+    for path in (out, exact):
+        index.remove(str(path), more)
+    rebuilt = index.open_vectors(out, index.Manifest.read(out))
+    assert rebuilt is not None and len(rebuilt) == 61, "built again without what was removed"
+    assert agree() >= 0.8
+
+
+def test_an_index_keeps_to_its_model(own_index, make_config, run, folder, tmp_path, monkeypatch):
+    from tiny_run import make_run
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    make_run(make_config({"train.seed": 5}), str(tmp_path / "other"), {})
+    with pytest.raises(ModelMismatchError, match="features of two models cannot be compared"):
+        index.add(str(own_index), str(folder), model=str(tmp_path / "other"), workers=0)
+    assert index.add(str(own_index), str(folder), model=str(run), workers=0).items == 23
+    card = own_index / "model" / "config.json"
+    card.write_text(card.read_text().replace('"weight": 0.4', '"weight": 0.8'))
+    with pytest.raises(ModelMismatchError, match="the model was replaced"):
+        Searcher(str(own_index))
+
+
+def test_what_cannot_be_indexed_is_said(folder, run, own_index, tmp_path):
+    out = str(tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SearchIndexError, match="holds no image"):
+        index.create(str(tmp_path / "empty"), str(run), out, workers=0)
+    with pytest.raises(SearchIndexError, match="is no folder, shard set or table"):
+        index.create(str(tmp_path / "nowhere"), str(run), out, workers=0)
+    with pytest.raises(ModelError, match="neither a run directory"):
+        index.create(str(folder), str(tmp_path / "nothing"), out, workers=0)
+    with pytest.raises(SearchIndexError, match="exists already"):
+        index.create(str(folder), str(run), str(own_index), workers=0)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.jpg").write_bytes(b"x")
+    with pytest.raises(SearchIndexError, match="none of 1 images can be read"):
+        index.create(str(broken), str(run), out, workers=0)
+    with pytest.raises(SearchIndexError, match="has no item 'nobody'"):
+        index.remove(str(own_index), ["nobody"])
+    with pytest.raises(SearchIndexError, match="nothing would be left"):
+        index.remove(str(own_index), ids(own_index))
+    (tmp_path / "t.csv").write_text("picture\na.jpg\n")
+    with pytest.raises(SearchIndexError, match="has no column 'image', only picture"):
+        list_images(str(tmp_path / "t.csv"))
+    with index.locked(own_index), pytest.raises(SearchIndexError, match="written by another process"):
+        index.remove(str(own_index), ids(own_index)[:1])
+
+
+def test_a_damaged_index_is_named(own_index):
+    features = own_index / "segments" / "000000" / "features.npy"
+    features.write_bytes(features.read_bytes()[:-8])
+    with pytest.raises(SearchIndexError, match="is damaged; make it again"):
+        Searcher(str(own_index))
+    features.unlink()
+    with pytest.raises(SearchIndexError, match="is damaged; make it again"):
+        Searcher(str(own_index))
+    shutil.rmtree(own_index)
+    with pytest.raises(SearchIndexError, match=r"is no index.*mmref index"):
+        Searcher(str(own_index))

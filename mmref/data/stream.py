@@ -16,6 +16,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from mmref.config import Config
 from mmref.data.reader import Batch, TaskReader
 from mmref.errors import ShardSetError
+from mmref.reservations import take_reader_place
 
 SCHEDULING_PAUSE_S = 0.02
 
@@ -47,12 +48,15 @@ def quiet_ray_data() -> Any:
 def build_dataset(config: Config, rank: int, world: int, start: int):  # type: ignore[no-untyped-def]
     """The ray.data.Dataset of one rank's samples from step `start` to the end of training, in order."""
     import ray.data
+    from ray.data._internal.datasource.range_datasource import RangeDatasource
 
     context = quiet_ray_data()
     context.execution_options.preserve_order = True
     steps = config.train.max_steps - start
     tasks = -(-steps // config.data.steps_per_task)
-    return ray.data.range(tasks, override_num_blocks=tasks).map_batches(
+    # as ray.data.range, whose tasks would wait for ever for a CPU where workers and readers have them all
+    numbers = RangeDatasource(n=tasks, block_format="arrow", column_name="id")
+    return ray.data.read_datasource(numbers, num_cpus=0, concurrency=2, override_num_blocks=tasks).map_batches(
         TaskReader,
         batch_size=1,
         fn_constructor_args=(config, rank, world, start),
@@ -71,6 +75,8 @@ class Stream:
         self._next_step = start
         self._rows = config.train.global_batch // world
         dataset = build_dataset(config, rank, world, start)
+        execution = dataset.get_dataset_id().rsplit("_", 1)[0] + "_0"  # as its first execution will be called
+        take_reader_place(config.run_dir, rank, world, f"data-{execution}")
         self._batches = iter(
             dataset.iter_batches(batch_size=self._rows, batch_format="numpy", prefetch_batches=2, drop_last=False)
         )

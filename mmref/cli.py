@@ -27,7 +27,7 @@ def run_command(command: Callable[[], int]) -> int:
         return command()
     except MMRefError as error:
         print(f"mmref: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return error.exit_status
     except KeyboardInterrupt:
         print("mmref: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)
         return 130

@@ -13,7 +13,8 @@ from mmref.errors import ClusterTooSmallError
 
 SETTINGS = {  # Ray Train hands variables of this prefix on to its controller and workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report is committed at the next check; the default is 2 s
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # imports on busy cores take longer than the default of 60 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # how long to wait for places, as of a node that replaces a lost one
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how soon workers hear that a node is being drained; the default is 5 s
     # Ray starts its workers at niceness 15: beside anything else that computes they would hardly run
     "RAY_worker_niceness": "0",
     # workers and readers of a small machine start together: do not warn of it
@@ -104,21 +105,22 @@ def needed_cpus(config: Config) -> float:
 def check_resources(config: Config) -> None:
     """Raise ClusterTooSmallError, with the arithmetic, when workers would leave Ray Data no CPU to read with.
 
-    Ray Data would not fail in that case: it would wait in silence.
+    Ray Data would not fail in that case: it would wait in silence. A run with `train.min_workers` starts with those.
     """
     import ray
 
     have = ray.cluster_resources()
     t = config.train
-    need = needed_cpus(config)
+    workers = t.min_workers or t.workers
+    need = workers * (t.cpus_per_worker + config.data.readers)
     if have.get("CPU", 0) + 1e-6 < need:
         raise ClusterTooSmallError(
-            f"{t.workers} workers x ({t.cpus_per_worker:g} CPU + {config.data.readers} readers) = {need:g} CPUs, the cluster "
+            f"{workers} workers x ({t.cpus_per_worker:g} CPU + {config.data.readers} readers) = {need:g} CPUs, the cluster "
             f"has {have.get('CPU', 0):g}: Ray Data would starve. Lower `--train.workers` to at most "
             f"{max(1, math.floor(have.get('CPU', 0) / (t.cpus_per_worker + config.data.readers)))}, or add nodes."
         )
-    if t.gpu and have.get("GPU", 0) < t.workers:
+    if t.gpu and have.get("GPU", 0) < workers:
         raise ClusterTooSmallError(
-            f"{t.workers} workers need a GPU each, the cluster has {have.get('GPU', 0):g}. Lower `--train.workers`, or "
+            f"{workers} workers need a GPU each, the cluster has {have.get('GPU', 0):g}. Lower `--train.workers`, or "
             "train on CPUs with `--train.gpu false`."
         )

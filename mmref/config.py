@@ -161,6 +161,8 @@ class TrainConfig:
 
     workers: int = 1
     """Ray Train workers (one GPU each where `gpu` is on)."""
+    min_workers: int = 0
+    """Fewest workers to go on with while nodes are missing, growing back to `workers`; 0: wait for replacements instead."""
     gpu: bool = False
     """Train on GPUs (NCCL); off: CPUs (gloo)."""
     cpus_per_worker: float = 1
@@ -423,6 +425,16 @@ def check_config(config: Config) -> Config:
             "`train.compile` works at ZeRO stages 0 to 2: at stage 3 DeepSpeed gathers every layer's parameters in between, "
             "which leaves nothing to compile. Lower `train.zero_stage`, or leave `train.compile` off."
         )
+    if not 0 <= t.min_workers <= t.workers:
+        raise ConfigError(
+            f"`train.min_workers` must be between 0 and `train.workers` {t.workers}, found {t.min_workers}."
+        )
+    if t.min_workers and t.global_batch % t.min_workers:
+        counts = [n for n in range(1, t.workers + 1) if t.global_batch % n == 0]
+        raise BatchArithmeticError(
+            f"train.global_batch {t.global_batch} does not divide over train.min_workers {t.min_workers} "
+            f"({t.global_batch} / {t.min_workers} = {t.global_batch / t.min_workers:.2f}); it does over {counts}."
+        )
     duals = bool(m.dual) + bool(m.dual_config)
     pair = bool(m.vision or m.vision_config), bool(m.text or m.text_config)
     if duals + any(pair) != 1 or (any(pair) and not all(pair)):
@@ -479,8 +491,8 @@ def config_hash(config: Config) -> str:
     values = to_dict(config)
     values.pop("run_dir")
     values["data"]["root"] = values["data"]["root"].rstrip("/").rsplit("/", 1)[-1]  # a set may be moved
-    for key in ("workers", "gpu", "cpus_per_worker", "threads", "zero_stage", "accumulation", "log_every", "eval_every",
-                "keep_checkpoints", "async_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing",
+    for key in ("workers", "min_workers", "gpu", "cpus_per_worker", "threads", "zero_stage", "accumulation", "log_every",
+                "eval_every", "keep_checkpoints", "async_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing",
                 "compile"):  # fmt: skip
         values["train"].pop(key)
     for key in ("readers", "steps_per_task"):

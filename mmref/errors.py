@@ -4,6 +4,8 @@
 class MMRefError(Exception):
     """Base of all errors below: the command line prints the message alone, without a traceback."""
 
+    exit_status = 1
+
 
 class ConfigError(MMRefError):
     """A config file or flag holds an unknown key, a value of the wrong type, or a combination that cannot work."""
@@ -51,6 +53,12 @@ class CheckpointError(MMRefError):
 
 class StorageError(MMRefError):
     """The storage of a run keeps failing: full, unreachable, or not shared between the nodes."""
+
+
+class TrainingStoppedError(MMRefError):
+    """Training was asked to stop (SIGTERM) and did so at a checkpoint; the same command resumes it."""
+
+    exit_status = 143  # 128 + SIGTERM: whatever starts the job again on failure does so
 
 
 class LedgerError(MMRefError):

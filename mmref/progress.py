@@ -86,7 +86,7 @@ class Progress:
         if last < max((step for step, _ in self._seen), default=0):
             # the file was cut back: workers have started again from a checkpoint
             self._seen = {_identity(r) for r in records}
-            self._say(f"workers started; going on from the checkpoint at step {last}")
+            self.say(f"workers started; going on from the checkpoint at step {last}")
         for record in records:
             if _identity(record) in self._seen:
                 continue
@@ -94,12 +94,13 @@ class Progress:
             left = record.get("step_seconds", 0) * (self.max_steps - record["step"]) or None
             line = log_line(record, self.max_steps, left)
             if self._bar is None or "loss" not in record:
-                self._say(line)
+                self.say(line)
             else:
                 self._bar.n = record["step"]
                 self._bar.set_postfix_str(line.split("  ", 1)[1])
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
         if self._bar is None:
             print(line, flush=True)
         else:

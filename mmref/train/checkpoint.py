@@ -391,6 +391,13 @@ def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
 
 
+def remove_uncommitted(run: RunDir) -> None:
+    """Remove what interrupted checkpoints left behind. For the driver alone, while no worker writes."""
+    for name in run.list(FOLDER):
+        if name.startswith("step-") and not run.exists(f"{FOLDER}/{name}/meta.json"):
+            run.remove(f"{FOLDER}/{name}")
+
+
 def repair_snapshot(run: RunDir) -> None:
     """Remove Ray Train's list of checkpoints when it cannot be read or names folders that are gone.
 

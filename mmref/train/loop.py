@@ -22,29 +22,33 @@ from mmref.model.mmref import build_model
 from mmref.rundir import RunDir
 from mmref.train import checkpoint, collectives
 from mmref.train.bank import ReferenceBank
+from mmref.train.elastic import accumulation_for
 from mmref.train.engine import build_engine, set_learning_rate
 from mmref.train.ledger import Ledger
 from mmref.train.logs import RunLog
 from mmref.train.saver import Saver
 from mmref.train.step import LOSSES, StepRunner
+from mmref.train.stop import StopNotice
 from mmref.train.validation import Validation, score_of
 
 FAILURE = "failure.json"
 
 
-def train_worker(values: dict[str, Any]) -> None:
+def train_worker(values: dict[str, Any]) -> int:
     """Entry point on every Ray Train worker; `values` is the config as a plain dict.
 
+    Returns 0 at the end of training, or the reason (mmref.train.stop) why the workers left before it, at a checkpoint.
     Errors that every worker meets alike (a loss that is not finite, too many broken samples, a wrong model) end the run
     without a retry: they are written to failure.json for the driver, since a restart would only meet them again.
     """
     config = from_dict(values)
     run = RunDir(config.run_dir)
     try:
-        Worker(config, run).train()
+        return Worker(config, run).train()
     except (NonFiniteLossError, TooManyBadSamplesError, CheckpointError, ModelError) as error:
         if collectives.rank() == 0:
             run.write_text(FAILURE, json.dumps({"error": type(error).__name__, "message": str(error)}))
+        return 0
 
 
 class Worker:
@@ -56,6 +60,8 @@ class Worker:
         context = ray.train.get_context()
         self.config, self.run = config, run
         self.world, self.rank = context.get_world_size(), context.get_world_rank()
+        config.train.accumulation = accumulation_for(config, self.world)
+        config.train.workers = self.world  # fewer than asked for where nodes were lost
         check_batch(config.train.global_batch, self.world, config.train.accumulation, config.train.images_per_object)
         if config.train.gpu:
             from ray.train.torch import get_device
@@ -88,6 +94,7 @@ class Worker:
         self.encoder = Encoder(self.engine, self.engine.module, config.data, self.tokens, self.device)
         self.validation = Validation(config) if "val" in shards.splits else None
         self.ledger = Ledger(run, self.start, self.device)
+        self.notice = StopNotice(run)
         self.bad: set[str] = set()
         self.log: RunLog | None = None
 
@@ -99,11 +106,13 @@ class Worker:
                 "directory must be on storage that all nodes share. Give `--run_dir` on NFS or an s3:// URL."
             )
 
-    def train(self) -> None:
-        """Steps from the last checkpoint to the end, with log lines, evaluations and checkpoints."""
+    def train(self) -> int:
+        """Steps from the last checkpoint to the end, or to where it is to stop (returns why), with log lines, evaluations
+        and checkpoints."""
         config = self.config.train
         eval_every = config.eval_every or max(1, config.max_steps // 10)
         self.engine.train()
+        reason = 0
         with self._logging(), Saver(self.run, self.engine, self.bank, config.async_checkpoints) as saver:
             window = Window(self.device)
             for step in range(self.start, config.max_steps):
@@ -114,20 +123,25 @@ class Worker:
                 window.add(step, self.runner.run(step, batch))
                 self.ledger.add(batch)
                 done = step + 1
-                logs = done % config.log_every == 0 or done == config.max_steps
+                reason = self.notice.agreed() if done < config.max_steps else 0
                 evaluates = done % eval_every == 0 or done == config.max_steps
+                logs = done % config.log_every == 0 or done == config.max_steps or reason > 0
                 if logs or evaluates:
                     self._check(window)
                 if logs:
                     self._log(self._line(done, lr, window), saver)
                     window = Window(self.device)
                     self.stream.waited_s = 0.0
-                if evaluates:
+                if evaluates or reason:
                     began = time.perf_counter()
-                    self._log(self._evaluate_and_save(done, saver), saver)
+                    self._log(self._evaluate_and_save(done, saver, evaluate=evaluates), saver)
                     window.pause(time.perf_counter() - began)
+                if reason:
+                    break
             saver.wait()
             self._log(None, saver)
+        self.notice.close()
+        return reason
 
     def _line(self, done: int, lr: float, window: Window) -> dict[str, Any]:
         """One record of metrics.jsonl; every rank takes part in the means."""
@@ -151,12 +165,15 @@ class Worker:
         }
         return record
 
-    def _evaluate_and_save(self, done: int, saver: Saver) -> dict[str, Any]:
-        """Score on val and begin a checkpoint; one record of metrics.jsonl (collective)."""
+    def _evaluate_and_save(self, done: int, saver: Saver, evaluate: bool) -> dict[str, Any]:
+        """Score on val where there is time for it, and begin a checkpoint; one record of metrics.jsonl (collective).
+
+        A checkpoint that was not scored is never the best.
+        """
         began = time.perf_counter()
-        metrics = self.validation(self.encoder, self.bank) if self.validation else {}
+        metrics = self.validation(self.encoder, self.bank) if self.validation and evaluate else {}
         evaluated = time.perf_counter()
-        score = score_of(metrics, self.config.eval.metric) if metrics else float(done)
+        score = score_of(metrics, self.config.eval.metric) if metrics else 0.0 if self.validation else float(done)
         meta = {
             "step": done,
             "score": score,

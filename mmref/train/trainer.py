@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from mmref import errors
-from mmref.cluster import check_resources, connect, needed_cpus
+from mmref.cluster import SETTINGS, check_resources, connect, needed_cpus
 from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict
 from mmref.data.plan import build_plan
 from mmref.data.shards import ShardSet
@@ -15,9 +16,22 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import MMRefError, RunDirectoryError, ShardSetError
 from mmref.model.backbone import check_towers
 from mmref.progress import Progress
+from mmref.reservations import take_place
 from mmref.rundir import RunDir
 from mmref.train import checkpoint
 from mmref.train.loop import FAILURE, train_worker
+from mmref.train.stop import DRAIN, GROW, Termination, withdraw_request
+
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+# workers of a group that counts on a node which is gone wait for places in vain: count again soon. Until Ray has noticed
+# the loss (15 s by default) the count may be wrong once more
+ELASTIC_START_TIMEOUT_S = "10"
+START_ATTEMPTS = 3
+RESIZE_CHECK_S = 30.0  # how often a group with fewer workers than asked for looks for places
+LEFT = {
+    DRAIN: "a node is being taken away: the workers checkpointed and left it",
+    GROW: "there are places for more workers: they checkpointed to start again with more",
+}
 
 
 def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | None:
@@ -30,9 +44,9 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
     config.data.root = _absolute(config.data.root)
     check_inputs(config)
     prepare_run(config, run)
-    with connect(needed_cpus(config), config.train.storage_gb):
+    with connect(needed_cpus(config), config.train.storage_gb), Termination(run) as termination:
         check_resources(config)
-        fit(config, run)
+        fit(config, run, termination=termination)
         if not final_evaluation:
             return None
         from mmref.evaluate.evaluate import evaluate_run
@@ -71,6 +85,7 @@ def prepare_run(config: Config, run: RunDir) -> None:
             )
     run.remove(FAILURE)
     run.write_text("config.yaml", dump_yaml(config))
+    checkpoint.remove_uncommitted(run)
     checkpoint.repair_snapshot(run)
 
 
@@ -88,24 +103,66 @@ def _differences(before: Config, now: Config) -> str:
     return "; ".join(found[:5])
 
 
-def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = ()) -> None:
+def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = (), termination: Termination | None = None) -> None:
     """Run Ray Train to the end, showing progress. Raises the worker's own error where it is one of ours.
 
-    `callbacks` are Ray Train's: a sweep hears of every evaluation through one.
+    Workers that left at a checkpoint, before a node is taken away or for more workers to join, are started again from
+    there. Raises TrainingStoppedError when `termination` has received a signal. `callbacks` are Ray Train's: a sweep
+    hears of every evaluation through one.
     """
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
 
-    latest = checkpoint.latest_checkpoint(run)
-    if latest and latest.step >= config.train.max_steps:
-        return  # a finished run: only its evaluation is left
     t = config.train
-    trainer = TorchTrainer(
+    step = _latest_step(run)
+    if step >= t.max_steps:
+        return  # a finished run: only its evaluation is left
+    termination = termination or Termination(run)
+    with Progress(run, t.max_steps, start=step) as progress:
+        while step < t.max_steps:
+            withdraw_request(run)
+            if termination.received:
+                raise termination.error(step)
+            trainer = _trainer(config, run, callbacks)
+            take_place(run.path, "workers", f"train-{trainer.train_run_context.run_id}")
+            termination.training = True
+            try:
+                reason = trainer.fit().return_value
+            except ray.train.TrainingFailedError as error:
+                raise named_error(error) from error
+            termination.training = False
+            if run.exists(FAILURE):
+                failure = json.loads(run.read_text(FAILURE))
+                raise getattr(errors, failure["error"])(failure["message"])
+            step = _latest_step(run)
+            if reason in LEFT:
+                progress.say(f"{LEFT[reason]}; going on from the checkpoint at step {step}")
+    checkpoint.remove_uncommitted(run)
+
+
+def _latest_step(run: RunDir) -> int:
+    latest = checkpoint.latest_checkpoint(run)
+    return latest.step if latest else 0
+
+
+def _trainer(config: Config, run: RunDir, callbacks: Sequence[Any]) -> Any:
+    import ray.train
+    from ray.train.torch import TorchConfig
+
+    from mmref.train.ray_trainer import Trainer
+
+    t = config.train
+    elastic = 0 < t.min_workers < t.workers
+    workers: Any = (t.min_workers, t.workers) if elastic else t.workers
+    if elastic and os.environ.get(START_TIMEOUT) == SETTINGS[START_TIMEOUT]:
+        os.environ[START_TIMEOUT] = ELASTIC_START_TIMEOUT_S
+    return Trainer(
+        config,
         train_worker,
         train_loop_config=to_dict(config),
         torch_config=TorchConfig(backend="nccl" if t.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=t.workers,
+            num_workers=workers,
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,  # type: ignore[call-arg]
             use_gpu=t.gpu,
             resources_per_worker={"CPU": t.cpus_per_worker, **({"GPU": 1} if t.gpu else {})},
         ),
@@ -114,20 +171,15 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = ()) -> None:
             storage_path=run.root,
             storage_filesystem=ray_filesystem(run),
             callbacks=list(callbacks),
-            failure_config=ray.train.FailureConfig(max_failures=t.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
+            failure_config=ray.train.FailureConfig(
+                max_failures=t.max_failures,
+                controller_failure_limit=START_ATTEMPTS * (5 if elastic else 1),  # type: ignore[call-arg]
+            ),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=t.keep_checkpoints, checkpoint_score_attribute="score", checkpoint_score_order="max"
             ),
         ),
     )
-    with Progress(run, t.max_steps, start=latest.step if latest else 0):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise named_error(error) from error
-    if run.exists(FAILURE):
-        failure = json.loads(run.read_text(FAILURE))
-        raise getattr(errors, failure["error"])(failure["message"])
 
 
 def ray_filesystem(run: RunDir) -> Any:

@@ -1,0 +1,72 @@
+"""Ray Train's trainer with a scaling policy that knows which numbers of workers a run may have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+
+from mmref.config import Config
+from mmref.rundir import RunDir
+from mmref.train.elastic import largest_count
+from mmref.train.stop import GROW, request_stop
+
+COORDINATOR_TIMEOUT_S = 10
+
+
+class AllowedCounts(ElasticScalingPolicy):
+    """Ray Train's elastic policy, kept to numbers of workers that divide the batch and leave CPUs to the readers.
+
+    Ray Train would resize a running group by ending it, which loses the steps since its checkpoint. Here the group is
+    asked to checkpoint and leave, and the driver starts the larger one.
+    """
+
+    def __init__(self, scaling_config: Any, config: Config) -> None:
+        super().__init__(scaling_config)
+        self._config = config
+
+    def _get_reserved_resources(self) -> ReservedResources | None:
+        """As the nodes are now: the coordinator's own view may be 20 s old, and hold a node that was lost."""
+        try:
+            return ray.get(
+                self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True),
+                timeout=COORDINATOR_TIMEOUT_S,
+            )
+        except ray.exceptions.RayError:
+            return None  # on a busy machine; the policy asks again
+
+    def _count_possible_workers(self, reserved_resources: ReservedResources) -> int:
+        draining = ray._private.state.state.get_draining_nodes()
+        alive = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining}
+        places = super()._count_possible_workers({n: r for n, r in reserved_resources.items() if n in alive})
+        return largest_count(self._config, places, sum(r.get("CPU", 0.0) for r in alive.values()))
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers:
+            request_stop(RunDir(self._config.run_dir), GROW)
+        return NoopDecision()  # workers on nodes that are lost fail by themselves
+
+
+class Trainer(TorchTrainer):
+    """TorchTrainer, with AllowedCounts as its policy where the number of workers is a range."""
+
+    def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._config = config
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:  # type: ignore[attr-defined]
+            kwargs["scaling_policy"] = AllowedCounts(self.scaling_config, self._config)
+        return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]

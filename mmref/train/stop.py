@@ -1,0 +1,128 @@
+"""Leaving early without losing a step: every worker checkpoints at the same step and returns.
+
+Asked for by SIGTERM to the driver (spot instances, `ray job stop`), by Ray's notice that a node is being drained, or by
+the scaling policy when nodes for more workers have come. The request lies in the cluster's key-value store, where rank 0
+looks for it; ranks agree on it by a reduction that runs beside the next step, so no step waits for it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mmref.errors import TrainingStoppedError
+from mmref.rundir import RunDir
+
+DRAIN, GROW, TERMINATE = 1, 2, 3  # why a run leaves early; where several hold, the highest counts
+POLL_S = 0.5
+
+
+def request_stop(run: RunDir, reason: int) -> None:
+    """Ask the workers of a run to checkpoint and leave. Needs a connection to the run's cluster."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(_key(run), str(reason))
+
+
+def withdraw_request(run: RunDir) -> None:
+    """Remove a request that has been answered, or that nobody was there to answer."""
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    _internal_kv_del(_key(run))
+
+
+def _requested(run: RunDir) -> int:
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return int(_internal_kv_get(_key(run)) or 0)
+
+
+def _key(run: RunDir) -> str:
+    return f"mmref-stop:{run.path}"
+
+
+class StopNotice:
+    """A worker's view of requests to stop, the same on every rank at the same step."""
+
+    def __init__(self, run: RunDir) -> None:
+        """Collective where there are several ranks."""
+        self._several = dist.is_initialized() and dist.get_world_size() > 1
+        # on CPU tensors, also where training is on GPUs: reading the answer synchronises no device
+        self._group = dist.new_group(backend="gloo") if self._several else None
+        self._answer = torch.zeros(1, dtype=torch.int32)
+        self._work: Any = None
+        self._seen = 0
+        self._closed = threading.Event()
+        if not self._several or dist.get_rank() == 0:
+            threading.Thread(target=self._watch, args=(run,), daemon=True).start()
+
+    def agreed(self) -> int:
+        """Once a step (collective): the reason to leave after this step, 0 for none. It is known one step after it came."""
+        own = max(self._seen, DRAIN if _node_is_drained() else 0)
+        if not self._several:
+            return own
+        before = 0
+        if self._work is not None:
+            self._work.wait()
+            before = int(self._answer)
+        self._answer = torch.tensor([own], dtype=torch.int32)
+        self._work = dist.all_reduce(self._answer, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return before
+
+    def close(self) -> None:
+        """Stop watching, and take part in the last reduction to its end."""
+        self._closed.set()
+        if self._work is not None:
+            self._work.wait()
+
+    def _watch(self, run: RunDir) -> None:
+        while not self._closed.wait(POLL_S):
+            self._seen = max(self._seen, _requested(run))
+
+
+def _node_is_drained() -> bool:
+    """Whether Ray has told this worker that a node of the run is being taken away.
+
+    `ray.train.get_preemption_info()` says the same, but waits for all ranks at every call.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+class Termination:
+    """The driver's answer to SIGTERM, as a context: while workers train they checkpoint first, else the run ends at once.
+
+    A second SIGTERM does not wait for the checkpoint. Outside the main thread (a trial of a sweep) signals are left alone.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self.run, self.received, self.training = run, False, False
+
+    def __enter__(self) -> Termination:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self.received = self.received, True
+        if again or not self.training:
+            raise self.error()
+        print("SIGTERM: the workers finish their step and write a checkpoint ...", flush=True)
+        # from a thread of its own: the main one is inside a call to Ray
+        threading.Thread(target=request_stop, args=(self.run, TERMINATE), daemon=True).start()
+
+    def error(self, step: int | None = None) -> TrainingStoppedError:
+        """What the run ends with; `step`: the steps its last checkpoint holds."""
+        held = "" if step is None else f" after step {step}, which its checkpoint holds"
+        return TrainingStoppedError(f"{self.run.path} stopped on SIGTERM{held}. The same command resumes it.")

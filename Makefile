@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint format sweep clean
+.PHONY: help setup demo test test-slow lint format sweep chaos clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ format: setup  ## let ruff lay out the code
 sweep: setup  ## a small sweep on the bundled data into runs/sweep/
 	$(BIN)/python tune/sweep.py --space tune/spaces/default.yaml --config configs/smoke.yaml --trials 8 --run_dir runs/sweep \
 		--train.max_steps 400 --train.eval_every 50 --train.log_every 50
+
+chaos: setup  ## kill workers, nodes, drivers and disks of a small run; the table of what it cost into runs/chaos/
+	$(BIN)/python benchmarks/chaos.py --out runs/chaos/chaos.json
 
 clean:  ## remove .venv, runs/ and caches
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

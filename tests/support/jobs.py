@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,17 +23,26 @@ TIMEOUT_S = 400
 class Job:
     """A job of jobs/*.py in a process of its own; Ray and its workers are its descendants."""
 
-    def __init__(self, script: str, *argv: str) -> None:
+    def __init__(self, script: str, *argv: str, address: str = "") -> None:
+        """`script`: of jobs/, or a path; `address`: of the cluster, "" for one of its own."""
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        if address:
+            environment["RAY_ADDRESS"] = address
+        self._output = tempfile.TemporaryFile("a+")  # a pipe that nobody empties would stop the job
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / script), *argv],
-            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=ROOT, env=environment, text=True, stdout=self._output, stderr=subprocess.STDOUT,
         )  # fmt: skip
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        self._output.seek(0)
+        return self._output.read()
 
     def wait(self) -> tuple[int, str]:
         """Exit status and output."""
-        output, _ = self.process.communicate(timeout=TIMEOUT_S)
-        return self.process.returncode, output
+        self.process.wait(timeout=TIMEOUT_S)
+        return self.process.returncode, self.output()
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -56,7 +66,7 @@ class Job:
                 process.kill()
             except psutil.Error:
                 continue
-        self.process.communicate(timeout=60)
+        self.process.wait(timeout=60)
 
 
 def write_config(config: Config, folder: Path) -> Path:

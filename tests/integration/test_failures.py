@@ -1,0 +1,28 @@
+"""Faults on a cluster of several nodes: the run goes on, or stops by name, and no sample is lost or repeated.
+
+The scenarios are those of `make chaos`, one cluster for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from scenarios import SCENARIOS, Chaos, Outcome, chaos_on, driver_terminated
+
+
+@pytest.fixture(scope="module")
+def chaos(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chaos]:
+    with chaos_on(tiny_set, tmp_path_factory.mktemp("chaos")) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(s, marks=() if s is driver_terminated else pytest.mark.slow, id=s.__name__) for s in SCENARIOS],
+)
+def test_fault(chaos: Chaos, scenario: Callable[[Chaos], Outcome]) -> None:
+    outcome = scenario(chaos)
+    assert outcome.passed, outcome
+    assert (outcome.samples_lost, outcome.samples_repeated) == (0, 0)

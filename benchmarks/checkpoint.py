@@ -100,8 +100,10 @@ class Target:
 
     def _write(self, folder: str, state: checkpoint.Snapshot, began: float, name: str) -> None:
         self.bytes = state.bytes
+        writing = time.perf_counter()
         checkpoint.write(self.run, folder, state, 0)
         checkpoint.commit(self.run, folder, state.meta)
+        self.note(f"{name}_writing", time.perf_counter() - writing)
         self.note(name, time.perf_counter() - began)
 
     def blocking(self) -> None:
@@ -152,14 +154,18 @@ class Target:
 
     def result(self) -> dict[str, float]:
         s = {name: statistics.median(values) for name, values in self.seconds.items()}
-        plain = s["loop_without"]
+        # paired: each round's loops follow one another, so that noise of the machine meets them alike
+        stalls = {
+            name: statistics.median(a - b for a, b in zip(self.seconds[f"loop_{name}"], self.seconds["loop_without"]))
+            for name in ("blocking", "background")
+        }
         found = {
             "blocking_seconds": s["blocking"],
             "async_blocking_seconds": s["background_blocking"],
             "async_total_seconds": s["background_total"],
-            "stall_blocking_seconds": s["loop_blocking"] - plain,
-            "stall_async_seconds": s["loop_background"] - plain,
-            "mb_per_second": self.bytes / 1e6 / (s["blocking"] - s["background_blocking"]),
+            "stall_blocking_seconds": stalls["blocking"],
+            "stall_async_seconds": stalls["background"],
+            "mb_per_second": self.bytes / 1e6 / s["blocking_writing"],
             "verify_seconds": s["verify"],
             "load_seconds": s["load"],
         }

@@ -142,7 +142,7 @@ def test_references_keep_their_objects_and_untrained_ones_stay_behind(exported):
 
 
 REFINEMENTS = [
-    ("pair", {"top_p": 3}), ("pair", {}), ("pair", {"kind": "dense"}), ("pair", {"weight": 0.0}),
+    ("pair", {"top_p": 3}), ("pair", {}), ("pair", {"kind": "dense"}), ("pair", {"kind": "expansion"}), ("pair", {"weight": 0.0}),
 ]  # fmt: skip
 
 

@@ -331,12 +331,12 @@ def load_model(folder: str, model: torch.nn.Module) -> None:
 
 
 def load_references(folder: str, meta: dict[str, Any]) -> Tensor:
-    """All references (m, K, d) of a checkpoint on this process."""
+    """All references (m, K, d) of a checkpoint on this process, in fp32 however they were stored."""
     parts = {}
     for rank in range(int(meta["world"])):
         with safe_open(f"{folder}/references-{rank}.safetensors", "pt") as file:
             parts[int(file.metadata()["first"])] = file.get_tensor("rows")
-    return torch.cat([parts[first] for first in sorted(parts)])
+    return torch.cat([parts[first] for first in sorted(parts)]).float()
 
 
 class TensorFolder:

@@ -126,6 +126,13 @@ def test_the_classifier_of_the_objects_is_left_behind_in_evaluation(make_config,
     assert torch.equal(again.model.classify.weight, run.model.classify.weight)
 
 
+def test_references_stored_in_bf16_are_read_as_fp32(make_config, tmp_path, monkeypatch):
+    run = Training(make_config({"reference.row_dtype": "bf16"}))
+    run.train(0, 2)
+    found = checkpoint.load_references(str(tmp_path), run.save(tmp_path, monkeypatch, world=2))
+    assert found.dtype == torch.float32 and torch.equal(found, run.bank.rows.float()) and found.abs().sum() > 0
+
+
 @pytest.mark.parametrize("overrides, said", [
     ({"model.embed_dim": 6}, r"visual_projection.weight has shape \(8, 16\), the model needs \(6, 16\)"),
     ({"loss.w_rec": 0.0}, "unknown reconstruct"),

@@ -25,6 +25,14 @@ class DataConfig:
 
     root: str = "data_shards/emoji"
     """Shard set: a directory or URL that holds manifest.json."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Further shard sets and the share of the steps that each gives: {"/data/flowers": 0.3}; `root` gives the rest."""
+    window_shards: int = 0
+    """Objects of a step come from a moving window of this many shards, for sets on object storage; 0: from the whole set."""
+    cache_gb: float = 0.0
+    """Disk on each node for shards of object storage, in GB; 0: none, byte ranges are read instead."""
+    cache_dir: str = "~/.cache/mmref/shards"
+    """Folder of these shards, on the node's own disk."""
     tokenizer: str = ""
     """Hub id or directory of the tokenizer; empty: the one of the backbone, or `tokenizer/` inside the shard set."""
     image_height: int = 64
@@ -408,6 +416,17 @@ def check_config(config: Config) -> Config:
     ):
         if not weight >= 0:
             raise ConfigError(f"`{name}` must be at least 0, found {weight}.")
+    if config.data.window_shards < 0 or config.data.cache_gb < 0:
+        raise ConfigError(
+            f"`data.window_shards` and `data.cache_gb` must not be negative, found {config.data.window_shards} and "
+            f"{config.data.cache_gb}."
+        )
+    mix = config.data.mix
+    if any(not 0.001 <= share < 1 for share in mix.values()) or sum(mix.values()) >= 1:
+        raise ConfigError(
+            f"`data.mix` gives each further shard set a share of the steps, from 0.001 up and below 1 in all (`data.root` "
+            f"has the rest), found {mix}."
+        )
     for name, positive in (("loss.tau", config.loss.tau), ("reference.tau", config.reference.tau), ("train.lr", t.lr)):
         if not positive > 0:
             raise ConfigError(f"`{name}` must be above 0, found {positive}.")
@@ -495,7 +514,8 @@ def config_hash(config: Config) -> str:
                 "eval_every", "keep_checkpoints", "async_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing",
                 "compile"):  # fmt: skip
         values["train"].pop(key)
-    for key in ("readers", "steps_per_task"):
+    values["data"]["mix"] = {root.rstrip("/").rsplit("/", 1)[-1]: share for root, share in config.data.mix.items()}
+    for key in ("readers", "steps_per_task", "cache_gb", "cache_dir"):
         values["data"].pop(key)
     values["reference"].pop("rows_on")
     values.pop("eval")

@@ -3,11 +3,17 @@
 It knows neither workers nor nodes nor time. Nothing is stored between steps, so a run resumes at any position of a
 set of any size at once: the order of an epoch is a keyed permutation that is evaluated at single positions
 (a Feistel network with cycle walking), not an array that is shuffled.
+
+For sets on object storage the order of an epoch keeps a window (`WindowedOrder`): a few shards at a time, drawn by the
+seed, so that a node can hold them on its disk. Several sets take turns by weight (`MixedPlan`).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,18 +74,72 @@ class Step:
     captions: NDArray[np.uint64]  # (n,) draw for the caption: caption number = draw % captions of the image
 
 
+class Order(Protocol):
+    """The order in which an epoch visits the objects."""
+
+    def __call__(self, epoch: int, first: int, count: int) -> Ints:
+        """Objects (count,) at places first, first + 1, ... of an epoch, all different. The last step asks beyond its end."""
+
+
+@dataclass(frozen=True)
+class ShuffledOrder:
+    """A permutation of all objects; a step beyond the end is filled up from the start."""
+
+    n_objects: int
+    seed: int
+
+    def __call__(self, epoch: int, first: int, count: int) -> Ints:
+        position = (first + np.arange(count)) % self.n_objects
+        return permute(position, self.n_objects, int(mix(self.seed, epoch, 1)))
+
+
+class WindowedOrder:
+    """Shards in seeded order, `window` of them at a time; objects permuted inside a window.
+
+    A step reads from one window, or from two where one ends. A step beyond the end of the epoch is moved back to it, so
+    that it does not ask for shards of the start again.
+    """
+
+    def __init__(self, shard_start: Ints, window: int, seed: int) -> None:
+        """`shard_start` (S + 1,): first object of each shard, and the number of objects."""
+        self.shard_start, self.window, self.seed = shard_start, window, seed
+        self._epoch = lru_cache(maxsize=2)(self._lay_out)
+
+    def __call__(self, epoch: int, first: int, count: int) -> Ints:
+        shards, shard_at, window_at = self._epoch(epoch)
+        position = min(first, int(self.shard_start[-1]) - count) + np.arange(count)
+        window = np.searchsorted(window_at, position, side="right") - 1
+        size = window_at[window + 1] - window_at[window]
+        inside = permute(position - window_at[window], size, mix(self.seed, epoch, window, 6))
+        place = window_at[window] + inside  # among the epoch's objects, shard after shard
+        shard = np.searchsorted(shard_at, place, side="right") - 1
+        return self.shard_start[shards[shard]] + place - shard_at[shard]
+
+    def shards(self, epoch: int) -> Ints:
+        """Shards in the order of an epoch."""
+        return self._epoch(epoch)[0]
+
+    def _lay_out(self, epoch: int) -> tuple[Ints, Ints, Ints]:
+        """Shards of an epoch in order, and the place of the first object of each shard and of each window."""
+        count = len(self.shard_start) - 1
+        shards = permute(np.arange(count), count, int(mix(self.seed, epoch, 5)))
+        shard_at = np.concatenate([[0], np.cumsum(np.diff(self.shard_start)[shards])])
+        return shards, shard_at, shard_at[np.append(np.arange(0, count, self.window), count)]
+
+
 @dataclass(frozen=True)
 class Plan:
     """P objects x Q images of each at every step.
 
-    An epoch visits every object once, in a new order; its last step is filled up with objects from its start, so no
-    object is ever dropped. An object's images are visited in turn over the epochs, in an order of its own.
+    An epoch visits every object once, in a new order; its last step is filled up, so no object is ever dropped. An
+    object's images are visited in turn over the epochs, in an order of its own; where it has fewer than Q, they repeat.
     """
 
     object_start: Ints  # (m + 1,) first image of each object; images of an object are adjacent
     objects_per_step: int
     images_per_object: int
     seed: int
+    order: Order | None = None  # ShuffledOrder by default
 
     def __post_init__(self) -> None:
         if self.n_objects < self.objects_per_step:
@@ -88,6 +148,8 @@ class Plan:
                 f"(train.global_batch {self.objects_per_step * self.images_per_object} / train.images_per_object "
                 f"{self.images_per_object}): set train.global_batch to at most {self.n_objects * self.images_per_object}."
             )
+        if self.order is None:
+            object.__setattr__(self, "order", ShuffledOrder(self.n_objects, self.seed))
 
     @property
     def n_objects(self) -> int:
@@ -99,8 +161,8 @@ class Plan:
 
     def __call__(self, step: int) -> Step:
         epoch, within = divmod(step, self.steps_per_epoch)
-        position = (within * self.objects_per_step + np.arange(self.objects_per_step)) % self.n_objects
-        objects = permute(position, self.n_objects, int(mix(self.seed, epoch, 1)))
+        assert self.order is not None
+        objects = self.order(epoch, within * self.objects_per_step, self.objects_per_step)
         count = self.object_start[objects + 1] - self.object_start[objects]  # (P,) images of each
         visit = epoch * self.images_per_object + np.arange(self.images_per_object)  # (Q,) running visit of an object
         # every pass over an object's images has its own order: pass number = visit // count
@@ -124,6 +186,68 @@ class Plan:
         return others[int(permute(np.array([attempt]), len(others), key)[0])]
 
 
-def build_plan(config: Config, index: SplitIndex) -> Plan:
-    """The plan of a run over its train split. Raises TooFewObjectsError."""
-    return Plan(index.object_start, config.objects_per_step, config.train.images_per_object, config.train.seed)
+PERIOD = 1000  # steps in which each set of a mixture has its share exactly
+
+
+class MixedPlan:
+    """Several sets take turns: a step's samples are of one set, drawn by the seed so that each has its share of the steps.
+
+    So the negatives of a step are of its own set, the hard ones. Images and objects are numbered through over the sets.
+    """
+
+    def __init__(self, plans: list[Plan], shares: list[float], seed: int) -> None:
+        """`shares` of the steps, one for each plan, 1 in all."""
+        self.plans, self.seed = plans, seed
+        exact = np.array(shares) * PERIOD
+        counts = np.floor(exact).astype(np.int64)
+        counts[np.argsort(counts - exact, kind="stable")[: PERIOD - counts.sum()]] += 1  # largest remainders
+        self.counts = counts
+        self.first_image = np.cumsum([0, *(int(p.object_start[-1]) for p in plans)])
+        self.first_object = np.cumsum([0, *(p.n_objects for p in plans)])
+        self.objects_per_step, self.images_per_object = plans[0].objects_per_step, plans[0].images_per_object
+        self._period = lru_cache(maxsize=2)(self._turns)
+
+    def _turns(self, period: int) -> Ints:
+        """The set of each step of a period, (PERIOD,)."""
+        shuffled = permute(np.arange(PERIOD), PERIOD, int(mix(self.seed, period, 7)))
+        return np.searchsorted(np.cumsum(self.counts), shuffled, side="right")
+
+    def turn(self, step: int) -> tuple[int, int]:
+        """The set of a step, and how many steps that set has had before."""
+        period, at = divmod(step, PERIOD)
+        turns = self._period(period)
+        part = int(turns[at])
+        return part, period * int(self.counts[part]) + int((turns[:at] == part).sum())
+
+    def __call__(self, step: int) -> Step:
+        part, own = self.turn(step)
+        planned = self.plans[part](own)
+        return Step(
+            step, planned.images + self.first_image[part], planned.objects + self.first_object[part], planned.captions
+        )
+
+    def substitute(self, step: int, position: int, attempt: int) -> int | None:
+        """As Plan.substitute."""
+        part, own = self.turn(step)
+        found = self.plans[part].substitute(own, position, attempt)
+        return None if found is None else found + int(self.first_image[part])
+
+
+def build_plan(config: Config, index: SplitIndex) -> Plan | MixedPlan:
+    """The plan of a run over its training index (`train_index`). Raises TooFewObjectsError."""
+    data, seed = config.data, config.train.seed
+    bounds = [*index.first_objects, index.n_objects]
+    plans = []
+    for first, last in itertools.pairwise(bounds):
+        start = index.object_start[first : last + 1]
+        order: Order | None = None
+        if data.window_shards:
+            shard = index.shard[start[:-1]]  # of each object
+            shard_start = np.append(np.flatnonzero(np.diff(shard, prepend=-1)), len(shard))
+            order = WindowedOrder(shard_start, data.window_shards, seed)
+        own = start - start[0] if first else start
+        plans.append(Plan(own, config.objects_per_step, config.train.images_per_object, seed, order))
+    if len(plans) == 1:
+        return plans[0]
+    shares = list(data.mix.values())
+    return MixedPlan(plans, [1 - sum(shares), *shares], seed)

@@ -12,9 +12,9 @@ from mmref.config import Config
 from mmref.data.captions import CaptionNoise, usable_captions
 from mmref.data.decode import decode_image
 from mmref.data.plan import build_plan
-from mmref.data.shards import SampleReader, ShardSet
+from mmref.data.shards import open_reader, train_index
 from mmref.data.tokens import load_tokens
-from mmref.errors import SampleError, ShardSetError
+from mmref.errors import SampleError
 
 Batch = dict[str, NDArray[Any]]
 
@@ -26,11 +26,8 @@ class StepReader:
     """
 
     def __init__(self, config: Config, rank: int = 0, world: int = 1) -> None:
-        shards = ShardSet.open(config.data.root)
-        if "train" not in shards.splits:
-            raise ShardSetError(f"{config.data.root}: no train split, found {shards.splits}.")
-        self.config, self.index = config, shards.index("train")
-        self.samples = SampleReader(self.index)
+        self.config, self.index = config, train_index(config)
+        self.samples = open_reader(config, self.index)
         self.plan = build_plan(config, self.index)
         self.tokens = load_tokens(config)
         self.noise = CaptionNoise(config.data, config.train.seed, self.index, self.samples)

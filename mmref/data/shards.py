@@ -17,13 +17,20 @@ import tarfile
 import tempfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmref.data.cache import ShardCache, with_retries
+from mmref.data.columns import Strings, read_columns
 from mmref.errors import SampleError, ShardSetError
+
+if TYPE_CHECKING:
+    from mmref.config import Config
 
 VERSION = 1
 MAX_OPEN_FILES = 64  # a process may hold readers of several splits; stay far below the usual limit of 1024
@@ -51,10 +58,29 @@ def _read_bytes(path: str) -> bytes:
     if _is_url(path):
         import fsspec  # only sets on object storage need it
 
-        with fsspec.open(path, "rb") as file:
-            return file.read()
+        def read() -> bytes:
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+
+        return with_retries(read, path)
     with open(path, "rb") as file:
         return file.read()
+
+
+def _open(path: str) -> Any:
+    """Binary file, local or URL. Raises OSError."""
+    return io.BytesIO(_read_bytes(path)) if _is_url(path) else open(path, "rb")
+
+
+def _stamp(path: str) -> str:
+    """Changes when the file does."""
+    if _is_url(path):
+        import fsspec
+
+        fs, inner = fsspec.core.url_to_fs(path)
+        return f"{path} {fs.ukey(inner)}"
+    stat = os.stat(path)
+    return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _size(path: str) -> int | None:
@@ -65,6 +91,15 @@ def _size(path: str) -> int | None:
         fs, inner = fsspec.core.url_to_fs(path)
         return fs.size(inner) if fs.exists(inner) else None
     return os.path.getsize(path) if os.path.isfile(path) else None
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    """Bytes of the files in a folder of object storage, by name."""
+    import fsspec
+
+    fs, inner = fsspec.core.url_to_fs(folder)
+    found = with_retries(lambda: fs.find(inner, detail=True), folder)
+    return {name.rsplit("/", 1)[-1]: int(entry["size"]) for name, entry in found.items()}
 
 
 def sha256_of(path: str) -> str:
@@ -94,10 +129,10 @@ class SplitIndex:
 
     split: str
     shard_paths: list[str]
-    object_ids: list[str]
-    image_ids: list[str]
-    keys: list[str]
-    image_ext: list[str]
+    object_ids: Sequence[str]
+    image_ids: Sequence[str]
+    keys: Sequence[str]
+    image_ext: Sequence[str]
     object_row: np.ndarray  # (images,) int32
     shard: np.ndarray  # (images,) int32
     image_offset: np.ndarray  # (images,) int64, bytes
@@ -106,6 +141,7 @@ class SplitIndex:
     json_size: np.ndarray  # (images,) int64, bytes
     n_captions: np.ndarray  # (images,) int32
     object_start: np.ndarray = field(repr=False)  # (objects + 1,) int64
+    first_objects: tuple[int, ...] = (0,)  # first object row of each shard set; more than one after `merge`
 
     def __len__(self) -> int:
         return len(self.object_row)
@@ -117,38 +153,79 @@ class SplitIndex:
     @classmethod
     def from_parquet(cls, path: str, split: str, shard_paths: list[str]) -> SplitIndex:
         """Raises ShardSetError when columns are missing or object rows are not 0..n-1 in order."""
-        table = pq.read_table(io.BytesIO(_read_bytes(path)))
-        wanted = [*INDEX_ARRAYS, "object_id", "image_id", "key", "image_ext"]
-        missing = [name for name in wanted if name not in table.column_names]
-        if missing:
-            raise ShardSetError(f"{path}: columns {missing} are missing. Build the shard set again.")
-        arrays = {name: table[name].to_numpy().astype(dtype) for name, dtype in INDEX_ARRAYS.items()}
-        rows = arrays["object_row"]
+        try:
+            with _open(path) as file:
+                columns = read_columns(file, _stamp(path), INDEX_ARRAYS, ["object_id", "image_id", "key", "image_ext"])
+        except KeyError as error:
+            raise ShardSetError(f"{path}: {error.args[0]}. Build the shard set again.") from None
+        rows = columns["object_row"]
+        steps = np.diff(rows)
         # An object's images are adjacent and rows are contiguous exactly when rows start at 0 and rise by 0 or 1.
-        if len(rows) and (rows[0] != 0 or not np.isin(np.diff(rows), (0, 1)).all()):
+        if len(rows) and (rows[0] != 0 or steps.min(initial=0) < 0 or steps.max(initial=0) > 1):
             raise ShardSetError(f"{path}: object rows are not 0, 1, 2, ... in order. Build the shard set again.")
-        first = np.flatnonzero(np.diff(rows, prepend=-1))
+        first = np.append(0, np.flatnonzero(steps) + 1) if len(rows) else np.zeros(0, np.int64)
         return cls(
             split=split,
             shard_paths=shard_paths,
-            object_ids=table["object_id"].take(first).to_pylist(),
-            image_ids=table["image_id"].to_pylist(),
-            keys=table["key"].to_pylist(),
-            image_ext=table["image_ext"].to_pylist(),
+            object_ids=Strings(columns.pop("object_id").column.take(pa.array(first))),
+            image_ids=columns.pop("image_id"),
+            keys=columns.pop("key"),
+            image_ext=columns.pop("image_ext"),
             object_start=np.append(first, len(rows)).astype(np.int64),
-            **arrays,
+            **columns,
+        )
+
+    @staticmethod
+    def merge(parts: Sequence[SplitIndex], names: Sequence[str]) -> SplitIndex:
+        """One index over several shard sets: objects, images and shards numbered through, held in memory.
+
+        Objects of the sets after the first are called `<name of the set>/<object id>`: the same id elsewhere is another
+        object.
+        """
+        objects = np.cumsum([0, *(p.n_objects for p in parts)])
+        images = np.cumsum([0, *(len(p) for p in parts)])
+        shards = np.cumsum([0, *(len(p.shard_paths) for p in parts)])
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(p, name) for p in parts])
+
+        def strings(name: str) -> list[str]:
+            return [x for p in parts for x in getattr(p, name)]
+
+        object_ids = [*parts[0].object_ids]
+        for part, name in zip(parts[1:], names[1:]):
+            object_ids += [f"{name}/{i}" for i in part.object_ids]
+        return SplitIndex(
+            split=parts[0].split,
+            shard_paths=[path for p in parts for path in p.shard_paths],
+            object_ids=object_ids,
+            image_ids=strings("image_ids"),
+            keys=strings("keys"),
+            image_ext=strings("image_ext"),
+            object_row=np.concatenate([p.object_row + o for p, o in zip(parts, objects)]).astype(np.int32),
+            shard=np.concatenate([p.shard + s for p, s in zip(parts, shards)]).astype(np.int32),
+            image_offset=joined("image_offset"),
+            image_size=joined("image_size"),
+            json_offset=joined("json_offset"),
+            json_size=joined("json_size"),
+            n_captions=joined("n_captions"),
+            object_start=np.concatenate([*(p.object_start[:-1] + i for p, i in zip(parts, images)), images[-1:]]),
+            first_objects=tuple(objects[:-1].tolist()),
         )
 
 
 class SampleReader:
-    """Reads single samples of a split by byte range. Picklable: open files stay behind and are opened again on use."""
+    """Reads single samples of a split by byte range, out of the node's cache for shards of object storage where there is one.
 
-    def __init__(self, index: SplitIndex) -> None:
-        self.index = index
+    Picklable: open files stay behind and are opened again on use.
+    """
+
+    def __init__(self, index: SplitIndex, cache: ShardCache | None = None) -> None:
+        self.index, self.cache = index, cache
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "_files": OrderedDict()}
+        return {"index": self.index, "cache": self.cache, "_files": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()
@@ -164,17 +241,18 @@ class SampleReader:
             return self._files[shard]
         if len(self._files) >= MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self.index.shard_paths[shard], os.O_RDONLY)
+        path = self.index.shard_paths[shard]
+        self._files[shard] = os.open(self.cache.path(path) if self.cache and _is_url(path) else path, os.O_RDONLY)
         return self._files[shard]
 
     def _range(self, shard: int, offset: int, size: int, what: str) -> bytes:
         path = self.index.shard_paths[shard]
         try:
-            if _is_url(path):
+            if _is_url(path) and self.cache is None:
                 import fsspec
 
                 fs, inner = fsspec.core.url_to_fs(path)
-                data = fs.cat_file(inner, start=offset, end=offset + size)
+                data = with_retries(lambda: fs.cat_file(inner, start=offset, end=offset + size), path)
             else:
                 data = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
@@ -282,9 +360,10 @@ class ShardSet:
     def index(self, split: str) -> SplitIndex:
         """Loads the index of a split. Raises ShardSetError for an unknown split, or shards unlike the manifest."""
         entry = self._split(split)
+        sizes = _sizes(_join(self.root, split)) if _is_url(self.root) else None  # one listing, not a request a shard
         for path, shard in zip(self.shard_paths(split), entry["shards"], strict=True):
-            problem = _size_problem(path, shard["bytes"])
-            if problem:
+            size = _size(path) if sizes is None else sizes.get(path.rsplit("/", 1)[-1])
+            if problem := _size_problem(path, size, shard["bytes"]):
                 raise ShardSetError(f"{problem}. Copy or build the set again; `mmref shards verify` says more.")
         index = self._load_index(split)
         if (len(index), index.n_objects) != (entry["images"], entry["objects"]):
@@ -356,7 +435,7 @@ class ShardSet:
 
     def _verify_shard(self, index: SplitIndex, number: int, shard: dict[str, Any], checksums: bool) -> list[str]:
         path = index.shard_paths[number]
-        problem = _size_problem(path, shard["bytes"])
+        problem = _size_problem(path, _size(path), shard["bytes"])
         problems = [problem] if problem else []
         if problem and problem.startswith("missing_shard"):
             return problems
@@ -379,14 +458,31 @@ class ShardSet:
         return problems
 
 
+def train_index(config: Config) -> SplitIndex:
+    """The training samples of a run: `data.root`'s, and those of `data.mix` after them. Raises ShardSetError."""
+    parts, names = [], []
+    for root in (config.data.root, *config.data.mix):
+        shards = ShardSet.open(root)
+        if "train" not in shards.splits:
+            raise ShardSetError(f"{root} has no train split, only {shards.splits}.")
+        parts.append(shards.index("train"))
+        names.append(str(shards.manifest.get("name") or root.rstrip("/").rsplit("/", 1)[-1]))
+    return parts[0] if len(parts) == 1 else SplitIndex.merge(parts, names)
+
+
+def open_reader(config: Config, index: SplitIndex) -> SampleReader:
+    """Reader with the node's cache of the config, for sets on object storage."""
+    data = config.data
+    return SampleReader(index, ShardCache(data.cache_dir, int(data.cache_gb * 1e9)) if data.cache_gb else None)
+
+
 def _row_matches(index: SplitIndex, i: int, members: dict[str, tuple[int, int]]) -> bool:
     image = members.get(f"{index.keys[i]}.{index.image_ext[i]}")
     meta = members.get(f"{index.keys[i]}.json")
     return image == (index.image_offset[i], index.image_size[i]) and meta == (index.json_offset[i], index.json_size[i])
 
 
-def _size_problem(path: str, expected: int) -> str | None:
-    size = _size(path)
+def _size_problem(path: str, size: int | None, expected: int) -> str | None:
     if size is None:
         return f"missing_shard: {path} does not exist"
     return None if size == expected else f"wrong_size: {path} has {size} bytes, the manifest says {expected}"

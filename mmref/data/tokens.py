@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmref.config import Config
+from mmref.data.cache import with_retries
 from mmref.errors import ModelError
 
 MASK_TOKEN = "<|mask|>"
@@ -42,7 +46,7 @@ class Tokens:
 
 def tokenizer_path(config: Config) -> str:
     """Where the tokenizer of a run is: `data.tokenizer`, the backbone's, or the shard set's own."""
-    own = os.path.join(config.data.root, "tokenizer")
+    own = config.data.root.rstrip("/") + "/tokenizer"
     return config.data.tokenizer or config.model.dual or config.model.text or own
 
 
@@ -52,9 +56,25 @@ def load_tokens(config: Config) -> Tokens:
 
     path = tokenizer_path(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with _local(path) as folder:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"no tokenizer at {path}: {error}. Set `data.tokenizer` to a hub id or a directory with tokenizer.json."
         ) from error
     return Tokens(tokenizer, config.data.max_tokens)
+
+
+@contextlib.contextmanager
+def _local(path: str) -> Iterator[str]:
+    """A hub id or folder as it is; the folder of a URL (a shard set on object storage) as a copy."""
+    if "://" not in path:
+        yield path
+        return
+    import fsspec
+
+    fs, inner = fsspec.core.url_to_fs(path)
+    with tempfile.TemporaryDirectory(prefix="mmref-") as folder:
+        for name in with_retries(lambda: fs.ls(inner, detail=False), path):
+            fs.get_file(name, f"{folder}/{os.path.basename(name)}")
+        yield folder

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from mmref.data.plan import Plan, build_plan
+from mmref.data.plan import MixedPlan, Plan, build_plan
 from mmref.data.reader import Batch
-from mmref.data.shards import ShardSet
+from mmref.data.shards import train_index
 from mmref.errors import LedgerError
 from mmref.rundir import RunDir
 from mmref.train import collectives
@@ -91,7 +91,7 @@ class Audit:
         )
 
 
-def audit(ledger: dict[str, NDArray[np.int64]], plan: Plan, steps: int) -> Audit:
+def audit(ledger: dict[str, NDArray[np.int64]], plan: Plan | MixedPlan, steps: int) -> Audit:
     """Compare a ledger with what steps 0 .. steps - 1 of the plan ask for."""
     batch = plan.objects_per_step * plan.images_per_object
     key = ledger["step"] * batch + ledger["position"]
@@ -115,7 +115,7 @@ def audit_run(run_dir: str) -> Audit:
     if latest is None:
         raise LedgerError(f"{run.path} holds no complete checkpoint: give the run directory of `mmref train`.")
     config = run.read_config()
-    plan = build_plan(config, ShardSet.open(config.data.root).index("train"))
+    plan = build_plan(config, train_index(config))
     return audit(read_ledger(run), plan, latest.step)
 
 

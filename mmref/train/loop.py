@@ -13,7 +13,7 @@ import torch
 
 from mmref.config import Config, check_batch, config_hash, from_dict
 from mmref.data.plan import build_plan
-from mmref.data.shards import ShardSet
+from mmref.data.shards import ShardSet, train_index
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
 from mmref.errors import CheckpointError, ModelError, NonFiniteLossError, StorageError, TooManyBadSamplesError
@@ -79,7 +79,7 @@ class Worker:
             self.stream = Stream(config, self.rank, self.world, self.start) if more else None
             self.tokens = load_tokens(config)
             shards = ShardSet.open(config.data.root)
-            index = shards.index("train")
+            index = train_index(config)
             model = build_model(config, self.tokens.vocab_size, index.n_objects).to(self.device)
             self.images = len(index)
             self.engine = build_engine(model, config, self.world)
@@ -222,7 +222,7 @@ class Worker:
     def _save_offenders(self, step: int) -> None:
         if self.rank:
             return
-        index = ShardSet.open(self.config.data.root).index("train")
+        index = train_index(self.config)
         plan = build_plan(self.config, index)
         ids = [index.image_ids[i] for i in plan(step).images]
         self.run.write_text("nonfinite.json", json.dumps({"step": step, "image_ids": ids}, indent=1))

@@ -11,7 +11,7 @@ from mmref import errors
 from mmref.cluster import SETTINGS, check_resources, connect, needed_cpus
 from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict
 from mmref.data.plan import build_plan
-from mmref.data.shards import ShardSet
+from mmref.data.shards import ShardSet, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import MMRefError, RunDirectoryError, ShardSetError
 from mmref.model.backbone import check_towers
@@ -42,6 +42,7 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
     run = RunDir(config.run_dir)
     config = from_dict({**to_dict(config), "run_dir": run.path})
     config.data.root = _absolute(config.data.root)
+    config.data.mix = {_absolute(root): share for root, share in config.data.mix.items()}
     check_inputs(config)
     prepare_run(config, run)
     with connect(needed_cpus(config), config.train.storage_gb), Termination(run) as termination:
@@ -61,14 +62,14 @@ def _absolute(path: str) -> str:
 
 def check_inputs(config: Config) -> None:
     """Everything that can be known before Ray starts: data, objects, tokenizer. Raises the named error."""
-    shards = ShardSet.open(config.data.root)
-    if "train" not in shards.splits:
-        raise ShardSetError(f"{config.data.root} has no train split, only {shards.splits}.")
-    problems = shards.verify(checksums=False)
-    if problems:
-        raise ShardSetError(f"{config.data.root} does not match its manifest: {problems[0]} ({len(problems)} problems in all). "
-                            f"`mmref shards verify {config.data.root}` lists them.")  # fmt: skip
-    build_plan(config, shards.index("train"))
+    index = train_index(config)
+    for root in (config.data.root, *config.data.mix):
+        if "://" in root:
+            continue  # every byte would travel; sizes were compared above
+        if problems := ShardSet.open(root).verify(checksums=False):
+            raise ShardSetError(f"{root} does not match its manifest: {problems[0]} ({len(problems)} problems in all). "
+                                f"`mmref shards verify {root}` lists them.")  # fmt: skip
+    build_plan(config, index)
     tokens = load_tokens(config)
     check_towers(config.model, tokens.tokenizer.eos_token_id)
 

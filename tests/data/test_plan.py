@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmref.data.plan import Plan, mix, permute
+from mmref.data.plan import MixedPlan, Plan, WindowedOrder, mix, permute
 from mmref.errors import TooFewObjectsError
 
 
@@ -170,3 +170,92 @@ def test_substitutes_are_all_other_images_of_the_object_once(shape, step):
 def test_substitutes_differ_between_positions_and_steps():
     made = plan([40, 40, 40])
     assert len({made.substitute(step, position, 0) for step in range(9) for position in range(6)}) > 30
+
+
+windows = st.tuples(
+    st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=6), min_size=1, max_size=9),  # images of objects, by shard
+    st.integers(1, 4), st.integers(1, 4), st.integers(0, 99),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(windows)
+def test_a_windowed_epoch_visits_every_object_from_a_few_shards_at_a_time(case):
+    shards, window, objects_per_step, seed = case
+    counts = [images for shard in shards for images in shard]
+    objects_per_step = min(objects_per_step, len(counts))
+    shard_start = starts([len(shard) for shard in shards])
+    order = WindowedOrder(shard_start, window, seed)
+    made = Plan(starts(counts), objects_per_step, 2, seed, order)
+    shard_of = np.searchsorted(shard_start, np.arange(len(counts)), side="right") - 1
+    for epoch in range(2):
+        assert sorted(order.shards(epoch).tolist()) == list(range(len(shards)))
+        place = {shard: i // window for i, shard in enumerate(order.shards(epoch).tolist())}
+        seen, reached = set(), 0
+        for step in range(epoch * made.steps_per_epoch, (epoch + 1) * made.steps_per_epoch):
+            objects = made(step).objects[::2].tolist()
+            assert len(set(objects)) == objects_per_step, "a step's objects are different ones"
+            used = [place[shard_of[i]] for i in objects]
+            fresh = [place[shard_of[i]] for i in objects if i not in seen]
+            assert min(fresh) >= reached, "windows follow each other"
+            reached = max(used)
+            seen |= set(objects)
+        assert seen == set(range(len(counts)))
+
+
+def test_windows_mix_and_differ_between_epochs():
+    order = WindowedOrder(starts([50] * 20), 4, 3)
+    first = np.concatenate([order(0, at, 50) for at in range(0, 1000, 50)])
+    assert sorted(first.tolist()) == list(range(1000))
+    assert len(set((first[:100] // 50).tolist())) == 4, "objects of all shards of the window, mixed"
+    again = np.concatenate([order(1, at, 50) for at in range(0, 1000, 50)])
+    assert (first == again).mean() < 0.05
+
+
+def mixture(seed=1):
+    plans = [plan(COUNTS, seed=seed), plan([2] * 40, seed=seed), plan([5, 4, 3, 2], seed=seed)]
+    return MixedPlan(plans, [0.5, 0.3, 0.2], seed)
+
+
+def test_a_mixture_gives_each_set_its_share_and_its_own_order():
+    made = mixture()
+    turns = [made.turn(step) for step in range(2000)]
+    assert np.bincount([part for part, _ in turns[:1000]]).tolist() == [500, 300, 200]
+    for part in range(3):
+        assert [own for p, own in turns if p == part] == list(range(2 * [500, 300, 200][part])), "no step is left out"
+    images, objects = made.first_image, made.first_object
+    assert images.tolist() == [0, sum(COUNTS), sum(COUNTS) + 80, sum(COUNTS) + 94] and objects[1] == len(COUNTS)
+    for step in (0, 7, 999, 1000, 1777):
+        part, own = made.turn(step)
+        whole, alone = made(step), made.plans[part](own)
+        assert whole.step == step
+        assert np.array_equal(whole.images - images[part], alone.images)
+        assert np.array_equal(whole.objects - objects[part], alone.objects)
+    assert [mixture(2).turn(s)[0] for s in range(50)] != [part for part, _ in turns[:50]]
+
+
+def test_substitutes_in_a_mixture_are_of_the_same_object():
+    made = mixture()
+    owner = np.repeat(np.arange(len(COUNTS) + 44), [*COUNTS, *[2] * 40, 5, 4, 3, 2])
+    for step in range(30):
+        planned = made(step)
+        for attempt in range(2):
+            found = made.substitute(step, 1, attempt)
+            if found is not None:
+                assert owner[found] == planned.objects[1] and found != planned.images[1]
+
+
+def test_shares_that_are_no_whole_steps_add_up():
+    counts = MixedPlan([plan(COUNTS)] * 3, [1 / 3, 1 / 3, 1 / 3], 0).counts
+    assert counts.sum() == 1000 and sorted(counts.tolist()) == [333, 333, 334]
+
+
+def test_an_object_with_ten_thousand_images_beside_some_with_one():
+    made = plan([10_000, 1, 1, 1], objects_per_step=4, images_per_object=2)
+    seen: list[int] = []
+    for step in range(500):
+        planned = made(step)
+        images = planned.images[planned.objects == 0].tolist()
+        seen += images
+        assert all(planned.images[planned.objects == i].tolist() == [9999 + i] * 2 for i in (1, 2, 3))
+    assert len(set(seen)) == 1000, "each image of the large object once before any comes again"

@@ -1,0 +1,123 @@
+"""Shards of object storage on a node's disk: bounded, shared by the processes of the node, safe against crashes.
+
+A shard is downloaded to a temporary name and moved into place, so what has its name is whole; a download that a crash cut
+short is removed by the next process that wants the shard. When the disk budget is reached, the shards unused for longest
+go. One that is still open in some process can go too: its bytes stay readable until it is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+
+from mmref.errors import ShardSetError
+
+ATTEMPTS = 4  # of a read from storage; pauses of 0.5, 1 and 2 s between them
+FETCHES = "fetches.log"
+
+
+def with_retries(read, what: str):  # type: ignore[no-untyped-def]
+    """Value of `read()`, tried again on errors of the storage. Raises the last OSError.
+
+    A file that is not there is not waited for.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every file system has its own exceptions
+            if attempt == ATTEMPTS - 1:
+                raise OSError(f"{what}: {error} (after {ATTEMPTS} attempts)") from error
+            time.sleep(0.5 * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+class ShardCache:
+    """Whole shards under `folder`, at most `limit` bytes of them."""
+
+    def __init__(self, folder: str, limit: int) -> None:
+        self.folder, self.limit = Path(folder).expanduser(), limit
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, url: str) -> str:
+        """Local path of a shard, downloaded when it is not here yet. Raises OSError, ShardSetError."""
+        name = hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + url.rsplit("/", 1)[-1]
+        target = self.folder / name
+        if self._touch(target):
+            return str(target)
+        with self._lock(name):  # one process of the node downloads, the others wait for it
+            if not self._touch(target):
+                for torn in self.folder.glob(f"{name}.part-*"):
+                    torn.unlink(missing_ok=True)
+                self._fetch(url, target)
+        return str(target)
+
+    def fetches(self) -> list[str]:
+        """Names of the shards downloaded so far, by all processes of the node, in order."""
+        log = self.folder / FETCHES
+        return log.read_text().split() if log.exists() else []
+
+    def _fetch(self, url: str, target: Path) -> None:
+        fs, inner = fsspec.core.url_to_fs(url)
+        size = int(with_retries(lambda: fs.size(inner), url))
+        if size > self.limit:
+            raise ShardSetError(
+                f"{url} has {size:,} bytes, the cache may hold {self.limit:,}: raise `data.cache_gb`, or set it to 0 to "
+                "read byte ranges."
+            )
+        part = target.with_name(f"{target.name}.part-{os.getpid()}")
+        with self._lock("room"):  # room is made and taken by one process at a time
+            self._make_room(size)
+            with open(part, "wb") as file:
+                file.truncate(size)  # counts from now on
+        with_retries(lambda: fs.get_file(inner, str(part)), url)
+        if part.stat().st_size != size:
+            part.unlink()
+            raise OSError(f"{url}: {size} bytes expected, the download has another size")
+        os.replace(part, target)
+        with open(self.folder / FETCHES, "a") as log:
+            log.write(target.name + "\n")
+
+    def _make_room(self, size: int) -> None:
+        held = []
+        for path in self.folder.iterdir():
+            if path.name.endswith(".lock") or path.name == FETCHES:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                held.append((stat.st_mtime, stat.st_size, path))
+        total = sum(entry[1] for entry in held)
+        for _, bytes_, path in sorted(held, key=lambda entry: entry[0]):
+            if total + size <= self.limit:
+                return
+            if ".part-" not in path.name or not _is_alive(path):
+                path.unlink(missing_ok=True)
+                total -= bytes_
+
+    def _touch(self, target: Path) -> bool:
+        """Mark as used now; False when it is not here."""
+        try:
+            os.utime(target)
+        except FileNotFoundError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Held by one process of the node; released by the system when it dies."""
+        with open(self.folder / f"{name}.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _is_alive(part: Path) -> bool:
+    """Whether the process that downloads to this temporary name still runs."""
+    return Path(f"/proc/{part.name.rsplit('-', 1)[-1]}").exists()

@@ -1,0 +1,108 @@
+"""The columns of an index, in memory for small sets and mapped from the node's disk for large ones.
+
+Ten million rows are more than a gigabyte, and every reader of a node needs them. So a large `<split>.index.parquet` is
+written out once per node, uncompressed, and mapped into memory: its processes share the pages, and only those that are
+looked at are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+IN_MEMORY_ROWS = 500_000  # up to about 100 MB
+CACHE = "~/.cache/mmref/indexes"
+
+
+class Strings(Sequence[str]):
+    """Strings of an Arrow column, made into Python strings one at a time."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self.column = column
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return self.column[i].to_pylist()
+        n = len(self.column)
+        i = int(i)
+        if not -n <= i < n:
+            raise IndexError(f"{i} of {n}")
+        return self.column[i % n].as_py()
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self.column.chunks:
+            yield from chunk.to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    def __hash__(self) -> int:
+        raise TypeError("unhashable type: 'Strings'")
+
+
+def read_columns(source: Any, stamp: str, numbers: dict[str, Any], strings: list[str]) -> dict[str, Any]:
+    """Columns of a parquet file by name: numbers as arrays of the given dtypes, the others as Strings.
+
+    Args:
+        source: open file.
+        stamp: changes whenever the file does; names its copy on this node.
+    Raises KeyError that names the columns that are missing, OSError or ValueError for a file that is no parquet.
+    """
+    file = pq.ParquetFile(source)
+    missing = [name for name in (*numbers, *strings) if name not in file.schema_arrow.names]
+    if missing:
+        raise KeyError(f"columns {missing} are missing")
+    if file.metadata.num_rows <= IN_MEMORY_ROWS:
+        table = file.read([*numbers, *strings])
+        found: dict[str, Any] = {name: table[name].to_numpy().astype(dtype) for name, dtype in numbers.items()}
+        return found | {name: Strings(table[name]) for name in strings}
+    folder = Path(CACHE).expanduser() / hashlib.sha256(stamp.encode()).hexdigest()[:24]
+    if not folder.exists():
+        _write_out(file, folder, numbers, strings)
+    found = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in numbers}
+    with pa.memory_map(str(folder / "strings.arrow")) as mapped:
+        table = pa.ipc.open_file(mapped).read_all()  # maps, does not read
+    return found | {name: Strings(table[name]) for name in strings}
+
+
+def _write_out(file: pq.ParquetFile, folder: Path, numbers: dict[str, Any], strings: list[str]) -> None:
+    """Complete or absent: written to a temporary name, moved into place; the first of several processes wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".index-"))
+    try:
+        rows = file.metadata.num_rows
+        arrays = {
+            name: np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=(rows,))
+            for name, dtype in numbers.items()
+        }
+        schema = pa.schema([(name, pa.string()) for name in strings])
+        first = 0
+        with pa.OSFile(str(temporary / "strings.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in file.iter_batches(1 << 17, columns=[*numbers, *strings]):
+                for name, array in arrays.items():
+                    array[first : first + len(batch)] = batch[name].to_numpy(zero_copy_only=False)
+                writer.write_batch(pa.record_batch([batch[name].cast(pa.string()) for name in strings], schema))
+                first += len(batch)
+        for array in arrays.values():
+            array.flush()
+        with contextlib.suppress(OSError):  # another process was first
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""Sets that do not fit: ten million samples, object storage, several sets in turns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from s3 import s3_server
+from tiny_set import SPLITS, TinySource, build_tiny_set
+
+from mmref.config import Config
+from mmref.data import columns
+from mmref.data.cache import ShardCache
+from mmref.data.reader import Batch, StepReader, concatenate
+from mmref.data.shards import ShardSet
+from mmref.errors import ConfigError, ShardSetError
+from mmref.train.trainer import check_inputs
+
+MakeConfig = Callable[..., Config]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_mapped_index_is_the_one_in_memory(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig
+) -> None:
+    plain = ShardSet.open(str(tiny_set)).index("train")
+    batch = StepReader(make_config()).read_step(3)
+    monkeypatch.setattr(columns, "IN_MEMORY_ROWS", 5)
+    monkeypatch.setattr(columns, "CACHE", str(tmp_path / "indexes"))
+    for _ in range(2):  # written, then found
+        mapped = ShardSet.open(str(tiny_set)).index("train")
+        assert isinstance(mapped.image_offset, np.memmap)
+        for name in ("object_row", "shard", "image_offset", "json_size", "object_start", "n_captions"):
+            assert np.array_equal(getattr(mapped, name), getattr(plain, name)), name
+        for name in ("object_ids", "image_ids", "keys", "image_ext"):
+            assert list(getattr(mapped, name)) == list(getattr(plain, name)), name
+        assert mapped.image_ids[-1] == plain.image_ids[-1] and mapped.keys[2:4] == plain.keys[2:4]
+    assert same(StepReader(make_config()).read_step(3), batch)
+    assert len([p for p in (tmp_path / "indexes").iterdir() if not p.name.startswith(".")]) == 1
+
+
+def test_sets_take_turns(tiny_set: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    other = build_tiny_set(tmp_path / "other", TinySource("other", first=500))
+    config = make_config({"data.mix": {str(other): 0.25}})
+    reader = StepReader(config)
+    assert reader.index.n_objects == 2 * SPLITS["train"]
+    alone = StepReader(make_config(root=other))
+    names = list(reader.index.object_ids)
+    assert names[SPLITS["train"] :] == [f"other/{name}" for name in alone.index.object_ids]
+    from_other = 0
+    for step in range(40):
+        batch = reader.read_step(step)
+        part, own = reader.plan.turn(step)  # type: ignore[union-attr]
+        from_other += part
+        assert (batch["object"] >= SPLITS["train"]).all() == bool(part)
+        if part:  # the samples of the other set, in its own order
+            expected = alone.read_step(own)
+            assert np.array_equal(batch["image"], expected["image"])
+            assert np.array_equal(batch["object"] - SPLITS["train"], expected["object"])
+        halves = [StepReader(config, rank, 2).read_step(step) for rank in (0, 1)] if step % 13 == 0 else [batch]
+        assert same(concatenate(halves), batch)
+    assert 4 <= from_other <= 16
+    with pytest.raises(ConfigError, match=r"data\.mix"):
+        make_config({"data.mix": {str(other): 1.0}})
+    with pytest.raises(ShardSetError, match="No complete shard set"):
+        check_inputs(make_config({"data.mix": {str(tmp_path / "nowhere"): 0.5}}))
+
+
+def test_a_set_on_s3_is_read_by_ranges_and_through_the_cache(
+    tiny_set: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    local = make_config({"data.window_shards": 1})
+    expected = [StepReader(local).read_step(step) for step in range(6)]
+    epoch = StepReader(local).plan.steps_per_epoch  # type: ignore[union-attr]
+    with s3_server() as bucket:
+        fsspec.filesystem("s3").put(str(tiny_set), f"{bucket}/set", recursive=True)
+        ranges = StepReader(make_config({"data.root": f"{bucket}/set", "data.window_shards": 1}))
+        assert all(same(ranges.read_step(step), expected[step]) for step in range(2))
+        cache = {"data.cache_gb": 1e-3, "data.cache_dir": str(tmp_path / "cache")}
+        config = make_config({"data.root": f"{bucket}/set", "data.window_shards": 1, **cache})
+        check_inputs(config)
+        for rank in (0, 1):  # two workers of one node
+            reader = StepReader(config, rank, 2)
+            for step in range(6):
+                own = {name: column[rank * 4 : rank * 4 + 4] for name, column in expected[step].items()}
+                assert same(reader.read_step(step), own)
+        shards = ShardSet.open(str(tiny_set)).manifest["splits"]["train"]["shards"]
+        assert epoch <= 6 and len(ShardCache(str(tmp_path / "cache"), 10**6).fetches()) == len(shards)
+
+
+TEN_MILLION = """
+import resource, sys, time
+import numpy as np
+from mmref.data.plan import Plan, ShuffledOrder, WindowedOrder
+from mmref.data.shards import SplitIndex
+
+def private_mb():
+    fields = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+    return sum(int(fields[name].split()[0]) for name in ("Private_Dirty",)) / 1024
+
+before = private_mb()
+began = time.perf_counter()
+index = SplitIndex.from_parquet(sys.argv[1], "train", ["a.tar"] * 1000)
+opened = time.perf_counter() - began
+start = np.append(np.flatnonzero(np.diff(index.shard[index.object_start[:-1]], prepend=-1)), index.n_objects)
+for order in (None, WindowedOrder(start, 8, 0)):
+    plan = Plan(index.object_start, 128, 2, 0, order)
+    for step in (0, 123_456_789):
+        began = time.perf_counter()
+        planned = plan(step)
+        rows = [(index.image_offset[i], index.keys[i]) for i in planned.images.tolist()]
+        print(f"{'window' if order else 'whole set'} step {step}: {1000 * (time.perf_counter() - began):.0f} ms")
+        assert len(rows) == 256 and len(set(planned.objects.tolist())) == 128
+grown = private_mb() - before
+print(f"opened in {opened:.1f} s, {grown:.0f} MB private")
+assert len(index) == 10_000_000 and index.object_ids[999_999] == "object-999999"
+assert grown < 400, grown
+"""
+
+
+@pytest.mark.slow
+def test_ten_million_samples_open_at_any_step(tmp_path: Path) -> None:
+    """Private memory of a process stays far below the gigabyte of the index, and any step is there at once."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([
+        ("object_row", pa.int32()), ("object_id", pa.string()), ("image_id", pa.string()), ("key", pa.string()),
+        ("shard", pa.int32()), ("image_offset", pa.int64()), ("image_size", pa.int64()), ("image_ext", pa.string()),
+        ("json_offset", pa.int64()), ("json_size", pa.int64()), ("n_captions", pa.int32()),
+    ])  # fmt: skip
+    path = tmp_path / "train.index.parquet"
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(0, 10_000_000, 500_000):
+            image = np.arange(first, first + 500_000)
+            names = pa.array([f"image-{i}" for i in image.tolist()])
+            writer.write_table(pa.table({
+                "object_row": (image // 10).astype(np.int32), "object_id": [f"object-{i // 10}" for i in image.tolist()],
+                "image_id": names, "key": names, "shard": (image // 10_000).astype(np.int32),
+                "image_offset": image % 10_000 * 50_000, "image_size": np.full(len(image), 40_000),
+                "image_ext": ["jpg"] * len(image), "json_offset": image % 10_000 * 50_000 + 41_000,
+                "json_size": np.full(len(image), 300), "n_captions": np.full(len(image), 2, np.int32),
+            }, schema=schema))  # fmt: skip
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
+    for _ in range(2):  # the first opening writes the node's copy
+        done = subprocess.run(
+            [sys.executable, "-c", TEN_MILLION, str(path)], env=environment, capture_output=True, text=True, check=False
+        )
+        print(done.stdout)
+        assert done.returncode == 0, done.stderr

@@ -102,9 +102,9 @@ import numpy as np
 from mmref.data.plan import Plan, ShuffledOrder, WindowedOrder
 from mmref.data.shards import SplitIndex
 
-def private_mb():
+def private_mb():  # of its own: not what is mapped from files
     fields = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
-    return sum(int(fields[name].split()[0]) for name in ("Private_Dirty",)) / 1024
+    return int(fields["Anonymous"].split()[0]) / 1024
 
 before = private_mb()
 began = time.perf_counter()

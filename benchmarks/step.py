@@ -1,9 +1,15 @@
 """Time of a training step: align-only, MMRef, and MMRef with reconstruction, in turns in one process, without Ray.
 
-    python benchmarks/step.py --config configs/emoji.yaml --device cpu --threads 1 --out step.json
+    python benchmarks/step.py --config configs/emoji.yaml --device cpu --threads 1 --with-ray --out step.json
 
 The samples are the run's own, read before the clock starts. Rounds alternate between the variants, so that noise of the
 machine meets all alike; the median of the rounds' ratios is reported.
+
+MFU is the FLOPs of a step, counted on the step itself, over its time and the peak of the device: NVIDIA's figure for dense
+bf16 where the GPU is known, else the fastest of some large matrix products in the run's precision.
+
+`--with-ray` runs the real trainer (Ray Data, Ray Train, DeepSpeed) with the config's own losses between two measurements of
+the same step bare, and compares.
 """
 
 from __future__ import annotations
@@ -15,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from whole_run import run_trainer
 
 from mmref.config import Config, from_dict, load_config, to_dict
 from mmref.data.reader import StepReader
@@ -28,6 +36,33 @@ VARIANTS: dict[str, dict[str, float]] = {
     "MMRef": {"w_rec": 0.0},
     "MMRef + reconstruction": {"w_rec": 0.2},
 }
+
+
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+}  # dense bf16 FLOP/s
+
+
+def peak_flops(device: torch.device, bf16: bool) -> tuple[float, str]:
+    """FLOP/s that a device can reach, and where the number comes from."""
+    if device.type == "cuda" and bf16:
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAKS.items():
+            if known in name.split():
+                return peak, f"{name}, data sheet"
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best, f"{size} x {size} matrix product in {'bf16' if bf16 else 'fp32'}, measured"
 
 
 def variant(config: Config, losses: dict[str, float]) -> Config:
@@ -47,8 +82,37 @@ def build(config: Config, reader: StepReader, device: torch.device) -> Any:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    if config.train.compile:
+        model.compile_towers()
     runner = StepRunner(config, model, lambda loss: loss.backward(), update, bank, reader.tokens, device)
-    return runner.run
+    return runner.run, model.bf16
+
+
+def seconds_of_a_step(run: Any, batches: list[Any]) -> float:
+    """Mean over the batches, one step each."""
+    began = time.perf_counter()
+    for step, batch in enumerate(batches):
+        values = run(step, batch)
+    values.cpu()  # waits for the device
+    return (time.perf_counter() - began) / len(batches)
+
+
+def compare_with_ray(
+    config: Config, reader: StepReader, device: torch.device, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The trainer between two measurements of the bare step; `ratio` is its images/s over the bare step's."""
+    run, _ = build(config, reader, device)
+    batches = [reader.read_step(s) for s in range(args.steps)]
+
+    def bare() -> list[float]:
+        seconds_of_a_step(run, batches)
+        return [seconds_of_a_step(run, batches) for _ in range(args.rounds)]
+
+    before = bare()
+    ray = run_trainer(config, windows=args.rounds, window_steps=args.steps)
+    step = float(np.median(before + bare()))
+    return {"bare_images_per_second": config.train.global_batch / step, **ray,
+            "ratio": ray["images_per_second"] * step / config.train.global_batch}  # fmt: skip
 
 
 def main() -> None:
@@ -58,38 +122,58 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="steps of a variant in a round")
+    parser.add_argument("--with-ray", action="store_true", help="also compare with the whole path of `mmref train`")
     parser.add_argument("--out", help="JSON file")
     args, passed = parser.parse_known_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    config = load_config(["--config", args.config, "--train.gpu", str(args.device == "cuda").lower(), *passed])
+    config = load_config(["--config", args.config, "--train.gpu", str(args.device == "cuda").lower(),
+                          "--train.threads", str(args.threads), *passed])  # fmt: skip
     reader = StepReader(config)
     batches = [reader.read_step(s) for s in range(args.steps)]
-    runs = {name: build(variant(config, losses), reader, device) for name, losses in VARIANTS.items()}
+    built = {name: build(variant(config, losses), reader, device) for name, losses in VARIANTS.items()}
+    runs = {name: run for name, (run, _) in built.items()}
+    peak, peak_source = peak_flops(device, built["MMRef"][1])
+    result: dict[str, dict[str, float]] = {}
+    for name, run in runs.items():  # warms up as well
+        run(0, batches[0])
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with FlopCounterMode(display=False) as counter:
+            run(0, batches[0])
+        result[name] = {"tflop": counter.get_total_flops() / 1e12}
+        if device.type == "cuda":
+            result[name]["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(args.rounds + 1):
+    for _ in range(args.rounds):
         for name, run in runs.items():
-            began = time.perf_counter()
-            for step, batch in enumerate(batches):
-                values = run(step, batch)
-            values.cpu()  # waits for the device
-            if round_:  # the first round warms up
-                seconds[name].append((time.perf_counter() - began) / args.steps)
+            seconds[name].append(seconds_of_a_step(run, batches))
     base = np.array(seconds["align-only"])
-    result = {
-        name: {
+    for name, s in seconds.items():
+        result[name] |= {
             "step_ms": float(np.median(s) * 1e3),
             "images_per_second": config.train.global_batch / float(np.median(s)),
+            "mfu": result[name]["tflop"] * 1e12 / float(np.median(s)) / peak,
             "ratio": float(np.median(np.array(s) / base)),
         }
-        for name, s in seconds.items()
-    }
-    print(f"{'variant':<24}{'step ms':>10}{'images/s':>10}{'ratio':>8}")
+    print(f"{'variant':<24}{'step ms':>10}{'images/s':>10}{'GFLOP':>9}{'MFU %':>8}{'ratio':>8}")
     for name, r in result.items():
-        print(f"{name:<24}{r['step_ms']:>10.0f}{r['images_per_second']:>10.0f}{r['ratio']:>8.2f}")
+        print(
+            f"{name:<24}{r['step_ms']:>10.0f}{r['images_per_second']:>10.0f}{1e3 * r['tflop']:>9.1f}{100 * r['mfu']:>8.1f}"
+            f"{r['ratio']:>8.2f}"
+        )
+    print(f"peak {peak / 1e12:.2f} TFLOP/s ({peak_source})")
+    found: dict[str, Any] = {"device": args.device, "threads": args.threads, "config": args.config, "peak_flops": peak,
+                             "peak_source": peak_source, **result}  # fmt: skip
+    if args.with_ray:
+        found["with Ray"] = ray = compare_with_ray(config, reader, device, args)
+        print(
+            f"whole path: {ray['images_per_second']:.0f} images/s, the bare step {ray['bare_images_per_second']:.0f}: "
+            f"ratio {ray['ratio']:.2f}, data wait {100 * ray['data_wait']:.1f} %"
+        )
     if args.out:
         with open(args.out, "w") as file:
-            json.dump({"device": args.device, "threads": args.threads, "config": args.config, **result}, file, indent=1)
+            json.dump(found, file, indent=1)
 
 
 if __name__ == "__main__":

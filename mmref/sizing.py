@@ -50,9 +50,10 @@ class Sizing:
     optimizer: float  # Adam's moments, and the fp32 copy that a sharded optimizer updates
     buckets: float
     activations: float  # of a micro-batch
-    references: float  # the rows it owns, with their optimizer state
+    references: float  # the rows it owns, with their optimizer state, where they lie on the device
     contrast: float  # gathered features and references, logits and their gradients
     # host
+    host_references: float  # the same where they lie in host memory
     object_store: float  # samples on their way from its readers
     checkpoint: float  # of the whole run
     # what it sends in a step
@@ -135,8 +136,11 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
     shards = world if stage else 1  # over how many workers the optimizer is sharded
 
     row = FP32 * r.per_object * dim
-    own_rows = -(-objects // world)
-    state = own_rows * (row + FP32 * r.per_object + INT64) if r.update == "gradient" else 0  # mmref/train/bank.py
+    stored = row // 2 if r.row_dtype == "bf16" else row  # on its way a row is fp32
+    state = (
+        row + FP32 * r.per_object + INT64 if r.update == "gradient" else 0
+    )  # moments and visits: mmref/train/bank.py
+    references = -(-objects // world) * (stored + state)
     in_batch = min(objects, config.objects_per_step)
     contrasted = {"all": objects, "batch": in_batch, "sampled": min(objects, in_batch + r.sampled_negatives)}[
         r.negatives
@@ -179,10 +183,11 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
         optimizer=2 * trained / shards + (trained / shards if stage else 0),
         buckets=(bucket * (2 if t.gpu else 1) + bucket) if stage else 0,
         activations=model.activations,
-        references=own_rows * row + state,
+        references=0 if r.rows_on == "host" else references,
         contrast=contrast,
+        host_references=references if r.rows_on == "host" else 0,
         object_store=blocks * config.data.steps_per_task * samples + PREFETCHED_STEPS * samples,
-        checkpoint=weights + 2 * trained + world * (own_rows * row + state),
+        checkpoint=weights + 2 * trained + world * references,
         send_features=_gathered(world, features) + _reduced(world, features),
         send_gradients=send_gradients,
         send_references=send_references,
@@ -210,6 +215,7 @@ ROWS = [  # (heading, field, unit, divisor)
     ("  activations of a micro-batch", "activations", "GB", GB),
     ("  references it owns", "references", "GB", GB),
     ("  contrast: features, rows, logits", "contrast", "GB", GB),
+    ("references it owns in host memory", "host_references", "GB", GB),
     ("object store for a worker's samples", "object_store", "GB", GB),
     ("checkpoint of the run", "checkpoint", "GB", GB),
     ("sent by a worker in a step", "sent", "MB", 1e6),

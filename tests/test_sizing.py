@@ -66,6 +66,15 @@ def test_references_are_shared_out_by_rows(make_config):
     assert adam.references == 251 * (row + row + 2 * 4 + 8)
 
 
+def test_rows_in_half_the_bytes_or_on_the_host(make_config):
+    plain = size(make_config, train__workers=4)
+    half = size(make_config, train__workers=4, reference__row_dtype="bf16")
+    host = size(make_config, train__workers=4, reference__rows_on="host")
+    assert half.references == plain.references / 2 and half.send_references == plain.send_references
+    assert (host.references, host.host_references) == (0, plain.references)
+    assert host.device == plain.device - plain.references
+
+
 def test_what_references_cost_in_a_step_does_not_grow_with_the_objects(make_config):
     def sent(negatives, objects):
         found = size(make_config, objects, train__workers=4, reference__negatives=negatives)

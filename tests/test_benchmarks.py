@@ -1,0 +1,46 @@
+"""The benchmark scripts run, and write what their tables are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(tmp_path: Path, script: str, *argv: str) -> dict[str, Any]:
+    out = tmp_path / "out.json"
+    command = [sys.executable, f"benchmarks/{script}", "--config", "configs/smoke.yaml", "--out", str(out), *argv]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_step(tmp_path: Path) -> None:
+    found = run(tmp_path, "step.py", "--rounds", "2", "--steps", "2", "--with-ray")
+    align, full, words = (found[name] for name in ("align-only", "MMRef", "MMRef + reconstruction"))
+    assert align["ratio"] == 1
+    assert align["tflop"] < full["tflop"] < words["tflop"], "references cost products, reconstruction a text pass"
+    for row in (align, full, words):
+        assert row["images_per_second"] == pytest.approx(32 * 1e3 / row["step_ms"])
+        assert row["mfu"] == pytest.approx(row["tflop"] * 1e15 / row["step_ms"] / found["peak_flops"])
+    ray = found["with Ray"]
+    assert ray["ratio"] == pytest.approx(ray["images_per_second"] / ray["bare_images_per_second"])
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path: Path) -> None:
+    found = run(tmp_path, "scaling.py", "--workers", "1", "2", "--batch", "16", "--windows", "1", "--steps", "2")
+    one, two = found["rows"]
+    assert (one["workers"], two["workers"]) == (1, 2) and one["efficiency"] == 1
+    assert two["efficiency"] == pytest.approx(two["images_per_second"] / one["images_per_second"] / 2)
+    assert two["most_by_cores"] == min(1, found["cores"] / 2)
+    assert 0 <= two["data_wait"] <= 1

@@ -247,6 +247,8 @@ class EvalConfig:
     """Temperatures of both that it tries."""
     refine_in_training: bool = False
     """Search the refinement at each evaluation on val too: checkpoints are then picked by their refined score."""
+    test_in_training: bool = False
+    """Score test at each evaluation too, to report the best of them beside the result, as papers that choose on test do."""
     bootstrap: int = 1000
     """Resamples of the 95 % intervals."""
     examples: int = 12

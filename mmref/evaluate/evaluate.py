@@ -17,7 +17,7 @@ from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
 from mmref.evaluate.choose import choose_on_val, trained_space
 from mmref.evaluate.class_protocol import class_metrics, class_queries
 from mmref.evaluate.embed import SplitFeatures, embed_splits
-from mmref.evaluate.metrics import PerQuery, ScoreFn, evaluate_features, summarize
+from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.evaluate.report import format_table, render_report
 from mmref.rundir import RunDir, read_jsonl
@@ -80,6 +80,8 @@ def evaluate_run(
     metrics["refinement"]["chosen_on"] = tuned_on
     bad_training = json.loads(run.read_text("bad_samples.json")) if run.exists("bad_samples.json") else []
     metrics["bad_training_samples"] = bad_training
+    if best := best_on_test(read_jsonl(run)):
+        metrics["best_on_test"] = best
     text = json.dumps(metrics, indent=1)
     own = RunDir(root).path == RunDir(config.data.root).path
     if own and (split == "test" or not run.exists("metrics.json")):
@@ -98,6 +100,19 @@ def evaluate_run(
         run.write_text("report.html" if own else f"report-{shards.manifest['name']}.html", page)
     print(format_table(metrics))
     return metrics
+
+
+def best_on_test(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The best evaluation on test during training by R@1, the earlier on a tie: {"step", "R@1", ..., "chosen_on": "test"}.
+
+    What papers report that keep the best epoch on test; None where `eval.test_in_training` was off. Not comparable with a
+    checkpoint chosen on val: it is the largest of several draws.
+    """
+    lines = [line for line in history if "test_R@1" in line]
+    if not lines:
+        return None
+    best = max(lines, key=lambda line: line["test_R@1"])
+    return {"step": best["step"], **{m: best[f"test_{m}"] for m in METRIC_NAMES}, "chosen_on": "test"}
 
 
 class Evaluation:

@@ -3,8 +3,8 @@
 `metrics` is what `metrics.json` holds (design.md, section 4), with optional parts that appear when they are there:
 "image_to_text" and each kind in "by_caption_kind" are blocks like the top level ("initial", "refined", "ci95");
 "ci95_initial" beside "ci95"; "refinement_gain" from `bootstrap.paired_difference`; "skipped", a list of messages;
-"class_protocol", {"initial": {name: percent}, "refined": ...}; "refinement"["tried"], the table of
-`refinement.choose_refinement`.
+"best_on_test" from `evaluate.best_on_test`; "class_protocol", {"initial": {name: percent}, "refined": ...};
+"refinement"["tried"], the table of `refinement.choose_refinement`.
 """
 
 import base64
@@ -129,6 +129,9 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         f"{_count(metrics['n_objects'])} objects; percent"
     )
     table.append("refinement: " + _describe_refinement(metrics.get("refinement") or {}))
+    if best := metrics.get("best_on_test"):
+        chosen = ", ".join(f"{name} {_number(best[name])}" for name in ("R@1", "mAP"))
+        table.append(f"best on test, chosen on test as some papers do (step {_count(best['step'])}): {chosen}")
     for state, values in (metrics.get("class_protocol") or {}).items():
         table.append(f"by class, {state}: " + ", ".join(f"{name} {_number(value)}" for name, value in values.items()))
     if skipped := metrics.get("skipped"):

@@ -16,7 +16,14 @@ from mmref.data.plan import build_plan
 from mmref.data.shards import ShardSet, train_index
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
-from mmref.errors import CheckpointError, ModelError, NonFiniteLossError, StorageError, TooManyBadSamplesError
+from mmref.errors import (
+    CheckpointError,
+    EvaluationError,
+    ModelError,
+    NonFiniteLossError,
+    StorageError,
+    TooManyBadSamplesError,
+)
 from mmref.evaluate.features import Encoder
 from mmref.model.mmref import build_model
 from mmref.rundir import RunDir
@@ -38,14 +45,14 @@ def train_worker(values: dict[str, Any]) -> int:
     """Entry point on every Ray Train worker; `values` is the config as a plain dict.
 
     Returns 0 at the end of training, or the reason (mmref.train.stop) why the workers left before it, at a checkpoint.
-    Errors that every worker meets alike (a loss that is not finite, too many broken samples, a wrong model) end the run
-    without a retry: they are written to failure.json for the driver, since a restart would only meet them again.
+    Errors that every worker meets alike (a loss or a feature that is not finite, too many broken samples, a wrong model)
+    end the run without a retry: they are written to failure.json for the driver, since a restart would only meet them again.
     """
     config = from_dict(values)
     run = RunDir(config.run_dir)
     try:
         return Worker(config, run).train()
-    except (NonFiniteLossError, TooManyBadSamplesError, CheckpointError, ModelError) as error:
+    except (NonFiniteLossError, EvaluationError, TooManyBadSamplesError, CheckpointError, ModelError) as error:
         if collectives.rank() == 0:
             run.write_text(FAILURE, json.dumps({"error": type(error).__name__, "message": str(error)}))
         return 0
@@ -93,6 +100,7 @@ class Worker:
         )  # fmt: skip
         self.encoder = Encoder(self.engine, self.engine.module, config.data, self.tokens, self.device)
         self.validation = Validation(config) if "val" in shards.splits else None
+        self.testing = Validation(config, "test") if config.eval.test_in_training and "test" in shards.splits else None
         self.ledger = Ledger(run, self.start, self.device)
         self.notice = StopNotice(run)
         self.bad: set[str] = set()
@@ -166,12 +174,14 @@ class Worker:
         return record
 
     def _evaluate_and_save(self, done: int, saver: Saver, evaluate: bool) -> dict[str, Any]:
-        """Score on val where there is time for it, and begin a checkpoint; one record of metrics.jsonl (collective).
+        """Score on val (and test, where asked for) where there is time for it, and begin a checkpoint; one record of
+        metrics.jsonl (collective).
 
         A checkpoint that was not scored is never the best.
         """
         began = time.perf_counter()
         metrics = self.validation(self.encoder, self.bank) if self.validation and evaluate else {}
+        tested = self.testing(self.encoder, self.bank) if self.testing and evaluate else {}  # logged, decides nothing
         evaluated = time.perf_counter()
         score = score_of(metrics, self.config.eval.metric) if metrics else 0.0 if self.validation else float(done)
         meta = {
@@ -184,7 +194,14 @@ class Worker:
         named = {f"val_{k}": v for k, v in metrics.items()}
         self.ledger.write(done)
         blocked = saver.save(meta, {"step": done, "score": score, **named})
-        return {"step": done, **named, "eval_seconds": evaluated - began, "checkpoint_blocking_seconds": blocked}
+        tested = {f"test_{k}": v for k, v in tested.items()}
+        return {
+            "step": done,
+            **named,
+            **tested,
+            "eval_seconds": evaluated - began,
+            "checkpoint_blocking_seconds": blocked,
+        }
 
     def _log(self, record: dict[str, Any] | None, saver: Saver) -> None:
         """Write a record, and those of the checkpoints committed meanwhile."""

@@ -1,4 +1,4 @@
-"""Evaluation on val inside training, by all workers."""
+"""Evaluation inside training, by all workers: on val, and on test where that was asked for."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def score_of(metrics: dict[str, Any], metric: str) -> float:
 
 
 class Validation:
-    """Scores a model on the val split. Every rank encodes an equal share, as ZeRO-3 needs equal numbers of forwards."""
+    """Scores a model on a split. Every rank encodes an equal share, as ZeRO-3 needs equal numbers of forwards."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, split: str = "val") -> None:
         self.config = config
-        index = ShardSet.open(config.data.root).index("val")
+        self.refines = config.eval.refine_in_training and split == "val"  # refinement is never chosen on test
+        index = ShardSet.open(config.data.root).index(split)
         self.objects = np.asarray(index.object_row).astype(np.int64)
         self.reader = SampleReader(index)
         self.queries = read_queries(index)
@@ -35,7 +36,7 @@ class Validation:
     def __call__(self, encoder: Encoder, bank: ReferenceBank) -> dict[str, Any]:
         """R@1/5/10, mAP, mINP in percent, text to image, the same on every rank (collective).
 
-        With `eval.refine_in_training` also the metrics under the best refinement (refined_R@1, ...) and its settings
+        On val, with `eval.refine_in_training`, also the metrics under the best refinement (refined_R@1, ...) and its settings
         (refine_kind, refine_weight, refine_top_r, refine_tau).
         """
         with encoder:
@@ -44,7 +45,7 @@ class Validation:
             text = self._encode(len(texts), lambda rows: encoder.texts([texts[i] for i in rows]), encoder.device)
         per_query = evaluate_features(text[self.queries.text], image, self.queries.objects, self.objects)
         metrics: dict[str, Any] = summarize(per_query)
-        if self.config.eval.refine_in_training:
+        if self.refines:
             everyone = torch.arange(bank.objects, device=bank.device)
             references = bank.fetch(everyone).detach().float().cpu().numpy()
             metrics |= self._refined(references, text, image)

@@ -249,6 +249,13 @@ def test_signed(value, expected):
     assert report._signed(value) == expected
 
 
+def test_the_best_on_test_is_labelled_as_such():
+    best = {"step": 1500, **block(60.0)["initial"], "chosen_on": "test"}
+    metrics = some_metrics(best_on_test=best)
+    assert "best on test, chosen on test as some papers do (step 1,500): R@1 60.0, mAP 75.0" in format_table(metrics)
+    assert "chosen on test" in render(metrics=metrics) and "chosen on test" not in render()
+
+
 def test_the_class_protocol_is_shown_where_it_was_asked_for():
     by_class = {"initial": {"AP@50": 41.26, "image top-1": 55.0}, "refined": {"AP@50": 43.0, "image top-1": 56.0}}
     metrics = some_metrics(class_protocol=by_class)

@@ -24,7 +24,7 @@ def config_file(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     overrides = {
         "train.workers": 2, "train.max_steps": STEPS, "train.log_every": 1, "train.eval_every": EVERY,
-        "train.storage_gb": 0.2, "loss.w_rec": 0.2, "eval.bootstrap": 100, "eval.examples": 2,
+        "train.storage_gb": 0.2, "loss.w_rec": 0.2, "eval.bootstrap": 100, "eval.examples": 2, "eval.test_in_training": True,
     }  # fmt: skip
     return write_config(tiny_config(tiny_set, overrides), tmp_path_factory.mktemp("config"))
 
@@ -62,6 +62,13 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert metrics["split"] == "test" and set(metrics["initial"]) == set(metrics["refined"]) == names
     assert {"weight", "top_r", "tau", "chosen_on"} <= set(metrics["refinement"])
     assert metrics["refinement"]["chosen_on"] == "val"
+    best = metrics["best_on_test"]
+    assert (
+        best["chosen_on"] == "test" and best["step"] in (30, 60, 90, 120) and best["R@1"] >= metrics["initial"]["R@1"]
+    )
+    assert [
+        r["test_R@1"] for r in records(undisturbed) if r["step"] == metrics["checkpoint_step"] and "test_R@1" in r
+    ] == [pytest.approx(metrics["initial"]["R@1"], abs=0.01)]
     assert all(low <= metrics["refined"][k] <= high for k, (low, high) in metrics["ci95"].items())
     assert metrics["n_queries"] > metrics["n_objects"] > 0 and metrics["images_per_second"] > 0
     assert "<html" in (undisturbed / "report.html").read_text()

@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, float]] = {
     "align-only": {"w_guide": 0.0, "w_fuse": 0.0, "w_rec": 0.0},
     "MMRef": {"w_rec": 0.0},
     "MMRef + reconstruction": {"w_rec": 0.2},
+    "IRRA objective": {"w_guide": 0.0, "w_fuse": 0.0, "w_rec": 0.0, "w_id": 1.0, "w_mlm": 1.0},
 }
 
 

@@ -194,6 +194,8 @@ def _describe_refinement(refinement: Mapping[str, Any]) -> str:
         code = "dense similarities to all references, centred per modality"
     else:
         code = f"softmax over the {refinement['top_r']} nearest references, temperature {refinement['tau']:g}"
+        if refinement.get("kind") == "expansion":
+            code = f"queries expanded by a {code}"
     top_p = refinement.get("top_p")
     scope = f"the first {_count(top_p)} candidates" if top_p else "all candidates"
     return f"{code}; weight {refinement['weight']:g} on {scope}{chosen_on}"

@@ -261,3 +261,9 @@ def test_the_class_protocol_is_shown_where_it_was_asked_for():
     metrics = some_metrics(class_protocol=by_class)
     assert "by class, initial: AP@50 41.3, image top-1 55.0" in format_table(metrics)
     assert "AP@50 43.0" in render(metrics=metrics) and "By class" not in render()
+
+
+def test_an_expansion_is_called_one():
+    settings = {"kind": "expansion", "weight": 0.2, "top_r": 8, "tau": 0.1, "top_p": None, "chosen_on": "val"}
+    text = format_table(some_metrics(refinement=settings))
+    assert "queries expanded by a softmax over the 8 nearest references, temperature 0.1; weight 0.2 on all" in text

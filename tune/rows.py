@@ -13,6 +13,7 @@ from mmref.errors import ConfigError
 from tune.space import cast_value, field_type, with_values
 
 TOP = {"baseline", "rows", "over"}
+SIZES = ("train.workers", "train.gpu", "train.cpus_per_worker", "data.readers")  # what a training takes of the cluster
 KEYS = {"set", "steps", "of", "refined", "against"}
 
 
@@ -151,6 +152,10 @@ def _value(name: str, value: Any, path: str) -> Any:
     """A value as its field's type. Raises ConfigError; also for a field that the ablation itself sets."""
     if name in ("run_dir", "train.seed", "train.max_steps"):
         raise ConfigError(f"{path}: `{name}` is set by the ablation; `steps` changes the length of one row's training.")
+    if name in SIZES:
+        raise ConfigError(
+            f"{path}: `{name}` sizes the trainings before they start: set it for all, on the command line."
+        )
     if isinstance(value, dict | list) and name in known_keys():  # such as a tower's config
         return value
     return cast_value(name, value, field_type(name, path), path)

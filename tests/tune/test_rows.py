@@ -74,6 +74,7 @@ def test_folders_are_plain_names() -> None:
     ("rows: {a: {sets: {}}}", "row `a` takes"),
     ("rows: {a: {set: {loss.w_guid: 1.0}}}", "Did you mean `loss.w_guide`"),
     ("rows: {a: {set: {train.seed: 1}}}", "set by the ablation"),
+    ("rows: {a: {set: {train.workers: 2}}}", "on the command line"),
     ("rows: {a: {set: {loss.w_guide: much}}}", "w_guide"),
     ("rows: {a: {set: {data.flip: 3.0}}}", "row `a`.*share between 0 and 1"),
     ("rows: {a: {steps: 0}}", "multiplies the length"),

@@ -1,0 +1,77 @@
+"""Leaving early: ranks agree on the step, and the driver's answer to SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mmref.errors import TrainingStoppedError
+from mmref.rundir import RunDir
+from mmref.train import stop
+
+STEPS = 500
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    """Steps of different lengths on each rank until a request that rank 0 alone can see."""
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    began = time.monotonic()
+    stop.POLL_S = 0.05
+    stop._requested = lambda run: stop.TERMINATE if time.monotonic() - began > 0.3 else 0
+    stop._node_is_drained = lambda: False
+    notice = stop.StopNotice(RunDir(folder))
+    reason, step = 0, 0
+    while step < STEPS and not reason:
+        time.sleep(0.002 * (1 + rank))
+        reason = notice.agreed()
+        step += 1
+    notice.close()
+    Path(folder, f"rank-{rank}").write_text(f"{step} {reason}")
+
+
+def test_ranks_leave_after_the_same_step_for_the_same_reason(tmp_path: Path) -> None:
+    mp.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    left = [tuple(map(int, (tmp_path / f"rank-{rank}").read_text().split())) for rank in range(2)]
+    assert left[0] == left[1]
+    step, reason = left[0]
+    assert 0 < step < STEPS and reason == stop.TERMINATE
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Requests to stop that would go to a cluster."""
+    found: list[int] = []
+    monkeypatch.setattr(stop, "request_stop", lambda run, reason: found.append(reason))
+    return found
+
+
+def test_sigterm_while_workers_train_asks_them_to_stop(tmp_path: Path, requests: list[int]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop.Termination(RunDir(str(tmp_path))) as termination:
+        termination.training = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        until = time.monotonic() + 60
+        while not requests and time.monotonic() < until:
+            time.sleep(0.01)
+        assert termination.received and requests == [stop.TERMINATE]
+        with pytest.raises(TrainingStoppedError):  # the second one does not wait
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_outside_training_ends_the_run_at_once(tmp_path: Path, requests: list[int]) -> None:
+    with (
+        stop.Termination(RunDir(str(tmp_path))),
+        pytest.raises(TrainingStoppedError, match="same command resumes") as found,
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert not requests and found.value.exit_status == 143

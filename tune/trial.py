@@ -46,6 +46,8 @@ class Reporter(TuneReportCallback):
     """Reports every evaluation to Tune, with a handle of the training's controller, in which it runs."""
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if not any(name.startswith("val_") for name in metrics[0]):
+            return  # a checkpoint because a node is taken away: it was not evaluated
         controller = ray.get_runtime_context().current_actor
         super().after_report(run_context, [{**metrics[0], CONTROLLER: controller}], checkpoint)
 

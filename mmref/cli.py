@@ -1,4 +1,4 @@
-"""`mmref shards|train|sizing|evaluate|export|ledger|tune|ablate`: the same functions that jobs/ call."""
+"""`mmref shards|train|sizing|evaluate|export|index|search|judge|ledger|tune|ablate`: the same functions that jobs/ call."""
 
 from __future__ import annotations
 
@@ -48,10 +48,18 @@ def _dispatch(argv: list[str]) -> int:
         from tune.ablate import main as ablate
 
         return ablate(argv[1:])
+    if argv[:1] and argv[0] in ("index", "search", "judge"):
+        from mmref.retrieval import commands as retrieval
+
+        return {"index": retrieval.index_main, "search": retrieval.search_main, "judge": retrieval.judge_main}[argv[0]](
+            argv[1:]
+        )
     parser = argparse.ArgumentParser(prog="mmref", description="Text-to-image retrieval with multi-modal references.")
     parser.add_argument("--version", action="version", version=f"mmref {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{shards,train,sizing,evaluate,export,ledger,tune,ablate}"
+        dest="command",
+        required=True,
+        metavar="{shards,train,sizing,evaluate,export,index,search,judge,ledger,tune,ablate}",
     )
     from data_shards.cli import add_parser as add_shards
 
@@ -59,6 +67,9 @@ def _dispatch(argv: list[str]) -> int:
     for name, text in (
         ("train", "train, evaluate and report; `mmref train --help`"),
         ("sizing", "memory, bytes and FLOPs of a run before it is started; `mmref sizing --help`"),
+        ("index", "make a search index of your images, add to it, remove; `mmref index --help`"),
+        ("search", "search an index with a sentence, an image, or both; `mmref search --help`"),
+        ("judge", "keep what was right and wrong, export it as training data; `mmref judge --help`"),
         ("tune", "search hyper-parameters; `mmref tune --help`"),
         ("ablate", "compare configs over seeds; `mmref ablate --help`"),
     ):

@@ -140,6 +140,10 @@ class ReferenceSpace:
         """Features in coordinates (N, c) whose inner products are those of the similarities to all m objects."""
         if self._factor is not None:
             return features @ self._factor.T
+        return self.similarities(features)
+
+    def similarities(self, features: np.ndarray) -> np.ndarray:
+        """Cosines of features (N, d) with each object's best reference: (N, m)."""
         result = np.empty((len(features), self.n_objects), np.float32)
         for rows, similarity in self._similarities(features):
             result[rows] = similarity

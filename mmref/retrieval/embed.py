@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mmref.data.decode import decode_rgb, resize_rgb
 from mmref.errors import SampleError
+from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.retrieval.images import read_image_bytes
 
 THUMBNAIL_PX, THUMBNAIL_QUALITY = 256, 80
@@ -46,14 +47,14 @@ def thumbnail(rgb: NDArray[np.uint8]) -> bytes:
     return data.tobytes()
 
 
-def code_arrays(model: Any, features: NDArray[np.float32]) -> Arrays:
+def code_arrays(space: ReferenceSpace | None, refinement: RefinementSettings, features: NDArray[np.float32]) -> Arrays:
     """Sparse codes as `near` (n, r) int32 object rows and `weights` (n, r) float32; {} where there are none to store.
 
     Codes of other kinds follow from the features: a search computes those of its candidates.
     """
-    if model.space is None or model.refinement.kind != "sparse":
+    if space is None or refinement.kind != "sparse":
         return {}
-    codes = model.space.encode(features, model.refinement, gallery=True)
+    codes: Any = space.encode(features, refinement)
     r = codes.indices.size // max(len(features), 1)
     return {
         "near": codes.indices.reshape(-1, r).astype(np.int32),
@@ -86,7 +87,7 @@ def embed_chunk(model: Any, locations: list[Location]) -> Arrays:
         "problems": np.frombuffer(
             json.dumps({i: d for i, d in enumerate(done) if isinstance(d, str)}).encode(), np.uint8
         ),
-        **(code_arrays(model, features) if good else {}),
+        **(code_arrays(model.space, model.refinement, features) if good else {}),
     }
 
 

@@ -13,21 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from mmref.errors import QueryError, SampleError, SearchIndexError
-from mmref.evaluate.refinement import ReferenceSpace, reference_similarity
 from mmref.inference import ImageLike, load
 from mmref.retrieval import index as directory
 from mmref.retrieval.bundle import read_reference_captions
-from mmref.retrieval.embed import code_arrays
 from mmref.retrieval.images import read_image_bytes
-from mmref.retrieval.vectors import Floats, Rows, exact, exact_among, gather
+from mmref.retrieval.ranking import Encoded, Ranker
+from mmref.retrieval.vectors import Approximate, Floats, Rows
+
+if TYPE_CHECKING:
+    from mmref.retrieval.explain import Explanation
 
 SHARED = 3  # references named with each result
 CACHED_FILTERS = 16
@@ -73,31 +74,6 @@ class Result:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Queries as features (q, d), and their codes over the references: sparse ones as the `near` (q, r) object rows and
-    the weights of them, `code` (q, r); other kinds as unit rows, `code` (q, c). None: nothing to refine by."""
-
-    features: Floats
-    code: Floats | None = None
-    near: NDArray[np.int32] | None = None
-
-    def take(self, rows: Sequence[int]) -> Encoded:
-        """Some of the queries."""
-        code = None if self.code is None else self.code[rows]
-        return Encoded(self.features[rows], code, None if self.near is None else self.near[rows])
-
-    @staticmethod
-    def join(parts: Sequence[Encoded]) -> Encoded:
-        """Queries end to end."""
-        code = None if parts[0].code is None else np.concatenate([p.code for p in parts if p.code is not None])
-        near = None if parts[0].near is None else np.concatenate([p.near for p in parts if p.near is not None])
-        return Encoded(np.concatenate([p.features for p in parts]), code, near)
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-
 class Searcher:
     """Answers queries from an index directory. Thread-safe; holds the state of the index at the time it was opened.
 
@@ -112,34 +88,37 @@ class Searcher:
 
     def __init__(self, index: str, device: str = "cpu", cached: int = 4096) -> None:
         self.index = Path(index).expanduser().absolute()
-        self._open()
+        approximate = self._open()
         self.model = load(self.index / "model", device)
+        model = self.model
+        self.ranker = Ranker(
+            self.segments, approximate, model.space, model.refinement, model.text_mean, model.config.eval.top_p
+        )
         self._cached = cached
         self._cache: OrderedDict[str, Encoded] = OrderedDict()
         self._filters: OrderedDict[tuple[tuple[str, str], ...], Rows] = OrderedDict()
         self._lock = threading.Lock()  # of the caches
         self._encoding = threading.Lock()  # of the model, which is not thread-safe
 
-    def _open(self) -> None:
+    def _open(self) -> Approximate | None:
         """Open the files of one manifest; a writer may replace it meanwhile."""
         for attempt in range(OPEN_ATTEMPTS):
             self.manifest = directory.Manifest.read(self.index)
             directory.check_model(self.index, self.manifest)
             try:
                 self.segments = directory.open_segments(self.index, self.manifest)
-                self._approximate = directory.open_vectors(self.index, self.manifest)
+                approximate = directory.open_vectors(self.index, self.manifest)
                 break
             except SearchIndexError:
                 unchanged = directory.Manifest.read(self.index).generation == self.manifest.generation
                 if unchanged or attempt == OPEN_ATTEMPTS - 1:
                     raise
-        self._matrices = [s.features for s in self.segments]
-        self._uids = np.concatenate([s.uids for s in self.segments])
         self._starts = np.cumsum([0, *(len(s) for s in self.segments)])
         self.items: pa.Table = pa.concat_tables([s.items for s in self.segments], promote_options="permissive")
+        return approximate
 
     def __len__(self) -> int:
-        return len(self._uids)
+        return len(self.items)
 
     @property
     def outdated(self) -> bool:
@@ -192,60 +171,7 @@ class Searcher:
         if not queries or (among is not None and not len(among)):
             return [[] for _ in queries]
         encoded = self.encode([q if isinstance(q, Query) else Query(q) for q in queries])
-        return self.results(encoded, *self.rank(encoded, top, refine, candidates, among))
-
-    def rank(
-        self, queries: Encoded, top: int, refine: bool = True, candidates: int | None = None, among: Rows | None = None
-    ) -> tuple[Rows, Floats, Floats, Rows]:
-        """Rows, scores, initial scores and initial ranks, (q, top) each; row -1 where an approximate search found none.
-
-        Args:
-            among: rising row numbers to search, by default all.
-        """
-        available = len(self) if among is None else len(among)
-        refining = refine and queries.code is not None
-        p = self.candidates(candidates, available) if refining else 0
-        k = min(max(top, p), available)
-        if among is not None:
-            initial, rows = exact_among(queries.features, self._matrices, among, k)
-        elif self._approximate is not None:
-            initial, rows = self._approximate.search(queries.features, self._matrices, self._uids, k)
-        else:
-            initial, rows = exact(queries.features, self._matrices, k)
-        scores, before = initial, np.broadcast_to(np.arange(1, k + 1), rows.shape)
-        if refining:
-            scores = initial.copy()
-            scores[:, :p] += self.model.refinement.weight * self.similarity(queries, rows[:, :p])
-            order = np.lexsort((rows, -scores))
-            scores, initial = np.take_along_axis(scores, order, 1), np.take_along_axis(initial, order, 1)
-            rows, before = np.take_along_axis(rows, order, 1), np.take_along_axis(before, order, 1)
-        return rows[:, :top], scores[:, :top], initial[:, :top], before[:, :top]
-
-    def candidates(self, asked: int | None, available: int) -> int:
-        """How many of the first pass are refined."""
-        if asked is not None and asked < 0:
-            raise QueryError(f"candidates is {asked}: give a number of items to refine, or 0 for all.")
-        chosen = asked if asked is not None else self.model.refinement.top_p or self.model.config.eval.top_p
-        return min(chosen, available) if chosen else available
-
-    def similarity(self, queries: Encoded, rows: Rows) -> Floats:
-        """S_ref in [0, 1] of each query with its own candidates' rows (q, p); 0 where a row is -1."""
-        assert queries.code is not None
-        known = np.maximum(rows, 0)
-        found = np.empty(rows.shape, np.float32)
-        if queries.near is not None:
-            near, weights = self._codes(known)  # (q, p, r) each
-            code = np.zeros(self._space.n_objects, np.float32)
-            for i, at in enumerate(queries.near):
-                code[at] = queries.code[i]
-                found[i] = np.einsum("pr,pr->p", code[near[i]], weights[i])
-                code[at] = 0
-        else:
-            for i, of in enumerate(queries.code):
-                features = gather(self._matrices, known[i])
-                gallery = self._space.encode(features, self.model.refinement, self._image_mean, gallery=True)
-                found[i] = reference_similarity(of[None], gallery)[0]
-        return np.where(rows >= 0, np.clip(found, 0, 1), 0).astype(np.float32)
+        return self.results(encoded, *self.ranker.rank(encoded, top, refine, candidates, among))
 
     def results(
         self, queries: Encoded, rows: Rows, scores: Floats, initial: Floats, before: Rows
@@ -280,7 +206,7 @@ class Searcher:
         """A function (query, place) -> the references with the largest gains; sparse codes only."""
         if queries.near is None or queries.code is None:
             return lambda q, j: []
-        near, weights = self._codes(np.maximum(rows, 0))
+        near, weights = self.ranker.codes(np.maximum(rows, 0))
         asked, codes = queries.near, queries.code
 
         def references(q: int, j: int) -> list[Reference]:
@@ -290,6 +216,12 @@ class Searcher:
             return [self.reference(int(asked[q, mine[i]]), float(gains[i])) for i in order if gains[i] > 0]
 
         return references
+
+    def explain(self, query: Query | str, item_id: str) -> Explanation:
+        """Where in the image the match lies, and the references nearest to both; see `explain.py`."""
+        from mmref.retrieval.explain import explain
+
+        return explain(self, query, item_id)
 
     def reference(self, row: int, gain: float) -> Reference:
         """A reference by its row."""
@@ -327,7 +259,7 @@ class Searcher:
         if missing:
             with self._encoding:
                 features = self.model.encode_text(missing)
-            encoded = self._with_code(features, image_share=0.0)
+            encoded = self.ranker.encode(features, image_share=0.0)
             new = {text: encoded.take([i]) for i, text in enumerate(missing)}
             known |= new
             with self._lock:
@@ -340,8 +272,7 @@ class Searcher:
         """An image, or the weighted mean of the features of an image and a sentence."""
         assert query.image is not None
         try:
-            with self._encoding:
-                feature = self.model.encode_images([query.image])
+            feature = self.encode_pixels([query.image])
         except SampleError as error:
             raise QueryError(f"the image of the query cannot be used: {error}") from None
         text, share = (query.text or "").strip(), 1.0
@@ -349,43 +280,14 @@ class Searcher:
             share = query.image_weight
             feature = share * feature + (1 - share) * texts[text].features
             feature = (feature / max(float(np.linalg.norm(feature)), 1e-12)).astype(np.float32)
-        return self._with_code(feature, share)
+        return self.ranker.encode(feature, share)
 
-    def _with_code(self, features: Floats, image_share: float) -> Encoded:
-        """Query features with their codes. Dense ones are centred by the mean of texts, of images, or between the two."""
-        if self.model.space is None:
-            return Encoded(features)
-        if self.model.refinement.kind == "sparse":
-            arrays = code_arrays(self.model, features)
-            return Encoded(features, arrays["weights"], arrays["near"])
-        mean = self._image_mean
-        if mean is not None and self.model.text_mean is not None:
-            mean = (1 - image_share) * self.model.text_mean + image_share * mean
-        return Encoded(features, np.asarray(self._space.encode(features, self.model.refinement, mean)))
+    def encode_pixels(self, images: Sequence[ImageLike]) -> Floats:
+        """Features (n, d) of images. Raises SampleError."""
+        with self._encoding:
+            return self.model.encode_images(images)
 
     # -- items -------------------------------------------------------------------------------------------------------
-
-    @property
-    def _space(self) -> ReferenceSpace:
-        assert self.model.space is not None
-        return self.model.space
-
-    def _codes(self, rows: Rows) -> tuple[NDArray[np.int32], Floats]:
-        return (
-            gather([s.codes["near"] for s in self.segments], rows),
-            gather([s.codes["weights"] for s in self.segments], rows),
-        )
-
-    @cached_property
-    def _image_mean(self) -> Floats | None:
-        """Mean coordinates of all items, which centre dense codes; None for other kinds."""
-        if self.model.refinement.kind != "dense":
-            return None
-        total: Any = 0
-        for matrix in self._matrices:
-            for start in range(0, len(matrix), 65_536):
-                total = total + self._space.coordinates(np.asarray(matrix[start : start + 65_536])).sum(0, np.float64)
-        return (total / len(self)).astype(np.float32)
 
     def matching(self, where: Mapping[str, Any]) -> Rows:
         """Rows of the items whose columns have the given values, compared as text. Raises QueryError."""

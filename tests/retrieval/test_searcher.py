@@ -44,7 +44,7 @@ def test_a_search_ranks_as_the_evaluation_does(kind, make_config, tiny_set, tmp_
     searcher = Searcher(str(tmp_path / "index"))
     evaluation = evaluation_of(searcher, tiny_set, "test")
     if kind == "dense":  # an evaluation centres its queries by their own mean, a search by that of val
-        searcher.model.text_mean = searcher.model.space.coordinates(evaluation.pair_features).mean(0)
+        searcher.ranker.text_mean = searcher.model.space.coordinates(evaluation.pair_features).mean(0)
     q, moved = evaluation.features.queries, 0
     for refine in (False, True):
         ranked = evaluation.text_to_image(evaluation.refine_images if refine else None)

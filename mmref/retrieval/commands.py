@@ -1,0 +1,285 @@
+"""`mmref index`, `mmref search` and `mmref judge`: options in, a table or a file out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+from mmref.errors import QueryError
+
+INDEX_VERBS = ("add", "remove", "info")
+
+
+def index_main(argv: list[str]) -> int:
+    """`mmref index IMAGES --model M --out INDEX`, `mmref index add|remove|info INDEX`."""
+    verb = argv[0] if argv[:1] and argv[0] in INDEX_VERBS else "create"
+    return {"create": _create, "add": _add, "remove": _remove, "info": _info}[verb](argv[verb != "create" :])
+
+
+def _source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", help="split of a shard set (default: all of them)")
+    parser.add_argument("--image-column", default="image", help="column of a table with paths or URLs (default: image)")
+    parser.add_argument("--object-column", default="object_id", help="column with object ids, where there is one")
+    parser.add_argument(
+        "--image-root", metavar="DIR", help="what a table's paths are relative to; else the table's folder"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1,
+        help="Ray actors that embed; 0: in this process, quickest for a few thousand images (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _columns(args: argparse.Namespace) -> Any:
+    from mmref.retrieval.images import TableColumns
+
+    return TableColumns(args.image_column, args.object_column, args.image_root)
+
+
+def _create(argv: list[str]) -> int:
+    from mmref.retrieval import index
+    from mmref.retrieval.vectors import Kind
+
+    parser = argparse.ArgumentParser(
+        prog="mmref index",
+        description="Make a search index of your images. The same command again goes on after a kill. "
+        "`mmref index add|remove|info INDEX` change or describe one; a folder of such a name is given as ./add.",
+    )
+    parser.add_argument("images", metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
+    parser.add_argument(
+        "--model", required=True, metavar="RUN|EXPORT", help="run directory, or folder of `mmref export`"
+    )
+    parser.add_argument("--out", required=True, metavar="INDEX", help="the index directory; must not exist yet")
+    parser.add_argument(
+        "--kind", choices=get_args(Kind), default="auto",
+        help="exact search (flat) or approximate (ivf, hnsw); auto: exact up to a million images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recall",
+        type=float,
+        default=0.95,
+        help="of the ten nearest that ivf and hnsw must find (default: %(default)s)",
+    )
+    _source_options(parser)
+    args = parser.parse_args(argv)
+    manifest = index.create(
+        args.images, args.model, args.out, args.split, _columns(args), args.kind, args.workers, args.recall
+    )
+    _report(args.out, manifest)
+    return 0
+
+
+def _add(argv: list[str]) -> int:
+    from mmref.retrieval import index
+
+    parser = argparse.ArgumentParser(prog="mmref index add", description="Add the images an index does not hold yet.")
+    parser.add_argument("index", metavar="INDEX")
+    parser.add_argument("images", metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
+    parser.add_argument("--model", metavar="RUN|EXPORT", help="checked to be the index's own, which is used")
+    _source_options(parser)
+    args = parser.parse_args(argv)
+    before = index.Manifest.read(Path(args.index)).items
+    manifest = index.add(args.index, args.images, args.model, args.split, _columns(args), args.workers)
+    print(f"{manifest.items - before:,} images added")
+    _report(args.index, manifest)
+    return 0
+
+
+def _remove(argv: list[str]) -> int:
+    from mmref.retrieval import index
+
+    parser = argparse.ArgumentParser(prog="mmref index remove", description="Remove items from an index.")
+    parser.add_argument("index", metavar="INDEX")
+    parser.add_argument("ids", metavar="ID", nargs="*", help="ids of items")
+    parser.add_argument("--ids-file", metavar="FILE", help="more ids, one a line")
+    args = parser.parse_args(argv)
+    ids = args.ids + (_lines(args.ids_file) if args.ids_file else [])
+    if not ids:
+        raise QueryError("name the items to remove: ids, or a file of them with --ids-file.")
+    _report(args.index, index.remove(args.index, ids))
+    return 0
+
+
+def _info(argv: list[str]) -> int:
+    from mmref.retrieval import index
+    from mmref.retrieval.segment import Segment
+
+    parser = argparse.ArgumentParser(prog="mmref index info", description="What an index holds.")
+    parser.add_argument("index", metavar="INDEX")
+    parser.add_argument("--json", action="store_true", help="print the manifest")
+    args = parser.parse_args(argv)
+    folder = Path(args.index).expanduser().absolute()
+    manifest = index.Manifest.read(folder)
+    index.check_model(folder, manifest)
+    if args.json:
+        print(json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
+        return 0
+    _report(args.index, manifest)
+    segments: list[Segment] = index.open_segments(folder, manifest)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"columns: {', '.join(segments[0].items.column_names)}")
+    print(f"model {manifest.model[:12]}, generation {manifest.generation}, {size / 1e6:,.1f} MB on disk")
+    print(f"from: {', '.join(manifest.sources)}")
+    return 0
+
+
+def _report(path: str, manifest: Any) -> None:
+    skipped = f", {manifest.skipped:,} could not be read (skipped.jsonl)" if manifest.skipped else ""
+    print(f"{path}: {manifest.items:,} images, {manifest.dim} numbers each, {manifest.kind}{skipped}")
+    if manifest.kind != "flat":
+        v = manifest.vectors
+        print(
+            f"recall@10 {v['recall@10']:.3f} against an exact search, measured with {v['queries']} {v['measured_on']}"
+        )
+        if v["recall@10"] < v["wanted"]:
+            print(f"warning: below the {v['wanted']} that was asked for, at the highest setting")
+
+
+# -- search ----------------------------------------------------------------------------------------------------------
+
+
+def search_main(argv: list[str]) -> int:
+    """`mmref search INDEX "a sentence"`."""
+    parser = argparse.ArgumentParser(
+        prog="mmref search", description="Search an index with a sentence, an image, or both."
+    )
+    parser.add_argument("index", metavar="INDEX", help="directory of `mmref index`")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="what to look for")
+    parser.add_argument("--image", metavar="FILE", help="look for what is like this image")
+    parser.add_argument(
+        "--image-weight", type=float, default=0.5, help="share of the image beside a sentence (default: %(default)s)"
+    )
+    parser.add_argument("--batch", metavar="FILE", help="many sentences, one a line")
+    parser.add_argument("--top", type=int, default=10, help="results of each query (default: %(default)s)")
+    parser.add_argument("--no-refine", action="store_true", help="do not compare by references")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        metavar="P",
+        help="refine this many of the first pass; 0: all; default: as in evaluation",
+    )
+    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only items with these values")
+    parser.add_argument("--json", action="store_true", help="print results as JSON, a line for each query")
+    parser.add_argument("--html", metavar="FILE", help="write results as a page with thumbnails")
+    parser.add_argument(
+        "--judge", action="store_true", help="ask of each result whether it is right, and keep the answers"
+    )
+    parser.add_argument("--judgements", metavar="FILE", help="where (default: judgements.jsonl in the index)")
+    args = parser.parse_args(argv)
+    from mmref.retrieval.searcher import Query, Searcher
+    from mmref.retrieval.show import format_results, render_page
+
+    if args.batch and (args.text or args.image):
+        raise QueryError("give one query, or many with --batch, not both.")
+    queries = [Query(line) for line in _lines(args.batch)] if args.batch else []
+    queries = queries or [Query(args.text, args.image, args.image_weight)]
+    where = _where(args.where)
+    searcher = Searcher(args.index)
+    answers = searcher.search_many(queries, args.top, not args.no_refine, args.candidates, where)
+    names = [query.text or str(query.image) for query in queries]
+    for name, results in zip(names, answers):
+        if args.json:
+            print(json.dumps({"query": name, "results": [r.to_dict() for r in results]}, ensure_ascii=False))
+        elif not args.html:
+            print(name if len(names) > 1 else "", format_results(results), sep="\n" if len(names) > 1 else "")
+    if args.html:
+        Path(args.html).write_text(render_page(searcher, list(zip(names, answers))), encoding="utf-8")
+        print(f"written to {args.html}")
+    if args.judge:
+        _ask(searcher, queries, answers, args.judgements)
+    return 0
+
+
+def _where(pairs: Sequence[str]) -> dict[str, str] | None:
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise QueryError(f"--where {wrong[0]!r} is not of the form COLUMN=VALUE.")
+    return dict(pair.split("=", 1) for pair in pairs) or None
+
+
+def _lines(path: str) -> list[str]:
+    """Lines of a file that are not empty. Raises QueryError."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise QueryError(f"{path} cannot be read: {error}.") from None
+    if not any(lines):
+        raise QueryError(f"{path} is empty: one entry a line.")
+    return [line for line in lines if line]
+
+
+# -- judgements ------------------------------------------------------------------------------------------------------
+
+
+def _ask(searcher: Any, queries: Sequence[Any], answers: Sequence[Sequence[Any]], path: str | None) -> None:
+    """Ask on the terminal: y, n, enter to pass over, q to stop."""
+    from mmref.retrieval.feedback import Judgements
+
+    judgements, saved = Judgements.of(searcher, path), 0
+    for query, results in zip(queries, answers):
+        for result in results:
+            try:
+                answer = input(f"{result.rank}. {result.id}: right for {query.text!r}? [y/n, enter: skip, q: stop] ")
+            except EOFError:
+                answer = "q"
+            if answer.strip().lower() == "q":
+                print(f"\n{saved} judgements saved in {judgements.path}")
+                return
+            if answer.strip().lower() in ("y", "n"):
+                judgements.save(searcher, query.text or "", result.id, answer.strip().lower() == "y")
+                saved += 1
+    print(f"{saved} judgements saved in {judgements.path}")
+
+
+def judge_main(argv: list[str]) -> int:
+    """`mmref judge INDEX TEXT --right ID ... --wrong ID ...`, `mmref judge export INDEX --out DIR`."""
+    if argv[:1] == ["export"]:
+        return _export_judgements(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="mmref judge",
+        description="Say which items are right for a sentence. `mmref judge export INDEX --out DIR` writes what was judged as "
+        "a table for `mmref shards build table`, to fine-tune or evaluate with.",
+    )
+    parser.add_argument("index", metavar="INDEX")
+    parser.add_argument("text", metavar="TEXT", help="the sentence")
+    parser.add_argument("--right", nargs="+", default=[], metavar="ID", help="items that it asks for")
+    parser.add_argument("--wrong", nargs="+", default=[], metavar="ID", help="items that it does not")
+    parser.add_argument("--judgements", metavar="FILE", help="where to save (default: judgements.jsonl in the index)")
+    args = parser.parse_args(argv)
+    from mmref.retrieval.feedback import Judgements
+    from mmref.retrieval.searcher import Searcher
+
+    if not args.right and not args.wrong:
+        raise QueryError("name items with --right or --wrong.")
+    searcher = Searcher(args.index)
+    judgements = Judgements.of(searcher, args.judgements)
+    for item_id in (*args.right, *args.wrong):
+        searcher.row(item_id)  # all are known before the first is saved
+    for relevant, ids in ((True, args.right), (False, args.wrong)):
+        for item_id in ids:
+            judgements.save(searcher, args.text, item_id, relevant)
+    print(f"{len(args.right) + len(args.wrong)} judgements saved in {judgements.path}")
+    return 0
+
+
+def _export_judgements(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mmref judge export", description="Judgements as a table and its images.")
+    parser.add_argument("index", metavar="INDEX")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for table.jsonl and images/")
+    parser.add_argument(
+        "--split", help="split of every row: `test` for an evaluation split; default: by object at build"
+    )
+    parser.add_argument("--judgements", metavar="FILE", help="what to export (default: judgements.jsonl in the index)")
+    args = parser.parse_args(argv)
+    from mmref.retrieval.feedback import Judgements, export_table
+    from mmref.retrieval.searcher import Searcher
+
+    searcher = Searcher(args.index)
+    rows, left_out = export_table(searcher, Judgements.of(searcher, args.judgements).read(), args.out, args.split)
+    print(f"{rows} images in {args.out}/table.jsonl; next: mmref shards build table {args.out}/table.jsonl --out SET")
+    for line in left_out:
+        print(f"left out: {line}")
+    return 0

@@ -1,0 +1,136 @@
+"""What people thought of results: judgements in a file of JSON lines, and a table of them to fine-tune and evaluate with.
+
+A judgement is {"query", "id", "object_id", "relevant", "at"}; the last one of a query and an item counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from data_shards.tar_writer import image_ext
+from mmref.errors import QueryError, SampleError
+from mmref.retrieval.searcher import Searcher
+
+FILE = "judgements.jsonl"  # in the index, where no other is named
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether an item is what a query asks for."""
+
+    query: str
+    id: str
+    object_id: str | None
+    relevant: bool
+    at: str  # UTC, ISO 8601
+
+
+class Judgements:
+    """A file of judgements, appended to a line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def of(cls, searcher: Searcher, path: str | None = None) -> Judgements:
+        """The index's own, or another file."""
+        return cls(Path(path) if path else searcher.index / FILE)
+
+    def save(self, searcher: Searcher, query: str, item_id: str, relevant: bool) -> Judgement:
+        """Append a judgement. Raises QueryError for an empty query or an unknown item."""
+        if not query.strip():
+            raise QueryError("a judgement needs the sentence that was searched.")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        found = Judgement(query.strip(), item_id, searcher.item(item_id)["object_id"], relevant, now)
+        line = json.dumps(asdict(found), ensure_ascii=False) + "\n"
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            file.write(line.encode())  # one write: lines of two writers do not mix
+        return found
+
+    def read(self) -> list[Judgement]:
+        """The last judgement of each query and item, in the order they were first given. Raises QueryError."""
+        if not self.path.exists():
+            raise QueryError(f"{self.path} does not exist: judge results first (`mmref search ... --judge`).")
+        found: dict[tuple[str, str], Judgement] = {}
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                judgement = Judgement(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise QueryError(f"{self.path}, line {number} is no judgement: {error}.") from None
+            found[judgement.query, judgement.id] = judgement
+        return list(found.values())
+
+
+def export_table(
+    searcher: Searcher, judgements: Iterable[Judgement], out: str, split: str | None = None
+) -> tuple[int, list[str]]:
+    """Write `table.jsonl` and the images it names, ready for `mmref shards build table OUT/table.jsonl`.
+
+    A row is an image with its object and a sentence. A relevant item gets the sentence it was found by; an item that
+    was judged and is relevant to nothing gets the caption it was indexed with, and is left out where it has none.
+    Items without an object id that are relevant to the same sentence become one object.
+
+    Args:
+        out: folder, made where it is missing.
+        split: split of every row, such as `test` for an evaluation split; by default the builder deals objects to splits.
+
+    Returns:
+        Rows written, and what was left out.
+
+    Raises:
+        QueryError: nothing could be written.
+    """
+    judged = list(judgements)
+    objects = _objects(judged)
+    folder = Path(out)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    relevant = {j.id for j in judged if j.relevant}
+    captions: dict[str, list[str]] = {}
+    for judgement in judged:
+        of_item = captions.setdefault(judgement.id, [])
+        if judgement.relevant:
+            of_item.append(judgement.query)
+    rows, left_out = [], []
+    for number, (item_id, texts) in enumerate(captions.items()):
+        try:
+            if item_id not in relevant:
+                texts = [searcher.item(item_id).get("caption") or ""]
+                if not texts[0]:
+                    left_out.append(f"{item_id}: relevant to nothing, and no caption of its own")
+                    continue
+            data = searcher.image_bytes(item_id)
+        except (QueryError, SampleError) as error:  # removed from the index since, or its file is gone
+            left_out.append(f"{item_id}: {error}")
+            continue
+        name = f"images/{number:06d}.{image_ext(data) or 'img'}"
+        (folder / name).write_bytes(data)
+        row = {"image": name, "object_id": objects[item_id], "captions": texts, "item": item_id}
+        rows.append(row | ({"split": split} if split else {}))
+    if not rows:
+        raise QueryError(f"no judged item can be exported: {left_out[:3] or 'there are no judgements'}.")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "table.jsonl").write_text(text, encoding="utf-8")
+    return len(rows), left_out
+
+
+def _objects(judged: list[Judgement]) -> dict[str, str]:
+    """Object of each judged item: its own, else one for all items that sentences join."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    of_query: dict[str, str] = {}
+    for judgement in judged:
+        if judgement.object_id is None and judgement.relevant:
+            first = of_query.setdefault(judgement.query, judgement.id)
+            parent[root(judgement.id)] = root(first)
+    return {j.id: j.object_id if j.object_id is not None else f"item:{root(j.id)}" for j in judged}

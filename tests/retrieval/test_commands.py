@@ -1,0 +1,95 @@
+"""mmref index, search and judge as they are typed."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+
+import pytest
+
+from mmref.cli import main
+from mmref.retrieval.searcher import Searcher
+
+
+def test_from_a_folder_to_an_answer(folder, run, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["index", str(folder), "--model", str(run), "--out", out, "--workers", "0"]) == 0
+    assert "11 images, 8 numbers each, flat, 1 could not be read (skipped.jsonl)" in capsys.readouterr().out
+    assert main(["search", out, "a red star", "--top", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["rank", "before"] and [line.split()[0] for line in lines[1:]] == list("1234")
+    assert main(["index", "remove", out, "00.png", "02.png"]) == 0
+    assert main(["index", "add", out, str(folder), "--workers", "0"]) == 0
+    assert "2 images added" in capsys.readouterr().out
+    assert main(["index", "info", out]) == 0
+    info = capsys.readouterr().out
+    assert "generation 3" in info and "columns: id, path" in info
+    assert main(["index", "info", out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == 11
+
+
+def test_json_batches_filters_and_images(split_index, tmp_path, capsys):
+    sentences = tmp_path / "queries.txt"
+    sentences.write_text("red circle\n\nblue star\n")
+    assert main(["search", str(split_index), "--batch", str(sentences), "--json", "--top", "2", "--no-refine"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [f["query"] for f in found] == ["red circle", "blue star"]
+    assert all(r["score"] == r["initial"] and r["rank"] == r["rank_before"] for f in found for r in f["results"])
+    searcher = Searcher(str(split_index))
+    assert [r["id"] for r in found[1]["results"]] == [r.id for r in searcher.search("blue star", top=2, refine=False)]
+    item = searcher.items["id"][3].as_py()
+    (tmp_path / "q.png").write_bytes(searcher.image_bytes(item))
+    argv = ["--image", str(tmp_path / "q.png"), "--where", f"object_id={searcher.item(item)['object_id']}", "--json"]
+    assert main(["search", str(split_index), *argv]) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    assert {r["object_id"] for r in found} == {searcher.item(item)["object_id"]}
+    assert main(["search", str(split_index), "red", *argv, "--image-weight", "0.2"]) == 0
+
+
+def test_the_page_is_self_contained(split_index, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["search", str(split_index), "<b>red & blue</b>", "--html", str(page), "--top", "3"]) == 0
+    text = page.read_text()
+    assert "&lt;b&gt;red &amp; blue&lt;/b&gt;" in text and "<b>red" not in text
+    assert len(re.findall(r'src="data:image/webp;base64,[A-Za-z0-9+/=]{50,}"', text)) == 3
+    assert not re.search(r"(src|href)=\"(?!data:)", text) and "http" not in text
+
+
+def test_judging_on_the_terminal_and_by_command(own_index, tmp_path, capsys, monkeypatch):
+    answers = iter(["y", "", "n", "q"])
+    monkeypatch.setattr(builtins, "input", lambda _: next(answers))
+    assert main(["search", str(own_index), "red circle", "--judge", "--top", "6"]) == 0
+    assert "2 judgements saved" in capsys.readouterr().out
+    ids = [r.id for r in Searcher(str(own_index)).search("red circle", top=6)]
+    lines = [json.loads(line) for line in (own_index / "judgements.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["relevant"]) for line in lines] == [(ids[0], True), (ids[2], False)]
+    assert main(["judge", str(own_index), "blue star", "--right", ids[4], "--wrong", ids[5]]) == 0
+    assert main(["judge", "export", str(own_index), "--out", str(tmp_path / "t"), "--split", "test"]) == 0
+    assert "4 images in" in capsys.readouterr().out
+    assert main(["judge", str(own_index), "blue star", "--right", ids[1], "nobody"]) == 1
+    assert len((own_index / "judgements.jsonl").read_text().splitlines()) == 4, "all ids are known, or none is saved"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["search", "{index}", ""], "the query is empty"),
+        (["search", "{index}"], "the query is empty"),
+        (["search", "{index}", "x", "--top", "99"], "give 1 to 12"),
+        (["search", "{index}", "x", "--image", "/nowhere.png"], "image of the query cannot be used"),
+        (["search", "{index}", "x", "--where", "split"], "not of the form COLUMN=VALUE"),
+        (["search", "{index}", "x", "--where", "size=3"], "has no column 'size'"),
+        (["search", "{index}", "--batch", "/nowhere.txt"], "/nowhere.txt cannot be read"),
+        (["search", "{index}", "x", "--batch", "/nowhere.txt"], "not both"),
+        (["search", "/nowhere", "x"], "is no index"),
+        (["index", "info", "/nowhere"], "is no index"),
+        (["index", "remove", "{index}"], "name the items to remove"),
+        (["judge", "{index}", "x"], "--right or --wrong"),
+        (["judge", "export", "{index}", "--out", "/tmp"], "judge results first"),
+    ],
+)
+def test_errors_are_named_without_a_traceback(argv, said, split_index, capsys):
+    assert main([part.format(index=split_index) for part in argv]) == 1
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error

@@ -1,0 +1,90 @@
+"""Judgements: kept, exported, and built into a shard set that a split of an evaluation reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_shards.build import BuildOptions, build_shards, make_source
+from mmref.data.shards import SampleReader, ShardSet
+from mmref.errors import QueryError
+from mmref.evaluate.features import read_queries
+from mmref.retrieval import index
+from mmref.retrieval.feedback import Judgements, export_table
+from mmref.retrieval.searcher import Searcher
+
+
+def test_the_last_judgement_of_a_pair_counts(own_index):
+    searcher = Searcher(str(own_index))
+    judgements = Judgements.of(searcher)
+    first, second = searcher.items["id"][0].as_py(), searcher.items["id"][1].as_py()
+    judgements.save(searcher, "red circle", first, False)
+    judgements.save(searcher, " red circle ", second, False)
+    judgements.save(searcher, "red circle", first, True)
+    found = judgements.read()
+    assert [(j.id, j.relevant) for j in found] == [(first, True), (second, False)]
+    assert found[0].object_id == searcher.item(first)["object_id"]
+    with pytest.raises(QueryError, match="has no item 'nobody'"):
+        judgements.save(searcher, "red", "nobody", True)
+    with pytest.raises(QueryError, match="needs the sentence"):
+        judgements.save(searcher, " ", first, True)
+    with open(own_index / "judgements.jsonl", "a") as file:
+        file.write('{"query": "half')
+    with pytest.raises(QueryError, match="line 4 is no judgement"):
+        judgements.read()
+
+
+def build(table: Path, out: Path) -> ShardSet:
+    build_shards(make_source("table", path=str(table)), str(out), BuildOptions(workers=0, min_shards=1, progress=False))
+    return ShardSet.open(str(out))
+
+
+def test_judgements_become_an_evaluation_split(own_index, tmp_path):
+    """Images of a shard set, whose bytes are copied out; object ids are kept."""
+    searcher = Searcher(str(own_index))
+    judgements = Judgements.of(searcher)
+    ids = searcher.items["id"].to_pylist()
+    judgements.save(searcher, "a very red circle", ids[0], True)
+    judgements.save(searcher, "another sentence", ids[0], True)
+    judgements.save(searcher, "a very red circle", ids[-1], False)
+    rows, left_out = export_table(searcher, judgements.read(), str(tmp_path / "table"), split="test")
+    assert (rows, left_out) == (2, [])
+    shards = build(tmp_path / "table" / "table.jsonl", tmp_path / "set")
+    assert shards.splits == ["test"]
+    split = shards.index("test")
+    queries = read_queries(split)
+    said = {split.object_ids[o]: {queries.texts[t] for t in queries.text[queries.objects == o]} for o in range(2)}
+    of = {i: searcher.item(i) for i in (ids[0], ids[-1])}
+    assert said[of[ids[0]]["object_id"]] == {"a very red circle", "another sentence"}
+    assert said[of[ids[-1]]["object_id"]] == {of[ids[-1]]["caption"]}, "a wrong result is told by its own caption"
+    assert SampleReader(split).read(0).image_bytes in {searcher.image_bytes(i) for i in of}
+
+
+def test_images_without_objects_are_joined_by_sentences(folder, run, tmp_path):
+    index.create(str(folder), str(run), str(tmp_path / "index"), workers=0)
+    searcher = Searcher(str(tmp_path / "index"))
+    judgements = Judgements.of(searcher, str(tmp_path / "j.jsonl"))
+    pairs = [("a", "00.png"), ("a", "02.png"), ("b", "02.png"), ("b", "04.png"), ("c", "06.png")]
+    for query, item in pairs:
+        judgements.save(searcher, query, item, True)
+    judgements.save(searcher, "c", "08.png", False)
+    judgements.save(searcher, "c", "10.png", True)
+    (folder / "10.png").unlink()
+    rows, left_out = export_table(searcher, judgements.read(), str(tmp_path / "table"))
+    assert rows == 4 and len(left_out) == 2
+    assert "08.png: relevant to nothing, and no caption" in left_out[0] and "10.png" in left_out[1]
+    table = [json.loads(line) for line in (tmp_path / "table" / "table.jsonl").read_text().splitlines()]
+    objects = {row["item"]: row["object_id"] for row in table}
+    assert objects["00.png"] == objects["02.png"] == objects["04.png"] != objects["06.png"]
+    shards = build(tmp_path / "table" / "table.jsonl", tmp_path / "set")
+    assert sum(entry["images"] for entry in shards.manifest["splits"].values()) == 4
+
+
+def test_nothing_to_export_is_said(own_index, tmp_path):
+    searcher = Searcher(str(own_index))
+    with pytest.raises(QueryError, match="does not exist: judge results first"):
+        Judgements.of(searcher).read()
+    with pytest.raises(QueryError, match="no judged item can be exported"):
+        export_table(searcher, [], str(tmp_path / "table"))

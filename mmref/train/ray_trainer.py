@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from mmref.train.elastic import largest_count
 from mmref.train.stop import GROW, request_stop
 
 COORDINATOR_TIMEOUT_S = 10
+ANSWER_TIMEOUT_S = 3.0
 
 
 class AllowedCounts(ElasticScalingPolicy):
@@ -46,7 +48,8 @@ class AllowedCounts(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: ReservedResources) -> int:
         draining = ray._private.state.state.get_draining_nodes()
-        alive = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining}
+        nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining and _answers(n)]
+        alive = {n["NodeID"]: n["Resources"] for n in nodes}
         places = super()._count_possible_workers({n: r for n, r in reserved_resources.items() if n in alive})
         return largest_count(self._config, places, sum(r.get("CPU", 0.0) for r in alive.values()))
 
@@ -57,6 +60,15 @@ class AllowedCounts(ElasticScalingPolicy):
         if isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers:
             request_stop(RunDir(self._config.run_dir), GROW)
         return NoopDecision()  # workers on nodes that are lost fail by themselves
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether a node can be reached. Ray itself takes several failed health checks for the loss of a node."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 class Trainer(TorchTrainer):

@@ -23,8 +23,7 @@ from mmref.train.loop import FAILURE, train_worker
 from mmref.train.stop import DRAIN, GROW, Termination, withdraw_request
 
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-# workers of a group that counts on a node which is gone wait for places in vain: count again soon. Until Ray has noticed
-# the loss (15 s by default) the count may be wrong once more
+# workers that wait for a place on a node which went just then do so in vain: count again soon
 ELASTIC_START_TIMEOUT_S = "10"
 START_ATTEMPTS = 3
 RESIZE_CHECK_S = 30.0  # how often a group with fewer workers than asked for looks for places

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from scenarios import SCENARIOS, Chaos, Outcome, chaos_on, driver_terminated
 
+pytestmark = pytest.mark.timeout(1800)  # several starts of a training each; a busy machine takes minutes for one
+
 
 @pytest.fixture(scope="module")
 def chaos(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chaos]:

@@ -17,7 +17,7 @@ import psutil
 from mmref.config import Config, dump_yaml
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 400
+TIMEOUT_S = 600
 
 
 class Job:

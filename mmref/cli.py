@@ -1,4 +1,4 @@
-"""`mmref shards|train|sizing|evaluate|export|index|search|judge|ledger|tune|ablate`: the same functions that jobs/ call."""
+"""`mmref shards|train|evaluate|references|export|index|search|...`: the same functions that jobs/ call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from mmref import __version__
-from mmref.errors import MMRefError
+from mmref.errors import MMRefError, ReferencesError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def _dispatch(argv: list[str]) -> int:
     commands = parser.add_subparsers(
         dest="command",
         required=True,
-        metavar="{shards,train,sizing,evaluate,export,index,search,judge,ledger,tune,ablate}",
+        metavar="{shards,train,sizing,evaluate,references,export,index,search,judge,ledger,tune,ablate}",
     )
     from data_shards.cli import add_parser as add_shards
 
@@ -75,6 +75,7 @@ def _dispatch(argv: list[str]) -> int:
     ):
         commands.add_parser(name, help=text, add_help=False)
     add_evaluate(commands.add_parser("evaluate", help="score a run's best checkpoint on a split"))
+    add_references(commands.add_parser("references", help="add objects to a trained run's references, or remove them"))
     add_export(commands.add_parser("export", help="write a run's best model as a folder that loads anywhere"))
     add_ledger(commands.add_parser("ledger", help="hold the samples a run has seen against its plan"))
     args = parser.parse_args(argv)
@@ -111,6 +112,71 @@ def evaluate(args: argparse.Namespace) -> int:
 
     evaluate_run(args.checkpoint, args.data, args.split, args.out, args.workers, report=not args.no_report)
     return 0
+
+
+def add_references(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mmref references`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{info,add,remove}")
+    info = actions.add_parser("info", help="how many objects the checkpoints of a run have references of")
+    add = actions.add_parser("add", help="give the objects of a shard set references in the best checkpoint")
+    remove = actions.add_parser("remove", help="remove objects from every checkpoint of a run, for good")
+    for action in (info, add, remove):
+        action.add_argument("run_dir", metavar="RUN", help="run directory of `mmref train`, not training meanwhile")
+    info.add_argument("--object", nargs="+", default=[], metavar="ID", help="also say whether these are there")
+    add.add_argument("--data", required=True, metavar="SHARDS", help="shard set that holds the new objects")
+    add.add_argument("--split", default="train", help="split of it (default: train)")
+    add.add_argument("--workers", type=int, help="Ray actors that compute features (default: eval.workers)")
+    remove.add_argument("--object", nargs="+", default=[], metavar="ID", help="ids of the objects")
+    remove.add_argument("--file", metavar="FILE", help="text file with an id a line")
+    for action, command in ((info, references_info), (add, references_add), (remove, references_remove)):
+        action.set_defaults(run=command)
+
+
+def references_info(args: argparse.Namespace) -> int:
+    """`mmref references info`."""
+    from mmref.references import describe
+
+    print("\n".join(describe(args.run_dir, args.object)))
+    return 0
+
+
+def references_add(args: argparse.Namespace) -> int:
+    """`mmref references add`."""
+    from mmref.references import add_objects
+
+    added = add_objects(args.run_dir, args.data, args.split, args.workers)
+    print(
+        f"{added.objects} objects added to {added.folder} ({added.known} had references already, {added.empty} have no usable "
+        f"image or caption). Choose the refinement with them: mmref evaluate --checkpoint {args.run_dir}"
+    )
+    return 0
+
+
+def references_remove(args: argparse.Namespace) -> int:
+    """`mmref references remove`."""
+    from mmref.references import remove_objects
+
+    named = [*args.object, *_lines(args.file)]
+    if not named:
+        raise ReferencesError("no object named: give `--object ID ...` or `--file FILE` with an id a line.")
+    removed = remove_objects(args.run_dir, named)
+    also = f"; also {', '.join(removed.reports)}" if removed.reports else ""
+    print(
+        f"{removed.objects} objects removed from {removed.checkpoints} checkpoints ({removed.unfinished} unfinished ones "
+        f"deleted){also}. What this does not cover: docs/references.md."
+    )
+    return 0
+
+
+def _lines(path: str | None) -> list[str]:
+    """Lines of a text file that are not empty. Raises ReferencesError."""
+    if path is None:
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.strip() for line in file if line.strip()]
+    except OSError as error:
+        raise ReferencesError(f"{path} cannot be read: {error}.") from None
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:

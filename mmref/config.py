@@ -187,6 +187,8 @@ class TrainConfig:
     """Length of training in steps."""
     seed: int = 0
     """Seed of the initial weights, the sample stream, masks and augmentation."""
+    start_from: str = ""
+    """Run directory whose best checkpoint gives the first weights, and the references of objects that both sets have."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage: what is sharded over workers (0 nothing, 1 optimizer, 2 + gradients, 3 + parameters)."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
@@ -517,6 +519,7 @@ def config_hash(config: Config) -> str:
                 "compile"):  # fmt: skip
         values["train"].pop(key)
     values["data"]["mix"] = {root.rstrip("/").rsplit("/", 1)[-1]: share for root, share in config.data.mix.items()}
+    values["train"]["start_from"] = config.train.start_from.rstrip("/").rsplit("/", 1)[-1]
     for key in ("readers", "steps_per_task", "cache_gb", "cache_dir"):
         values["data"].pop(key)
     values["reference"].pop("rows_on")

@@ -77,6 +77,10 @@ class ExportError(MMRefError):
     """A run cannot be exported: not evaluated yet, or the target exists."""
 
 
+class ReferencesError(MMRefError):
+    """References cannot be added or removed: objects that are not there, none that are new, or none that would be left."""
+
+
 class SearchIndexError(MMRefError):
     """A search index is missing, unfinished, damaged, in use by another writer, or does not hold what is asked of it."""
 

@@ -41,7 +41,14 @@ from mmref.inference import FORMAT, load, pack_strings
 from mmref.model.backbone import DualBackbone, PairBackbone, tower_config
 from mmref.model.mmref import MMRef, build_model
 from mmref.rundir import RunDir
-from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, fetched, load_model, load_references
+from mmref.train.checkpoint import (
+    CheckpointInfo,
+    best_checkpoint,
+    fetched,
+    load_model,
+    load_object_ids,
+    load_references,
+)
 
 MEAN_TEXTS = 4096  # captions of val whose mean centres dense codes of single queries
 
@@ -72,14 +79,14 @@ def export_run(run_dir: str, out: str, data: str | None = None) -> Path:
     with fetched(run, info, "model", "references") as folder:
         module = build_model(config, tokens.vocab_size).eval()
         load_model(folder, module)
-        references = load_references(folder, info.meta).numpy()
+        references, object_ids = load_references(folder, info.meta).numpy(), load_object_ids(folder, info.meta)
     space = trained_space(config, references)
     settings = RefinementSettings(**{k: metrics["refinement"][k] for k in ("kind", "weight", "top_r", "tau", "top_p")})
 
     with _complete_or_absent(target) as folder_:
         portable = portable_config(config, module)
         _write_model(folder_, portable, module, tokens)
-        _write_references(folder_, references if space else None, shards.train_object_ids())
+        _write_references(folder_, references if space else None, object_ids)
         card = {
             "format": FORMAT,
             "mmref": __version__,

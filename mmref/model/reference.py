@@ -61,3 +61,38 @@ def moving_average(rows: Tensor, sums: Tensor, counts: Tensor, momentum: float) 
     unseen = rows.abs().amax(-1, keepdim=True) == 0
     updated = torch.where(unseen, mean, momentum * rows + (1 - momentum) * mean)
     return torch.where((counts > 0)[..., None], updated, rows)
+
+
+def warm_rows(image: Tensor, text: Tensor, per_object: int, assign: str) -> Tensor:
+    """References (K, d) of an object that training has not seen, from its features (i, d) and (t, d), L2-normalised.
+
+    Images and texts weigh alike, as in training, however many there are of each. With K > 1 the features are grouped
+    around K centres (by modality: images around the even, texts around the odd ones); a reference without features is zero.
+    """
+    weights = [torch.full((len(x),), 1 / max(len(x), 1)) for x in (image, text)]
+    if assign == "nearest" or per_object == 1:
+        return group_means(torch.cat([image, text]), torch.cat(weights), per_object)
+    halves = [group_means(x, w, per_object // 2) for x, w in zip((image, text), weights)]
+    return torch.stack(halves, dim=1).flatten(0, 1)
+
+
+def group_means(features: Tensor, weights: Tensor, groups: int, rounds: int = 10) -> Tensor:
+    """Weighted means (groups, d) of features (n, d) grouped by cosine: spherical k-means from centres that lie far apart."""
+    means = torch.zeros(groups, features.shape[1])
+    if len(features) == 0:
+        return means
+    centres = torch.nn.functional.normalize((weights[:, None] * features).sum(0, keepdim=True), dim=-1)
+    if groups > 1:
+        centres = features[(features @ centres.T).argmax()][None]
+        while len(centres) < groups:
+            nearest = (features @ centres.T).amax(1)
+            if nearest.min() > 1 - 1e-6:
+                break  # every feature is a centre already
+            centres = torch.cat([centres, features[nearest.argmin()][None]])
+    for _ in range(rounds):
+        group = (features @ centres.T).argmax(1)
+        total = torch.zeros(len(centres)).index_add_(0, group, weights)
+        sums = torch.zeros_like(centres).index_add_(0, group, weights[:, None] * features)
+        centres = torch.where(total[:, None] > 0, torch.nn.functional.normalize(sums, dim=-1), centres)
+    means[: len(centres)] = sums / total.clamp(min=1e-12)[:, None]
+    return means

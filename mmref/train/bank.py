@@ -10,8 +10,12 @@ Rows may lie in bf16 (`reference.row_dtype`; arithmetic and optimizer state stay
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -24,14 +28,19 @@ class ReferenceBank:
     """K references of width d for each of m objects, this rank's share of them."""
 
     def __init__(
-        self, objects: int, dim: int, config: ReferenceConfig, seed: int, device: torch.device | str = "cpu"
-    ) -> None:
+        self, objects: int, dim: int, config: ReferenceConfig, seed: int, device: torch.device | str = "cpu",
+        object_ids: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        """object_ids: ids of all objects by row, by which checkpoints match rows; by default the rows' numbers."""
         self.objects, self.dim, self.config, self.seed = objects, dim, config, seed
         self.device = torch.device(device)
         world, rank = collectives.world_size(), collectives.rank()
         self.share = -(-objects // world)  # rows of one rank; the last may own fewer
         self.first = min(rank * self.share, objects)
         self.count = min(self.share, objects - self.first)
+        last = self.first + self.count
+        own_ids = np.arange(self.first, last) if object_ids is None else object_ids[self.first : last]
+        self.object_ids: pa.LargeStringArray = pa.array(own_ids).cast(pa.large_string())  # of this rank's share
         self.dtype = torch.bfloat16 if config.row_dtype == "bf16" else torch.float32
         self.home = torch.device("cpu") if config.rows_on == "host" else self.device  # where this rank's share lies
         shape = (self.count, config.per_object, dim)
@@ -136,14 +145,18 @@ class ReferenceBank:
             state |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "updates": self.updates}
         return state
 
-    def load_rows(self, first: int, state: dict[str, Tensor]) -> None:
-        """Copy what this rank owns out of a saved range that starts at global row `first`, whatever world size wrote it."""
-        last = first + len(state["rows"])
-        lo, hi = max(first, self.first), min(last, self.first + self.count)
-        if lo >= hi:
-            return
-        for name, own in self.state_dict().items():
-            own[lo - self.first : hi - self.first] = state[name][lo - first : hi - first].to(own)
+    def find(self, object_ids: pa.LargeStringArray) -> Tensor:
+        """(n,) where in this rank's share each object lies, -1 for those that it does not own."""
+        at = pc.fill_null(pc.index_in(object_ids, value_set=self.object_ids), -1)
+        return torch.from_numpy(at.to_numpy(zero_copy_only=False).astype(np.int64))
+
+    def load_rows(self, at: Tensor, state: dict[str, Tensor]) -> None:
+        """Set the rows `at` (n,) of this rank's share, as `find` gives them, from saved ones; those at -1 are passed over."""
+        mine = (at >= 0).nonzero()[:, 0]
+        own = at[mine].to(self.home)
+        for name, saved in state.items():
+            target = self.state_dict()[name]
+            target[own] = saved[mine].to(target)
 
     def describe(self) -> dict[str, Any]:
         return {"objects": self.objects, "per_object": self.config.per_object, "dim": self.dim}

@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoints/step-<steps done>-<tag>/` into which every rank writes
     model-<rank>.safetensors       full fp32 weights of the parameters this rank writes, by name
     optimizer-<rank>.safetensors   Adam's moments of the same parameters
-    references-<rank>.safetensors  this rank's rows of the bank; metadata: first global row
+    references-<rank>.safetensors  this rank's rows of the bank with their objects' ids; metadata: first global row
     rank-<rank>.json               bytes and SHA-256 of the files above
 and rank 0 at last, when every rank's list is there, meta.json with all lists in it. A folder without meta.json, or in which
 a listed file is missing or has another size, is never loaded; content is compared with its SHA-256 when it is read.
@@ -36,6 +36,7 @@ from mmref.tensorfile import Hashing, sha256_of, write_tensors
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import MOMENTS, iterate_state, load_state
+from mmref.train.rowfile import CHUNK, pack_ids, row_files
 
 FOLDER = "checkpoints"
 KINDS = ("model", "optimizer", "references")
@@ -128,7 +129,7 @@ def snapshot(engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> Snapshot
         moments |= {f"{name}/{key}": state[key].cpu().contiguous() for key in MOMENTS if key in state}
     if rank == 0:
         weights |= {f"buffer:{n}": _copy(b) for n, b in _buffers(engine)}
-    references = {k: _copy(v) for k, v in bank.state_dict().items()}
+    references = {k: _copy(v) for k, v in bank.state_dict().items()} | pack_ids(bank.object_ids)
     tensors = {"model": weights, "optimizer": moments, "references": references}
     return Snapshot(tensors, bank.first, {**meta, "world": world, "version": __version__, "bank": bank.describe()})
 
@@ -143,17 +144,19 @@ def write(run: RunDir, folder: str, state: Snapshot, rank: int) -> None:
     files = {}
     for kind in KINDS:
         name = f"{kind}-{rank}.safetensors"
-        files[name] = run.write_stream(f"{folder}/{name}", _writer(state.tensors[kind], state.first))
+        files[name] = write_file(run, f"{folder}/{name}", state.tensors[kind], state.first)
     run.write_text(f"{folder}/rank-{rank}.json", json.dumps(files, indent=1))
 
 
-def _writer(tensors: dict[str, Tensor], first: int) -> Callable[[Any], dict[str, Any]]:
+def write_file(run: RunDir, path: str, tensors: dict[str, Tensor], first: int) -> dict[str, Any]:
+    """Write a safetensors file of the run: its {"bytes", "sha256"}. Raises StorageError."""
+
     def write(file: Any) -> dict[str, Any]:
         hashing = Hashing(file)
         write_tensors(hashing, tensors, {"first": str(first)})
         return {"bytes": hashing.bytes, "sha256": hashing.sha256}
 
-    return write
+    return run.write_stream(path, write)
 
 
 def commit(run: RunDir, folder: str, meta: dict[str, Any]) -> None:
@@ -306,17 +309,45 @@ def load(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) ->
     load_bank(folder, bank, meta)
 
 
-def load_bank(folder: str, bank: ReferenceBank, meta: dict[str, Any]) -> None:
-    """Restore this rank's rows of the bank. Raises CheckpointError when the bank has another shape."""
-    if meta["bank"] != bank.describe():
+def start_from(run: RunDir, engine: Any, bank: ReferenceBank) -> None:
+    """Begin training with the weights of another run's best checkpoint, and its references of the objects both know
+    (collective). Optimizer state starts anew. Raises CheckpointError."""
+    info = best_checkpoint(run)
+    with fetched(run, info, "model", "references") as folder:
+        tensors = TensorFolder(folder, "model")
+        check_fits(tensors, {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in _parameters(engine)}, folder)
+        load_state(engine, lambda name: {"weight": tensors.get(name)}, 0)
+        for name, buffer in _buffers(engine):
+            buffer.copy_(tensors.get(f"buffer:{name}"))
+        load_bank(folder, bank, info.meta, ("rows",))
+
+
+def load_bank(folder: str, bank: ReferenceBank, meta: dict[str, Any], names: tuple[str, ...] = ()) -> None:
+    """Restore this rank's rows of the bank (of their tensors `names`, by default all), found by the ids of their objects.
+
+    Objects that the checkpoint does not know keep fresh rows, with a warning; rows of objects that the bank does not have
+    are left out. Raises CheckpointError when the bank has rows of another shape.
+    """
+    saved, own = meta["bank"], bank.describe()
+    if any(saved[key] != own[key] for key in ("per_object", "dim")):
         raise CheckpointError(
-            f"checkpoint {folder} holds references {meta['bank']}, this run needs {bank.describe()}: "
-            "the shard set, `reference.per_object` or the embedding width differ."
+            f"checkpoint {folder} holds references {saved}, this run needs {own}: `reference.per_object` or the embedding "
+            "width differ."
         )
-    for rank in range(int(meta["world"])):
-        with safe_open(f"{folder}/references-{rank}.safetensors", "pt") as file:
-            first = int(file.metadata()["first"])
-            bank.load_rows(first, {k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118 (a safetensors file is no mapping)
+    known = 0
+    with row_files(folder, meta) as files:
+        for file in files:
+            at = bank.find(file.object_ids)
+            known += int((at >= 0).sum())
+            for start in range(0, len(file), CHUNK):
+                mine = at[start : start + CHUNK]
+                if (mine >= 0).any():
+                    wanted = names or tuple(bank.state_dict())
+                    bank.load_rows(mine, {name: file.read(name, start, start + len(mine)) for name in wanted})
+    if known < bank.count:
+        log.warning(
+            "%d of %d objects have no references in %s: theirs start anew", bank.count - known, bank.count, folder
+        )
 
 
 def load_model(folder: str, model: torch.nn.Module) -> None:
@@ -332,11 +363,14 @@ def load_model(folder: str, model: torch.nn.Module) -> None:
 
 def load_references(folder: str, meta: dict[str, Any]) -> Tensor:
     """All references (m, K, d) of a checkpoint on this process, in fp32 however they were stored."""
-    parts = {}
-    for rank in range(int(meta["world"])):
-        with safe_open(f"{folder}/references-{rank}.safetensors", "pt") as file:
-            parts[int(file.metadata()["first"])] = file.get_tensor("rows")
-    return torch.cat([parts[first] for first in sorted(parts)]).float()
+    with row_files(folder, meta) as files:
+        return torch.cat([file.read("rows") for file in files]).float()
+
+
+def load_object_ids(folder: str, meta: dict[str, Any]) -> list[str]:
+    """Ids of the objects behind `load_references`' rows."""
+    with row_files(folder, meta) as files:
+        return [object_id for file in files for object_id in file.object_ids.to_pylist()]
 
 
 class TensorFolder:

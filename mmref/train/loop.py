@@ -91,9 +91,12 @@ class Worker:
             self.images = len(index)
             self.engine = build_engine(model, config, self.world)
             self.bank = ReferenceBank(
-                index.n_objects, model.embed_dim, config.reference, config.train.seed, self.device
+                index.n_objects, model.embed_dim, config.reference, config.train.seed, self.device, index.object_ids
             )
-            at.load(self.engine, self.bank)
+            if at.meta or not config.train.start_from:
+                at.load(self.engine, self.bank)
+            else:
+                checkpoint.start_from(RunDir(config.train.start_from), self.engine, self.bank)
         self.runner = StepRunner(
             config, self.engine, lambda loss: self.engine.backward(loss, scale_wrt_gas=False), self.engine.step,
             self.bank, self.tokens, self.device,

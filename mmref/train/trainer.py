@@ -42,6 +42,8 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
     config = from_dict({**to_dict(config), "run_dir": run.path})
     config.data.root = _absolute(config.data.root)
     config.data.mix = {_absolute(root): share for root, share in config.data.mix.items()}
+    if config.train.start_from:
+        config.train.start_from = _absolute(config.train.start_from)
     check_inputs(config)
     prepare_run(config, run)
     with connect(needed_cpus(config), config.train.storage_gb), Termination(run) as termination:
@@ -69,6 +71,8 @@ def check_inputs(config: Config) -> None:
             raise ShardSetError(f"{root} does not match its manifest: {problems[0]} ({len(problems)} problems in all). "
                                 f"`mmref shards verify {root}` lists them.")  # fmt: skip
     build_plan(config, index)
+    if config.train.start_from:
+        checkpoint.best_checkpoint(RunDir(config.train.start_from))
     tokens = load_tokens(config)
     check_towers(config.model, tokens.tokenizer.eos_token_id)
 

@@ -26,7 +26,7 @@ def make_run(config: Config, path: str, refinement: dict[str, Any]) -> MMRef:
     model = build_model(config, load_tokens(config).vocab_size).eval()
     engine = SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
     index = ShardSet.open(config.data.root).index("train")
-    bank = ReferenceBank(index.n_objects, model.embed_dim, config.reference, 0)
+    bank = ReferenceBank(index.n_objects, model.embed_dim, config.reference, 0, object_ids=index.object_ids)
     with torch.no_grad():
         for parameter in model.parameters():  # biases too: a swapped one must show
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))

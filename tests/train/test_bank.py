@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mmref.config import ReferenceConfig
 from mmref.model.reference import initial_rows
@@ -15,8 +17,9 @@ from mmref.train.bank import ReferenceBank
 OBJECTS, DIM = 7, 4
 
 
-def bank(update="gradient", per_object=2, objects=OBJECTS, **fields):
-    return ReferenceBank(objects, DIM, ReferenceConfig(update=update, per_object=per_object, **fields), seed=3)
+def bank(update="gradient", per_object=2, objects=OBJECTS, object_ids=None, **fields):
+    config = ReferenceConfig(update=update, per_object=per_object, **fields)
+    return ReferenceBank(objects, DIM, config, seed=3, object_ids=object_ids)
 
 
 class LiteralAdam:
@@ -130,26 +133,37 @@ def test_ranks_own_every_row_once(monkeypatch, world):
     torch.testing.assert_close(torch.cat([made.rows for made in shares]), initial_rows(0, OBJECTS, 2, DIM, 3))
 
 
-@pytest.mark.parametrize("update", ["gradient", "moving_average"])
-@pytest.mark.parametrize("wrote, reads", [(1, 3), (3, 1), (2, 3), (5, 2), (3, 9), (9, 2), (4, 4)])
-def test_rows_saved_by_one_world_load_into_another(monkeypatch, update, wrote, reads):
-    g = torch.Generator().manual_seed(0)
-    pieces, whole = [], {}
+NAMES = [f"o{7 * i % 11}" for i in range(11)]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    update=st.sampled_from(["gradient", "moving_average"]),
+    wrote=st.integers(1, 9), reads=st.integers(1, 9),
+    old=st.lists(st.sampled_from(NAMES), min_size=1, unique=True),
+    new=st.lists(st.sampled_from(NAMES), min_size=1, unique=True),
+)  # fmt: skip
+def test_rows_are_found_by_object_id_whoever_saved_them(monkeypatch, update, wrote, reads, old, new):
+    """Any number of ranks on either side, objects added, removed and in another order; unknown ones keep fresh rows."""
+    pieces = []
     for rank in range(wrote):
-        made = as_rank(monkeypatch, rank, wrote, update=update)
-        state = made.state_dict()
-        for tensor in state.values():
-            tensor.copy_(torch.randint(1, 10**6, tensor.shape, generator=g).to(tensor.dtype))
-        pieces.append((made.first, {k: v.clone() for k, v in state.items()}))
-    for name in pieces[0][1]:
-        whole[name] = torch.cat([state[name] for _, state in pieces])
-    assert set(whole) == ({"rows", "exp_avg", "exp_avg_sq", "updates"} if update == "gradient" else {"rows"})
-    for rank in range(reads):
-        made = as_rank(monkeypatch, rank, reads, update=update)
-        for first, state in reversed(pieces):
-            made.load_rows(first, state)
+        made = as_rank(monkeypatch, rank, wrote, update=update, objects=len(old), object_ids=old)
         for name, tensor in made.state_dict().items():
-            assert torch.equal(tensor, whole[name][made.first : made.first + made.count]), name
+            for i, object_id in enumerate(made.object_ids.to_pylist()):
+                tensor[i] = 100 * (1 + NAMES.index(object_id)) + len(name)
+        pieces.append((made.object_ids, {k: v.clone() for k, v in made.state_dict().items()}))
+    for rank in range(reads):
+        made = as_rank(monkeypatch, rank, reads, update=update, objects=len(new), object_ids=new)
+        fresh = {k: v.clone() for k, v in made.state_dict().items()}
+        for object_ids, state in pieces:
+            made.load_rows(made.find(object_ids), state)
+        assert made.object_ids.to_pylist() == new[made.first : made.first + made.count]
+        for name, tensor in made.state_dict().items():
+            for i, object_id in enumerate(made.object_ids.to_pylist()):
+                if object_id in old:
+                    assert (tensor[i] == 100 * (1 + NAMES.index(object_id)) + len(name)).all(), (name, object_id)
+                else:
+                    assert torch.equal(tensor[i], fresh[name][i])
 
 
 def test_description_has_what_must_fit():

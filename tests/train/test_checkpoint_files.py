@@ -51,7 +51,7 @@ class Training(PlainTraining):
             monkeypatch.setattr(collectives, "rank", lambda r=rank: r)
             monkeypatch.setattr(collectives, "world_size", lambda: world)
             bank = type(self.bank)(self.bank.objects, self.bank.dim, self.config.reference, 0)
-            bank.load_rows(0, whole)
+            bank.load_rows(bank.find(self.bank.object_ids), whole)
             checkpoint.save(str(folder), self.engine, bank, {"step": 2, "score": 1.0, **meta})
         monkeypatch.undo()
         return json.loads(Path(folder, "meta.json").read_text())

@@ -110,7 +110,7 @@ def test_references_of_one_set_refine_another(undisturbed: Path, tmp_path: Path)
 
     run, config, checkpoint = open_run(str(undisturbed))
     index = ShardSet.open(str(other)).index("test")
-    queries, embed = read_queries(index), Embedder(run.path, checkpoint.folder, config, str(other), ["test"])
+    queries, embed = read_queries(index), Embedder(run.path, checkpoint, config, str(other), ["test"])
 
     def features(kind: str, count: int) -> np.ndarray:
         job = {"job": [0], "split": ["test"], "kind": [kind], "start": [0], "stop": [count], "texts": [queries.texts]}
@@ -119,7 +119,7 @@ def test_references_of_one_set_refine_another(undisturbed: Path, tmp_path: Path)
     # a caption's words once for each object they describe: dense codes are centred on the mean of what is compared
     pairs, of = np.unique(np.stack([queries.text, queries.objects], 1), axis=0, return_inverse=True)
     image, text = features("image", len(index)), features("text", len(queries.texts))[pairs[:, 0]]
-    references = load_references(run.fetch(checkpoint.folder), checkpoint.meta).numpy()
+    references = load_references(run.inner(checkpoint.folder), checkpoint.meta).numpy()
     space = ReferenceSpace(references[np.abs(references).max((1, 2)) > 0])
     s = found["refinement"]
     settings = RefinementSettings(s["kind"], s["weight"], s["top_r"], s["tau"], s["top_p"])

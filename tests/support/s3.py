@@ -13,6 +13,7 @@ BUCKET = "mmref-test"
 def s3_server() -> Iterator[str]:
     """URL of an empty bucket. The environment names the server, for this process and those it starts."""
     import fsspec
+    from moto.moto_api._internal.models import moto_api_backend
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -25,6 +26,7 @@ def s3_server() -> Iterator[str]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
+        moto_api_backend.reset()  # what a server before it in this process held
         fs = fsspec.filesystem("s3", skip_instance_cache=True)
         fs.mkdir(BUCKET)
         yield f"s3://{BUCKET}"

@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
         whole = float(np.median([sum(t) for t in times[objects]])) * 1000
         smallest = smallest or whole
         entries.append({
-            "objects": objects, "rows": objects * 1, "dim": args.dim, "workers": collectives.world_size(),
+            "objects": objects, "dim": args.dim, "workers": collectives.world_size(),
             "step_ms": whole, "bank_ms": float(np.median([t[1] for t in times[objects]])) * 1000,
             "step_ratio": whole / smallest, "bytes_per_worker": step.bytes, "rss_growth_bytes": step.rss,
         })  # fmt: skip
@@ -177,7 +177,7 @@ def main() -> None:
         entry["dense_adam_bytes_per_worker"] = 16 * entry["objects"] * args.dim
         del run
     settings = {k: v for k, v in vars(args).items() if k != "out"}
-    result = {"entries": entries, "wall_seconds": time.perf_counter() - began, "settings": settings}
+    result = {"rows": entries, "wall_seconds": time.perf_counter() - began, "settings": settings}
     for e in entries:
         dense = f"  dense Adam {e['dense_adam_ms']:9.1f} ms" if "dense_adam_ms" in e else ""
         print(f"{e['objects']:>11,} objects  step {e['step_ms']:7.1f} ms (x {e['step_ratio']:.2f})  bank {e['bank_ms']:6.1f} ms  "

@@ -22,7 +22,7 @@ from mmref.rundir import JsonLines, RunDir, read_jsonl
 from mmref.train import checkpoint
 from mmref.train.bank import ReferenceBank
 from mmref.train.logs import RunLog
-from mmref.train.trainer import ray_filesystem
+from mmref.train.ray_storage import ray_filesystem
 
 
 @pytest.fixture

@@ -16,14 +16,7 @@ from mmref.data.plan import build_plan
 from mmref.data.shards import ShardSet, train_index
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
-from mmref.errors import (
-    CheckpointError,
-    EvaluationError,
-    ModelError,
-    NonFiniteLossError,
-    StorageError,
-    TooManyBadSamplesError,
-)
+from mmref.errors import NonFiniteLossError, StorageError, TooManyBadSamplesError
 from mmref.evaluate.features import Encoder
 from mmref.model.mmref import build_model
 from mmref.rundir import RunDir
@@ -38,24 +31,15 @@ from mmref.train.step import LOSSES, StepRunner
 from mmref.train.stop import StopNotice
 from mmref.train.validation import Validation, score_of
 
-FAILURE = "failure.json"
-
 
 def train_worker(values: dict[str, Any]) -> int:
     """Entry point on every Ray Train worker; `values` is the config as a plain dict.
 
     Returns 0 at the end of training, or the reason (mmref.train.stop) why the workers left before it, at a checkpoint.
-    Errors that every worker meets alike (a loss or a feature that is not finite, too many broken samples, a wrong model)
-    end the run without a retry: they are written to failure.json for the driver, since a restart would only meet them again.
+    Raises the errors of mmref.errors, which end the run; others are failures that a restart of the workers may cure.
     """
     config = from_dict(values)
-    run = RunDir(config.run_dir)
-    try:
-        return Worker(config, run).train()
-    except (NonFiniteLossError, EvaluationError, TooManyBadSamplesError, CheckpointError, ModelError) as error:
-        if collectives.rank() == 0:
-            run.write_text(FAILURE, json.dumps({"error": type(error).__name__, "message": str(error)}))
-        return 0
+    return Worker(config, RunDir(config.run_dir)).train()
 
 
 class Worker:
@@ -235,7 +219,7 @@ class Worker:
         if len(self.bad) > allowed:
             raise TooManyBadSamplesError(
                 f"{len(self.bad)} of {self.images} training images are broken, more than data.max_bad_fraction "
-                f"{self.config.data.max_bad_fraction} allows ({allowed:.1f}). First: {sorted(self.bad)[0]}. "
+                f"{self.config.data.max_bad_fraction} allows ({allowed:.1f}). First: {sorted(self.bad)[0].rstrip('.')}. "
                 "Run `mmref shards verify` on the set, or raise data.max_bad_fraction."
             )
 

@@ -1,4 +1,4 @@
-"""Ray Train's trainer with a scaling policy that knows which numbers of workers a run may have."""
+"""Ray Train's trainer with policies of its own: which numbers of workers a run may have, and which errors end it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -17,6 +18,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 
 from mmref.config import Config
+from mmref.errors import MMRefError
 from mmref.rundir import RunDir
 from mmref.train.elastic import largest_count
 from mmref.train.stop import GROW, request_stop
@@ -71,14 +73,35 @@ def _answers(node: dict[str, Any]) -> bool:
     return True
 
 
+class NamedErrorsEnd(DefaultFailurePolicy):
+    """Ray Train's policy, but an error of mmref.errors ends the run at once: workers that start again would only meet it
+    again. Storage that fails has been tried for a minute by then."""
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if isinstance(named_error(training_failed_error), MMRefError):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+def named_error(error: Exception) -> Exception:
+    """Our own error inside Ray Train's, or Ray Train's."""
+    for cause in getattr(error, "worker_failures", {}).values():
+        while cause is not None:
+            if isinstance(cause, MMRefError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
 class Trainer(TorchTrainer):
-    """TorchTrainer, with AllowedCounts as its policy where the number of workers is a range."""
+    """TorchTrainer with NamedErrorsEnd, and AllowedCounts where the number of workers is a range."""
 
     def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._config = config
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        kwargs["failure_policy"] = NamedErrorsEnd(self.run_config.failure_config)  # type: ignore[arg-type]
         if self.scaling_config.elasticity_enabled:  # type: ignore[attr-defined]
             kwargs["scaling_policy"] = AllowedCounts(self.scaling_config, self._config)
         return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]

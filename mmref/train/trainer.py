@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from mmref import errors
 from mmref.cluster import SETTINGS, check_resources, connect, needed_cpus
 from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict
 from mmref.data.plan import build_plan
 from mmref.data.shards import ShardSet, train_index
 from mmref.data.tokens import load_tokens
-from mmref.errors import MMRefError, RunDirectoryError, ShardSetError
+from mmref.errors import RunDirectoryError, ShardSetError
 from mmref.model.backbone import check_towers
 from mmref.progress import Progress
 from mmref.reservations import take_place
 from mmref.rundir import RunDir
 from mmref.train import checkpoint
-from mmref.train.loop import FAILURE, train_worker
+from mmref.train.loop import train_worker
+from mmref.train.ray_storage import ray_filesystem
 from mmref.train.stop import DRAIN, GROW, Termination, withdraw_request
 
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -87,7 +86,6 @@ def prepare_run(config: Config, run: RunDir) -> None:
                 f"{run.path} holds checkpoints of another config: {_differences(before, config)}. Resume with the same "
                 "config, or give another `--run_dir`."
             )
-    run.remove(FAILURE)
     run.write_text("config.yaml", dump_yaml(config))
     checkpoint.remove_uncommitted(run)
     checkpoint.repair_snapshot(run)
@@ -116,6 +114,8 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = (), termination:
     """
     import ray.train
 
+    from mmref.train.ray_trainer import named_error
+
     t = config.train
     step = _latest_step(run)
     if step >= t.max_steps:
@@ -134,9 +134,6 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = (), termination:
             except ray.train.TrainingFailedError as error:
                 raise named_error(error) from error
             termination.training = False
-            if run.exists(FAILURE):
-                failure = json.loads(run.read_text(FAILURE))
-                raise getattr(errors, failure["error"])(failure["message"])
             step = _latest_step(run)
             if reason in LEFT:
                 progress.say(f"{LEFT[reason]}; going on from the checkpoint at step {step}")
@@ -184,20 +181,3 @@ def _trainer(config: Config, run: RunDir, callbacks: Sequence[Any]) -> Any:
             ),
         ),
     )
-
-
-def ray_filesystem(run: RunDir) -> Any:
-    """The run's own file system for Ray Train, which speaks pyarrow; None for local paths."""
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    return None if run.local else PyFileSystem(FSSpecHandler(run.fs))
-
-
-def named_error(error: Exception) -> Exception:
-    """Our own error inside Ray Train's, or Ray Train's."""
-    for cause in getattr(error, "worker_failures", {}).values():
-        while cause is not None:
-            if isinstance(cause, MMRefError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__
-    return error

@@ -64,10 +64,16 @@ def _add_sources(sources: Any) -> None:
     emoji.set_defaults(source_options=("packages", "size_px", "quality"), tokenizer_vocab=4000)
     cub = add("cub", "CUB-200-2011 with text_c10 captions, in its native layout")
     cub.add_argument("path", help="folder that holds CUB_200_2011/ and text_c10/")
-    cub.set_defaults(source_options=("path", "fractions"))
+    cub.set_defaults(source_options=("path", "fractions", "val_fraction"))
     flowers = add("flowers", "Oxford Flowers-102 with text_c10 captions, in its native layout")
     flowers.add_argument("--root", required=True, metavar="DIR", help="folder that holds jpg/ and text_c10/")
-    flowers.set_defaults(source_options=("root", "fractions"))
+    flowers.set_defaults(source_options=("root", "fractions", "val_fraction"))
+    for classes in (cub, flowers):
+        classes.add_argument(
+            "--val-fraction", type=float, default=0.0,
+            help="keep the test classes apart while choosing: this share of the train classes becomes val, by a fixed hash, the "
+            "val classes become test, and the test classes are left out (default: the splits as published)",
+        )  # fmt: skip
     for name, text, has_val in (
         ("cuhk", "CUHK-PEDES (reid_raw.json and imgs/)", True),
         ("icfg", "ICFG-PEDES (ICFG-PEDES.json and imgs/)", False),

@@ -74,19 +74,23 @@ class ModelConfig:
     dual_config: Optional[dict[str, Any]] = None
     """transformers config of a CLIP or SigLIP model to start from random weights: {model_type: clip, ...}."""
     vision: str = ""
-    """Hub id or directory of the vision tower of a pair."""
+    """Hub id or directory of the vision tower of a pair; package://NAME/path: a directory inside an installed package."""
     vision_config: Optional[dict[str, Any]] = None
-    """transformers config of the vision tower to start from random weights: {model_type: convnextv2, ...}."""
+    """Vision tower with random weights ({model_type: convnextv2, ...}) or by import path ({import: package.module:function})."""
     text: str = ""
-    """Hub id or directory of the text tower of a pair."""
+    """Hub id or directory of the text tower of a pair; package://NAME/path: a directory inside an installed package."""
     text_config: Optional[dict[str, Any]] = None
-    """transformers config of the text tower to start from random weights: {model_type: bert, ...}."""
+    """Text tower with random weights ({model_type: bert, ...}) or by import path ({import: package.module:function, ...})."""
     embed_dim: int = 256
     """Width d of the shared space of a pair (a dual encoder brings its own)."""
     pool: Literal["auto", "first", "mean"] = "auto"
     """Global feature of a tower of a pair: `first` token, `mean` over tokens, or `auto` (the tower's own pooler, else mean)."""
+    adapter_layers: int = 0
+    """Transformer layers of width `embed_dim` trained on the tokens of each tower of a pair; 0: none."""
     freeze_backbone: bool = False
-    """Train only projections and heads."""
+    """Train only projections, adapters and heads."""
+    feature_cache: str = ""
+    """Folder on a node's own disk that keeps the tokens of a frozen pair, so that each input is encoded once; empty: none."""
 
 
 @dataclass
@@ -466,7 +470,42 @@ def check_config(config: Config) -> Config:
             "(`model.vision` / `model.vision_config`) and a text tower (`model.text` / `model.text_config`); "
             "configs/emoji.yaml and configs/clip_vit_b16.yaml show both."
         )
+    _check_towers(config)
     return config
+
+
+def _check_towers(config: Config) -> None:
+    """Raise ConfigError for adapters or a feature cache where they cannot work."""
+    m, d = config.model, config.data
+    if m.adapter_layers < 0:
+        raise ConfigError(f"`model.adapter_layers` must be at least 0, found {m.adapter_layers}.")
+    if (m.adapter_layers or m.feature_cache) and (m.dual or m.dual_config):
+        raise ConfigError(
+            "`model.adapter_layers` and `model.feature_cache` are for a pair of towers (`model.vision`, `model.text`); a dual "
+            "encoder (`model.dual`) brings its own projections."
+        )
+    if not m.feature_cache:
+        return
+    if not m.freeze_backbone:
+        raise ConfigError(
+            "`model.feature_cache` needs `model.freeze_backbone: true`: features of trained towers change."
+        )
+    if m.pool == "auto" and not m.adapter_layers:
+        raise ConfigError(
+            "`model.feature_cache` keeps tokens, and `model.pool: auto` would read a tower's own pooler: set `model.pool` to "
+            "mean or first, or `model.adapter_layers` to 1 or more."
+        )
+    random = {"data.crop_padding": d.crop_padding, "data.erase": d.erase, "data.colour_jitter": d.colour_jitter}
+    if changing := {name: value for name, value in random.items() if value}:
+        raise ConfigError(
+            f"`model.feature_cache` cannot help while every image is new: set {', '.join(f'{n}: 0' for n in changing)} (found "
+            f"{changing}); flips may stay, both sides of an image are kept."
+        )
+    if config.train.zero_stage == 3:
+        raise ConfigError(
+            "`model.feature_cache` works at ZeRO stages 0 to 2: at stage 3 all workers must run a tower together, and one may "
+            "have to where another need not."
+        )
 
 
 def check_batch(global_batch: int, workers: int, accumulation: int, images_per_object: int) -> None:
@@ -523,6 +562,7 @@ def config_hash(config: Config) -> str:
     for key in ("readers", "steps_per_task", "cache_gb", "cache_dir"):
         values["data"].pop(key)
     values["reference"].pop("rows_on")
+    values["model"].pop("feature_cache")
     values.pop("eval")
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -4,7 +4,7 @@
     config.json              format, sizes, refinement, metrics; config.yaml: the run's config, towers spelt out
     tokenizer/               as transformers saves it
     references.safetensors   rows (m, K, d) of the training objects, their ids, mean text code of dense refinement
-    transformers/            the same towers for plain transformers
+    transformers/            the same towers for plain transformers, where it has such a model
     README.md                the model card
 
 Every weight is a safetensors file; nothing is pickled. The folder appears as a whole or not at all.
@@ -38,7 +38,7 @@ from mmref.evaluate.choose import trained_space
 from mmref.evaluate.features import Floats, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.inference import FORMAT, load, pack_strings
-from mmref.model.backbone import DualBackbone, PairBackbone, tower_config
+from mmref.model.backbone import IMPORT, DualBackbone, PairBackbone, tower_config
 from mmref.model.mmref import MMRef, build_model
 from mmref.rundir import RunDir
 from mmref.train.checkpoint import (
@@ -99,7 +99,8 @@ def export_run(run_dir: str, out: str, data: str | None = None) -> Path:
             metrics["split"]: {k: metrics[k] for k in ("initial", "refined", "ci95", "n_queries", "n_gallery")},
         }
         (folder_ / "config.json").write_text(json.dumps(card, indent=1))
-        write_transformers(folder_ / "transformers", config, module, tokens)
+        if is_plain(config):
+            write_transformers(folder_ / "transformers", config, module, tokens)
         (folder_ / "README.md").write_text(model_card(target.name, config, info, metrics, shards))
         if space and settings.kind == "dense" and settings.weight > 0:
             _add_text_mean(folder_, space, shards)
@@ -143,7 +144,9 @@ def portable_config(config: Config, module: MMRef) -> Config:
         model |= {"dual": "", "dual_config": found}
     else:
         for name, tower in towers.items():
-            model |= {name: "", f"{name}_config": tower.to_dict()}
+            if IMPORT not in (model[f"{name}_config"] or {}):  # a tower from an import path stays that
+                model |= {name: "", f"{name}_config": tower.to_dict()}
+        model |= {"feature_cache": ""}
     values["data"]["tokenizer"] = ""
     values["loss"]["w_rec"] = 0.0
     values["train"] |= {"precision": "fp32", "gpu": False, "gradient_checkpointing": False}
@@ -179,6 +182,12 @@ def _add_text_mean(folder: Path, space: ReferenceSpace, shards: ShardSet) -> Non
     features = load(folder).encode_text([texts[i] for i in chosen])
     arrays = load_file(folder / "references.safetensors")
     save_arrays({**arrays, "text_mean": space.coordinates(features).mean(0)}, folder / "references.safetensors")
+
+
+def is_plain(config: Config) -> bool:
+    """Whether transformers alone can hold the model: no adapters, no tower from an import path."""
+    towers = (config.model.vision_config, config.model.text_config)
+    return not config.model.adapter_layers and not any(IMPORT in (tower or {}) for tower in towers)
 
 
 def write_transformers(folder: Path, config: Config, module: MMRef, tokens: Tokens) -> None:
@@ -233,17 +242,20 @@ scores = model.refine(model.encode_text(["a sentence"]), model.encode_images(["a
 Features are float32, L2-normalised, of width {dim}. Images are resized to {height} x {width} (height x width), sentences cut
 to {max_tokens} tokens.
 
-In plain transformers:
+{plain}"""
+
+PLAIN = """In plain transformers:
 
 ```python
 from transformers import AutoModel
 from transformers.utils.logging import disable_progress_bar
-{plain}
+{code}
 ```
 
 Pixels go in as RGB between 0 and 1, less {mean}, divided by {std}.
 {features}
 """
+NOT_PLAIN = "Plain transformers has no such model (`model` in config.yaml: adapters, or a tower from an import path).\n"
 
 DUAL = ('model = AutoModel.from_pretrained("DIR/transformers")',
         "`get_image_features` and `get_text_features` are the features of mmref before normalisation\n"
@@ -262,7 +274,13 @@ def model_card(name: str, config: Config, info: CheckpointInfo, metrics: dict[st
     if val := info.meta.get("val"):
         scores = {"val": val, **scores}
     names = ("R@1", "R@5", "R@10", "mAP")
-    plain, features = DUAL if config.model.dual or config.model.dual_config else PAIR
+    code, features = DUAL if config.model.dual or config.model.dual_config else PAIR
+    plain = PLAIN.format(
+        code=code,
+        mean=config.data.image_mean,
+        std=config.data.image_std,
+        features=features.format(pool=config.model.pool, max_tokens=config.data.max_tokens),
+    )
     low, high = metrics["ci95"]["R@1"]
     return CARD.format(
         name=name,
@@ -278,10 +296,7 @@ def model_card(name: str, config: Config, info: CheckpointInfo, metrics: dict[st
         height=config.data.image_height,
         width=config.data.image_width,
         max_tokens=config.data.max_tokens,
-        mean=config.data.image_mean,
-        std=config.data.image_std,
-        plain=plain,
-        features=features.format(pool=config.model.pool, max_tokens=config.data.max_tokens),
+        plain=plain if is_plain(config) else NOT_PLAIN,
         **{k: metrics[k] for k in ("split", "n_queries", "n_gallery")},
         **{k: metrics["refinement"][k] for k in ("kind", "weight", "chosen_on")},
     )

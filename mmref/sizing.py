@@ -83,7 +83,7 @@ def without_weights(config: ModelConfig) -> ModelConfig:
     for part in ("dual", "vision", "text"):
         if name := getattr(config, part):
             changes |= {part: "", f"{part}_config": tower_config(name, None, f"model.{part}").to_dict()}
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, **changes, feature_cache="")
 
 
 def measure_model(config: Config, micro_batch: int) -> ModelSize:

@@ -51,3 +51,16 @@ def s3_bucket() -> Iterator[str]:
 
     with s3_server() as url:
         yield url
+
+
+@pytest.fixture
+def foreign_towers(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Overrides of a config whose towers lie in packages outside the project, frozen, with an adapter on each."""
+    from towers import FROZEN, install
+
+    folder = tmp_path / "site"
+    folder.mkdir()
+    install(folder, tiny_set / "tokenizer")
+    monkeypatch.syspath_prepend(str(folder))
+    yield FROZEN
+    sys.modules.pop("tiny_towers", None)

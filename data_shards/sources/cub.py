@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from data_shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject
-from data_shards.sources.reed import class_splits, first_folder, read_captions, read_lines
+from data_shards.sources.reed import HELD_OUT, class_splits, first_folder, held_out_counts, read_captions, read_lines
 from mmref.errors import SourceError
 
 
@@ -22,13 +22,16 @@ class CubSource:
     licence = "research use only; no right to redistribute is known"
     origin = "Caltech-UCSD Birds-200-2011 (Wah et al. 2011) with text_c10 captions (Reed et al. 2016)"
     min_images = 1
-    published = {
+    published: Mapping[str, Mapping[str, int]] = {
         "train": {"objects": 100}, "val": {"objects": 50}, "test": {"objects": 50},
         "train+val+test": {"objects": 200, "images": 11788},
     }  # fmt: skip
 
-    def __init__(self, path: str, fractions: Mapping[str, float] = DEFAULT_FRACTIONS) -> None:
-        """fractions: of classes in each split, only used when there are no class-split files. Raises SourceError."""
+    def __init__(
+        self, path: str, fractions: Mapping[str, float] = DEFAULT_FRACTIONS, val_fraction: float = 0.0
+    ) -> None:
+        """fractions: of classes in each split, only used when there are no class-split files; val_fraction: of the train
+        classes, held out as val (`reed.class_splits`). Raises SourceError."""
         path = os.path.abspath(path)  # workers may run in another directory
         if os.path.isfile(path):
             raise SourceError(f"{path} is a file. Unpack it (`tar -xf {path}`) and pass the folder.")
@@ -42,7 +45,9 @@ class CubSource:
                 f"{path} is not CUB-200-2011 in its native layout: {lacking} is missing. Expected "
                 "CUB_200_2011/images/, CUB_200_2011/images.txt and text_c10/<class>/<image>.txt."
             )
-        self.fractions = dict(fractions)
+        self.fractions, self.val_fraction = dict(fractions), val_fraction
+        if val_fraction:
+            self.origin, self.published = self.origin + HELD_OUT, held_out_counts(self.published)
         self.skipped: list[str] = []
 
     def _pairs(self, name: str) -> dict[str, str]:
@@ -59,7 +64,7 @@ class CubSource:
     def objects(self) -> Iterable[SourceObject]:
         """Species in the order of classes.txt. An image without captions is left out when its shard is written."""
         classes = self._pairs("classes.txt")
-        splits = class_splits(classes.values(), self.folders, self.fractions, "classes.txt")
+        splits = class_splits(classes.values(), self.folders, self.fractions, "classes.txt", self.val_fraction)
         labels = self._pairs("image_class_labels.txt")
         images: dict[str, list[SourceImage]] = {}
         for number, name in self._pairs("images.txt").items():

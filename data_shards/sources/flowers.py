@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from data_shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject
-from data_shards.sources.reed import class_splits, first_folder, read_captions
+from data_shards.sources.reed import HELD_OUT, class_splits, first_folder, held_out_counts, read_captions
 from mmref.errors import SourceError
 
 
@@ -22,13 +22,16 @@ class FlowersSource:
     licence = "research use only; no right to redistribute is known"
     origin = "Oxford Flowers-102 (Nilsback and Zisserman 2008) with text_c10 captions (Reed et al. 2016)"
     min_images = 1
-    published = {
+    published: Mapping[str, Mapping[str, int]] = {
         "train": {"objects": 62}, "val": {"objects": 20}, "test": {"objects": 20},
         "train+val+test": {"objects": 102, "images": 8189},
     }  # fmt: skip
 
-    def __init__(self, root: str, fractions: Mapping[str, float] = DEFAULT_FRACTIONS) -> None:
-        """fractions: of classes in each split, only used when there are no class-split files. Raises SourceError."""
+    def __init__(
+        self, root: str, fractions: Mapping[str, float] = DEFAULT_FRACTIONS, val_fraction: float = 0.0
+    ) -> None:
+        """fractions: of classes in each split, only used when there are no class-split files; val_fraction: of the train
+        classes, held out as val (`reed.class_splits`). Raises SourceError."""
         root = os.path.abspath(root)  # workers may run in another directory
         below = sorted(entry.path for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []
         self.folders = [root, *below, os.path.dirname(root)]
@@ -38,13 +41,16 @@ class FlowersSource:
                 f"{root} is not Oxford Flowers-102 with captions: {'text_c10' if self.images else 'jpg'}/ is missing. Expected "
                 "jpg/image_NNNNN.jpg and text_c10/class_NNNNN/image_NNNNN.txt."
             )
-        self.fractions = dict(fractions)
+        self.fractions, self.val_fraction = dict(fractions), val_fraction
+        if val_fraction:
+            self.origin, self.published = self.origin + HELD_OUT, held_out_counts(self.published)
         self.skipped: list[str] = []
 
     def objects(self) -> Iterable[SourceObject]:
         """Species in the order of their folders. Images without captions belong to no class and are listed as left out."""
         classes = sorted(entry.name for entry in os.scandir(self.text) if entry.is_dir())
-        splits = class_splits(classes, [*self.folders, self.text], self.fractions, "text_c10/")
+        folders = [*self.folders, self.text]
+        splits = class_splits(classes, folders, self.fractions, "text_c10/", self.val_fraction)
         known: set[str] = set()
         for name in classes:
             folder = os.path.join(self.text, name)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
-from data_shards.samples import hash_split
+from data_shards.samples import hash_fraction, hash_split
 from mmref.errors import SourceError
 
 SPLITS = ("train", "val", "test")
+HELD_OUT = "; val: train classes held out, test: the published val classes, without the published test classes"
 
 
 def read_lines(path: str) -> list[str]:
@@ -32,12 +33,22 @@ def first_folder(name: str, folders: Iterable[str]) -> str:
 
 
 def class_splits(
-    classes: Iterable[str], folders: Iterable[str], fractions: Mapping[str, float], listing: str
+    classes: Iterable[str],
+    folders: Iterable[str],
+    fractions: Mapping[str, float],
+    listing: str,
+    val_fraction: float = 0,
 ) -> dict[str, str]:
     """Class name -> split, from `trainclasses.txt`, `valclasses.txt`, `testclasses.txt` in any of the folders.
 
     A class in no file is left out. Without any file, a fixed hash of the name splits the classes by `fractions`.
-    `listing` says where classes are known from. Raises SourceError for an unknown class and for one in two files.
+    `listing` says where classes are known from.
+
+    With a `val_fraction` the test classes are kept apart, for whoever is still choosing: that share of the train classes
+    (those with the lowest hashes) becomes val, the val classes become the split that is reported, `test`, and the test
+    classes are left out.
+
+    Raises SourceError for an unknown class, for one in two files, and for a `val_fraction` without class-split files.
     """
     classes, folders = list(classes), list(folders)
     splits: dict[str, str] = {}
@@ -51,4 +62,21 @@ def class_splits(
                 raise SourceError(f"{path} names the class {name!r}, which {listing} does not have.")
             if splits.setdefault(name, split) != split:
                 raise SourceError(f"Class {name!r} is in {split}classes.txt and in {splits[name]}classes.txt.")
+    if not 0 <= val_fraction < 1:
+        raise SourceError(f"--val-fraction {val_fraction} must be at least 0 and below 1.")
+    if val_fraction and not {"train", "val"} <= set(splits.values()):
+        raise SourceError(
+            f"--val-fraction {val_fraction} holds out train classes and reports on val classes: it needs trainclasses.txt and "
+            f"valclasses.txt, found {sorted(set(splits.values())) or 'no class-split file'}."
+        )
+    if val_fraction:
+        train = sorted((name for name, split in splits.items() if split == "train"), key=hash_fraction)
+        held_out = set(train[: max(1, round(val_fraction * len(train)))])  # a share by number: there are few classes
+        renamed = {"train": "train", "val": "test"}
+        return {n: "val" if n in held_out else renamed[s] for n, s in splits.items() if s in renamed}
     return splits if found else {name: hash_split(name, fractions) for name in classes}
+
+
+def held_out_counts(published: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """What is published, for splits made with a `val_fraction`."""
+    return {"train+val": {"objects": published["train"]["objects"]}, "test": {"objects": published["val"]["objects"]}}

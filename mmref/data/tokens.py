@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mmref.config import Config
 from mmref.data.cache import with_retries
 from mmref.errors import ModelError
+from mmref.packages import local_name
 
 MASK_TOKEN = "<|mask|>"
 
@@ -54,7 +55,7 @@ def load_tokens(config: Config) -> Tokens:
     """Tokenizer of a config. Raises ModelError that names the place that was tried."""
     from transformers import AutoTokenizer
 
-    path = tokenizer_path(config)
+    path = local_name(tokenizer_path(config))
     try:
         with _local(path) as folder:
             tokenizer = AutoTokenizer.from_pretrained(folder)

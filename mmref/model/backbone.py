@@ -1,9 +1,14 @@
-"""Image and text towers through transformers: CLIP and SigLIP, or any vision + text pair.
+"""Image and text towers: CLIP and SigLIP, or any vision + text pair, through transformers or from an import path.
 
 Both classes offer the same two calls:
     encode_image(pixels (B, 3, H, W)) -> global (B, d), tokens (B, N, image_width)
     encode_text(ids (B, L), mask (B, L)) -> global (B, d), tokens (B, L, text_width)
 Global features are not normalised here.
+
+A tower from an import path (`model.vision_config: {import: package.module:function, ...}`) is what the function returns for
+the other keys as arguments: a module that is called with `pixel_values` (vision) or `input_ids` and `attention_mask` (text)
+and gives an object with `last_hidden_state`, tokens (B, N, w) or feature maps (B, w, h, w'), and perhaps `pooler_output`. Its
+`config` has `hidden_size`, that of a text tower `vocab_size` as well and perhaps `max_position_embeddings`.
 """
 
 from __future__ import annotations
@@ -19,6 +24,11 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from mmref.config import ModelConfig
 from mmref.errors import ModelError
+from mmref.model.adapter import Adapter
+from mmref.model.frozen import FrozenTokens
+from mmref.packages import imported, local_name
+
+IMPORT = "import"  # key of a `*_config` that names the function which makes the tower
 
 
 @contextlib.contextmanager
@@ -26,10 +36,12 @@ def _named_errors(what: str) -> Iterator[None]:
     """Turn what transformers raises for a bad name or config into ModelError."""
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:  # transformers, its hub client and safetensors each have errors of their own
         raise ModelError(
             f"{what} cannot be loaded: {error}. Give a hub id, a directory written by save_pretrained, "
-            f"or a `*_config` mapping with a `model_type` that transformers knows."
+            f"or a `*_config` mapping with a `model_type` that transformers knows or an `import` path."
         ) from error
 
 
@@ -37,7 +49,7 @@ def tower_config(name: str, config: dict[str, Any] | None, what: str) -> Pretrai
     """transformers config of a tower by hub id or directory, or from its fields. Raises ModelError."""
     with _named_errors(f"{what} {name or config}"):
         if name:
-            return AutoConfig.from_pretrained(name)
+            return AutoConfig.from_pretrained(local_name(name))
         values = dict(config or {})
         model_type = values.pop("model_type")
         return AutoConfig.for_model(model_type, **values)
@@ -48,6 +60,9 @@ def check_towers(config: ModelConfig, end_id: int | None) -> None:
     for part in ("dual", "vision", "text"):
         name, values = getattr(config, part), getattr(config, f"{part}_config")
         if not (name or values):
+            continue
+        if IMPORT in (values or {}):
+            imported(values[IMPORT], f"model.{part}")
             continue
         found = tower_config(name, values, f"model.{part}")
         # CLIP reads its text feature at the end token (2 is its legacy value for "the largest id")
@@ -60,12 +75,28 @@ def check_towers(config: ModelConfig, end_id: int | None) -> None:
             )
 
 
-def load_tower(name: str, config: dict[str, Any] | None, what: str) -> PreTrainedModel:
-    """A transformers model by hub id or directory (`name`), or with random weights from `config`."""
+def load_tower(name: str, config: dict[str, Any] | None, what: str) -> Any:
+    """A transformers model by hub id or directory (`name`), with random weights from `config`, or from an import path."""
     with _named_errors(f"{what} {name or config}"):
         if name:
-            return AutoModel.from_pretrained(name, dtype=torch.float32)
+            return AutoModel.from_pretrained(local_name(name), dtype=torch.float32)
+        if IMPORT in (config or {}):
+            return _imported_tower(dict(config or {}), what)
         return AutoModel.from_config(tower_config(name, config, what))
+
+
+def _imported_tower(arguments: dict[str, Any], what: str) -> Any:
+    """What the function at `import` returns for the other keys. Raises ModelError when that is no tower."""
+    path = arguments.pop(IMPORT)
+    tower = imported(path, what)(**arguments)
+    needed = ("vocab_size",) if what == "model.text" else ()
+    lacking = [name for name in needed if not hasattr(getattr(tower, "config", None), name)]
+    if not isinstance(tower, nn.Module) or not hasattr(tower, "config") or lacking:
+        raise ModelError(
+            f"{what}: {path} returned a {type(tower).__name__} without {lacking or 'a `config`'}; a tower is a torch module "
+            "whose `config` has `hidden_size`, and for text `vocab_size`."
+        )
+    return tower
 
 
 def _masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,7 +148,7 @@ class DualBackbone(nn.Module):
         out = self.vision_model(pixel_values=pixels, interpolate_pos_encoding=interpolate)
         return self.visual_projection(out.pooler_output), out.last_hidden_state
 
-    def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_text(self, ids: Tensor, mask: Tensor, once: bool = False) -> tuple[Tensor, Tensor]:
         out = self.text_model(input_ids=ids, attention_mask=mask if self.uses_mask else None)
         return self.text_projection(out.pooler_output), out.last_hidden_state
 
@@ -126,21 +157,39 @@ class DualBackbone(nn.Module):
 
 
 class PairBackbone(nn.Module):
-    """Any vision tower beside any text tower, each with a linear projection to the shared space."""
+    """Any vision tower beside any text tower, each with a linear projection to the shared space.
+
+    With `adapter_layers` transformer layers of width `embed_dim` follow each tower: tokens are theirs, and global features
+    their pooled tokens.
+    """
 
     vision_model: Any
     text_model: Any
 
-    def __init__(self, vision: PreTrainedModel, text: PreTrainedModel, embed_dim: int, pool: str = "auto") -> None:
+    def __init__(
+        self,
+        vision: Any,
+        text: Any,
+        embed_dim: int,
+        pool: str = "auto",
+        adapter_layers: int = 0,
+        feature_cache: str = "",
+    ) -> None:
+        """feature_cache: folder for the tokens of frozen towers, "" for none."""
         super().__init__()
-        self.vision_model, self.text_model, self.pool = vision, text, pool
-        if pool != "auto":  # a pooler nobody reads would be a parameter without a gradient
+        self.vision_model, self.text_model = vision, text
+        self.pool = "mean" if pool == "auto" and adapter_layers else pool
+        if self.pool != "auto":  # a pooler nobody reads would be a parameter without a gradient
             towers: tuple[Any, Any] = (vision, text)
             for tower in towers:
                 if getattr(tower, "pooler", None) is not None:
                     tower.pooler = None
-        self.image_width = _tower_width(vision)
-        self.text_width = _tower_width(text)
+        self.image_width, self.text_width = _tower_width(vision), _tower_width(text)
+        self.visual_adapter = self.text_adapter = None
+        if adapter_layers:
+            self.visual_adapter = Adapter(self.image_width, embed_dim, adapter_layers)
+            self.text_adapter = Adapter(self.text_width, embed_dim, adapter_layers)
+            self.image_width = self.text_width = embed_dim
         self.visual_projection = nn.Linear(self.image_width, embed_dim, bias=False)
         self.text_projection = nn.Linear(self.text_width, embed_dim, bias=False)
         self.embed_dim = embed_dim
@@ -149,34 +198,55 @@ class PairBackbone(nn.Module):
         size = getattr(vision.config, "image_size", None)
         self.native_size = (size, size) if isinstance(size, int) else (tuple(size) if size else None)
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(vision.forward).parameters
+        self._kept_images = FrozenTokens(feature_cache, vision) if feature_cache else None
+        self._kept_texts = FrozenTokens(feature_cache, text) if feature_cache else None
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if self._kept_images is not None:
+            tokens, pooled = self._kept_images(pixels, None, lambda rows: self._see(pixels[rows])[0]), None
+        else:
+            tokens, pooled = self._see(pixels)
+        if self.visual_adapter is not None:
+            tokens = self.visual_adapter(tokens)
+        return self.visual_projection(self._global(pooled, tokens, None)), tokens
+
+    def encode_text(self, ids: Tensor, mask: Tensor, once: bool = False) -> tuple[Tensor, Tensor]:
+        """once: these captions will not come again (masked at random), so that keeping them is of no use."""
+        if self._kept_texts is not None and not once:
+            tokens, pooled = self._kept_texts(ids, mask, lambda rows: self._read(ids[rows], mask[rows])[0]), None
+        else:
+            tokens, pooled = self._read(ids, mask)
+        if self.text_adapter is not None:
+            tokens = self.text_adapter(tokens, mask)
+        return self.text_projection(self._global(pooled, tokens, mask)), tokens
+
+    def _see(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The vision tower's tokens (B, N, w) and pooled output, where it has one."""
         extra = {}
         if self._interpolates and self.native_size != tuple(pixels.shape[-2:]):
             extra["interpolate_pos_encoding"] = True
         out = self.vision_model(pixel_values=pixels, **extra)
-        tokens = _as_tokens(out.last_hidden_state)
-        return self.visual_projection(self._global(out, tokens, None)), tokens
+        return _as_tokens(out.last_hidden_state), getattr(out, "pooler_output", None)
 
-    def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The text tower's tokens (B, L, w) and pooled output, where it has one."""
         out = self.text_model(input_ids=ids, attention_mask=mask)
-        return self.text_projection(self._global(out, out.last_hidden_state, mask)), out.last_hidden_state
+        return out.last_hidden_state, getattr(out, "pooler_output", None)
 
-    def _global(self, out: Any, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def _global(self, pooled: Tensor | None, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """(B, w): the tower's pooler, its first token, or the mean of its tokens."""
-        pooled = getattr(out, "pooler_output", None)
         if self.pool == "auto" and pooled is not None:
             return pooled.flatten(1)
         return tokens[:, 0] if self.pool == "first" else _masked_mean(tokens, mask)
 
     def new_parameter_prefixes(self) -> tuple[str, ...]:
-        return ("visual_projection.", "text_projection.")
+        return ("visual_projection.", "text_projection.", "visual_adapter.", "text_adapter.")
 
 
 Backbone = DualBackbone | PairBackbone
 
 
-def _tower_width(tower: PreTrainedModel) -> int:
+def _tower_width(tower: Any) -> int:
     """Width of a tower's last hidden state: `hidden_size`, or the last of `hidden_sizes` of hierarchical ones."""
     for name in ("hidden_size", "d_model", "dim"):
         if isinstance(getattr(tower.config, name, None), int):
@@ -197,6 +267,8 @@ def build_backbone(config: ModelConfig, vocab_size: int) -> Backbone:
             load_tower(config.text, config.text_config, "model.text"),
             config.embed_dim,
             config.pool,
+            config.adapter_layers,
+            config.feature_cache,
         )
     if vocab_size > backbone.vocab_size:  # a mask token added to a tokenizer without one (CLIP)
         backbone.text_model.resize_token_embeddings(vocab_size, mean_resizing=False)

@@ -56,6 +56,7 @@ class MMRef(nn.Module):
         """objects: of training, which `loss.w_id` classifies; 0 for a model that is only to encode."""
         super().__init__()
         self.backbone, self.bf16, self.compiled = backbone, bf16, False
+        self.frozen = False
         self.rec_detach_text = loss.rec_detach_text
         # shape (1,): DeepSpeed cannot broadcast 0-dim parameters
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / loss.tau)]), requires_grad=loss.learn_tau)
@@ -76,12 +77,27 @@ class MMRef(nn.Module):
             nn.init.zeros_(self.classify.bias)
         if gradient_checkpointing:
             for tower in (backbone.vision_model, backbone.text_model):
-                if not tower.supports_gradient_checkpointing:
+                if not getattr(tower, "supports_gradient_checkpointing", False):
                     raise ModelError(
                         f"train.gradient_checkpointing: {type(tower).__name__} cannot recompute its activations in transformers. "
                         "For less memory raise `train.accumulation`, which works with every tower."
                     )
                 tower.gradient_checkpointing_enable()
+
+    def freeze_towers(self) -> None:
+        """Keep both towers as they are: no gradients, and always in evaluation mode, without dropout or batch statistics."""
+        self.frozen = True
+        for tower in (self.backbone.vision_model, self.backbone.text_model):
+            tower.requires_grad_(False)
+            tower.eval()
+
+    def train(self, mode: bool = True) -> MMRef:
+        """Training or evaluation mode of everything but frozen towers."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.vision_model.eval()
+            self.backbone.text_model.eval()
+        return self
 
     def compile_towers(self) -> None:
         """Compile both towers in place: names of parameters stay, which checkpoints go by.
@@ -123,7 +139,7 @@ class MMRef(nn.Module):
                 id_sum = identity_loss(self.classify(image_global), self.classify(text_global), objects)
             if masked is not None:
                 assert mask is not None
-                states, words = self.backbone.encode_text(masked.ids, mask)[1], masked.words[masked.at]
+                states, words = self.backbone.encode_text(masked.ids, mask, once=True)[1], masked.words[masked.at]
                 if self.reconstruct is not None:
                     given = states.detach() if self.rec_detach_text else states
                     rec_sum = reconstruction_loss(self.reconstruct(given, mask, masked.references, masked.at), words)
@@ -155,8 +171,8 @@ def build_model(config: Config, vocab_size: int, objects: int = 0) -> MMRef:
                 f"data.max_tokens {config.data.max_tokens} is more than the {backbone.max_positions} positions of the "
                 f"text tower: set data.max_tokens to at most {backbone.max_positions}."
             )
-        if config.model.freeze_backbone:
-            for tower in (backbone.vision_model, backbone.text_model):
-                tower.requires_grad_(False)
         bf16 = train.precision == "bf16" or (train.precision == "auto" and computes_in_bf16(train.gpu))
-        return MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16, objects)
+        model = MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16, objects)
+        if config.model.freeze_backbone:
+            model.freeze_towers()
+        return model

@@ -54,7 +54,7 @@ class ReconstructionHead(nn.Module):
 
     def __init__(self, embed_dim: int, width: int, vocab_size: int, layers: int, memory_tokens: int) -> None:
         super().__init__()
-        heads = _heads(width)
+        heads = heads_of(width)
         self.memory_tokens = memory_tokens
         self.to_memory = nn.Linear(embed_dim, memory_tokens * width)
         self.memory_norm = nn.LayerNorm(width)
@@ -92,7 +92,7 @@ class ImageWordHead(nn.Module):
 
     def __init__(self, image_width: int, width: int, vocab_size: int, layers: int) -> None:
         super().__init__()
-        heads = _heads(width)
+        heads = heads_of(width)
         self.to_memory, self.memory_norm = nn.Linear(image_width, width), nn.LayerNorm(width)
         self.cross_attention = Attention(width, heads)
         self.self_attentions = nn.ModuleList(Attention(width, heads) for _ in range(layers))
@@ -109,7 +109,7 @@ class ImageWordHead(nn.Module):
         return self.vocabulary(self.transform(hidden[at]))
 
 
-def _heads(width: int) -> int:
+def heads_of(width: int) -> int:
     """The most heads of at least about 32 numbers each that divide the width."""
     return max(h for h in range(1, width // 32 + 2) if width % h == 0)
 

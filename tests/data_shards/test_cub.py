@@ -8,6 +8,7 @@ import tarfile
 import pytest
 
 from data_shards.build import BuildOptions, build_shards
+from data_shards.samples import hash_fraction
 from data_shards.sources.cub import CubSource
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import SourceError
@@ -114,3 +115,51 @@ def test_real_cub(tmp_path):
         assert entry["objects"] == sum(item.split == split for item in listed)
         assert 9.9 < entry["captions"] / entry["images"] <= 10, "ten captions an image"
     assert ShardSet.open(str(tmp_path / "set")).verify() == []
+
+
+def grow(cub, encode, count):
+    """`count` more train species of one photograph each."""
+    folder = cub / "CUB_200_2011"
+    names = [f"{i:03d}.More_{i}" for i in range(4, 4 + count)]
+    for number, name in enumerate(names, 4):
+        (folder / "images" / name).mkdir()
+        (folder / "images" / name / "a.jpg").write_bytes(encode(number, "JPEG"))
+        (cub / "text_c10" / name).mkdir()
+        (cub / "text_c10" / name / "a.txt").write_text(f"a {name}\n")
+        for file, line in (("images.txt", f"{100 + number} {name}/a.jpg"), ("image_class_labels.txt", f"{100 + number} {number}"),
+                           ("classes.txt", f"{number} {name}"), ("trainclasses.txt", name)):  # fmt: skip
+            with open(folder / file, "a") as listing:
+                listing.write(line + "\n")
+    return names
+
+
+def test_while_choosing_the_test_species_stay_apart(cub, tmp_path, encode):
+    (cub / "CUB_200_2011" / "testclasses.txt").write_text(CLASSES[1] + "\n")
+    train = [CLASSES[0], *grow(cub, encode, 9)]
+    published = {o.object_id: o.split for o in CubSource(str(cub)).objects()}
+    assert published[CLASSES[1]] == "test" and published[CLASSES[2]] == "val"
+    source = CubSource(str(cub), val_fraction=0.3)
+    found = {o.object_id: o.split for o in source.objects()}
+    assert found[CLASSES[2]] == "test" and CLASSES[1] not in found, "reported on val species, test species left out"
+    held_out = sorted(n for n in train if found[n] == "val")
+    assert held_out == sorted(sorted(train, key=hash_fraction)[:3])
+    assert all(found[n] == "train" for n in train if n not in held_out)
+    again = {o.object_id: o.split for o in CubSource(str(cub), val_fraction=0.3).objects()}
+    assert again == found, "always the same ones"
+    manifest = build_shards(source, str(tmp_path / "set"), BuildOptions(progress=False))
+    assert [manifest["splits"][s]["objects"] for s in ("train", "val", "test")] == [7, 3, 1]
+    assert "held out" in manifest["source"] and "without the published test classes" in manifest["source"]
+    assert manifest["warnings"] == [
+        "train+val: 10 objects, the publication has 100", "test: 1 objects, the publication has 50"]  # fmt: skip
+    assert "held out" not in CubSource(str(cub)).origin, "the option of one source is not that of the next"
+
+
+def test_holding_out_needs_the_published_splits(cub):
+    (cub / "CUB_200_2011" / "valclasses.txt").unlink()
+    with pytest.raises(SourceError, match=r"needs trainclasses.txt and valclasses.txt, found \['train'\]"):
+        CubSource(str(cub), val_fraction=0.2).objects()
+    (cub / "CUB_200_2011" / "trainclasses.txt").unlink()
+    with pytest.raises(SourceError, match="no class-split file"):
+        CubSource(str(cub), val_fraction=0.2).objects()
+    with pytest.raises(SourceError, match="below 1"):
+        CubSource(str(cub), val_fraction=1.0).objects()

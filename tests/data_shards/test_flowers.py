@@ -76,3 +76,10 @@ def test_wrong_folder_and_lists(flowers, tmp_path):
     (flowers / "valclasses.txt").write_text(CLASSES[0])
     with pytest.raises(SourceError, match=r"is in valclasses.txt and in trainclasses.txt"):
         list(FlowersSource(str(flowers)).objects())
+
+
+def test_while_choosing_the_test_species_stay_apart(flowers):
+    (flowers / "trainclasses.txt").write_text(f"{CLASSES[0]}\n{CLASSES[2]}\n")
+    (flowers / "testclasses.txt").write_text("")
+    found = {o.object_id: o.split for o in FlowersSource(str(flowers), val_fraction=0.5).objects()}
+    assert found[CLASSES[1]] == "test" and sorted((found[CLASSES[0]], found[CLASSES[2]])) == ["train", "val"]

@@ -95,3 +95,9 @@ class QueryError(MMRefError):
 
 class SweepError(MMRefError):
     """A sweep ended without a single trial that has a score, or trainings of an ablation failed."""
+
+
+class SweepInterruptedError(MMRefError):
+    """A sweep was interrupted (Ctrl-C); `mmref tune --resume` goes on with it."""
+
+    exit_status = 130  # 128 + SIGINT

@@ -10,21 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from typing import Any
 
 from mmref.cli import run_command
-from mmref.cluster import SETTINGS, connect, needed_cpus
+from mmref.cluster import SETTINGS
 from mmref.config import Config, config_hash, from_dict, load_config, to_dict
 from mmref.data.shards import ShardSet
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
-from mmref.rundir import RunDir, read_jsonl
+from mmref.rundir import RunDir
 from mmref.train.trainer import check_inputs
 from tune.ablation import Results, markdown, plot, summarise, table_csv
+from tune.capacity import TRIAL_CPUS, connected
 from tune.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
-from tune.sweep import SPARE_CPUS, TRIAL_CPUS, concurrency, starts_ray
+from tune.trials import median_step_seconds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -116,8 +116,7 @@ def read_result(config: Config, split: str) -> dict[str, Any] | None:
         raise RunDirectoryError(
             f"{run.path} holds a training of another config. Give another `--run_dir`, or remove that folder."
         )
-    times = [record["step_seconds"] for record in read_jsonl(run) if "step_seconds" in record]
-    metrics["step_seconds"] = statistics.median(times[1:] or times)  # the first line includes the warm-up
+    metrics["step_seconds"] = median_step_seconds(run)
     return metrics
 
 
@@ -139,13 +138,10 @@ def _train(
     base: Config, planned: dict[Training, Config], split: str, wanted: int | None, failures: dict[Training, str]
 ) -> Results:
     """Run the trainings, as many at a time as fit; what ends one badly is noted in `failures`."""
-    local, cores = starts_ray(), os.cpu_count() or 1
-    with connect(
-        TRIAL_CPUS + needed_cpus(base) + SPARE_CPUS, base.train.storage_gb * max(1, cores // base.train.workers)
-    ):
+    with connected(base, wanted) as fit_in:
         import ray
 
-        at_once = min(len(planned), concurrency(ray.cluster_resources(), base, wanted, cores if local else None))
+        at_once = min(len(planned), fit_in)
         task = ray.remote(num_cpus=TRIAL_CPUS, max_retries=0)(train_and_evaluate)
         waiting, results = list(planned.items())[::-1], {}
         running: dict[Any, tuple[Training, float]] = {}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from mmref.config import Config, EvalConfig, check_config, from_dict, read_yaml, to_dict, unknown_key
 from mmref.errors import ConfigError
@@ -49,15 +52,21 @@ class Parameter:
     low: float = 0
     high: float = 0  # included by `int`
 
-    def domain(self) -> Any:
-        """As a domain of Ray Tune."""
-        from ray import tune
-
+    def at(self, share: float) -> Any:
+        """The value at a share of the range in [0, 1): uniform shares give what random search draws."""
         if self.kind == "choice":
-            return tune.choice(list(self.values))
+            return self.values[int(share * len(self.values))]
         if self.kind == "int":
-            return tune.randint(int(self.low), int(self.high) + 1)
-        return getattr(tune, self.kind)(self.low, self.high)
+            return int(self.low) + int(share * (self.high + 1 - self.low))
+        if self.kind == "loguniform":
+            return math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+        return self.low + share * (self.high - self.low)
+
+    def listed(self) -> tuple[Any, ...] | None:
+        """Every value, where they can be counted."""
+        if self.kind == "choice":
+            return self.values
+        return tuple(range(int(self.low), int(self.high) + 1)) if self.kind == "int" else None
 
     def contains(self, value: Any) -> bool:
         if self.kind == "choice":
@@ -77,8 +86,15 @@ class Space:
     refinement: dict[str, list[Any]] = field(default_factory=dict)  # config field -> values
     text: str = ""  # the file
 
-    def domains(self) -> dict[str, Any]:
-        return {p.name: p.domain() for p in self.parameters}
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of the values. Raises ConfigError where a field is a range."""
+        lists = {p.name: p.listed() for p in self.parameters}
+        if ranges := [name for name, values in lists.items() if values is None]:
+            raise ConfigError(
+                f"`--searcher grid` needs fields of type choice or int; {', '.join(ranges)} are ranges. List the values to "
+                "try, or search with optuna or random."
+            )
+        return [dict(zip(lists, values)) for values in itertools.product(*(v for v in lists.values() if v is not None))]
 
     def prepare(self, base: Config) -> Config:
         """The base config with this space's refinement grid, searched in training. Raises ConfigError where some value of
@@ -104,7 +120,13 @@ class Space:
 
 def read_space(path: str) -> Space:
     """A space from a YAML file. Raises ConfigError that names the file, the field, and what would be right."""
-    entries = read_yaml(path)
+    read_yaml(path)  # can it be read?
+    return parse_space(Path(path).read_text(), path)
+
+
+def parse_space(text: str, path: str) -> Space:
+    """As `read_space`, from the text of the file."""
+    entries = yaml.safe_load(text)
     if not entries:
         raise ConfigError(f"{path} is empty: it needs at least one field to search, for example "
                           "`loss.w_guide: {type: uniform, low: 0.0, high: 1.0}`.")  # fmt: skip
@@ -118,7 +140,7 @@ def read_space(path: str) -> Space:
         raise ConfigError(
             f"{path} searches refinement alone, which takes no sweep: `mmref evaluate` chooses it on val."
         )
-    return Space(tuple(parameters), refinement, Path(path).read_text())
+    return Space(tuple(parameters), refinement, text)
 
 
 def _parameter(name: str, entry: Any, path: str) -> Parameter:

@@ -1,34 +1,46 @@
 """Search hyper-parameters: `python tune/sweep.py --space tune/spaces/default.yaml --trials 16 --config configs/x.yaml`.
 
-Every trial is the same training as `mmref train`; ASHA stops the ones that fall behind on val. The run directory gets
-best.yaml (what `mmref train --config` takes), trials.csv, space.yaml, config.yaml and a folder for each trial.
+Every trial is the same training as `mmref train`; ASHA stops the ones that fall behind on val. `--resume DIR` goes on with
+an interrupted sweep. The run directory gets best.yaml (what `mmref train --config` takes), trials.parquet, sweep.html, the
+log trials.jsonl, space.yaml, config.yaml, sweep.json and a folder for each trial.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
-import math
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mmref.cli import run_command
-from mmref.cluster import connect, needed_cpus
 from mmref.config import Config, dump_yaml, load_config, to_dict
 from mmref.data.shards import ShardSet
-from mmref.errors import ClusterTooSmallError, ConfigError, RunDirectoryError, ShardSetError, SweepError
+from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError, SweepInterruptedError
 from mmref.rundir import RunDir
 from mmref.train.trainer import check_inputs
-from tune.results import Recorder, best_yaml, format_trials
-from tune.space import Space, read_space, with_values
+from tune.capacity import TRIAL_CPUS, connected
+from tune.display import Display
+from tune.recorder import Recorder
+from tune.report import render_sweep
+from tune.results import best_yaml, format_trials
+from tune.search import SEARCHERS, Numbered, Propose, proposer
+from tune.space import Space, parse_space, read_space, with_values
 from tune.trial import run_trial
+from tune.trials import Trial, TrialLog, best_of
 
-TRIAL_CPUS = 0.1  # of the process that starts a trial's training and waits for it
-SPARE_CPUS = 1  # Ray Data's short read tasks, which no worker or reader has reserved
 DEFAULT_SPACE = Path(__file__).parent / "spaces" / "default.yaml"
+TRIAL_RESTARTS = 3  # of a trial whose process was lost; its workers have `train.max_failures` of their own
+PBT = (
+    "`--scheduler pbt` is not offered: population-based training copies checkpoints between trials, and Ray Train hands "
+    "Ray Tune none of a nested training's, so that every exploit would be skipped in silence and the trials would be "
+    "independent. Use asha, or none."
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +50,12 @@ class Options:
     trials: int
     searcher: str = "optuna"
     scheduler: str = "asha"
+    pareto: bool = False
     max_concurrent: int | None = None  # None: as many as fit
     trial_steps: int | None = None  # None: as many as the config's
     grace_steps: int | None = None  # None: a quarter of a trial
     reduction: float = 3.0
+    final_seeds: int = 0  # trainings of the best config and of the default, each
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,39 +67,54 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--space", default=str(DEFAULT_SPACE), metavar="FILE", help="search space (default: %(default)s)"
     )
-    parser.add_argument("--trials", type=_positive, default=16, help="number of trials (default: %(default)s)")
+    parser.add_argument("--trials", type=_positive, help="number of trials (default: 16; grid: all combinations)")
     parser.add_argument("--config", metavar="FILE", help="config that the trials vary")
     parser.add_argument(
         "--run_dir", default="runs/sweep", metavar="DIR", help="directory or URL (default: %(default)s)"
     )
+    parser.add_argument("--resume", metavar="DIR",
+                        help="go on with the sweep in DIR; only --trials and --max-concurrent may change")  # fmt: skip
+    parser.add_argument("--workers-per-trial", type=_positive, metavar="N", help="the same as --train.workers")
     parser.add_argument("--max-concurrent", type=_concurrency, default=None, metavar="N|auto",
                         help="trials at a time; auto (default): as many as the cluster's CPUs and GPUs hold")  # fmt: skip
-    parser.add_argument("--searcher", choices=["optuna", "random"], default="optuna", help="default: optuna (TPE)")
-    parser.add_argument("--scheduler", choices=["asha", "none"], default="asha", help="default: asha (early stops)")
+    parser.add_argument("--searcher", choices=SEARCHERS, default="optuna", help="default: optuna (TPE)")
+    parser.add_argument("--scheduler", choices=["asha", "none", "pbt"], default="asha",
+                        help="default: asha (early stops); pbt is refused, and says why")  # fmt: skip
+    parser.add_argument("--pareto", action="store_true",
+                        help="search for a high score and a short step at once (optuna, --scheduler none)")  # fmt: skip
     parser.add_argument("--trial-steps", type=_positive, metavar="N",
                         help="length of a trial (default: train.max_steps); best.yaml keeps train.max_steps")  # fmt: skip
     parser.add_argument("--grace-steps", type=_positive, metavar="N",
                         help="steps before ASHA may stop a trial (default: a quarter of a trial)")  # fmt: skip
     parser.add_argument("--reduction", type=float, default=3.0, metavar="R",
                         help="ASHA lets about the best 1/R pass each rung (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--final-seeds", type=int, default=3, metavar="N",
+                        help="fresh seeds for which the best config and the default are trained in full and compared on "
+                        "test at the end; 0: not at all (default: %(default)s)")  # fmt: skip
     return parser
 
 
 def main(argv: list[str]) -> int:
     """`mmref tune` and tune/sweep.py. Raises the errors of mmref.errors."""
-    args, rest = build_parser().parse_known_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.resume:
+        allowed = {"resume", "trials", "max_concurrent"}
+        if extra := rest or [k for k, v in vars(args).items() if k not in allowed and v != parser.get_default(k)]:
+            raise ConfigError(
+                f"`--resume` goes on with the sweep as it was asked for, and takes no `{extra[0]}`; only `--trials` and "
+                "`--max-concurrent` may change."
+            )
+        resume(args.resume, args.trials, args.max_concurrent)
+        return 0
     base = load_config([*(["--config", args.config] if args.config else []), *rest])
     base.run_dir = args.run_dir
-    options = Options(
-        args.trials,
-        args.searcher,
-        args.scheduler,
-        args.max_concurrent,
-        args.trial_steps,
-        args.grace_steps,
-        args.reduction,
-    )
-    sweep(base, read_space(args.space), options)
+    if args.workers_per_trial:
+        base = with_values(base, {"train.workers": args.workers_per_trial})
+    space = read_space(args.space)
+    trials = args.trials or (len(space.grid()) if args.searcher == "grid" else 16)
+    names = {f.name for f in dataclasses.fields(Options)} - {"trials"}
+    sweep(base, space, Options(trials, **{k: v for k, v in vars(args).items() if k in names}))
     return 0
 
 
@@ -95,78 +124,108 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
     Raises:
         ConfigError, ShardSetError, ...: whatever can be known before Ray starts.
         ClusterTooSmallError: not one trial, or not `max_concurrent` of them, fits.
+        SweepInterruptedError: Ctrl-C; `resume` goes on.
         SweepError: no trial has a score.
     """
     run = RunDir(base.run_dir)
-    config, base = prepare(base, space, options, run)
-    local = starts_ray()
-    cores = os.cpu_count() or 1
-    storage_gb = config.train.storage_gb * max(1, cores // config.train.workers)
-    with connect(TRIAL_CPUS + needed_cpus(config) + SPARE_CPUS, storage_gb):
-        import ray
-
-        # a local cluster offers more logical CPUs than there are cores: trials beyond the cores would only slow each other
-        fit_in = concurrency(ray.cluster_resources(), config, options.max_concurrent, cores if local else None)
-        recorder = _search(config, space, options, min(fit_in, options.trials), run)
-    recorder.write()
-    names = [p.name for p in space.parameters]
-    print(format_trials(recorder.ranked(), names, config.train.max_steps))
-    return _conclude(recorder, base, run, config.train.max_steps)
+    check_options(options, space)
+    base = prepare(base, space, run)
+    run.check_writable()
+    if run.exists("space.yaml"):
+        raise RunDirectoryError(
+            f"{run.path} holds a sweep already. `--resume {run.path}` goes on with it; or give another `--run_dir`."
+        )
+    run.write_text("config.yaml", dump_yaml(base))
+    run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
+    run.write_text("space.yaml", space.text)
+    return _run(base, space, options, run)
 
 
-def prepare(base: Config, space: Space, options: Options, run: RunDir) -> tuple[Config, Config]:
-    """Check everything that needs no Ray. Returns the config that trials vary and the one that best.yaml starts from."""
-    base = space.prepare(base)
+def resume(run_dir: str, trials: int | None = None, max_concurrent: int | None = None) -> Config:
+    """Go on with a sweep: ended trials are kept as they are, interrupted ones go on from their checkpoints.
+
+    Args:
+        trials: of the whole sweep, where it is to have more than it was started with.
+        max_concurrent: trials at a time, where the cluster has changed.
+    Raises: as `sweep`; RunDirectoryError where there is no sweep.
+    """
+    run = RunDir(run_dir)
+    if not run.exists("space.yaml"):
+        raise RunDirectoryError(f"{run.path} holds no sweep to go on with (there is no space.yaml). Start it without "
+                                "`--resume`.")  # fmt: skip
+    options = Options(**json.loads(run.read_text("sweep.json")))
+    options = dataclasses.replace(
+        options, trials=trials or options.trials, max_concurrent=max_concurrent or options.max_concurrent
+    )
+    space = parse_space(run.read_text("space.yaml"), run.join("space.yaml"))
+    check_options(options, space)
+    run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
+    return _run(prepare(run.read_config(), space, run), space, options, run)
+
+
+def check_options(options: Options, space: Space) -> None:
+    """Raise ConfigError for options that do not go together."""
+    if options.scheduler == "pbt":
+        raise ConfigError(PBT)
+    if options.reduction <= 1:
+        raise ConfigError(f"`--reduction` must be above 1, found {options.reduction}.")
+    if options.final_seeds < 0:
+        raise ConfigError(f"`--final-seeds` must be at least 0, found {options.final_seeds}.")
+    if options.pareto and (options.searcher, options.scheduler) != ("optuna", "none"):
+        raise ConfigError(
+            f"`--pareto` needs `--searcher optuna --scheduler none`, found {options.searcher} and {options.scheduler}: ASHA "
+            "compares trials by their score alone, and would stop the fast ones."
+        )
+    if options.searcher == "grid" and options.trials > (size := len(space.grid())):
+        raise ConfigError(f"`--trials {options.trials}` asks for more than the {size} combinations of the grid.")
+
+
+def prepare(base: Config, space: Space, run: RunDir) -> Config:
+    """The config that best.yaml starts from, everything checked that needs no Ray."""
+    base = with_values(space.prepare(base), {"run_dir": run.path})
     check_inputs(base)
     if "val" not in ShardSet.open(base.data.root).splits:
         raise ShardSetError(f"{base.data.root} has no val split: trials are compared on it. Build the set with one.")
-    if options.reduction <= 1:
-        raise ConfigError(f"`--reduction` must be above 1, found {options.reduction}.")
+    return base
+
+
+def _run(base: Config, space: Space, options: Options, run: RunDir) -> Config:
+    """The trials that are left, and everything that is made of all of them."""
     steps = options.trial_steps or base.train.max_steps
-    config = with_values(base, {
-        "run_dir": run.join("trials"), "data.root": RunDir(base.data.root).path,  # workers run in other directories
-        "train.max_steps": steps, "train.keep_checkpoints": 1,
-    })  # fmt: skip
-    run.check_writable()
-    if run.exists("space.yaml"):
-        raise RunDirectoryError(f"{run.path} holds a sweep already. Give another `--run_dir`, or remove it.")
-    run.write_text("config.yaml", dump_yaml(base))
-    run.write_text("space.yaml", space.text)
-    return config, base
-
-
-def concurrency(have: dict[str, float], config: Config, wanted: int | None, cores: int | None) -> int:
-    """How many trials run at a time without starving each other or Ray Data.
-
-    Args:
-        have: resources of the cluster.
-        wanted: trials asked for; None for as many as fit.
-        cores: physical cores, where the cluster's CPUs are logical ones.
-    Raises:
-        ClusterTooSmallError: with the arithmetic, when none or fewer than wanted fit.
-    """
-    t = config.train
-    need = TRIAL_CPUS + needed_cpus(config)
-    fit_in = math.floor((have.get("CPU", 0) - SPARE_CPUS + 1e-6) / need)
-    text = (
-        f"(the cluster's {have.get('CPU', 0):g} CPUs - {SPARE_CPUS} for Ray Data) / ({t.workers} workers x "
-        f"({t.cpus_per_worker:g} CPU + {config.data.readers} readers) + {TRIAL_CPUS})"
+    root = (
+        base.data.root if "://" in base.data.root else RunDir(base.data.root).path
+    )  # workers run in other directories
+    config = with_values(
+        base, {"run_dir": run.path, "data.root": root, "train.max_steps": steps, "train.keep_checkpoints": 1}
     )
-    if t.gpu and have.get("GPU", 0) // t.workers < fit_in:
-        fit_in = int(have.get("GPU", 0) // t.workers)
-        text = f"the cluster's {have.get('GPU', 0):g} GPUs / {t.workers} workers"
-    if fit_in < (wanted or 1):
-        raise ClusterTooSmallError(
-            f"{wanted or 1} trials at a time do not fit, only {max(0, fit_in)}: {text}. Lower `--max-concurrent` or "
-            "`--train.workers`, or add nodes."
+    first = space.default_point(config) if options.searcher != "grid" else None
+    propose = proposer(space, options.searcher, config.train.seed, first, options.pareto)
+    log = TrialLog(run)
+    if (left := options.trials - sum(not t.running for t in log.trials.values())) > 0:
+        with connected(config, options.max_concurrent) as fit_in:
+            _search(config, space, options, propose, log, min(fit_in, left), run)
+    trials = list(log.trials.values())
+    print(format_trials(trials, [p.name for p in space.parameters], steps), flush=True)
+    run.write_text("sweep.html", render_sweep(trials, space, config, f"Sweep {Path(run.path).name}"))
+    if any(t.running for t in trials) or len(trials) < options.trials:
+        raise SweepInterruptedError(
+            f"{sum(not t.running for t in trials)} of {options.trials} trials are done. Go on with: mmref tune --resume "
+            f"{run.path}"
         )
-    if wanted:
-        return wanted
-    return fit_in if cores is None else max(1, min(fit_in, math.floor(cores / (t.workers * max(t.cpus_per_worker, 1)))))
+    best, chosen = _conclude(trials, base, run, steps)
+    if options.final_seeds:
+        from tune.final import compare
+
+        final = compare(base, chosen.values, options.final_seeds, options.max_concurrent)
+        run.write_text("sweep.html", render_sweep(trials, space, config, f"Sweep {Path(run.path).name}", final))
+    print(f"report: {run.join('sweep.html')}")
+    return best
 
 
-def _search(config: Config, space: Space, options: Options, concurrent: int, run: RunDir) -> Recorder:
-    """Run the trials; the recorder holds what came of them."""
+def _search(
+    config: Config, space: Space, options: Options, propose: Propose, log: TrialLog, concurrent: int, run: RunDir
+) -> None:
+    """Run the trials that are left; the log holds what comes of them."""
     from ray import tune
 
     # Tune's own log files of a trial would say again what metrics.jsonl says
@@ -175,88 +234,82 @@ def _search(config: Config, space: Space, options: Options, concurrent: int, run
     # the recorder prints what a person needs; a failed trial is a line of its table, not a traceback of Tune
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    recorder = Recorder(run, [p.name for p in space.parameters], options.trials, config.train.max_steps)
+    ended = [t for t in log.trials.values() if not t.running]
+    left = options.trials - len(ended)
     print(
-        f"{options.trials} trials of {config.train.max_steps} steps to {run.path}, {concurrent} at a time ...",
+        f"{left} trials of {config.train.max_steps} steps to {run.path}, {concurrent} at a time"
+        f"{f', {len(ended)} are done already' if ended else ''} ...",
         flush=True,
     )
-    if left_out := space.outside(config):
-        print(f"the config itself is not among the trials: the space leaves out {', '.join(left_out)}", flush=True)
+    if out := space.outside(config):
+        print(f"the config itself is not among the trials: the space leaves out {', '.join(out)}", flush=True)
+    run.remove("tune")  # Tune's own state, of a driver that has ended
+    display = Display(log, options.trials, config.train.max_steps)
+    recorder = Recorder(run, log, [p.name for p in space.parameters], config.train.max_steps, display)
     trainable = tune.with_resources(tune.with_parameters(run_trial, base=to_dict(config)), {"CPU": TRIAL_CPUS})
-    tune.Tuner(
+    tuner = tune.Tuner(
         trainable,
-        param_space=space.domains(),
         tune_config=tune.TuneConfig(
-            metric="score",
-            mode="max",
-            num_samples=options.trials,
-            search_alg=_searcher(config, space, options, concurrent),
-            scheduler=_scheduler(config, options),
+            num_samples=left,
+            search_alg=Numbered(log, propose, options.trials),
+            scheduler=_scheduler(config, options, ended),
             max_concurrent_trials=concurrent,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=run.path, verbose=0, callbacks=[recorder]),
-    ).fit()
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=run.path,
+            verbose=0,
+            callbacks=[recorder],
+            failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
+        ),
+    )
+    with display:
+        tuner.fit()
     recorder.close()
-    return recorder
+    run.remove("tune")
 
 
-def _searcher(config: Config, space: Space, options: Options, concurrent: int) -> Any:
-    """Optuna's TPE or random search, seeded by the config, the config's own values first."""
-    point = space.default_point(config)
-    first = [point] if point else []
-    if options.searcher == "random":
-        from ray.tune.search import BasicVariantGenerator
+def _scheduler(config: Config, options: Options, ended: list[Trial]) -> Any:
+    """ASHA over steps that knows the trials that have ended, or None.
 
-        return BasicVariantGenerator(first or None, max_concurrent=concurrent, random_state=config.train.seed)
-    try:
-        import optuna
-    except ImportError:
-        raise ConfigError(
-            "`--searcher optuna` needs the tuning extra: `pip install 'mmref[tuning]'`; or use random."
-        ) from None
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(points_to_evaluate=first or None, seed=config.train.seed)
-
-
-def _scheduler(config: Config, options: Options) -> Any:
-    """ASHA over steps, or None. The longest trial ends by itself, so that nothing is stopped at its last step."""
+    The longest trial ends by itself, so that nothing is stopped at its last step.
+    """
     if options.scheduler == "none":
         return None
     from ray.tune.schedulers import ASHAScheduler
 
     steps = config.train.max_steps
-    return ASHAScheduler(
+    asha = ASHAScheduler(
         time_attr="step",
+        metric="score",
+        mode="max",
         max_t=steps + 1,
         grace_period=min(steps, options.grace_steps or max(1, steps // 4)),
         reduction_factor=options.reduction,
     )
+    for trial in ended:
+        known: Any = SimpleNamespace(trial_id=str(trial.number))
+        asha.on_trial_add(None, known)  # type: ignore[arg-type]
+        for result in trial.results:
+            asha.on_trial_result(None, known, result)  # type: ignore[arg-type]
+    return asha
 
 
-def _conclude(recorder: Recorder, base: Config, run: RunDir, trial_steps: int) -> Config:
+def _conclude(trials: list[Trial], base: Config, run: RunDir, trial_steps: int) -> tuple[Config, Trial]:
     """Write best.yaml. Raises SweepError where no trial has a score."""
-    best = recorder.best()
+    best = best_of(trials)
     if best is None:
-        first = next((t.error for t in recorder.ranked() if t.error), "no trial reached its first evaluation")
+        first = next((t.error for t in trials if t.error), "no trial reached its first evaluation")
         raise SweepError(
-            f"no trial of {run.path} ended with a score; the first: {first} All of them are in trials.csv."
+            f"no trial of {run.path} ended with a score; the first: {first} All of them are in trials.parquet."
         )
     config = with_values(base, {**best.values, "run_dir": run.join("best")})
     run.write_text("best.yaml", best_yaml(config, best, base.eval.metric, trial_steps))
     print(
         f"best: trial {best.number}, score {best.score:.2f}. Train it: python jobs/train.py --config {run.join('best.yaml')}"
     )
-    return config
-
-
-def starts_ray() -> bool:
-    """Whether mmref will start Ray on this machine itself: no cluster is named or connected."""
-    import ray
-
-    return not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
+    return config, best
 
 
 def _positive(text: str) -> int:

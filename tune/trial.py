@@ -10,36 +10,57 @@ import ray
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from mmref.cluster import SETTINGS
-from mmref.config import from_dict
-from mmref.rundir import RunDir
+from mmref.config import Config, from_dict
+from mmref.rundir import RunDir, read_jsonl
+from mmref.train.checkpoint import latest_checkpoint
 from mmref.train.trainer import fit, prepare_run
+from mmref.train.validation import score_of
 from tune.space import with_values
+from tune.trials import folder
 
 ERROR = "error.txt"  # in a failed trial's run directory
 CONTROLLER = "controller"  # in a result: the actor that controls the trial's training
 ABORT_TIMEOUT_S = 60
 
 
-def run_trial(values: dict[str, Any], base: dict[str, Any]) -> None:
+def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
     """Train with the base config and a trial's values; every evaluation is reported to Tune.
 
-    The run directory bears the trial's id inside the base's, so that a trial which is started again goes on; what ends a
-    trial badly is written to error.txt there.
+    The run directory bears the trial's number inside the sweep's, so that a trial which is started again goes on, after
+    reporting what its checkpoint holds: the driver may have gone before it heard. What ends a trial badly is a result: it
+    is written to error.txt there. Only a lost process is an error to Tune, which starts the trial again.
+
+    Args:
+        trial: {"number", "values": dotted config fields}.
+        base: the config, its `run_dir` the sweep's.
     """
     from ray import tune
 
     for name, value in SETTINGS.items():  # of the nested training, for which this process is the driver
         os.environ.setdefault(name, value)
-    config = with_values(from_dict(base), values)
-    config.run_dir = f"{base['run_dir']}/{tune.get_context().get_trial_id()}"
+    config = with_values(from_dict(base), trial["values"])
+    config.run_dir = f"{base['run_dir']}/{folder(trial['number'])}"
     run = RunDir(config.run_dir)
     run.remove(ERROR)
     try:
         prepare_run(config, run)
+        for evaluation in evaluations(config, run):
+            tune.report(evaluation)
         fit(config, run, callbacks=[Reporter()])
-    except Exception as error:  # whatever ends it: a result of the sweep
+    except Exception as error:
         run.write_text(ERROR, f"{type(error).__name__}: {error}\n")
-        raise
+
+
+def evaluations(config: Config, run: RunDir) -> list[dict[str, Any]]:
+    """What a run has evaluated up to its latest checkpoint, as it was reported: step, score, val_*."""
+    latest = latest_checkpoint(run)
+    found = []
+    for line in read_jsonl(run) if latest else []:
+        if "val_mAP" in line and latest and line["step"] <= latest.step:
+            named = {k: v for k, v in line.items() if k.startswith("val_")}
+            score = score_of({k.removeprefix("val_"): v for k, v in named.items()}, config.eval.metric)
+            found.append({"step": line["step"], "score": score, **named})
+    return found
 
 
 class Reporter(TuneReportCallback):
@@ -52,14 +73,13 @@ class Reporter(TuneReportCallback):
         super().after_report(run_context, [{**metrics[0], CONTROLLER: controller}], checkpoint)
 
 
-def abort(result: dict[str, Any]) -> None:
-    """End the training behind a trial's last result: its workers, and the resources they hold.
+def abort(controller: Any) -> None:
+    """End a training by its controller, None for none: its workers, and the resources they hold.
 
     Tune knows of a trial's own process alone. When that goes, the controller goes with it, without a chance to give its
     placement group back. Ray leaves that to an actor which asks the dashboard whether the controller lives; without a
     dashboard, or on a machine with several Ray instances, it gets no answer and the CPUs of the trial would be lost.
     """
-    controller = result.get(CONTROLLER)
     if controller is None:
         return
     # it exits, as it should, or was gone before

@@ -8,31 +8,23 @@
 """
 
 import base64
-import io
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib as mpl
 import numpy as np
 import yaml
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from mmref.evaluate.figures import FAINT, INK, axes_of, legend, to_svg
 from mmref.evaluate.metrics import METRIC_NAMES
 
-# Colours are drawn under placeholder names, which become CSS variables: the page's light and dark palettes apply.
-# The series are Okabe and Ito's colour-blind safe ones, and each has a line style of its own.
-_INK, _FAINT = "#010101", "#020202"
-_CSS_COLOURS = {_INK: "var(--ink)", _FAINT: "var(--line)"} | {f"#0{i}0000": f"var(--series-{i})" for i in range(1, 6)}
 _LOSSES = {  # key of a history line: (label, colour, line style)
-    "loss": ("total", _INK, "-"),
+    "loss": ("total", INK, "-"),
     "loss_align": ("alignment", "#010000", "-"),
     "loss_fuse": ("fusion", "#020000", "--"),
     "loss_rec": ("reconstruction", "#030000", "-."),
@@ -263,16 +255,17 @@ def _loss_figure(history: Sequence[Mapping[str, Any]]) -> Markup | None:
     curves = {key: xy for key, xy in curves.items() if len(xy[0]) and (key == "loss" or np.any(xy[1]))}
     if not curves:
         return None
-    figure, axes = _axes("step", "loss")
+    figure, axes = axes_of("step", "loss")
     for key, (steps, values) in curves.items():
         label, colour, style = _LOSSES[key]
         window = len(values) // 20 if len(values) > _SMOOTH_ABOVE else 1
         if window > 1 and key == "loss":
-            axes.plot(steps, values, color=_FAINT, linewidth=0.8)
+            axes.plot(steps, values, color=FAINT, linewidth=0.8)
         width = 2.2 if key == "loss" else 1.6
         axes.plot(steps, _rolling_mean(values, window), color=colour, linestyle=style, linewidth=width, label=label)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    return _svg(figure, axes, "loss")
+    legend(axes)
+    return to_svg(figure, "loss")
 
 
 def _val_figure(history: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -282,7 +275,7 @@ def _val_figure(history: Sequence[Mapping[str, Any]]) -> Markup | None:
     curves = {label: xy for label, xy in curves.items() if len(xy[0])}
     if not curves:
         return None
-    figure, axes = _axes("step", "percent, val")
+    figure, axes = axes_of("step", "percent, val")
     ends = []
     for (label, (steps, values)), (colour, marker, style) in zip(curves.items(), _VAL_STYLES, strict=False):
         line = {"color": colour, "marker": marker, "linestyle": style, "markersize": 4.5, "linewidth": 1.8}
@@ -295,43 +288,5 @@ def _val_figure(history: Sequence[Mapping[str, Any]]) -> Markup | None:
         lowest = max(value, lowest + gap)
         place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{value:.1f}", (step, lowest), color=colour, **place)
-    return _svg(figure, axes, "val")
-
-
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(5.6, 3.3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.patch.set_visible(False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_FAINT)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, length=0, labelsize=10)
-    axes.set_xlabel(x_label, color=_INK, fontsize=10)
-    axes.set_ylabel(y_label, color=_INK, fontsize=10)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.margins(x=0.02)
-    return figure, axes
-
-
-def _svg(figure: Figure, axes: Any, name: str) -> Markup:
-    """The figure as inline SVG whose colours are the page's."""
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, labelcolor=_INK, fontsize=9.5,
-        handlelength=2.2, columnspacing=1.2, borderaxespad=0.2,
-    )  # fmt: skip
-    text = io.StringIO()
-    # Text stays text: small, selectable, in the page's font. The salt keeps the ids of two figures apart.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=metadata)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML declaration and its DTD's address
-    # Inside HTML the namespaces are implied; without them the page holds no address at all.
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    for placeholder, variable in _CSS_COLOURS.items():
-        svg = svg.replace(placeholder, variable)
-    return Markup(svg)  # matplotlib has escaped the labels
+    legend(axes)
+    return to_svg(figure, "val")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmref.evaluate import report
+from mmref.evaluate.figures import CSS_COLOURS
 from mmref.evaluate.metrics import METRIC_NAMES
 from mmref.evaluate.report import format_table, render_report, write_report
 
@@ -207,7 +208,7 @@ def test_figures_draw_the_parts_that_exist():
 
 def test_figures_take_the_colours_of_the_page():
     html = render()
-    assert not [colour for colour in report._CSS_COLOURS if colour in html]
+    assert not [colour for colour in CSS_COLOURS if colour in html]
     assert "var(--series-1)" in html and "var(--ink)" in html
 
 

@@ -24,7 +24,8 @@ def space_of(tmp_path: Path, **entries: Any):  # type: ignore[no-untyped-def]
 def test_default_space_covers_what_a_sweep_is_for(make_config: Callable[..., Config]) -> None:
     space = read_space(str(DEFAULT_SPACE))
     names = {p.name for p in space.parameters}
-    assert names >= {"reference.per_object", "loss.w_fuse", "loss.w_rec", "loss.w_guide"}
+    assert names >= {"reference.per_object", "reference.memory_tokens", "reference.lr", "reference.tau", "loss.tau",
+                     "loss.w_fuse", "loss.w_rec", "loss.w_guide", "loss.mask_rate"}  # fmt: skip
     base = make_config()
     prepared = space.prepare(base)
     assert prepared.eval.refine_in_training and len(prepared.eval.refine_weights) > 1
@@ -40,8 +41,8 @@ def test_values_take_the_type_of_their_field(tmp_path: Path) -> None:
     lr, rec, tokens = read_space(str(path)).parameters
     assert (lr.low, lr.high) == (1e-4, 1e-2)
     assert [type(v) for v in rec.values] == [float, float]
-    assert {tokens.domain().sample() for _ in range(60)} == {1, 2, 3}, "both ends included"
-    assert 1e-4 <= lr.domain().sample() <= 1e-2
+    assert {tokens.at(i / 60) for i in range(60)} == {1, 2, 3}, "both ends included"
+    assert lr.at(0.0) == pytest.approx(1e-4) and lr.at(0.999) < 1e-2
 
 
 @pytest.mark.parametrize(

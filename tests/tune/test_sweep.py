@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from mmref.cluster import connect
-from mmref.config import Config, load_config
-from mmref.errors import ClusterTooSmallError, ConfigError, RunDirectoryError, SweepError
+from mmref.config import Config, dump_yaml, load_config
+from mmref.errors import ConfigError, RunDirectoryError, SweepError
 from mmref.rundir import RunDir
 from tune import sweep as sweep_module
-from tune.results import Recorder, format_trials
+from tune import trial as trial_module
+from tune.display import Display
+from tune.recorder import Recorder
+from tune.results import format_trials
 from tune.space import Space, read_space
-from tune.sweep import Options, concurrency, main, sweep
+from tune.sweep import Options, check_options, main, resume, sweep
+from tune.trials import TrialLog, folder
 
 SPACE = """
 loss.w_guide: {type: uniform, low: 0.0, high: 1.0}
@@ -27,46 +31,15 @@ refinement.weight: {type: choice, values: [0.1, 0.4]}
 """
 
 
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of trials.parquet."""
+    return pq.read_table(run_dir / "trials.parquet").to_pylist()
+
+
 @pytest.fixture
 def space(tmp_path: Path) -> Space:
     (tmp_path / "my_space.yaml").write_text(SPACE)
     return read_space(str(tmp_path / "my_space.yaml"))
-
-
-# --- what fits
-
-
-@pytest.mark.parametrize(
-    ("cpus", "workers", "readers", "cores", "trials"),
-    [
-        (8, 1, 1, None, 3),  # (8 - 1) / 2.1
-        (8, 1, 1, 2, 2),  # a local cluster on two cores
-        (8, 2, 1, 2, 1),
-        (64, 4, 2, None, 5),  # (64 - 1) / 12.1
-        (3.1, 1, 1, None, 1),
-    ],
-)
-def test_trials_at_a_time(
-    cpus: float, workers: int, readers: int, cores: int | None, trials: int, make_config: Callable[..., Config]
-) -> None:
-    config = make_config({"train.workers": workers, "data.readers": readers})
-    assert concurrency({"CPU": cpus}, config, None, cores) == trials
-
-
-def test_gpus_bound_the_trials(make_config: Callable[..., Config]) -> None:
-    config = make_config({"train.workers": 2, "train.gpu": True})
-    assert concurrency({"CPU": 100, "GPU": 7}, config, None, None) == 3
-    with pytest.raises(ClusterTooSmallError, match="1 GPUs / 2 workers"):
-        concurrency({"CPU": 100, "GPU": 1}, config, None, None)
-
-
-def test_a_sweep_that_cannot_fit_says_so_with_the_arithmetic(make_config: Callable[..., Config]) -> None:
-    with pytest.raises(
-        ClusterTooSmallError, match=r"only 0.*3 CPUs - 1 for Ray Data.*1 workers x \(1 CPU \+ 1 readers"
-    ):
-        concurrency({"CPU": 3}, make_config(), None, None)
-    with pytest.raises(ClusterTooSmallError, match="5 trials at a time do not fit, only 3"):
-        concurrency({"CPU": 8}, make_config(), 5, None)
 
 
 # --- what it refuses before Ray starts
@@ -89,76 +62,133 @@ def test_a_directory_that_holds_a_sweep_is_left_alone(
     (tmp_path / "sweep" / "space.yaml").write_text("of an earlier sweep")
     with pytest.raises(RunDirectoryError, match="holds a sweep already"):
         sweep(config, space, Options(trials=1))
-    with pytest.raises(ConfigError, match="--reduction"):
-        sweep(config, space, Options(trials=1, reduction=1.0))
+    with pytest.raises(RunDirectoryError, match="holds no sweep to go on with"):
+        resume(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": 1.0}, "--reduction"),
+        ({"scheduler": "pbt"}, "pbt` is not offered.*every exploit would be skipped in silence"),
+        ({"pareto": True}, "--scheduler none.*would stop the fast ones"),
+        ({"pareto": True, "searcher": "random", "scheduler": "none"}, "found random"),
+        ({"searcher": "grid"}, "loss.w_guide are ranges"),
+        ({"final_seeds": -1}, "--final-seeds"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], message: str, space: Space) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_options(Options(4, **options), space)
+
+
+def test_resume_takes_no_new_options() -> None:
+    with pytest.raises(ConfigError, match="takes no `searcher`"):
+        main(["--resume", "somewhere", "--searcher", "random"])
+    with pytest.raises(ConfigError, match=r"takes no `--train\.lr`"):
+        main(["--resume", "somewhere", "--train.lr", "1"])
+
+
+def test_the_command_line_reaches_the_sweep(
+    tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(sweep_module, "sweep", lambda *given: seen.append(given))
+    (tmp_path / "config.yaml").write_text(dump_yaml(make_config()))
+    (tmp_path / "space.yaml").write_text("loss.w_rec: {type: choice, values: [0.0, 0.1, 0.2]}\n"
+                                         "reference.per_object: {type: int, low: 1, high: 2}\n")  # fmt: skip
+    argv = ["--config", str(tmp_path / "config.yaml"), "--space", str(tmp_path / "space.yaml"), "--searcher", "grid"]
+    main([*argv, "--workers-per-trial", "2", "--final-seeds", "0", "--max-concurrent", "auto", "--train.lr", "0.5"])
+    base, space, options = seen[0]
+    assert (base.train.workers, base.train.lr, base.run_dir) == (2, 0.5, "runs/sweep")
+    assert options == Options(6, "grid", final_seeds=0) and len(space.grid()) == 6
+    main(argv[:-2])
+    assert seen[1][2] == Options(16, final_seeds=3)
 
 
 # --- how trials are recorded
 
 
-def recorded(tmp_path: Path) -> Recorder:
-    """Three trials of 6 steps: finished with a dip at the end, stopped at 2, and failed after the best score of all."""
-    recorder = Recorder(RunDir(str(tmp_path)), ["loss.w_guide"], trials=3, max_steps=6)
-    trials = [SimpleNamespace(trial_id=f"id{i}", config={"loss.w_guide": i / 4}, last_result={}) for i in range(3)]
-    for t in reversed(trials):  # the number of a trial is its place in the sweep, not when it started
+def started(tmp_path: Path, count: int) -> tuple[Recorder, list[Any]]:
+    """A recorder, and trials of 6 steps as Tune shows them, each with its number in its config."""
+    run = RunDir(str(tmp_path))
+    log = TrialLog(run)
+    recorder = Recorder(run, log, ["loss.w_guide"], 6, Display(log, count, 6))
+    trials = [SimpleNamespace(config={"number": n}) for n in range(count)]
+    for n, t in enumerate(trials):
+        log.begin(n, {"loss.w_guide": n / 4})
         recorder.on_trial_start(0, trials, t)
+    return recorder, trials
 
-    def report(trial: Any, step: int, score: float, weight: float) -> None:
-        found = {
-            "val_refine_kind": "sparse",
-            "val_refine_weight": weight,
-            "val_refine_top_r": 16,
-            "val_refine_tau": 0.05,
-        }
-        recorder.on_trial_result(0, trials, trial, {"step": step, "score": score, "val_R@1": score / 3, **found})
 
-    for step, score in ((2, 5.0), (4, 9.0), (6, 8.0)):
-        report(trials[0], step, score, 0.4)
-    report(trials[1], 2, 1.0, 0.0)
-    report(trials[2], 2, 20.0, 0.1)
-    recorder.on_trial_complete(0, trials, trials[0])
-    recorder.on_trial_complete(0, trials, trials[1])
-    recorder.run.write_text("trials/id2/error.txt", "NonFiniteLossError: the loss of step 3\nmore\n")
-    recorder.on_trial_error(0, trials, trials[2])
-    return recorder
+def report(recorder: Recorder, trial: Any, step: int, score: float, weight: float) -> None:
+    found = {"val_refine_kind": "sparse", "val_refine_weight": weight, "val_refine_top_r": 16, "val_refine_tau": 0.05}
+    result = {"step": step, "score": score, "val_R@1": score / 3, **found, "pid": 17, "config": trial.config}
+    recorder.on_trial_result(0, [], trial, result)
 
 
 def test_every_trial_is_a_row_with_its_best_evaluation(tmp_path: Path) -> None:
-    recorder = recorded(tmp_path)
-    rows = list(csv.DictReader(io.StringIO(recorder.run.read_text("trials.csv"))))
-    keys = ("trial", "status", "score", "loss.w_guide", "refinement.weight", "best_step", "steps", "error")
+    recorder, trials = started(tmp_path, 3)
+    for step, score in ((2, 5.0), (4, 9.0), (6, 8.0)):
+        report(recorder, trials[0], step, score, 0.4)
+    report(recorder, trials[1], 2, 1.0, 0.0)
+    report(recorder, trials[2], 2, 20.0, 0.1)
+    (tmp_path / "trials" / "000").mkdir(parents=True)
+    lines = "".join(f'{{"step": {i}, "step_seconds": {t}}}\n' for i, t in enumerate((9, 2, 2)))
+    (tmp_path / "trials" / "000" / "metrics.jsonl").write_text(lines)
+    recorder.run.write_text("trials/002/error.txt", "NonFiniteLossError: the loss of step 3\nmore\n")
+    for t in trials:  # a trial that fails returns like any other
+        recorder.on_trial_complete(0, trials, t)
+    rows = read_rows(tmp_path)
+    keys = (
+        "trial",
+        "status",
+        "score",
+        "loss.w_guide",
+        "refinement.weight",
+        "best_step",
+        "steps",
+        "step_seconds",
+        "error",
+    )
     assert [tuple(row[k] for k in keys) for row in rows] == [
-        ("0", "finished", "9.0", "0.0", "0.4", "4", "6", ""),
-        ("1", "stopped-early", "1.0", "0.25", "0.0", "2", "2", ""),
-        ("2", "failed", "20.0", "0.5", "0.1", "2", "2", "NonFiniteLossError: the loss of step 3"),
+        (0, "finished", 9.0, 0.0, 0.4, 4, 6, 2.0, ""),
+        (1, "stopped-early", 1.0, 0.25, 0.0, 2, 2, None, ""),
+        (2, "failed", 20.0, 0.5, 0.1, 2, 2, None, "NonFiniteLossError: the loss of step 3"),
     ]
-    assert (rows[0]["refinement.kind"], rows[1]["refinement.kind"]) == ("sparse", ""), "none where none helped"
-
-
-def test_a_failed_trial_is_never_the_best(tmp_path: Path) -> None:
-    recorder = recorded(tmp_path)
-    best = recorder.best()
-    assert best is not None and best.number == 0 and best.best["step"] == 4
-    assert [t.number for t in recorder.ranked()] == [0, 1, 2]
-    table = format_trials(recorder.ranked(), ["loss.w_guide"], 6)
+    assert (rows[0]["refinement.kind"], rows[1]["refinement.kind"]) == ("sparse", None), "none where none helped"
+    assert [row["pareto"] for row in rows] == [True, False, False]
+    table = format_trials(list(recorder.log.trials.values()), ["loss.w_guide"], 6)
     assert "10 steps run, 18 had every trial run to its end (56%)" in table
-    assert "sparse 0.4" in table and "trial 2: NonFiniteLossError" in table
+    assert "sparse 0.4" in table and "trial 2: NonFiniteLossError" in table and "0*" in table
 
 
 def test_what_still_runs_at_the_end_was_interrupted(tmp_path: Path) -> None:
-    recorder = Recorder(RunDir(str(tmp_path)), ["a"], trials=2, max_steps=6)
-    trial = SimpleNamespace(trial_id="x", config={"a": 1})
-    recorder.on_trial_start(0, [trial], trial)
+    recorder, _ = started(tmp_path, 1)
     recorder.close()
-    assert recorder.trials["x"].status == "interrupted" and recorder.best() is None
+    assert read_rows(tmp_path)[0]["status"] == "interrupted"
+    assert TrialLog(recorder.run).trials[0].running
 
 
-def test_a_lost_process_leaves_a_reason_too(tmp_path: Path) -> None:
-    recorder = Recorder(RunDir(str(tmp_path)), ["a"], trials=1, max_steps=6)
-    trial = SimpleNamespace(trial_id="x", config={"a": 1})
-    recorder.on_trial_start(0, [trial], trial)
-    recorder.on_trial_error(0, [trial], trial)
-    assert "out of memory" in recorder.trials["x"].error
+def test_a_process_that_is_lost_too_often_is_a_result_too(tmp_path: Path) -> None:
+    recorder, trials = started(tmp_path, 1)
+    recorder.on_trial_error(0, trials, trials[0])
+    assert "out of memory" in read_rows(tmp_path)[0]["error"]
+
+
+def test_evaluations_are_told_again_up_to_the_checkpoint(
+    tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"step": 1, "loss": 3.0}]
+    lines += [{"step": s, "val_R@1": s, "val_mAP": 2.0, "val_refined_R@1": s + 1, "val_refined_mAP": 3.0, "eval_seconds": 1}
+              for s in (2, 4, 6)]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run, config = RunDir(str(tmp_path)), make_config()
+    assert trial_module.evaluations(config, run) == [], "no checkpoint, so all is done again"
+    monkeypatch.setattr(trial_module, "latest_checkpoint", lambda run: SimpleNamespace(step=4))
+    told = trial_module.evaluations(config, run)
+    assert [(r["step"], r["score"]) for r in told] == [(2, 6.0), (4, 8.0)]
+    assert set(told[0]) == {"step", "score", "val_R@1", "val_mAP", "val_refined_R@1", "val_refined_mAP"}
 
 
 # --- searchers and schedulers, with trials that only report
@@ -174,11 +204,11 @@ def ray_cluster() -> Iterator[None]:
 def quick_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials that report score = w_guide x step at steps 2, 4 .. 12 without any training."""
 
-    def report(values: dict[str, Any], base: dict[str, Any]) -> None:
+    def report(trial: dict[str, Any], base: dict[str, Any]) -> None:
         from ray import tune
 
         for step in range(2, base["train"]["max_steps"] + 1, 2):
-            tune.report({"step": step, "score": values["loss.w_guide"] * step, "val_refine_weight": 0.0})
+            tune.report({"step": step, "score": trial["values"]["loss.w_guide"] * step, "val_refine_weight": 0.0})
             time.sleep(0.1)  # time for a decision of the scheduler
 
     monkeypatch.setattr(sweep_module, "run_trial", report)
@@ -193,20 +223,20 @@ def test_searchers_and_schedulers(
     best = sweep(
         config, space, Options(5, searcher, scheduler, max_concurrent=1, trial_steps=12, grace_steps=2, reduction=4)
     )
-    rows = list(csv.DictReader((tmp_path / "sweep" / "trials.csv").open()))
-    guides = [float(row["loss.w_guide"]) for row in rows]
+    rows = read_rows(tmp_path / "sweep")
+    guides = [row["loss.w_guide"] for row in rows]
     assert guides[0] == 0.9, "the config's own values come first"
     assert len(set(guides)) == 5
-    leader = max(rows, key=lambda row: float(row["score"]))
-    assert best.loss.w_guide == float(leader["loss.w_guide"])
+    leader = max(rows, key=lambda row: row["score"])
+    assert best.loss.w_guide == leader["loss.w_guide"]
     for i, row in enumerate(rows):
-        assert row["status"] == ("finished" if row["steps"] == "12" else "stopped-early")
-        assert float(row["score"]) == pytest.approx(guides[i] * int(row["steps"]))
+        assert row["status"] == ("finished" if row["steps"] == 12 else "stopped-early")
+        assert row["score"] == pytest.approx(guides[i] * row["steps"])
     if scheduler == "none":
         assert all(row["status"] == "finished" for row in rows)
     else:  # one after the other, so that whoever is below all before it at the first rung ends there
         worse = [i for i in range(1, 5) if guides[i] < min(guides[:i])]
-        assert worse and all(rows[i]["steps"] == "2" for i in worse)
+        assert worse and all(rows[i]["steps"] == 2 for i in worse)
     loaded = load_config(["--config", str(tmp_path / "sweep" / "best.yaml")])
     assert loaded.train.max_steps == 100 and loaded.run_dir == str(tmp_path / "sweep" / "best")
 
@@ -215,12 +245,12 @@ def test_searchers_and_schedulers(
 def test_a_sweep_of_failures_ends_with_the_first_reason(
     tmp_path: Path, space: Space, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(values: dict[str, Any], base: dict[str, Any]) -> None:
-        raise RuntimeError("no luck")
+    def fail(trial: dict[str, Any], base: dict[str, Any]) -> None:
+        RunDir(f"{base['run_dir']}/{folder(trial['number'])}").write_text("error.txt", "RuntimeError: no luck\n")
 
     monkeypatch.setattr(sweep_module, "run_trial", fail)
-    with pytest.raises(SweepError, match=r"no trial of .* ended with a score"):
+    with pytest.raises(SweepError, match=r"no trial of .* ended with a score; the first: RuntimeError: no luck"):
         sweep(make_config({"run_dir": str(tmp_path / "sweep")}), space, Options(2, "random", max_concurrent=1))
-    rows = list(csv.DictReader((tmp_path / "sweep" / "trials.csv").open()))
+    rows = read_rows(tmp_path / "sweep")
     assert [row["status"] for row in rows] == ["failed", "failed"]
     assert not (tmp_path / "sweep" / "best.yaml").exists()

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -565,6 +566,20 @@ def config_hash(config: Config) -> str:
     values["model"].pop("feature_cache")
     values.pop("eval")
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """A copy that means the same in another directory, as Ray's workers run in."""
+    config = from_dict({**to_dict(config), "run_dir": _absolute(config.run_dir)})
+    config.data.root = _absolute(config.data.root)
+    config.data.mix = {_absolute(root): share for root, share in config.data.mix.items()}
+    if config.train.start_from:
+        config.train.start_from = _absolute(config.train.start_from)
+    return config
+
+
+def _absolute(path: str) -> str:
+    return path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def ramp(step: int, max_steps: int, start: float, full: float) -> float:

@@ -16,13 +16,14 @@ from typing import Any
 
 from mmref.cli import run_command
 from mmref.cluster import SETTINGS
-from mmref.config import Config, config_hash, from_dict, load_config, to_dict
+from mmref.config import Config, config_hash, from_dict, load_config, to_dict, with_absolute_paths
 from mmref.data.shards import ShardSet
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.rundir import RunDir
 from mmref.train.trainer import check_inputs
 from tune.ablation import Results, markdown, plot, summarise, table_csv
 from tune.capacity import TRIAL_CPUS, connected
+from tune.failure import reason
 from tune.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
 from tune.trials import median_step_seconds
 
@@ -74,8 +75,7 @@ def ablate(
         SweepError: a training failed; those that did not are in the tables.
     """
     run = RunDir(base.run_dir)
-    base = from_dict({**to_dict(base), "run_dir": run.path})
-    base.data.root = RunDir(base.data.root).path if "://" not in base.data.root else base.data.root
+    base = with_absolute_paths(base)
     check_inputs(base)
     if split not in (splits := ShardSet.open(base.data.root).splits):
         raise ShardSetError(f"{base.data.root} has no split `{split}`, only {splits}.")
@@ -160,14 +160,6 @@ def _train(
                 left = len(waiting) + len(running)
                 print(f"[{left} left] {training}: {text} ({time.monotonic() - began:.0f} s)", flush=True)
         return results
-
-
-def reason(error: Exception) -> str:
-    """A line that says what ended a training: our own error, however deep inside Ray's, else the first line of Ray's."""
-    cause = getattr(error, "cause", None) or error
-    text = f"{type(cause).__name__}: {cause}"
-    named = [line for line in text.splitlines() if line.startswith("mmref.errors.")]
-    return named[-1].removeprefix("mmref.errors.") if named else text.splitlines()[0]
 
 
 def write_tables(run: RunDir, table: list[dict[str, Any]], rows: Rows, about: dict[str, Any]) -> None:

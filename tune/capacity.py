@@ -58,4 +58,7 @@ def concurrency(have: dict[str, float], config: Config, wanted: int | None, core
         )
     if wanted:
         return wanted
-    return fit_in if cores is None else max(1, min(fit_in, math.floor(cores / (t.workers * max(t.cpus_per_worker, 1)))))
+    if cores is None:
+        return fit_in
+    busy = t.workers * max(t.cpus_per_worker, 1 if t.gpu else t.threads)
+    return max(1, min(fit_in, math.floor(cores / busy)))

@@ -6,6 +6,7 @@ proposes from what trials.jsonl tells, and never the same draw twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,15 +19,16 @@ from tune.trials import Trial, TrialLog
 
 Propose = Callable[[int, list[Trial]], dict[str, Any]]
 SEARCHERS = ("optuna", "random", "grid")
-RANDOM_FIRST = 10  # trials that TPE draws at random before it models anything
+RANDOM_SHARE, RANDOM_MOST = 0.3, 10  # of a sweep: what TPE draws at random before it models anything
 
 
-def proposer(space: Space, searcher: str, seed: int, first: dict[str, Any] | None, pareto: bool) -> Propose:
+def proposer(space: Space, searcher: str, seed: int, first: dict[str, Any] | None, pareto: bool, count: int) -> Propose:
     """The function that gives trial `number` its values, seeing all trials before it.
 
     Args:
         first: values of trial 0, so that the config itself is among the trials; None to search from the start.
         pareto: search for a high score and a short step at once (optuna).
+        count: trials of the whole sweep.
     Raises:
         ConfigError: optuna is not installed, or the grid has a range in it.
     """
@@ -42,19 +44,21 @@ def proposer(space: Space, searcher: str, seed: int, first: dict[str, Any] | Non
         if searcher == "random":
             shares = np.random.default_rng([seed, number]).random(len(space.parameters))
             return {p.name: p.at(share) for p, share in zip(space.parameters, shares)}
-        return tpe(space, number, before, seed, pareto)
+        return tpe(space, number, before, seed, min(RANDOM_MOST, math.ceil(RANDOM_SHARE * count)), pareto)
 
     return propose
 
 
-def tpe(space: Space, number: int, before: list[Trial], seed: int, pareto: bool = False) -> dict[str, Any]:
-    """Values by Optuna's tree-structured Parzen estimator from the trials before."""
+def tpe(
+    space: Space, number: int, before: list[Trial], seed: int, random_first: int, pareto: bool = False
+) -> dict[str, Any]:
+    """Values by Optuna's tree-structured Parzen estimator from the trials before, drawn at random for the first few."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # seeded by the number: a sampler that is built anew must not repeat its first draws
     draw = int(np.random.default_rng([seed, number]).integers(2**31))
-    sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_FIRST, constant_liar=True, seed=draw)
+    sampler = optuna.samplers.TPESampler(n_startup_trials=random_first, constant_liar=True, seed=draw)
     asked = study(space, before, pareto, sampler).ask(distributions(space))
     return {p.name: asked.params[p.name] for p in space.parameters}
 

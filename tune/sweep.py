@@ -19,11 +19,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from mmref.cli import run_command
-from mmref.config import Config, dump_yaml, load_config, to_dict
+from mmref.config import Config, dump_yaml, load_config, to_dict, with_absolute_paths
 from mmref.data.shards import ShardSet
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError, SweepInterruptedError
-from mmref.rundir import RunDir
-from mmref.train.trainer import check_inputs
+from mmref.rundir import RunDir, read_jsonl
+from mmref.train.trainer import check_inputs, ray_filesystem
 from tune.capacity import TRIAL_CPUS, connected
 from tune.display import Display
 from tune.recorder import Recorder
@@ -32,9 +32,12 @@ from tune.results import best_yaml, format_trials
 from tune.search import SEARCHERS, Numbered, Propose, proposer
 from tune.space import Space, parse_space, read_space, with_values
 from tune.trial import run_trial
-from tune.trials import Trial, TrialLog, best_of
+from tune.trials import LOG, Trial, TrialLog, best_of
 
+DEFAULT_CONFIG = "configs/emoji.yaml"  # the bundled data
 DEFAULT_SPACE = Path(__file__).parent / "spaces" / "default.yaml"
+FINAL_SEEDS = 3
+RESUMABLE = ("trials", "max_concurrent", "final_seeds")  # options that may change when a sweep goes on
 TRIAL_RESTARTS = 3  # of a trial whose process was lost; its workers have `train.max_failures` of their own
 PBT = (
     "`--scheduler pbt` is not offered: population-based training copies checkpoints between trials, and Ray Train hands "
@@ -68,12 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--space", default=str(DEFAULT_SPACE), metavar="FILE", help="search space (default: %(default)s)"
     )
     parser.add_argument("--trials", type=_positive, help="number of trials (default: 16; grid: all combinations)")
-    parser.add_argument("--config", metavar="FILE", help="config that the trials vary")
+    parser.add_argument(
+        "--config", default=DEFAULT_CONFIG, metavar="FILE", help="config that the trials vary (default: %(default)s)"
+    )
     parser.add_argument(
         "--run_dir", default="runs/sweep", metavar="DIR", help="directory or URL (default: %(default)s)"
     )
     parser.add_argument("--resume", metavar="DIR",
-                        help="go on with the sweep in DIR; only --trials and --max-concurrent may change")  # fmt: skip
+                        help="go on with the sweep in DIR; --trials, --max-concurrent, --final-seeds may change")  # fmt: skip
     parser.add_argument("--workers-per-trial", type=_positive, metavar="N", help="the same as --train.workers")
     parser.add_argument("--max-concurrent", type=_concurrency, default=None, metavar="N|auto",
                         help="trials at a time; auto (default): as many as the cluster's CPUs and GPUs hold")  # fmt: skip
@@ -88,9 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
                         help="steps before ASHA may stop a trial (default: a quarter of a trial)")  # fmt: skip
     parser.add_argument("--reduction", type=float, default=3.0, metavar="R",
                         help="ASHA lets about the best 1/R pass each rung (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--final-seeds", type=int, default=3, metavar="N",
+    parser.add_argument("--final-seeds", type=int, metavar="N",
                         help="fresh seeds for which the best config and the default are trained in full and compared on "
-                        "test at the end; 0: not at all (default: %(default)s)")  # fmt: skip
+                        f"test at the end; 0: not at all (default: {FINAL_SEEDS})")  # fmt: skip
     return parser
 
 
@@ -99,22 +104,23 @@ def main(argv: list[str]) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if args.resume:
-        allowed = {"resume", "trials", "max_concurrent"}
+        allowed = {"resume", *RESUMABLE}
         if extra := rest or [k for k, v in vars(args).items() if k not in allowed and v != parser.get_default(k)]:
             raise ConfigError(
-                f"`--resume` goes on with the sweep as it was asked for, and takes no `{extra[0]}`; only `--trials` and "
-                "`--max-concurrent` may change."
+                f"`--resume` goes on with the sweep as it was asked for, and takes no `{extra[0]}`; only `--trials`, "
+                "`--max-concurrent` and `--final-seeds` may change."
             )
-        resume(args.resume, args.trials, args.max_concurrent)
+        resume(args.resume, **{name: getattr(args, name) for name in RESUMABLE})
         return 0
-    base = load_config([*(["--config", args.config] if args.config else []), *rest])
+    base = load_config(["--config", args.config, *rest])
     base.run_dir = args.run_dir
     if args.workers_per_trial:
         base = with_values(base, {"train.workers": args.workers_per_trial})
     space = read_space(args.space)
     trials = args.trials or (len(space.grid()) if args.searcher == "grid" else 16)
-    names = {f.name for f in dataclasses.fields(Options)} - {"trials"}
-    sweep(base, space, Options(trials, **{k: v for k, v in vars(args).items() if k in names}))
+    seeds = FINAL_SEEDS if args.final_seeds is None else args.final_seeds
+    names = {f.name for f in dataclasses.fields(Options)} - {"trials", "final_seeds"}
+    sweep(base, space, Options(trials, final_seeds=seeds, **{k: v for k, v in vars(args).items() if k in names}))
     return 0
 
 
@@ -129,9 +135,9 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
     """
     run = RunDir(base.run_dir)
     check_options(options, space)
-    base = prepare(base, space, run)
+    base = prepare(base, space, options, run)
     run.check_writable()
-    if run.exists("space.yaml"):
+    if read_jsonl(run, LOG):
         raise RunDirectoryError(
             f"{run.path} holds a sweep already. `--resume {run.path}` goes on with it; or give another `--run_dir`."
         )
@@ -141,12 +147,11 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
     return _run(base, space, options, run)
 
 
-def resume(run_dir: str, trials: int | None = None, max_concurrent: int | None = None) -> Config:
+def resume(run_dir: str, **changes: int | None) -> Config:
     """Go on with a sweep: ended trials are kept as they are, interrupted ones go on from their checkpoints.
 
     Args:
-        trials: of the whole sweep, where it is to have more than it was started with.
-        max_concurrent: trials at a time, where the cluster has changed.
+        changes: RESUMABLE fields of its Options; None leaves one as it was.
     Raises: as `sweep`; RunDirectoryError where there is no sweep.
     """
     run = RunDir(run_dir)
@@ -154,13 +159,14 @@ def resume(run_dir: str, trials: int | None = None, max_concurrent: int | None =
         raise RunDirectoryError(f"{run.path} holds no sweep to go on with (there is no space.yaml). Start it without "
                                 "`--resume`.")  # fmt: skip
     options = Options(**json.loads(run.read_text("sweep.json")))
-    options = dataclasses.replace(
-        options, trials=trials or options.trials, max_concurrent=max_concurrent or options.max_concurrent
-    )
+    options = dataclasses.replace(options, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+    if (begun := len({line["trial"] for line in read_jsonl(run, LOG)})) > options.trials:
+        raise ConfigError(f"`--trials {options.trials}` is fewer than the {begun} that {run.path} has begun already.")
     space = parse_space(run.read_text("space.yaml"), run.join("space.yaml"))
     check_options(options, space)
+    base = prepare(run.read_config(), space, options, run)
     run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
-    return _run(prepare(run.read_config(), space, run), space, options, run)
+    return _run(base, space, options, run)
 
 
 def check_options(options: Options, space: Space) -> None:
@@ -180,8 +186,14 @@ def check_options(options: Options, space: Space) -> None:
         raise ConfigError(f"`--trials {options.trials}` asks for more than the {size} combinations of the grid.")
 
 
-def prepare(base: Config, space: Space, run: RunDir) -> Config:
+def prepare(base: Config, space: Space, options: Options, run: RunDir) -> Config:
     """The config that best.yaml starts from, everything checked that needs no Ray."""
+    steps = options.trial_steps or base.train.max_steps
+    if options.scheduler == "asha" and base.train.eval_every > (grace := grace_steps(options, steps)):
+        raise ConfigError(
+            f"ASHA is to judge trials of {steps} steps from step {grace} on, and they are evaluated every "
+            f"{base.train.eval_every} steps: set `--train.eval_every` to at most {grace}, or `--grace-steps` higher."
+        )
     base = with_values(space.prepare(base), {"run_dir": run.path})
     check_inputs(base)
     if "val" not in ShardSet.open(base.data.root).splits:
@@ -189,17 +201,17 @@ def prepare(base: Config, space: Space, run: RunDir) -> Config:
     return base
 
 
+def grace_steps(options: Options, trial_steps: int) -> int:
+    """Steps before ASHA may stop a trial."""
+    return min(trial_steps, options.grace_steps or max(1, trial_steps // 4))
+
+
 def _run(base: Config, space: Space, options: Options, run: RunDir) -> Config:
     """The trials that are left, and everything that is made of all of them."""
     steps = options.trial_steps or base.train.max_steps
-    root = (
-        base.data.root if "://" in base.data.root else RunDir(base.data.root).path
-    )  # workers run in other directories
-    config = with_values(
-        base, {"run_dir": run.path, "data.root": root, "train.max_steps": steps, "train.keep_checkpoints": 1}
-    )
+    config = with_absolute_paths(with_values(base, {"train.max_steps": steps, "train.keep_checkpoints": 1}))
     first = space.default_point(config) if options.searcher != "grid" else None
-    propose = proposer(space, options.searcher, config.train.seed, first, options.pareto)
+    propose = proposer(space, options.searcher, config.train.seed, first, options.pareto, options.trials)
     log = TrialLog(run)
     if (left := options.trials - sum(not t.running for t in log.trials.values())) > 0:
         with connected(config, options.max_concurrent) as fit_in:
@@ -233,6 +245,8 @@ def _search(
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # the recorder prints what a person needs; a failed trial is a line of its table, not a traceback of Tune
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # a trial may end before its first evaluation, and reports the handle of its training without a score
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     ended = [t for t in log.trials.values() if not t.running]
     left = options.trials - len(ended)
@@ -258,16 +272,19 @@ def _search(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=run.path,
+            storage_path=run.root,
+            storage_filesystem=ray_filesystem(run),
             verbose=0,
             callbacks=[recorder],
             failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
         ),
     )
-    with display:
-        tuner.fit()
-    recorder.close()
-    run.remove("tune")
+    try:
+        with display:
+            tuner.fit()
+    finally:
+        recorder.close()
+        run.remove("tune")
 
 
 def _scheduler(config: Config, options: Options, ended: list[Trial]) -> Any:
@@ -285,7 +302,7 @@ def _scheduler(config: Config, options: Options, ended: list[Trial]) -> Any:
         metric="score",
         mode="max",
         max_t=steps + 1,
-        grace_period=min(steps, options.grace_steps or max(1, steps // 4)),
+        grace_period=grace_steps(options, steps),
         reduction_factor=options.reduction,
     )
     for trial in ended:

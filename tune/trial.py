@@ -7,19 +7,21 @@ import os
 from typing import Any
 
 import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mmref.cluster import SETTINGS
+from mmref.cluster import SETTINGS, named_address
 from mmref.config import Config, from_dict
 from mmref.rundir import RunDir, read_jsonl
 from mmref.train.checkpoint import latest_checkpoint
 from mmref.train.trainer import fit, prepare_run
 from mmref.train.validation import score_of
+from tune.failure import reason
 from tune.space import with_values
 from tune.trials import folder
 
 ERROR = "error.txt"  # in a failed trial's run directory
-CONTROLLER = "controller"  # in a result: the actor that controls the trial's training
+CONTROLLER = "controller"  # in the first result of a training: the actor that controls it
 ABORT_TIMEOUT_S = 60
 
 
@@ -46,9 +48,10 @@ def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
         prepare_run(config, run)
         for evaluation in evaluations(config, run):
             tune.report(evaluation)
-        fit(config, run, callbacks=[Reporter()])
+        with named_address():
+            fit(config, run, callbacks=[Announcer(), Reporter()])
     except Exception as error:
-        run.write_text(ERROR, f"{type(error).__name__}: {error}\n")
+        run.write_text(ERROR, f"{reason(error)}\n\n{error}\n")
 
 
 def evaluations(config: Config, run: RunDir) -> list[dict[str, Any]]:
@@ -63,14 +66,24 @@ def evaluations(config: Config, run: RunDir) -> list[dict[str, Any]]:
     return found
 
 
+class Announcer(ControllerCallback):
+    """Reports a handle of the training's controller, in which it runs, before anything else happens."""
+
+    def __init__(self) -> None:
+        self.reporter = TuneReportCallback()
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        controller = ray.get_runtime_context().current_actor
+        self.reporter.after_report(train_run_context, [{CONTROLLER: controller}], None)
+
+
 class Reporter(TuneReportCallback):
-    """Reports every evaluation to Tune, with a handle of the training's controller, in which it runs."""
+    """Reports every evaluation to Tune."""
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if not any(name.startswith("val_") for name in metrics[0]):
             return  # a checkpoint because a node is taken away: it was not evaluated
-        controller = ray.get_runtime_context().current_actor
-        super().after_report(run_context, [{**metrics[0], CONTROLLER: controller}], checkpoint)
+        super().after_report(run_context, metrics, checkpoint)
 
 
 def abort(controller: Any) -> None:

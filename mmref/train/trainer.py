@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmref.cluster import SETTINGS, check_resources, connect, needed_cpus
-from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict
+from mmref.config import Config, config_hash, dump_yaml, to_dict, with_absolute_paths
 from mmref.data.plan import build_plan
 from mmref.data.shards import ShardSet, train_index
 from mmref.data.tokens import load_tokens
@@ -38,11 +38,7 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
     Returns the final metrics, None without `final_evaluation`. Raises the errors of mmref.errors.
     """
     run = RunDir(config.run_dir)
-    config = from_dict({**to_dict(config), "run_dir": run.path})
-    config.data.root = _absolute(config.data.root)
-    config.data.mix = {_absolute(root): share for root, share in config.data.mix.items()}
-    if config.train.start_from:
-        config.train.start_from = _absolute(config.train.start_from)
+    config = with_absolute_paths(config)
     check_inputs(config)
     prepare_run(config, run)
     with connect(needed_cpus(config), config.train.storage_gb), Termination(run) as termination:
@@ -53,11 +49,6 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
         from mmref.evaluate.evaluate import evaluate_run
 
         return evaluate_run(config.run_dir)
-
-
-def _absolute(path: str) -> str:
-    """Workers run in other directories than the driver."""
-    return path if "://" in path else RunDir(path).path
 
 
 def check_inputs(config: Config) -> None:

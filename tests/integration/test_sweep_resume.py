@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -53,15 +54,20 @@ def check_whole(run: Path, before: dict[int, list[str]]) -> None:
     assert f"trial {leader['trial']}" in (run / "best.yaml").read_text().splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_killed_driver(argv: list[str], tmp_path: Path) -> None:
     run = tmp_path / "sweep"
     job = Job(DRIVER, *argv)
     try:
         wait_for(lambda: len(ended(run)) >= TRIALS // 2 - 1, job)
+        started = job.descendants()
         job.process.send_signal(signal.SIGKILL)
         job.process.wait(timeout=60)
+        _, left = psutil.wait_procs(started, timeout=120)
     finally:
-        job.kill()
+        if job.process.poll() is None:
+            job.kill()
+    assert not left, "its trials go on without it"
     assert len(ended(run)) < TRIALS, "killed too late to show anything"
     before = {n: (run / "trials" / f"{n:03d}" / "steps.log").read_text().split() for n in ended(run)}
     code, output = Job(DRIVER, "--resume", str(run)).wait()
@@ -69,6 +75,7 @@ def test_a_killed_driver(argv: list[str], tmp_path: Path) -> None:
     check_whole(run, before)
 
 
+@pytest.mark.slow
 def test_ctrl_c(argv: list[str], tmp_path: Path) -> None:
     run = tmp_path / "sweep"
     job = Job(DRIVER, *argv)

@@ -12,7 +12,8 @@ from mmref.config import Config, config_hash, dump_yaml
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.rundir import RunDir
 from tune import ablate as module
-from tune.ablate import ablate, main, read_result, reason, result_name
+from tune.ablate import ablate, main, read_result, result_name
+from tune.failure import reason
 from tune.rows import Row, Rows
 
 ROWS = Rows((Row("plain", {"loss.w_guide": 0.0}), Row("full"), Row("full, refined", of="full", refined=True)), "plain")

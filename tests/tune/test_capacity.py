@@ -28,6 +28,13 @@ def test_trials_at_a_time(
     assert concurrency({"CPU": cpus}, config, None, cores) == trials
 
 
+def test_torch_threads_of_a_local_trial_take_cores_too(make_config: Callable[..., Config]) -> None:
+    config = make_config({"train.threads": 2})
+    assert concurrency({"CPU": 8}, config, None, 2) == 1
+    assert concurrency({"CPU": 8}, config, None, 4) == 2
+    assert concurrency({"CPU": 8}, config, None, None) == 3, "on a cluster its CPUs are what counts"
+
+
 def test_gpus_bound_the_trials(make_config: Callable[..., Config]) -> None:
     config = make_config({"train.workers": 2, "train.gpu": True})
     assert concurrency({"CPU": 100, "GPU": 7}, config, None, None) == 3

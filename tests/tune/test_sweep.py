@@ -14,7 +14,7 @@ import pytest
 
 from mmref.cluster import connect
 from mmref.config import Config, dump_yaml, load_config
-from mmref.errors import ConfigError, RunDirectoryError, SweepError
+from mmref.errors import ClusterTooSmallError, ConfigError, RunDirectoryError, SweepError
 from mmref.rundir import RunDir
 from tune import sweep as sweep_module
 from tune import trial as trial_module
@@ -22,7 +22,7 @@ from tune.display import Display
 from tune.recorder import Recorder
 from tune.results import format_trials
 from tune.space import Space, read_space
-from tune.sweep import Options, check_options, main, resume, sweep
+from tune.sweep import Options, check_options, main, prepare, resume, sweep
 from tune.trials import TrialLog, folder
 
 SPACE = """
@@ -59,11 +59,37 @@ def test_a_directory_that_holds_a_sweep_is_left_alone(
 ) -> None:
     config = make_config({"run_dir": str(tmp_path / "sweep")})
     (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / "space.yaml").write_text("of an earlier sweep")
+    log = TrialLog(RunDir(str(tmp_path / "sweep")))
+    log.begin(0, {"loss.w_guide": 0.5})
     with pytest.raises(RunDirectoryError, match="holds a sweep already"):
         sweep(config, space, Options(trials=1))
+    assert log.trials == TrialLog(RunDir(str(tmp_path / "sweep"))).trials
     with pytest.raises(RunDirectoryError, match="holds no sweep to go on with"):
         resume(str(tmp_path / "none"))
+
+
+def test_a_sweep_that_did_not_fit_may_be_asked_for_again(
+    tmp_path: Path, space: Space, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config({"run_dir": str(tmp_path / "sweep"), "train.workers": 8})
+    for _ in range(2):
+        with pytest.raises(ClusterTooSmallError, match=r"17\.1 CPUs and this machine offers"):
+            sweep(config, space, Options(trials=1))
+    log = TrialLog(RunDir(str(tmp_path / "sweep")))
+    for number in (0, 1):
+        log.begin(number, {"loss.w_guide": 0.5})
+    with pytest.raises(ConfigError, match="fewer than the 2 that"):
+        resume(str(tmp_path / "sweep"), trials=1)
+
+
+def test_asha_needs_evaluations_as_often_as_it_judges(
+    tmp_path: Path, space: Space, make_config: Callable[..., Config]
+) -> None:
+    config = make_config({"run_dir": str(tmp_path / "sweep"), "train.max_steps": 80, "train.eval_every": 30})
+    with pytest.raises(ConfigError, match=r"from step 20 on.*every 30 steps: set `--train\.eval_every` to at most 20"):
+        sweep(config, space, Options(trials=1))
+    prepare(config, space, Options(1, scheduler="none"), RunDir(config.run_dir))
+    prepare(config, space, Options(1, grace_steps=30), RunDir(config.run_dir))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +130,10 @@ def test_the_command_line_reaches_the_sweep(
     assert options == Options(6, "grid", final_seeds=0) and len(space.grid()) == 6
     main(argv[:-2])
     assert seen[1][2] == Options(16, final_seeds=3)
+    main([])
+    assert (
+        seen[2][0].model == load_config(["--config", "configs/emoji.yaml"]).model and len(seen[2][1].parameters) == 10
+    )
 
 
 # --- how trials are recorded

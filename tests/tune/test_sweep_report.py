@@ -25,7 +25,7 @@ SPACE = Space(
 
 def made_up(count: int) -> list[Trial]:
     """Trials whose score is w_guide's doing alone; every third is stopped at step 20, the second fails."""
-    propose = proposer(SPACE, "random", 0, SPACE.default_point(Config()), False)
+    propose = proposer(SPACE, "random", 0, SPACE.default_point(Config()), False, count)
     trials = []
     for n in range(count):
         trial = Trial(n, propose(n, []), "stopped-early" if n % 3 == 2 else "finished", seconds=9.0, step_seconds=1 + n)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import math
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import ray
 
 from mmref.cluster import connect
-from mmref.config import Config, load_config, read_yaml
+from mmref.config import load_config, read_yaml
 from mmref.rundir import RunDir, read_jsonl
-from mmref.train.checkpoint import best_checkpoint
+from mmref.train.checkpoint import best_checkpoint, latest_checkpoint
 from mmref.train.trainer import train
 from tune import sweep as sweep_module
+from tune.search import Propose
 from tune.space import read_space
 from tune.sweep import Options, sweep
+from tune.trials import Trial, folder
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 60, 20
@@ -43,11 +46,21 @@ def ray_cluster() -> Iterator[None]:
         yield
 
 
-def fixed_trials(config: Config, space: Any, options: Options, concurrent: int) -> Any:
-    from ray.tune.search import BasicVariantGenerator
+def fixed_trials(*given: Any) -> Propose:
+    def propose(number: int, before: list[Trial]) -> dict[str, Any]:
+        return {"train.lr": RATES[number], "loss.w_guide": 0.5}
 
-    points = [{"train.lr": lr, "loss.w_guide": 0.5} for lr in RATES]
-    return BasicVariantGenerator(points_to_evaluate=points, max_concurrent=concurrent)
+    return propose
+
+
+def processes(*kinds: str) -> list[psutil.Process]:
+    """Processes that this one has started, by their titles."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(kind in " ".join(process.cmdline()) for kind in kinds):
+                found.append(process)
+    return found
 
 
 def alive() -> list[str]:
@@ -55,12 +68,7 @@ def alive() -> list[str]:
     from ray.util import placement_group_table
 
     kinds = ("RayTrainWorker", "TrainController", "PlacementGroupCleaner", "TaskReader", "ImplicitFunc", "run_trial")
-    titles = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            titles.append(" ".join(process.cmdline()))
-    found = [title for title in titles if any(kind in title for kind in kinds)]
-    return found + [
+    return [process.name() for process in processes(*kinds)] + [
         f"placement group {g['bundles']}" for g in placement_group_table().values() if g["state"] != "REMOVED"
     ]
 
@@ -77,7 +85,7 @@ def settled(seconds: float = 60) -> list[str]:
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_sweep_of_four_short_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "_searcher", fixed_trials)
+    monkeypatch.setattr(sweep_module, "proposer", fixed_trials)
     (tmp_path / "space.yaml").write_text(SPACE)
     flags = {
         "train.max_steps": 6, "train.eval_every": EVERY, "train.warmup_steps": 2, "train.storage_gb": 0.3, "loss.w_rec": 0,
@@ -91,45 +99,91 @@ def test_a_sweep_of_four_short_trainings(tmp_path: Path, monkeypatch: pytest.Mon
     assert settled() == [], "stopped, failed and finished trials leave nothing behind"
     assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
 
-    rows = list(csv.DictReader((tmp_path / "sweep" / "trials.csv").open()))
-    assert [float(row["train.lr"]) for row in rows] == list(RATES)
+    rows = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
+    assert [row["train.lr"] for row in rows] == list(RATES)
     status = [row["status"] for row in rows]
     assert status[3] == "failed" and rows[3]["error"].startswith("NonFiniteLossError"), rows[3]
-    assert status[2] == "stopped-early" and int(rows[2]["steps"]) < STEPS, (
-        "it stands still, others were better before it"
-    )
+    assert status[2] == "stopped-early" and rows[2]["steps"] < STEPS, "it stands still, others were better before it"
     assert "finished" in status[:2]
     for row in rows[:3]:
-        check_row(row, RunDir(str(tmp_path / "sweep" / "trials" / row["id"])))
+        check_row(row, RunDir(str(tmp_path / "sweep" / folder(row["trial"]))))
 
-    leader = max(rows[:3], key=lambda row: float(row["score"]))
-    assert best.train.lr == float(leader["train.lr"])
+    leader = max(rows[:3], key=lambda row: row["score"])
+    assert best.train.lr == leader["train.lr"]
     check_best_starts(tmp_path / "sweep" / "best.yaml", leader)
 
 
-def check_row(row: dict[str, str], run: RunDir) -> None:
-    """A row of trials.csv against what that trial's own training wrote."""
-    assert float(row["train.lr"]) == read_yaml(run.join("config.yaml"))["train"]["lr"]
-    scored = [r for r in read_jsonl(run) if "val_R@1" in r and r["step"] <= int(row["steps"])]
-    assert [r["step"] for r in scored] == list(range(EVERY, int(row["steps"]) + 1, EVERY))
+def check_row(row: dict[str, Any], run: RunDir) -> None:
+    """A row of trials.parquet against what that trial's own training wrote."""
+    assert row["train.lr"] == read_yaml(run.join("config.yaml"))["train"]["lr"]
+    scored = [r for r in read_jsonl(run) if "val_R@1" in r and r["step"] <= row["steps"]]
+    assert [r["step"] for r in scored] == list(range(EVERY, row["steps"] + 1, EVERY))
     scores = [r["val_refined_R@1"] + r["val_refined_mAP"] for r in scored]
-    assert math.isclose(float(row["score"]), max(scores)), "the best over evaluations and refinements"
+    assert math.isclose(row["score"], max(scores)), "the best over evaluations and refinements"
     at = scored[scores.index(max(scores))]
-    assert row["best_step"] == str(at["step"]) and float(row["refinement.weight"]) == at["val_refine_weight"]
+    assert row["best_step"] == at["step"] and row["refinement.weight"] == at["val_refine_weight"]
     for r in scored:  # no refinement always competes
         assert r["val_refined_R@1"] + r["val_refined_mAP"] >= r["val_R@1"] + r["val_mAP"] - 1e-9
         assert r["val_refine_weight"] in (0.0, 0.1, 0.4)
     if row["status"] == "finished":
-        assert row["steps"] == str(STEPS)
+        assert row["steps"] == STEPS
         assert best_checkpoint(run).step == at["step"], "checkpoints are picked by the same score"
 
 
-def check_best_starts(path: Path, leader: dict[str, str]) -> None:
+def check_best_starts(path: Path, leader: dict[str, Any]) -> None:
     """best.yaml is a config of its own, and trains."""
     config = load_config(["--config", str(path), "--train.eval_every", "6"])
-    assert config.train.max_steps == 6 and config.train.lr == float(leader["train.lr"])
+    assert config.train.max_steps == 6 and config.train.lr == leader["train.lr"]
     assert config.eval.refine_weights == [0.1, 0.4] and config.eval.refine_in_training
     assert f"trial {leader['trial']}" in path.read_text().splitlines()[0]
     assert train(config, final_evaluation=False) is None
     info = best_checkpoint(RunDir(str(path.parent / "best")))
     assert info.step == 6 and json.loads(json.dumps(info.meta))["val"]["refine_weight"] in (0.0, 0.1, 0.4)
+
+
+class Killer(threading.Thread):
+    """Kills the processes of these kinds, once, as soon as a condition holds."""
+
+    def __init__(self, condition: Callable[[], Any], *kinds: str) -> None:
+        super().__init__(daemon=True)
+        self.condition, self.kinds, self.killed, self.over = condition, kinds, 0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.killed and not self.over.wait(0.2):
+            if self.condition():
+                for process in processes(*self.kinds):
+                    process.kill()
+                    self.killed += 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("lost", ["worker", "trial"])
+def test_a_trial_goes_on_without_a_process_it_had(lost: str, tiny_set: Path, tmp_path: Path) -> None:
+    from tiny_set import tiny_config
+
+    (tmp_path / "space.yaml").write_text("loss.w_guide: {type: uniform, low: 0.0, high: 1.0}\n")
+    overrides = {
+        "run_dir": str(tmp_path / "sweep"),
+        "train.max_steps": 300,
+        "train.eval_every": 50,
+        "train.log_every": 1,
+    }
+    run = RunDir(str(tmp_path / "sweep" / folder(0)))
+    if lost == "worker":  # with a checkpoint to go on from
+        killer = Killer(lambda: latest_checkpoint(run), "RayTrainWorker")
+    else:  # the trial's own process, before Tune has heard of any evaluation
+        killer = Killer(lambda: processes("RayTrainWorker"), "ImplicitFunc", "run_trial")
+    try:
+        space = read_space(str(tmp_path / "space.yaml"))
+        sweep(tiny_config(tiny_set, overrides), space, Options(1, scheduler="none", max_concurrent=1))
+    finally:
+        killer.over.set()
+    assert killer.killed
+    (row,) = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
+    assert (row["status"], row["steps"], row["error"]) == ("finished", 300, "")
+    assert [r["step"] for r in read_jsonl(run) if "val_mAP" in r] == list(range(50, 301, 50))
+    assert settled() == [], "what the lost process had started is gone"
+    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ray.tune import Callback
@@ -9,8 +10,10 @@ from ray.tune import Callback
 from mmref.rundir import RunDir
 from tune.display import Display
 from tune.results import short, trials_parquet
-from tune.trial import CONTROLLER, ERROR, abort
+from tune.trial import CONTROLLER, ERROR, abort, reclaim
 from tune.trials import TrialLog, folder, median_step_seconds
+
+RECLAIM_EVERY_S = 5.0
 
 
 class Recorder(Callback):
@@ -19,6 +22,7 @@ class Recorder(Callback):
     def __init__(self, run: RunDir, log: TrialLog, names: list[str], max_steps: int, display: Display) -> None:
         self.run, self.log, self.names, self.max_steps, self.display = run, log, names, max_steps, display
         self.controllers: dict[int, Any] = {}  # of the trainings that run
+        self._reclaimed = 0.0  # when
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["number"]
@@ -39,6 +43,11 @@ class Recorder(Callback):
         if self.log.result(number, kept):
             record = self.log.trials[number]
             self.display.say(record, f"step {kept['step']}/{self.max_steps}  score {kept['score']:.2f}")
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self._reclaimed >= RECLAIM_EVERY_S:
+            reclaim()
+            self._reclaimed = time.monotonic()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process was lost, and Tune starts it again: it goes on from its checkpoint."""

@@ -245,7 +245,7 @@ def _search(
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # the recorder prints what a person needs; a failed trial is a line of its table, not a traceback of Tune
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # a trial may end before its first evaluation, and reports the handle of its training without a score
+    # a trial may end before its first evaluation
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     ended = [t for t in log.trials.values() if not t.running]

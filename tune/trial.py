@@ -7,8 +7,9 @@ import os
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from mmref.cluster import SETTINGS, named_address
 from mmref.config import Config, from_dict
@@ -21,7 +22,7 @@ from tune.space import with_values
 from tune.trials import folder
 
 ERROR = "error.txt"  # in a failed trial's run directory
-CONTROLLER = "controller"  # in the first result of a training: the actor that controls it
+CONTROLLER = "controller"  # in a result: the actor that controls the trial's training
 ABORT_TIMEOUT_S = 60
 
 
@@ -49,7 +50,7 @@ def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
         for evaluation in evaluations(config, run):
             tune.report(evaluation)
         with named_address():
-            fit(config, run, callbacks=[Announcer(), Reporter()])
+            fit(config, run, callbacks=[Reporter()])
     except Exception as error:
         run.write_text(ERROR, f"{reason(error)}\n\n{error}\n")
 
@@ -66,35 +67,38 @@ def evaluations(config: Config, run: RunDir) -> list[dict[str, Any]]:
     return found
 
 
-class Announcer(ControllerCallback):
-    """Reports a handle of the training's controller, in which it runs, before anything else happens."""
-
-    def __init__(self) -> None:
-        self.reporter = TuneReportCallback()
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        controller = ray.get_runtime_context().current_actor
-        self.reporter.after_report(train_run_context, [{CONTROLLER: controller}], None)
-
-
 class Reporter(TuneReportCallback):
-    """Reports every evaluation to Tune."""
+    """Reports every evaluation to Tune, with a handle of the training's controller, in which it runs."""
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if not any(name.startswith("val_") for name in metrics[0]):
             return  # a checkpoint because a node is taken away: it was not evaluated
-        super().after_report(run_context, metrics, checkpoint)
+        controller = ray.get_runtime_context().current_actor
+        super().after_report(run_context, [{**metrics[0], CONTROLLER: controller}], checkpoint)
 
 
 def abort(controller: Any) -> None:
-    """End a training by its controller, None for none: its workers, and the resources they hold.
-
-    Tune knows of a trial's own process alone. When that goes, the controller goes with it, without a chance to give its
-    placement group back. Ray leaves that to an actor which asks the dashboard whether the controller lives; without a
-    dashboard, or on a machine with several Ray instances, it gets no answer and the CPUs of the trial would be lost.
-    """
+    """End a training by its controller, None for none: its workers, and the resources they hold."""
     if controller is None:
         return
     # it exits, as it should, or was gone before
     with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+
+
+def reclaim() -> None:
+    """Remove the placement groups that actors of this job have left behind when they died.
+
+    A trial's process that is lost takes the controller of its training along, which has no chance to give its places back.
+    Ray leaves that to an actor which asks the dashboard whether the controller lives; without a dashboard, or on a machine
+    with several Ray instances, it gets no answer, and the trial that is started again would wait for its own CPUs.
+    """
+    state = ray._private.state.state
+    job = ray.get_runtime_context().get_job_id()
+    for data in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(data)
+        creator = ray.ActorID(group.creator_actor_id)
+        if group.state == PlacementGroupTableData.REMOVED or group.creator_job_id.hex() != job or creator.is_nil():
+            continue
+        if state.actor_table(creator.hex()).get("State") == "DEAD":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

@@ -10,7 +10,7 @@ import torch
 
 from mmref.config import Config
 from mmref.data.shards import SampleReader, ShardSet
-from mmref.evaluate.choose import choose_on_val, trained_space
+from mmref.evaluate.choose import choose_on_val, gain_by_value, trained_space
 from mmref.evaluate.features import Encoder, Floats, read_pixels, read_queries
 from mmref.evaluate.metrics import METRIC_NAMES, evaluate_features, summarize
 from mmref.train import collectives
@@ -37,7 +37,8 @@ class Validation:
         """R@1/5/10, mAP, mINP in percent, text to image, the same on every rank (collective).
 
         On val, with `eval.refine_in_training`, also the metrics under the best refinement (refined_R@1, ...) and its settings
-        (refine_kind, refine_weight, refine_top_r, refine_tau).
+        (refine_kind, refine_weight, refine_top_r, refine_tau), and what each value of a setting gains (refine_gain, of
+        `gain_by_value`).
         """
         with encoder:
             image = self._encode(len(self.objects), lambda rows: encoder.images(self._pixels(rows)), encoder.device)
@@ -59,7 +60,8 @@ class Validation:
             return {"refine_weight": 0.0}
         result = max(tried, key=lambda row: row["objective"])
         settings = {f"refine_{k}": getattr(best, k) for k in ("kind", "weight", "top_r", "tau")}
-        return {**settings, **{f"refined_{m}": result[m] for m in METRIC_NAMES}}
+        refined = {f"refined_{m}": result[m] for m in METRIC_NAMES}
+        return {**settings, **refined, "refine_gain": gain_by_value(tried)}
 
     def _pixels(self, rows: list[int]) -> np.ndarray:
         return read_pixels(self.reader, rows, self.config.data)[0]

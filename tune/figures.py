@@ -15,7 +15,7 @@ from mmref.evaluate.figures import FAINT, INK, axes_of, legend, plain, to_svg
 from tune.results import short
 from tune.search import study
 from tune.space import Parameter, Space
-from tune.trials import Trial, pareto_front
+from tune.trials import SETTINGS, Trial, pareto_front
 
 BLUE, ORANGE, GREEN, PURPLE = (f"#0{i}0000" for i in range(1, 5))  # the page's series
 IMPORTANCE_TRIALS = 8  # fewer say nothing
@@ -214,6 +214,33 @@ def refinement_gain(scored: list[Trial]) -> Markup | None:
     axes.margins(x=0.2)
     legend(axes)
     return to_svg(figure, "refinement")
+
+
+def refinement_slices(scored: list[Trial], leader: Trial | None, metric: str) -> Markup | None:
+    """A panel a setting of the refinement: what the best refinement with each of its values adds, a line a trial."""
+    gains = {t.number: t.best["val_refine_gain"] for t in scored if t.best.get("val_refine_gain")}
+    values = {name: _in_order({v for g in gains.values() for v in g.get(name, {})}) for name in SETTINGS}
+    names = [name for name in SETTINGS if len(values[name]) > 1]
+    if not names:
+        return None
+    figure = Figure(figsize=(2.9 * len(names), 2.6), layout="constrained")
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), i + 1)
+        plain(axes, f"refinement {name}", f"points of {metric} gained" if i == 0 else "")
+        axes.axhline(0, color=INK, linewidth=0.8)
+        for number, gain in sorted(gains.items(), key=lambda item: leader is not None and item[0] == leader.number):
+            best = leader is not None and number == leader.number
+            xs = [x for x, value in enumerate(values[name]) if value in gain.get(name, {})]
+            axes.plot(xs, [gain[name][values[name][x]] for x in xs], "o-", markersize=5 if best else 3,
+                      color=BLUE if best else ORANGE, linewidth=2.4 if best else 1, alpha=1 if best else 0.55)  # fmt: skip
+        axes.set_xticks(range(len(values[name])), values[name])
+        axes.margins(x=0.12)
+    return to_svg(figure, "refinement-slices")
+
+
+def _in_order(values: set[str]) -> list[str]:
+    """Numbers by size, words by the alphabet."""
+    return sorted(values, key=lambda v: (float(v), v) if v[0].isdigit() else (0.0, v))
 
 
 def pareto(trials: list[Trial], metric: str) -> Markup | None:

@@ -56,8 +56,9 @@ class Recorder(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It returned, or the scheduler stopped it."""
         number = trial.config["number"]
+        error = self._cause(number)
         abort(self.controllers.pop(number, None))
-        if error := self._cause(number):
+        if error:
             self._end(number, "failed", error)
         else:
             steps = self.log.trials[number].steps

@@ -64,6 +64,7 @@ def render_sweep(
             for group, members in grouped(space).items()
         ] if scored else [],
         refinement=figures.refinement_gain(scored),
+        refinement_slices=figures.refinement_slices(scored, leader, config.eval.metric),
         pareto=figures.pareto(trials, config.eval.metric),
         final=final,
     )  # fmt: skip

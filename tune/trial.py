@@ -31,7 +31,8 @@ def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
 
     The run directory bears the trial's number inside the sweep's, so that a trial which is started again goes on, after
     reporting what its checkpoint holds: the driver may have gone before it heard. What ends a trial badly is a result: it
-    is written to error.txt there. Only a lost process is an error to Tune, which starts the trial again.
+    is written to error.txt there. Only a lost process, this one or the training's controller, is an error to Tune, which
+    starts the trial again.
 
     Args:
         trial: {"number", "values": dotted config fields}.
@@ -51,6 +52,8 @@ def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
             tune.report(evaluation)
         with named_address():
             fit(config, run, callbacks=[Reporter()])
+    except ray.exceptions.RayActorError:
+        raise  # the training's controller: it was aborted because this trial is being stopped, or its process was lost
     except Exception as error:
         run.write_text(ERROR, f"{reason(error)}\n\n{error}\n")
 

@@ -16,6 +16,7 @@ from mmref.cluster import connect
 from mmref.config import Config, dump_yaml, load_config
 from mmref.errors import ClusterTooSmallError, ConfigError, RunDirectoryError, SweepError
 from mmref.rundir import RunDir
+from tune import recorder as recorder_module
 from tune import sweep as sweep_module
 from tune import trial as trial_module
 from tune.display import Display
@@ -191,6 +192,20 @@ def test_every_trial_is_a_row_with_its_best_evaluation(tmp_path: Path) -> None:
     table = format_trials(list(recorder.log.trials.values()), ["loss.w_guide"], 6)
     assert "10 steps run, 18 had every trial run to its end (56%)" in table
     assert "sparse 0.4" in table and "trial 2: NonFiniteLossError" in table and "0*" in table
+
+
+def test_what_the_end_of_its_training_makes_a_stopped_trial_say_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, trials = started(tmp_path, 1)
+    report(recorder, trials[0], 2, 5.0, 0.0)
+
+    def complaining(controller: Any) -> None:
+        recorder.run.write_text("trials/000/error.txt", "ActorDiedError: the controller\n")
+
+    monkeypatch.setattr(recorder_module, "abort", complaining)
+    recorder.on_trial_complete(0, trials, trials[0])
+    assert read_rows(tmp_path)[0]["status"] == "stopped-early"
 
 
 def test_what_still_runs_at_the_end_was_interrupted(tmp_path: Path) -> None:

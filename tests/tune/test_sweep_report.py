@@ -37,7 +37,12 @@ def made_up(count: int) -> list[Trial]:
                 "val_refined_R@1": score / 2 + 1,
                 "val_refined_mAP": score / 3,
             }
-            found = {"val_refine_kind": "sparse", "val_refine_weight": 0.1 * (1 + n % 2)}
+            gain = {
+                "weight": {"0.1": 1.0, "0.2": 0.5 * n, "1.5": -2.0},
+                "kind": {"sparse": 1.0},
+                "top_r": {"16": 1.0, "8": 0.5},
+            }
+            found = {"val_refine_kind": "sparse", "val_refine_weight": 0.1 * (1 + n % 2), "val_refine_gain": gain}
             trial.results.append({"step": step, "score": score, **best, **found})
         trials.append(trial)
     if count > 1:
@@ -55,12 +60,15 @@ def row(name: str, mean: float, delta: float | None = None) -> dict:
 
 def test_everything_is_on_the_page_and_nothing_is_loaded() -> None:
     html = render_sweep(made_up(24), SPACE, Config(), "Sweep", [row("default", 40.0), row("best", 42.0, 2.0)])
-    assert html.count("<svg") == 6 + 3, (
-        "history, curves, front, importances, refinement, parallel; three groups of slices"
+    assert html.count("<svg") == 6 + 4, (
+        "history, curves, front, importances, refinement, parallel; three groups of slices and the refinement's"
     )
     for text in ("stopped (8)", "PED-ANOVA", "All fields at once", "References", "Loss weights and temperatures", "Other fields",
-                 "the loss of &lt;step&gt; 3", "+2.0", "-2.0", "39.5 to 40.5", "the config itself"):  # fmt: skip
+                 "the loss of &lt;step&gt; 3", "+2.0", "-2.0", "39.5 to 40.5", "the config itself",
+                 "refinement weight", "refinement top_r"):  # fmt: skip
         assert text in html, text
+    assert "refinement kind" not in html, "a single value is no slice"
+    assert html.index(">8<") < html.index(">16<"), "numbers by size"
     assert not re.search(r"https?://|@import|<script|url\((?!#)", html)
 
 

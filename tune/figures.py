@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from mmref.evaluate.figures import FAINT, INK, axes_of, legend, plain, to_svg
+from mmref.evaluate.figures import FAINT, INK, PAGE, axes_of, legend, plain, to_svg
 from tune.results import short
 from tune.search import study
 from tune.space import Parameter, Space
@@ -78,7 +78,7 @@ def curves(trials: list[Trial], leader: Trial | None, default: Trial | None, met
         axes.plot([r["step"] for r in failed], [r["score"] for r in failed], "X", color=PURPLE, markersize=7,
                   label=f"failed ({len(failed)})")  # fmt: skip
     axes.set_xlim(left=0)
-    legend(axes)
+    legend(axes, columns=2)
     return to_svg(figure, "curves")
 
 
@@ -157,19 +157,23 @@ def parallel(space: Space, scored: list[Trial], metric: str) -> Markup | None:
     for x, parameter in enumerate(parameters):
         axes.axvline(x, color=FAINT, linewidth=1)
         for y, text in ticks(parameter):
-            axes.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", color=INK, fontsize=8.5, va="center")
+            _mark(axes, text, x, y)
     last = len(parameters)
     axes.axvline(last, color=INK, linewidth=1)
     for y, value in ((0, low), (1, high)):
-        axes.annotate(
-            f"{value:.1f}", (last, y), xytext=(4, 0), textcoords="offset points", color=INK, fontsize=8.5, va="center"
-        )
+        _mark(axes, f"{value:.1f}", last, y)
     axes.set_xticks(range(last + 1), [*(p.name.replace(".", ".\n", 1) for p in parameters), f"val\n{metric}"])
     axes.tick_params(axis="x", colors=INK, length=0, labelsize=8.5, pad=8)
     axes.yaxis.set_major_locator(NullLocator())
     axes.set_ylim(-0.05, 1.05)
     axes.margins(x=0.03)
     return to_svg(figure, "parallel")
+
+
+def _mark(axes: Any, text: str, x: float, y: float) -> None:
+    """A value beside its axis, readable over the lines."""
+    box = {"facecolor": PAGE, "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
+    axes.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", color=INK, fontsize=8.5, va="center", bbox=box)
 
 
 def slices(parameters: list[Parameter], scored: list[Trial], metric: str) -> Markup:
@@ -187,14 +191,18 @@ def slices(parameters: list[Parameter], scored: list[Trial], metric: str) -> Mar
                       color=BLUE if full else ORANGE, fillstyle="full" if full else "none")  # fmt: skip
         if parameter.kind == "choice":
             axes.set_xticks([y for y, _ in ticks(parameter)], [text for _, text in ticks(parameter)])
+            axes.set_xlim(-0.3, 1.3)
         elif parameter.kind == "loguniform":
             axes.set_xscale("log")
             axes.set_xticks(list(np.geomspace(parameter.low, parameter.high, 4)))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+            edge = (parameter.high / parameter.low) ** 0.08
+            axes.set_xlim(parameter.low / edge, parameter.high * edge)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=parameter.kind == "int"))
-        axes.margins(x=0.1)
+            edge = 0.08 * (parameter.high - parameter.low)
+            axes.set_xlim(parameter.low - edge, parameter.high + edge)
     return to_svg(figure, f"slices-{parameters[0].name}")
 
 

@@ -55,7 +55,6 @@ def tpe(
     """Values by Optuna's tree-structured Parzen estimator from the trials before, drawn at random for the first few."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     # seeded by the number: a sampler that is built anew must not repeat its first draws
     draw = int(np.random.default_rng([seed, number]).integers(2**31))
     sampler = optuna.samplers.TPESampler(n_startup_trials=random_first, constant_liar=True, seed=draw)
@@ -70,6 +69,7 @@ def study(space: Space, trials: list[Trial], pareto: bool = False, sampler: Any 
     """
     import optuna
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     directions: list[Any] = ["maximize", "minimize"] if pareto else ["maximize"]
     found = optuna.create_study(directions=directions, sampler=sampler)
     found.add_trials([_as_optuna(trial, distributions(space), pareto) for trial in trials])

@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 # Colours are drawn under placeholder names, which become CSS variables: the page's light and dark palettes apply.
 # The series are Okabe and Ito's colour-blind safe ones, and each has a line style of its own.
-INK, FAINT = "#010101", "#020202"
-CSS_COLOURS = {INK: "var(--ink)", FAINT: "var(--line)"} | {f"#0{i}0000": f"var(--series-{i})" for i in range(1, 6)}
+INK, FAINT, PAGE = "#010101", "#020202", "#030303"
+CSS_COLOURS = {INK: "var(--ink)", FAINT: "var(--line)", PAGE: "var(--page)"} | {f"#0{i}0000": f"var(--series-{i})" for i in range(1, 6)}
 
 
 def axes_of(x_label: str, y_label: str) -> tuple[Figure, Any]:
@@ -40,10 +40,10 @@ def plain(axes: Any, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label, color=INK, fontsize=10)
 
 
-def legend(axes: Any) -> None:
+def legend(axes: Any, columns: int = 5) -> None:
     """The series by name, above the axes."""
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, labelcolor=INK, fontsize=9.5,
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, labelcolor=INK, fontsize=9.5,
         handlelength=2.2, columnspacing=1.2, borderaxespad=0.2,
     )  # fmt: skip
 

@@ -173,7 +173,9 @@ def parallel(space: Space, scored: list[Trial], metric: str) -> Markup | None:
 def _mark(axes: Any, text: str, x: float, y: float) -> None:
     """A value beside its axis, readable over the lines."""
     box = {"facecolor": PAGE, "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
-    axes.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", color=INK, fontsize=8.5, va="center", bbox=box)
+    axes.annotate(
+        text, (x, y), xytext=(5, 0), textcoords="offset points", color=INK, fontsize=8.5, va="center", bbox=box
+    )
 
 
 def slices(parameters: list[Parameter], scored: list[Trial], metric: str) -> Markup:

@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 # Colours are drawn under placeholder names, which become CSS variables: the page's light and dark palettes apply.
 # The series are Okabe and Ito's colour-blind safe ones, and each has a line style of its own.
 INK, FAINT, PAGE = "#010101", "#020202", "#030303"
-CSS_COLOURS = {INK: "var(--ink)", FAINT: "var(--line)", PAGE: "var(--page)"} | {f"#0{i}0000": f"var(--series-{i})" for i in range(1, 6)}
+CSS_COLOURS = {INK: "var(--ink)", FAINT: "var(--line)", PAGE: "var(--page)"}
+CSS_COLOURS |= {f"#0{i}0000": f"var(--series-{i})" for i in range(1, 6)}
 
 
 def axes_of(x_label: str, y_label: str) -> tuple[Figure, Any]:

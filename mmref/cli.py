@@ -59,7 +59,7 @@ def _dispatch(argv: list[str]) -> int:
     commands = parser.add_subparsers(
         dest="command",
         required=True,
-        metavar="{shards,train,sizing,evaluate,references,export,index,search,judge,ledger,tune,ablate}",
+        metavar="{shards,train,sizing,evaluate,explain,references,export,index,search,judge,ledger,tune,ablate}",
     )
     from data_shards.cli import add_parser as add_shards
 
@@ -75,6 +75,9 @@ def _dispatch(argv: list[str]) -> int:
     ):
         commands.add_parser(name, help=text, add_help=False)
     add_evaluate(commands.add_parser("evaluate", help="score a run's best checkpoint on a split"))
+    from mmref.explain.command import add_arguments as add_explain
+
+    add_explain(commands.add_parser("explain", help="where a match lies, what references say, why a result moved"))
     add_references(commands.add_parser("references", help="add objects to a trained run's references, or remove them"))
     add_export(commands.add_parser("export", help="write a run's best model as a folder that loads anywhere"))
     add_ledger(commands.add_parser("ledger", help="hold the samples a run has seen against its plan"))

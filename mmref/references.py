@@ -25,6 +25,7 @@ from mmref.data.shards import ShardSet
 from mmref.errors import ReferencesError, ShardSetError
 from mmref.evaluate.embed import SplitFeatures, embed_splits
 from mmref.evaluate.evaluate import open_run
+from mmref.evaluate.report import EXPLANATIONS
 from mmref.model.reference import warm_rows
 from mmref.rundir import RunDir
 from mmref.train.checkpoint import FOLDER, CheckpointInfo, fetched, list_checkpoints, load_references, write_file
@@ -174,6 +175,9 @@ def remove_objects(run_dir: str, object_ids: Iterable[str]) -> Removed:
     found = [_remove(run, info, wanted) for info in complete]
     reports = [name for name in run.list("") if name.endswith(REPORTS) and _strike(run, name, wanted)]
     known = set().union(*found)
+    if known and run.exists(EXPLANATIONS):  # pictures and words of objects
+        run.remove(EXPLANATIONS)
+        reports.append(f"{EXPLANATIONS}/")
     if missing := wanted - known:
         raise ReferencesError(
             f"{len(missing)} of {len(wanted)} objects have no references in any of the {len(complete)} checkpoints of "

@@ -19,7 +19,7 @@ from mmref.evaluate.class_protocol import class_metrics, class_queries
 from mmref.evaluate.embed import SplitFeatures, embed_splits
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
-from mmref.evaluate.report import format_table, render_report
+from mmref.evaluate.report import format_table, render_report, section_path, with_section
 from mmref.rundir import RunDir, read_jsonl
 from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, fetched, load_references
 
@@ -97,6 +97,8 @@ def evaluate_run(
             title=f"{shards.manifest['name']} · {run.path.rsplit('/', 1)[-1]}",
             config=to_dict(config),
         )
+        if own and run.exists(section := section_path(checkpoint.folder)):
+            page = with_section(page, run.read_text(section))
         run.write_text("report.html" if own else f"report-{shards.manifest['name']}.html", page)
     print(format_table(metrics))
     return metrics

@@ -133,8 +133,12 @@ class ReferenceSpace:
 
     def expand(self, codes: sparse.csr_matrix) -> np.ndarray:
         """Mean of the references (of an object: of its unit references) with the weights of sparse codes: (N, d) unit rows."""
-        centres = self._rows.reshape(self.n_objects, self.per_object, self.dim).mean(axis=1)
-        return _unit(np.asarray(codes @ centres, dtype=np.float32))
+        return _unit(np.asarray(codes @ self.centres, dtype=np.float32))
+
+    @cached_property
+    def centres(self) -> np.ndarray:
+        """(m, d) mean of each object's unit references."""
+        return self._rows.reshape(self.n_objects, self.per_object, self.dim).mean(axis=1)
 
     def coordinates(self, features: np.ndarray) -> np.ndarray:
         """Features in coordinates (N, c) whose inner products are those of the similarities to all m objects."""

@@ -35,6 +35,8 @@ _LOSSES = {  # key of a history line: (label, colour, line style)
 _VAL_STYLES = (("#010000", "o", "-"), ("#020000", "s", "--"), ("#030000", "^", "-."), ("#040000", "D", ":"))
 _SMOOTH_ABOVE = 60  # log lines from which a curve is drawn as a rolling mean
 _TRIED_SHOWN = 12
+EXPLANATIONS = "explain"  # folder of a run
+_OPEN, _CLOSE = "<!-- explanations -->", "<!-- end of explanations -->"  # around them in a report
 
 
 def write_report(
@@ -53,6 +55,19 @@ def write_report(
         render_report(metrics=metrics, history=history, examples=examples, title=title, config=config), encoding="utf-8"
     )
     os.replace(temporary, path)
+
+
+def section_path(checkpoint: str) -> str:
+    """Where a run keeps the section that `mmref explain` wrote on a checkpoint (its folder)."""
+    return f"{EXPLANATIONS}/{checkpoint.rsplit('/', 1)[-1]}.html"
+
+
+def with_section(report: str, section: str) -> str:
+    """A report with a section of explanations, in place of an earlier one."""
+    start, end = report.find(_OPEN), report.find(_CLOSE)
+    if start < 0 or end < 0:  # written by an older version
+        return report
+    return report[: start + len(_OPEN)] + "\n" + section + report[end:]
 
 
 def render_report(

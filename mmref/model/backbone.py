@@ -148,7 +148,7 @@ class DualBackbone(nn.Module):
         out = self.vision_model(pixel_values=pixels, interpolate_pos_encoding=interpolate)
         return self.visual_projection(out.pooler_output), out.last_hidden_state
 
-    def encode_text(self, ids: Tensor, mask: Tensor, once: bool = False) -> tuple[Tensor, Tensor]:
+    def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         out = self.text_model(input_ids=ids, attention_mask=mask if self.uses_mask else None)
         return self.text_projection(out.pooler_output), out.last_hidden_state
 
@@ -198,11 +198,12 @@ class PairBackbone(nn.Module):
         size = getattr(vision.config, "image_size", None)
         self.native_size = (size, size) if isinstance(size, int) else (tuple(size) if size else None)
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(vision.forward).parameters
+        self.keeps = True  # off: inputs that will not come again pass by the cache
         self._kept_images = FrozenTokens(feature_cache, vision) if feature_cache else None
         self._kept_texts = FrozenTokens(feature_cache, text) if feature_cache else None
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        if self._kept_images is not None:
+        if self._kept_images is not None and self.keeps:
             tokens, pooled = self._kept_images(pixels, None, lambda rows: self._see(pixels[rows])[0]), None
         else:
             tokens, pooled = self._see(pixels)
@@ -210,9 +211,8 @@ class PairBackbone(nn.Module):
             tokens = self.visual_adapter(tokens)
         return self.visual_projection(self._global(pooled, tokens, None)), tokens
 
-    def encode_text(self, ids: Tensor, mask: Tensor, once: bool = False) -> tuple[Tensor, Tensor]:
-        """once: these captions will not come again (masked at random), so that keeping them is of no use."""
-        if self._kept_texts is not None and not once:
+    def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        if self._kept_texts is not None and self.keeps:
             tokens, pooled = self._kept_texts(ids, mask, lambda rows: self._read(ids[rows], mask[rows])[0]), None
         else:
             tokens, pooled = self._read(ids, mask)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from mmref.config import Config, LossConfig, ReferenceConfig
 from mmref.errors import ModelError
 from mmref.losses import identity_loss, reconstruction_loss
-from mmref.model.backbone import Backbone, build_backbone
+from mmref.model.backbone import Backbone, PairBackbone, build_backbone
 from mmref.model.reconstruction import ImageWordHead, ReconstructionHead
 
 TRAINING_ONLY = ("classify.",)  # parameters that a model which only encodes is built without
@@ -99,6 +100,18 @@ class MMRef(nn.Module):
             self.backbone.text_model.eval()
         return self
 
+    @contextmanager
+    def keeping_nothing(self) -> Iterator[None]:
+        """Inside, inputs pass by `model.feature_cache`: they will not come again."""
+        if not isinstance(self.backbone, PairBackbone):
+            yield
+            return
+        before, self.backbone.keeps = self.backbone.keeps, False
+        try:
+            yield
+        finally:
+            self.backbone.keeps = before
+
     def compile_towers(self) -> None:
         """Compile both towers in place: names of parameters stay, which checkpoints go by.
 
@@ -139,7 +152,8 @@ class MMRef(nn.Module):
                 id_sum = identity_loss(self.classify(image_global), self.classify(text_global), objects)
             if masked is not None:
                 assert mask is not None
-                states, words = self.backbone.encode_text(masked.ids, mask, once=True)[1], masked.words[masked.at]
+                with self.keeping_nothing():  # masked anew at each step
+                    states, words = self.backbone.encode_text(masked.ids, mask)[1], masked.words[masked.at]
                 if self.reconstruct is not None:
                     given = states.detach() if self.rec_detach_text else states
                     rec_sum = reconstruction_loss(self.reconstruct(given, mask, masked.references, masked.at), words)

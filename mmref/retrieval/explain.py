@@ -55,16 +55,26 @@ def explain(searcher: Searcher, query: Query | str, item_id: str, grid: int = GR
     data = searcher.model.config.data
     rgb = decode_rgb(searcher.image_bytes(item_id), item_id)
     features = searcher.encode_pixels(hidden(resize_rgb(rgb, data.image_height, data.image_width), grid))
-    cosines = features @ wanted
     resemble = _Resemblances(searcher, wanted, features[0])
     return Explanation(
         id=item_id,
-        cosine=float(cosines[0]),
-        heat=(cosines[0] - cosines[1:]).reshape(grid, grid).astype(np.float32),
+        cosine=float(features[0] @ wanted),
+        heat=heat_maps(features, wanted[None], grid)[0],
         references=resemble.by(np.minimum),
         query_references=resemble.by(lambda query, item: query),
         item_references=resemble.by(lambda query, item: item),
     )
+
+
+def heat_maps(features: NDArray[np.float32], wanted: NDArray[np.float32], grid: int) -> NDArray[np.float32]:
+    """What hiding each cell costs in cosine with each wanted feature: (w, grid, grid).
+
+    Args:
+        features: (1 + grid^2, d) of the images that `hidden` made, L2-normalised.
+        wanted: (w, d) L2-normalised features: a caption's, a reference's, the image's own.
+    """
+    cosines = (features @ wanted.T).T  # (w, 1 + grid^2)
+    return (cosines[:, :1] - cosines[:, 1:]).reshape(len(wanted), grid, grid).astype(np.float32)
 
 
 def hidden(pixels: NDArray[np.uint8], grid: int) -> list[NDArray[np.uint8]]:

@@ -1,0 +1,54 @@
+"""`mmref explain RUN`."""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLES = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mmref explain`."""
+    parser.description = (
+        "Explain queries and objects by a run's best checkpoint: where in an image caption, reference and image look, the words "
+        "that the reconstruction head reads out of a reference beside the captions people wrote, and which references moved a "
+        "result. PNGs in RUN/explain, and a section of RUN/report.html. Without a query or object: the captions that "
+        "refinement moved most, and the first training objects."
+    )
+    parser.add_argument("run_dir", metavar="RUN", help="run directory of `mmref train`, evaluated")
+    parser.add_argument("--query", nargs="+", default=[], metavar="TEXT", help="sentences that search the split")
+    parser.add_argument("--object", nargs="+", default=[], metavar="ID", help="objects of any split of the set")
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="how many, where none is named (%(default)s)")
+    parser.add_argument("--data", metavar="SHARDS", help="shard set; default: the one the run was trained on")
+    parser.add_argument("--split", default="test", help="split whose images are searched (default: test)")
+    parser.add_argument("--grid", type=int, default=7, help="cells of a heat map on each side (default: %(default)s)")
+    parser.set_defaults(run=explain)
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Explain, write, and print what was found."""
+    from mmref.explain.run import ExplainedRun
+    from mmref.explain.section import write
+
+    run = ExplainedRun(args.run_dir, args.data, args.split, args.grid)
+    queries, objects = args.query, args.object
+    if not queries and not objects:
+        queries = run.moved(args.examples - args.examples // 2)
+        objects = (
+            list(run.shards.index("train").object_ids[: args.examples // 2]) if "train" in run.shards.splits else []
+        )
+    found = [run.explain_object(name) for name in objects] + [run.explain_query(text) for text in queries]
+    for e in found:
+        print(f"{e.kind} {e.title}" + (f"; reference of {e.reference}" if e.reference else ""))
+        if e.read:
+            print(f"  the reference says: {e.read}")
+        if e.telling:
+            print("  more than others: " + ", ".join(word for word, _ in e.telling))
+        for m in e.moves:
+            because = ", ".join(f"{name} {part:+.3f}" for name, part in m.references)
+            print(
+                f"  {m.rank} (before {m.before}) {m.image_id}{' (right)' if m.right else ''}: {because or 'not refined'}"
+            )
+    for path in write(run.run, run.checkpoint.folder, found):
+        print(f"written to {path}")
+    return 0

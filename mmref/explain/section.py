@@ -1,0 +1,56 @@
+"""Explanations as pictures, explain/<name>.png, and as a section of the run's report, kept as explain/<checkpoint>.html."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from mmref.evaluate.report import EXPLANATIONS, section_path, with_section
+from mmref.explain.figure import draw
+from mmref.explain.run import Explanation
+from mmref.rundir import RunDir
+
+REPORT = "report.html"
+CAPTIONS = 6  # of an object, shown beside the words of its reference
+
+
+def write(run: RunDir, checkpoint: str, explanations: Sequence[Explanation]) -> list[str]:
+    """Write pictures and section into the run directory, in place of earlier ones, and into its report. The files written."""
+    if run.exists(EXPLANATIONS):
+        run.remove(EXPLANATIONS)
+    pictures = [draw(e) for e in explanations]
+    names = [f"{EXPLANATIONS}/{i}-{e.kind}-{slug(e.title)}.png" for i, e in enumerate(explanations, 1)]
+    for name, picture in zip(names, pictures):
+        run.write_bytes(name, picture)
+    section = render(explanations, pictures)
+    run.write_text(section_path(checkpoint), section)
+    if run.exists(REPORT):
+        run.write_text(REPORT, with_section(run.read_text(REPORT), section))
+        names.append(REPORT)
+    return [run.join(name) for name in names]
+
+
+def slug(title: str) -> str:
+    """A title as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", title).strip("-")[:40].rstrip("-") or "untitled"
+
+
+def render(explanations: Sequence[Explanation], pictures: Sequence[bytes]) -> str:
+    """The section as HTML that loads nothing."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    shown = [(e, distinct(e.captions), base64.b64encode(p).decode("ascii")) for e, p in zip(explanations, pictures)]
+    return environment.get_template("section.html.j2").render(shown=shown)
+
+
+def distinct(captions: Sequence[str]) -> list[str]:
+    """The first different captions, evenly taken from all."""
+    found = list(dict.fromkeys(captions))
+    step = max(1, len(found) // CAPTIONS)
+    return found[::step][:CAPTIONS]

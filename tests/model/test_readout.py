@@ -1,0 +1,63 @@
+"""Words read out of references: by a head that was set by hand, and by one that was trained on a few captions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmref.data.tokens import load_tokens
+from mmref.model.mmref import Masked, build_model
+from mmref.model.readout import read_captions, telling_words
+
+
+@pytest.fixture(scope="module")
+def trained(request, tiny_set):
+    """A model that has learned to say which of two references stands behind a caption, its tokens, and the two."""
+    from tiny_set import tiny_config
+
+    overrides = {"loss.w_rec": 1.0, "reference.per_object": 2, "model.text_config.hidden_size": 16}
+    config = tiny_config(tiny_set, overrides)
+    tokens = load_tokens(config)
+    model = build_model(config, tokens.vocab_size)
+    captions = ["red circle", "grey square"]
+    ids, mask = (torch.from_numpy(a).long() for a in tokens(captions))
+    references = torch.zeros(2, 2, 8)
+    references[0, :, 0], references[1, :, 1] = 1.0, 1.0
+    special = torch.isin(ids, torch.as_tensor(tokens.special_ids))
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(60):
+        at = (torch.rand(ids.shape, generator=generator) < 0.7) & ~special
+        at |= (~special) & (at.sum(1, keepdim=True) == 0)
+        masked = Masked(ids.masked_fill(at, tokens.mask_id), at, ids, references)
+        loss = model(None, None, mask, masked).rec_sum / at.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), tokens, references, int((~special)[0].sum())
+
+
+def test_the_caption_of_each_reference_is_read(trained):
+    model, tokens, references, length = trained
+    assert read_captions(model, tokens, references, length) == ["red circle", "grey square"]
+    assert read_captions(model, tokens, references.flip(0), length) == ["grey square", "red circle"]
+
+
+def test_a_reference_s_length_does_not_matter(trained):
+    model, tokens, references, length = trained
+    assert read_captions(model, tokens, 5 * references, length) == read_captions(model, tokens, references, length)
+
+
+def test_no_word_stands_beside_itself_or_three_times(trained):
+    model, tokens, references, _ = trained
+    for text in read_captions(model, tokens, references, 7):
+        ids = [i for i in tokens([text])[0][0].tolist() if i not in tokens.special_ids]
+        assert all(a != b for a, b in zip(ids, ids[1:])) and max(map(ids.count, ids)) <= 2, text
+
+
+def test_telling_words_are_those_of_the_reference_and_not_of_others(trained):
+    model, tokens, references, length = trained
+    red, grey = telling_words(model, tokens, references, references, length, 2)
+    assert {w for w, _ in red} <= {"red", "circle"} and red and all(ratio > 1 for _, ratio in red)
+    assert {w for w, _ in grey} <= {"grey", "square"} and grey
+    assert telling_words(model, tokens, references[:1], references[:1], length, 2) == [[]], "nothing tells it from itself"

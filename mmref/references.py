@@ -175,7 +175,7 @@ def remove_objects(run_dir: str, object_ids: Iterable[str]) -> Removed:
     found = [_remove(run, info, wanted) for info in complete]
     reports = [name for name in run.list("") if name.endswith(REPORTS) and _strike(run, name, wanted)]
     known = set().union(*found)
-    if known and run.exists(EXPLANATIONS):  # pictures and words of objects
+    if run.exists(EXPLANATIONS):  # pictures, in which no name can be looked for
         run.remove(EXPLANATIONS)
         reports.append(f"{EXPLANATIONS}/")
     if missing := wanted - known:

@@ -94,10 +94,11 @@ def test_a_removed_object_is_in_no_file_and_the_others_are_as_before(run, config
     run.write_text("bad_samples.json", json.dumps(["a.tar:thing.5: broken", "a.tar:thing.55: broken"]))
     run.write_text("report.html", "<div>thing.5</div>")
     run.write_text("report-other.html", "<div>thing.55</div>")
+    run.write_bytes("explain/1-object-5.png", b"a picture of thing.5")
     gone = {"thing.5", "thing.0", "thing.13"}
     removed = references.remove_objects(run.path, gone)
     assert (removed.objects, removed.checkpoints, removed.unfinished) == (3, 2, 1)
-    assert sorted(removed.reports) == ["bad_samples.json", "report.html"]
+    assert sorted(removed.reports) == ["bad_samples.json", "explain/", "report.html"]
     after = contents(run, config)
     assert len(after) == 2
     for folder, rows in after.items():

@@ -169,7 +169,7 @@ def test_pictures_and_section_are_written_and_replaced(run_dir, objects, tmp_pat
     page = (path / "report.html").read_text()
     assert page.count("<h2>Explained</h2>") == 1 and page.endswith("<p>rest</p></html>")
     assert f" {number}”" in page and f"<div>{trained}</div>" in page
-    assert "src=\"data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
+    assert 'src="data:image/png;base64,' in page and "http" not in page.replace("http-equiv", "")
     assert main(["explain", str(path), "--query", "<b>red</b>", "--grid", "2"]) == 0
     page = (path / "report.html").read_text()
     assert page.count("<h2>Explained</h2>") == 1 and "&lt;b&gt;red" in page and f" {number}”" not in page

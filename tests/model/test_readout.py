@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -52,7 +54,7 @@ def test_no_word_stands_beside_itself_or_three_times(trained):
     model, tokens, references, _ = trained
     for text in read_captions(model, tokens, references, 7):
         ids = [i for i in tokens([text])[0][0].tolist() if i not in tokens.special_ids]
-        assert all(a != b for a, b in zip(ids, ids[1:])) and max(map(ids.count, ids)) <= 2, text
+        assert all(a != b for a, b in itertools.pairwise(ids)) and max(map(ids.count, ids)) <= 2, text
 
 
 def test_telling_words_are_those_of_the_reference_and_not_of_others(trained):
@@ -60,4 +62,6 @@ def test_telling_words_are_those_of_the_reference_and_not_of_others(trained):
     red, grey = telling_words(model, tokens, references, references, length, 2)
     assert {w for w, _ in red} <= {"red", "circle"} and red and all(ratio > 1 for _, ratio in red)
     assert {w for w, _ in grey} <= {"grey", "square"} and grey
-    assert telling_words(model, tokens, references[:1], references[:1], length, 2) == [[]], "nothing tells it from itself"
+    assert telling_words(model, tokens, references[:1], references[:1], length, 2) == [[]], (
+        "nothing tells it from itself"
+    )

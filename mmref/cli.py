@@ -54,12 +54,16 @@ def _dispatch(argv: list[str]) -> int:
         return {"index": retrieval.index_main, "search": retrieval.search_main, "judge": retrieval.judge_main}[argv[0]](
             argv[1:]
         )
+    if argv[:1] == ["serve"]:
+        from mmref.retrieval.service.server import serve_main
+
+        return serve_main(argv[1:])
     parser = argparse.ArgumentParser(prog="mmref", description="Text-to-image retrieval with multi-modal references.")
     parser.add_argument("--version", action="version", version=f"mmref {__version__}")
     commands = parser.add_subparsers(
         dest="command",
         required=True,
-        metavar="{shards,train,sizing,evaluate,explain,references,export,index,search,judge,ledger,tune,ablate}",
+        metavar="{shards,train,sizing,evaluate,explain,references,export,index,search,serve,judge,ledger,tune,ablate}",
     )
     from data_shards.cli import add_parser as add_shards
 
@@ -69,6 +73,7 @@ def _dispatch(argv: list[str]) -> int:
         ("sizing", "memory, bytes and FLOPs of a run before it is started; `mmref sizing --help`"),
         ("index", "make a search index of your images, add to it, remove; `mmref index --help`"),
         ("search", "search an index with a sentence, an image, or both; `mmref search --help`"),
+        ("serve", "a search page and HTTP service over indexes; `mmref serve --help`"),
         ("judge", "keep what was right and wrong, export it as training data; `mmref judge --help`"),
         ("tune", "search hyper-parameters; `mmref tune --help`"),
         ("ablate", "compare configs over seeds; `mmref ablate --help`"),

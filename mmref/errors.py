@@ -93,6 +93,10 @@ class QueryError(MMRefError):
     """A search cannot be answered: nothing asked, an unreadable image, an unknown column, more results than items."""
 
 
+class ServeError(MMRefError):
+    """The service cannot be started: no token, a port in use, two indexes of one name."""
+
+
 class SweepError(MMRefError):
     """A sweep ended without a single trial that has a score, or trainings of an ablation failed."""
 

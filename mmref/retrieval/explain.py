@@ -14,6 +14,7 @@ from mmref.retrieval.searcher import Query, Searcher
 
 GRID = 7  # cells of the map on each side: GRID^2 + 1 images are encoded
 NEAREST = 5
+BATCH = 10  # images encoded at a time
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def explain(searcher: Searcher, query: Query | str, item_id: str, grid: int = GR
     wanted = searcher.encode([query]).features[0]
     data = searcher.model.config.data
     rgb = decode_rgb(searcher.image_bytes(item_id), item_id)
-    features = searcher.encode_pixels(hidden(resize_rgb(rgb, data.image_height, data.image_width), grid))
+    images = hidden(resize_rgb(rgb, data.image_height, data.image_width), grid)
+    # a few at a time: searches of other threads want the model too
+    features = np.concatenate([searcher.encode_pixels(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
     resemble = _Resemblances(searcher, wanted, features[0])
     return Explanation(
         id=item_id,

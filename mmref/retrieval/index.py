@@ -81,6 +81,15 @@ class Manifest:
         write_whole(index / "manifest.json", json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
 
+def stamp(index: Path) -> tuple[int, int]:
+    """What changes with every manifest, and with another index in the same place. Raises SearchIndexError."""
+    try:
+        found = (index / "manifest.json").stat()
+    except OSError as error:
+        raise SearchIndexError(f"{index} is no index any more ({error.strerror}): put it back.") from None
+    return found.st_ino, found.st_mtime_ns
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace a text file; after a crash it is the old or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -7,6 +7,7 @@ for result in Searcher("INDEX").search("a small yellow bird with black wings", t
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -87,9 +88,14 @@ class Searcher:
     """
 
     def __init__(self, index: str, device: str = "cpu", cached: int = 4096) -> None:
-        self.index = Path(index).expanduser().absolute()
+        self.index, self.device = Path(index).expanduser().absolute(), device
+        self._start(cached, None)
+
+    def _start(self, cached: int, previous: Searcher | None) -> None:
+        """Open the index; a model that `previous` has loaded is shared."""
         approximate = self._open()
-        self.model = load(self.index / "model", device)
+        same = previous is not None and previous.manifest.model == self.manifest.model
+        self.model = previous.model if previous and same else load(self.index / "model", self.device)
         model = self.model
         self.ranker = Ranker(
             self.segments, approximate, model.space, model.refinement, model.text_mean, model.config.eval.top_p
@@ -98,11 +104,20 @@ class Searcher:
         self._cache: OrderedDict[str, Encoded] = OrderedDict()
         self._filters: OrderedDict[tuple[tuple[str, str], ...], Rows] = OrderedDict()
         self._lock = threading.Lock()  # of the caches
-        self._encoding = threading.Lock()  # of the model, which is not thread-safe
+        # of the model, which is not thread-safe
+        self._encoding = previous._encoding if previous and same else threading.Lock()
+
+    def reopened(self) -> Searcher:
+        """Another searcher, of the index as it is on disk now; the model is loaded again only if it has changed."""
+        fresh = Searcher.__new__(Searcher)
+        fresh.index, fresh.device = self.index, self.device
+        fresh._start(self._cached, self)
+        return fresh
 
     def _open(self) -> Approximate | None:
         """Open the files of one manifest; a writer may replace it meanwhile."""
         for attempt in range(OPEN_ATTEMPTS):
+            self._stamp = directory.stamp(self.index)
             self.manifest = directory.Manifest.read(self.index)
             directory.check_model(self.index, self.manifest)
             try:
@@ -122,8 +137,8 @@ class Searcher:
 
     @property
     def outdated(self) -> bool:
-        """Whether the index on disk has changed since it was opened."""
-        return directory.Manifest.read(self.index).generation != self.manifest.generation
+        """Whether the index on disk has changed, or another lies in its place, since it was opened."""
+        return directory.stamp(self.index) != self._stamp
 
     @property
     def metadata_columns(self) -> list[str]:
@@ -243,9 +258,10 @@ class Searcher:
                 raise QueryError(f"the weight of the image is {query.image_weight}: give 0 to 1.")
         texts = dict.fromkeys(query.text.strip() for query in queries if query.text and query.text.strip())
         known = self._encode_texts(list(texts))
+        seen = iter(self._encode_query_images([query.image for query in queries if query.image is not None]))
         return Encoded.join(
             [
-                known[(query.text or "").strip()] if query.image is None else self._encode_with_image(query, known)
+                known[(query.text or "").strip()] if query.image is None else self._mix(query, next(seen)[None], known)
                 for query in queries
             ]
         )
@@ -268,13 +284,14 @@ class Searcher:
                     self._cache.popitem(last=False)
         return known
 
-    def _encode_with_image(self, query: Query, texts: dict[str, Encoded]) -> Encoded:
-        """An image, or the weighted mean of the features of an image and a sentence."""
-        assert query.image is not None
+    def _encode_query_images(self, images: list[ImageLike]) -> Floats:
         try:
-            feature = self.encode_pixels([query.image])
+            return self.encode_pixels(images)
         except SampleError as error:
             raise QueryError(f"the image of the query cannot be used: {error}") from None
+
+    def _mix(self, query: Query, feature: Floats, texts: dict[str, Encoded]) -> Encoded:
+        """An image, or the weighted mean of the features of an image and a sentence."""
         text, share = (query.text or "").strip(), 1.0
         if text:
             share = query.image_weight
@@ -314,10 +331,21 @@ class Searcher:
 
     def row(self, item_id: str) -> int:
         """Row of an item. Raises QueryError."""
-        row = pc.index(self.items["id"], pa.scalar(item_id, pa.string())).as_py()
-        if row < 0:
+        ids = self.items["id"]
+        at = bisect.bisect_left(self._by_id, item_id, key=lambda row: ids[row].as_py())
+        if at == len(self) or ids[self._by_id[at]].as_py() != item_id:
             raise QueryError(f"{self.index.name} has no item {item_id!r}.")
-        return int(row)
+        return int(self._by_id[at])
+
+    @cached_property
+    def _by_id(self) -> Rows:
+        """Rows in the order of their ids: Arrow orders by UTF-8, which is the order of Python's strings."""
+        return pc.sort_indices(self.items["id"]).to_numpy().astype(np.int64)
+
+    def item_of(self, object_id: str) -> str | None:
+        """Id of the first item of an object, None where the index has none."""
+        row = pc.index(self.items["object_id"], pa.scalar(object_id, pa.string())).as_py()
+        return self.items["id"][row].as_py() if row >= 0 else None
 
     def item(self, item_id: str) -> dict[str, Any]:
         """Columns of an item. Raises QueryError."""

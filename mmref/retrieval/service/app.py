@@ -1,0 +1,313 @@
+"""The HTTP interface. Everything a request names is looked up among indexes and their items; no part of it becomes a path."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Mapping
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
+
+from mmref import __version__
+from mmref.retrieval.service.backend import Backend
+from mmref.retrieval.service.engine import Ask
+from mmref.retrieval.service.guard import COOKIE, Access, Guard
+from mmref.retrieval.service.limits import Limits
+from mmref.retrieval.service.metrics import Metrics
+from mmref.retrieval.service.problems import INTERNAL, Problem, Refused, refuse
+
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+IMAGES_KEPT = {"cache-control": "private, max-age=600"}
+HEALTH_S = 5.0  # an index that does not answer within is not well
+EXPLAINED = "GET /openapi.json describes every request."
+
+
+class SearchQuery(BaseModel):
+    """What to search for, and how."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None = Field(None, description="A sentence.")
+    index: str | None = Field(None, description="Name of an index; the first one where it is left out.")
+    top: int = Field(10, ge=1, description="Results wanted.")
+    refine: bool = Field(True, description="Compare the first candidates by references too.")
+    candidates: int | None = Field(None, ge=0, description="Refine so many; 0: all; default: as in evaluation.")
+    image_weight: float = Field(0.5, ge=0, le=1, description="Share of the image beside a sentence.")
+    where: list[str] = Field([], description="COLUMN=VALUE: only items with this value; repeated: with all of them.")
+
+
+class ExplainQuery(SearchQuery):
+    """A search, and the result of it to explain."""
+
+    id: str = Field(description="Id of an item.")
+
+
+class SearchBody(SearchQuery):
+    """A search as JSON."""
+
+    where: dict[str, str | int | float | bool] = Field({}, description="Column to value.")  # type: ignore[assignment]
+    image: str | None = Field(None, description="An image file in base64.")
+
+
+class ExplainBody(SearchBody):
+    """An explanation as JSON."""
+
+    id: str = Field(description="Id of an item.")
+
+
+class ProblemBody(BaseModel):
+    """Every error."""
+
+    error: str
+    message: str
+    fix: str
+
+
+def _posted(query: type[BaseModel], body: type[BaseModel]) -> dict[str, Any]:
+    """What the description of a POST says: it takes an image with parameters, or one JSON object."""
+    schema = query.model_json_schema()
+    content = {
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/json": {"schema": body.model_json_schema()},
+    }
+    description = "An image to search with, as it is (the rest then comes in the query), or everything as JSON."
+    parameters = [{"name": name, "in": "query", "schema": of} for name, of in schema["properties"].items()]
+    return {"parameters": parameters, "requestBody": {"description": description, "content": content}}
+
+
+class Service:
+    """The endpoints, over backends by the names of their indexes."""
+
+    def __init__(self, backends: Mapping[str, Backend], access: Access, limits: Limits) -> None:
+        self.backends, self.access, self.limits, self.metrics = dict(backends), access, limits, Metrics()
+
+    # -- searching ---------------------------------------------------------------------------------------------------
+
+    async def search(self, query: Annotated[SearchQuery, Query()]) -> Response:
+        """Items for a sentence."""
+        return await self._search(query, None)
+
+    async def search_by_body(self, request: Request) -> Response:
+        """Items for an image, or an image and a sentence, or a sentence that comes as JSON."""
+        return await self._search(*await self._read(request, SearchQuery, SearchBody))
+
+    async def _search(self, query: SearchQuery, image: bytes | None) -> Response:
+        name, backend = self._backend(query.index)
+        answer = await self._within(backend.search(self._ask(query, image)))
+        self.metrics.searched(name, answer)
+        return JSONResponse(answer)
+
+    async def explain(self, query: Annotated[ExplainQuery, Query()]) -> Response:
+        """Where in an item's image a sentence matches, and the references that the two resemble."""
+        return await self._explain(query, None)
+
+    async def explain_by_body(self, request: Request) -> Response:
+        """The same for an image, or both."""
+        return await self._explain(*await self._read(request, ExplainQuery, ExplainBody))
+
+    async def _explain(self, query: SearchQuery, image: bytes | None) -> Response:
+        item_id = query.id  # type: ignore[attr-defined]
+        _, backend = self._backend(query.index)
+        return JSONResponse(await self._within(backend.call("explain", self._ask(query, image), item_id)))
+
+    def _ask(self, query: SearchQuery, image: bytes | None) -> Ask:
+        """The search of a query within the limits. Raises Refused."""
+        limits = self.limits
+        if query.text and len(query.text) > limits.text:
+            message = f"the sentence has {len(query.text):,} characters."
+            raise refuse(400, "TextTooLong", message, f"Give at most {limits.text:,}.")
+        if query.top > limits.top:
+            message = f"top is {query.top}."
+            raise refuse(400, "TooManyResults", message, f"Ask for at most {limits.top} results.")
+        if image is not None and len(image) > limits.image_bytes:
+            message = f"the image has {len(image):,} bytes."
+            raise refuse(413, "TooLarge", message, f"Send at most {limits.image_bytes:,}.")
+        if isinstance(query.where, dict):
+            where = [(name, str(value)) for name, value in query.where.items()]
+        else:
+            if wrong := [pair for pair in query.where if "=" not in pair]:
+                message = f"the filter {wrong[0][:100]!r} is not of the form COLUMN=VALUE."
+                raise refuse(400, "BadFilter", message, "Write where=COLUMN=VALUE.")
+            where = [(pair.partition("=")[0], pair.partition("=")[2]) for pair in query.where]
+        if len(where) > limits.filters:
+            raise refuse(400, "BadFilter", f"{len(where)} filters.", f"Give at most {limits.filters}.")
+        return Ask(
+            query.text, image, query.image_weight, query.top, query.refine, query.candidates, tuple(sorted(where))
+        )
+
+    async def _read(self, request: Request, query: Any, body: Any) -> tuple[SearchQuery, bytes | None]:
+        """Parameters and image of a POST. Raises Refused."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        try:
+            if kind == "application/json":
+                found = body.model_validate_json(await request.body())
+                return found, None if found.image is None else base64.b64decode(found.image, validate=True)
+            if kind.startswith("image/") or kind == "application/octet-stream":
+                given: dict[str, Any] = dict(request.query_params)
+                if "where" in given:
+                    given["where"] = request.query_params.getlist("where")
+                return query.model_validate(given), await request.body()
+        except ValidationError as error:
+            raise Refused(invalid(error.errors())) from None
+        except binascii.Error:
+            message = "the image is not valid base64."
+            raise refuse(400, "UnreadableImage", message, "Encode the bytes of an image file.") from None
+        message = f"a body of type {kind[:100] or 'unknown'!r} cannot be searched with."
+        raise refuse(415, "UnknownBody", message, "Send an image (image/png, ...) or application/json.")
+
+    def _backend(self, name: str | None) -> tuple[str, Backend]:
+        if name is None:
+            name = next(iter(self.backends))
+        if name not in self.backends:
+            fix = f"Choose one of: {', '.join(self.backends)}."
+            raise refuse(404, "UnknownIndex", f"there is no index {name[:100]!r}.", fix)
+        return name, self.backends[name]
+
+    async def _within(self, work: Any) -> Any:
+        """What a backend answers, in time. Raises Refused."""
+        try:
+            async with asyncio.timeout(self.limits.timeout_s):
+                return await work
+        except TimeoutError:
+            raise refuse(503, "Overloaded", "no answer in time.", "Ask again in a moment.", 5) from None
+
+    # -- items -------------------------------------------------------------------------------------------------------
+
+    async def indexes(self) -> Response:
+        """The indexes, and the columns each can be filtered by."""
+        found = []
+        for name, backend in self.backends.items():
+            info = await self._within(backend.call("info"))
+            self.metrics.holds(name, info)
+            found.append(info | {"name": name})
+        limits = self.limits
+        allowed = {"text": limits.text, "image_bytes": limits.image_bytes, "pixels": limits.pixels, "top": limits.top}
+        return JSONResponse({"indexes": found, "limits": allowed, "version": __version__})
+
+    async def item(self, item_id: str, index: str | None = None) -> Response:
+        """What is known of an item."""
+        return JSONResponse(await self._within(self._backend(index)[1].call("item", item_id)))
+
+    async def thumbnail(self, item_id: str, index: str | None = None) -> Response:
+        """A small picture of an item (WebP)."""
+        data = await self._within(self._backend(index)[1].call("thumbnail", item_id))
+        return Response(data, media_type="image/webp", headers=IMAGES_KEPT)
+
+    async def image(self, item_id: str, index: str | None = None) -> Response:
+        """The image of an item."""
+        data, kind = await self._within(self._backend(index)[1].call("image", item_id))
+        return Response(data, media_type=kind, headers=IMAGES_KEPT)
+
+    # -- the service itself ------------------------------------------------------------------------------------------
+
+    async def healthz(self) -> Response:
+        """Whether every index answers."""
+
+        async def well(backend: Backend) -> str:
+            try:
+                async with asyncio.timeout(HEALTH_S):
+                    await backend.call("info")
+            except Exception as error:  # whatever it is, the index does not answer
+                return type(error).__name__
+            return "ok"
+
+        states = dict(zip(self.backends, await asyncio.gather(*(well(b) for b in self.backends.values()))))
+        healthy = all(state == "ok" for state in states.values())
+        return JSONResponse({"status": "ok" if healthy else "failing", "indexes": states}, 200 if healthy else 503)
+
+    async def prometheus(self) -> Response:
+        """Counters for Prometheus."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def session(self, request: Request) -> Response:
+        """Take the token once and give a browser a cookie for it: images of a page cannot send a header."""
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        if self.access.token is None:
+            return Response(status_code=204)
+        if kind.lower() != "bearer" or not self.access.accepts(token.strip()):
+            raise refuse(401, "WrongToken", "this is not the token of the service.", "Ask whoever runs it.")
+        response = Response(status_code=204)
+        response.set_cookie(COOKIE, self.access.cookie(), httponly=True, samesite="strict")
+        return response
+
+
+def build_app(
+    backends: Mapping[str, Backend], access: Access | None = None, limits: Limits | None = None
+) -> FastAPI | Guard:
+    """The application, guarded.
+
+    Args:
+        backends: indexes by name; the first answers where a request names none.
+        access: who may ask; by default this machine alone.
+        limits: what may be asked.
+    """
+    access, limits = access or Access(), limits or Limits()
+    service = Service(backends, access, limits)
+    # its own pages of documentation load scripts from other hosts
+    app = FastAPI(title="mmref", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    errors: Any = {"4XX": {"model": ProblemBody}, "503": {"model": ProblemBody}}
+    add = lambda path, method, endpoint, **more: app.add_api_route(  # noqa: E731
+        path, endpoint, methods=[method], responses=errors, **more
+    )
+    add("/search", "GET", service.search)
+    add("/search", "POST", service.search_by_body, openapi_extra=_posted(SearchQuery, SearchBody))
+    add("/explain", "GET", service.explain)
+    add("/explain", "POST", service.explain_by_body, openapi_extra=_posted(ExplainQuery, ExplainBody))
+    add("/indexes", "GET", service.indexes)
+    for name in ("item", "thumbnail", "image"):
+        add(f"/{name}{'s' if name == 'item' else ''}/{{item_id:path}}", "GET", getattr(service, name))
+    add("/healthz", "GET", service.healthz)
+    add("/metrics", "GET", service.prometheus)
+    add("/session", "POST", service.session, status_code=204)
+    for path, (file, kind) in PAGE.items():
+        app.add_api_route(path, _static(file, kind), methods=["GET"], include_in_schema=False)
+    app.exception_handler(Refused)(lambda _, refused: as_response(refused.problem))
+    app.exception_handler(RequestValidationError)(lambda _, error: as_response(invalid(error.errors())))
+    app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(Exception)(lambda _, error: as_response(INTERNAL))  # the guard logs it
+    return Guard(app, access, limits, service.metrics)
+
+
+def _static(file: str, kind: str) -> Any:
+    """An endpoint for a file of the page, read once."""
+    content = resources.files("mmref.retrieval.service").joinpath("page", file).read_bytes()
+    headers = {"cache-control": "no-cache"}
+
+    async def page() -> Response:
+        return Response(content, media_type=kind, headers=headers)
+
+    return page
+
+
+def as_response(problem: Problem) -> Response:
+    """A problem as an answer."""
+    headers = {} if problem.retry_after_s is None else {"retry-after": str(problem.retry_after_s)}
+    return JSONResponse(problem.body(), problem.status, headers)
+
+
+def invalid(errors: Any) -> Problem:
+    """What pydantic finds wrong, in words."""
+    said = "; ".join(
+        f"{'.'.join(str(at) for at in e['loc'] if at != 'query') or 'body'}: {e['msg']}" for e in errors[:3]
+    )
+    return Problem(422, "InvalidRequest", f"{said}."[:500], EXPLAINED)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    """404 and 405 of the router."""
+    names = {404: "NotFound", 405: "MethodNotAllowed"}
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}."
+    problem = Problem(error.status_code, names.get(error.status_code, "HTTPError"), message, EXPLAINED)
+    return JSONResponse(problem.body(), problem.status, error.headers)

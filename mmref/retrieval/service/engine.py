@@ -1,0 +1,329 @@
+"""One index as the service sees it: batches of queries answered, the index followed as it changes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmref.data.decode import decode_rgb
+from mmref.errors import MMRefError, QueryError, SampleError
+from mmref.retrieval.explain import explain
+from mmref.retrieval.searcher import Query, Result, Searcher
+from mmref.retrieval.service.limits import Limits
+from mmref.retrieval.service.problems import Problem, Refused, refuse
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 2.0  # between looks at the index on disk
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of images that are searched with
+LISTED_VALUES = 100  # columns with at most as many distinct values are offered as filters
+SHOWN = {"JPEG": "image/jpeg", "MPO": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
+
+Reply = tuple[Any, Problem | None]  # an answer, or why there is none
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A search as it was asked. Limits on text, bytes and top have been checked."""
+
+    text: str | None = None
+    image: bytes | None = None
+    image_weight: float = 0.5
+    top: int = 10
+    refine: bool = True
+    candidates: int | None = None
+    where: tuple[tuple[str, str], ...] = ()  # (column, value)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An ask whose image is decoded."""
+
+    ask: Ask
+    query: Query
+
+
+class Engine:
+    """Answers from an index, and opens it again when it changes on disk: who is being answered keeps what was open.
+    Thread-safe.
+
+    Args:
+        index: directory of `mmref index`.
+        threads: that one search may use; None: as the libraries choose.
+        watch: follow changes on disk.
+
+    Raises:
+        SearchIndexError: no complete index.
+    """
+
+    def __init__(self, index: str, limits: Limits, threads: int | None = None, watch: bool = True) -> None:
+        if threads is not None:
+            _use_threads(threads)
+        self.limits = limits
+        self._searcher = Searcher(index)
+        self._info: tuple[Searcher, dict[str, Any]] | None = None
+        self._closed = threading.Event()
+        if watch:
+            threading.Thread(target=self._watch, name=f"watch {index}", daemon=True).start()
+
+    def close(self) -> None:
+        """Follow the index no longer."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(WATCH_S):
+            try:
+                self.refresh()
+            except (MMRefError, OSError) as error:  # being replaced, or gone: what is open stays in use
+                log.warning("%s is not opened again: %s", self._searcher.index, error)
+
+    def refresh(self) -> bool:
+        """Answer from the index as it is on disk now; whether it had changed."""
+        if not self._searcher.outdated:
+            return False
+        self._searcher = self._searcher.reopened()
+        log.warning("%s: now generation %d", self._searcher.index, self._searcher.manifest.generation)
+        return True
+
+    # -- searching ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, ask: Ask) -> Prepared:
+        """Check an ask and decode its image, so that one that cannot be answered spoils no batch. Raises Refused."""
+        if not (ask.text or "").strip() and ask.image is None:
+            raise refuse(400, "EmptyQuery", "the query is empty.", "Give a sentence (text), an image, or both.")
+        if ask.where:
+            self._rows(self._searcher, ask)
+        pixels = None if ask.image is None else decode_query(ask.image, self.limits.pixels)
+        return Prepared(ask, Query(ask.text, pixels, ask.image_weight))
+
+    def search(self, batch: Sequence[Prepared]) -> list[Reply]:
+        """Answers in order. Queries are encoded together; those that ask for the same are ranked together."""
+        searcher, clock = self._searcher, Clock()
+        with clock.stage("encode"):
+            encoded = searcher.encode([p.query for p in batch])
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, p in enumerate(batch):
+            groups.setdefault((p.ask.top, p.ask.refine, p.ask.candidates, p.ask.where), []).append(i)
+        found: list[tuple[list[Result], Problem | None]] = [([], None)] * len(batch)
+        for (top, refine, candidates, where), members in groups.items():
+            try:
+                among = self._rows(searcher, batch[members[0]].ask) if where else None
+            except Refused as refused:  # the index has changed since the query was prepared
+                for i in members:
+                    found[i] = [], refused.problem
+                continue
+            if among is not None and not len(among):
+                continue
+            some = encoded.take(members)
+            with clock.stage("rank"):
+                ranked = searcher.ranker.rank(some, min(top, len(searcher)), refine, candidates, among)
+            with clock.stage("describe"):
+                for i, results in zip(members, searcher.results(some, *ranked)):
+                    found[i] = results, None
+        shared = {
+            "index": searcher.index.name,
+            "items": len(searcher),
+            "generation": searcher.manifest.generation,
+            "seconds": clock.seconds,
+            "batch": len(batch),
+        }
+        return [
+            (None if problem else shared | {"results": [describe(r) for r in results]}, problem)
+            for results, problem in found
+        ]
+
+    def _rows(self, searcher: Searcher, ask: Ask) -> NDArray[np.int64]:
+        """Rows that the filters of an ask leave."""
+        try:
+            return searcher.matching(dict(ask.where))
+        except QueryError as error:
+            columns = ", ".join(searcher.metadata_columns) or "none"
+            fix = f"Filter by one of its columns: {columns}."
+            raise refuse(400, "UnknownColumn", str(error), fix) from None
+
+    def explain(self, ask: Ask, item_id: str) -> dict[str, Any]:
+        """Why an item ranks where it does. Raises Refused."""
+        prepared, searcher = self.prepare(ask), self._searcher
+        row = _row(searcher, item_id)
+        try:
+            found = explain(searcher, prepared.query, item_id)
+        except SampleError as error:
+            raise _gone(item_id, error) from None
+        encoded = searcher.encode([prepared.query])
+        rows, cosine = np.array([[row]]), np.array([[found.cosine]], np.float32)
+        score = cosine
+        if encoded.code is not None:
+            score = cosine + searcher.ranker.refinement.weight * searcher.ranker.similarity(encoded, rows)
+        result = searcher.results(encoded, rows, score, cosine, np.ones((1, 1), np.int64))[0][0]
+        answer: dict[str, Any] = {
+            "index": searcher.index.name,
+            "id": item_id,
+            "cosine": found.cosine,
+            "score": result.score,
+            "gain": result.score - found.cosine,
+            "heat": found.heat.tolist(),
+            "shared": [asdict(reference) for reference in result.references],
+        }
+        for name in ("references", "query_references", "item_references"):
+            answer[name] = [asdict(resemblance) for resemblance in getattr(found, name)]
+        for named in (answer["shared"], *(answer[n] for n in ("references", "query_references", "item_references"))):
+            for reference in named:
+                reference["item_id"] = searcher.item_of(reference["object_id"])
+        return answer
+
+    # -- items -------------------------------------------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any]:
+        """What the index holds, and the filters it offers: values and how many items have each."""
+        searcher = self._searcher
+        if self._info is None or self._info[0] is not searcher:
+            columns = [{"name": name, "values": _values(searcher, name)} for name in searcher.metadata_columns]
+            self._info = (
+                searcher,
+                {
+                    "name": searcher.index.name,
+                    "items": len(searcher),
+                    "generation": searcher.manifest.generation,
+                    "kind": searcher.manifest.kind,
+                    "model": searcher.manifest.model[:12],
+                    "refinement": searcher.model.space is not None,
+                    "columns": columns,
+                },
+            )
+        return self._info[1]
+
+    def item(self, item_id: str) -> dict[str, Any]:
+        """Columns of an item; where its file lies is not told. Raises Refused."""
+        searcher = self._searcher
+        found = searcher.items.slice(_row(searcher, item_id), 1).to_pylist()[0]
+        metadata = {name: _plain(found[name]) for name in searcher.metadata_columns if found[name] is not None}
+        return {name: found[name] for name in ("id", "object_id", "width", "height")} | {"metadata": metadata}
+
+    def thumbnail(self, item_id: str) -> bytes:
+        """WebP. Raises Refused."""
+        searcher = self._searcher
+        _row(searcher, item_id)
+        return searcher.thumbnail(item_id)
+
+    def image(self, item_id: str) -> tuple[bytes, str]:
+        """The image as it was indexed, and its media type; as PNG where browsers would not show it. Raises Refused."""
+        searcher = self._searcher
+        _row(searcher, item_id)
+        try:
+            data = searcher.image_bytes(item_id)
+            kind = SHOWN.get(_format(data) or "")
+            if kind:
+                return data, kind
+            file = io.BytesIO()
+            Image.fromarray(decode_rgb(data, item_id)).save(file, "PNG")
+        except SampleError as error:
+            raise _gone(item_id, error) from None
+        return file.getvalue(), "image/png"
+
+
+class Clock:
+    """Seconds of each stage, added up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is done inside."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def decode_query(data: bytes, most_pixels: int) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) of an image that came with a request; its size is read first, so that a small file which
+    unpacks to a huge image is refused. Raises Refused."""
+    fix = f"Send a whole {', '.join(FORMATS)} file."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about sizes; the limit is ours
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+    except Image.DecompressionBombError:
+        raise refuse(413, "ImageTooLarge", "the image has too many pixels.", _shrink(most_pixels)) from None
+    except Exception:  # Pillow raises many kinds for broken bytes
+        raise refuse(400, "UnreadableImage", "the image cannot be read.", fix) from None
+    if width * height > most_pixels:
+        message = f"the image has {width} x {height} pixels."
+        raise refuse(413, "ImageTooLarge", message, _shrink(most_pixels))
+    try:
+        return decode_rgb(data, "the image")
+    except SampleError as error:
+        raise refuse(400, "UnreadableImage", str(error), fix) from None
+
+
+def _shrink(most_pixels: int) -> str:
+    return f"Shrink it to at most {most_pixels:,} pixels."
+
+
+def describe(result: Result) -> dict[str, Any]:
+    """A result for a client: where its file lies is not told."""
+    found = result.to_dict()
+    del found["path"]
+    found["metadata"] = {name: _plain(value) for name, value in found["metadata"].items()}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value of a metadata column as JSON can hold it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _format(data: bytes) -> str | None:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.format
+    except Exception:  # Pillow raises many kinds; decoding says what is wrong
+        return None
+
+
+def _row(searcher: Searcher, item_id: str) -> int:
+    try:
+        return searcher.row(item_id)
+    except QueryError:
+        name = searcher.index.name
+        fix = "Take ids from the results of a search; the item may have been removed since."
+        raise refuse(404, "UnknownItem", f"{name} has no item {item_id[:200]!r}.", fix) from None
+
+
+def _gone(item_id: str, error: SampleError) -> Refused:
+    log.warning("the image of %s: %s", item_id, error)
+    fix = "Its file has been moved or changed: put it back, or make the index again."
+    return refuse(404, "ImageGone", f"the image of {item_id!r} cannot be read any more.", fix)
+
+
+def _values(searcher: Searcher, column: str) -> list[list[Any]] | None:
+    """[value, items] of each value of a column, the frequent first; None where there are too many to choose from."""
+    counted = pc.value_counts(searcher.items[column].combine_chunks())
+    if len(counted) > LISTED_VALUES:
+        return None
+    pairs = [(v["values"].as_py(), v["counts"].as_py()) for v in counted]
+    return [[_plain(value), count] for value, count in sorted(pairs, key=lambda p: -p[1]) if value is not None]
+
+
+def _use_threads(threads: int) -> None:
+    import faiss
+    import torch
+
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)

@@ -1,0 +1,220 @@
+"""`mmref serve INDEX [INDEX ...]` and jobs/serve.py: open the indexes, listen, and leave in order."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from mmref.errors import ServeError
+from mmref.retrieval.service.backend import Backend, Local, deploy, undeploy
+from mmref.retrieval.service.engine import Engine
+from mmref.retrieval.service.guard import LOOPBACK, Access
+from mmref.retrieval.service.limits import Limits
+
+TOKEN = "MMREF_TOKEN"
+SHORTEST_TOKEN = 16
+LEAVE_S = 30  # for requests that are being answered when the service is stopped
+WAITING = 2048  # connections the system holds for us
+LARGEST_HEADERS = 32_768  # bytes, the request line with its query among them
+
+
+def serve_main(argv: list[str]) -> int:
+    """`mmref serve INDEX [INDEX ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="mmref serve",
+        description="Search indexes through a page and over HTTP. An index that changes on disk is opened again while it "
+        "serves. Beyond this machine a token is needed.",
+    )
+    parser.add_argument(
+        "indexes", nargs="+", metavar="INDEX", help="directory of `mmref index`; the first is the default"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
+    parser.add_argument(
+        "--replicas", type=int, default=1,
+        help="Ray Serve replicas of each index, started by load; 0: in this process, without Ray (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--token-file", metavar="FILE", help=f"file with the token that requests must bring (default: ${TOKEN})"
+    )
+    defaults = Limits()
+    for name, text in (
+        ("text", "longest query, characters"),
+        ("image_bytes", "largest image of a query"),
+        ("pixels", "most pixels of an image of a query"),
+        ("top", "most results of a query"),
+        ("rate", "searches a second of one client; 0: any number"),
+    ):
+        default = getattr(defaults, name)
+        flag = f"--max-{name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: %(default)s)")
+    args = parser.parse_args(argv)
+    chosen = {f.name: getattr(args, f"max_{f.name}") for f in fields(Limits) if hasattr(args, f"max_{f.name}")}
+    serve(args.indexes, args.host, args.port, args.replicas, read_token(args.token_file), Limits(**chosen))
+    return 0
+
+
+def read_token(path: str | None) -> str | None:
+    """The token of a file or of the environment, None where there is none. Raises ServeError."""
+    if path:
+        try:
+            token = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServeError(f"the token cannot be read: {error}.") from None
+        source = path
+    else:
+        token, source = os.environ.get(TOKEN, "").strip(), f"${TOKEN}"
+    if (token or path) and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable()):
+        raise ServeError(
+            f"the token of {source} is too short, or no plain text: give at least {SHORTEST_TOKEN} letters and digits, "
+            "such as `openssl rand -hex 16` prints."
+        )
+    return token or None
+
+
+def serve(indexes: Sequence[str], host: str, port: int, replicas: int, token: str | None, limits: Limits) -> None:
+    """Answer until SIGINT or SIGTERM; requests that have begun are answered first.
+
+    Args:
+        indexes: directories; they are called by the names of their folders.
+        replicas: most Ray Serve replicas of each index; 0: in this process.
+        token: that requests must bring; needed where `host` is not loopback.
+
+    Raises:
+        ServeError: no token, a port in use, two indexes of one name. SearchIndexError: no complete index.
+    """
+    from mmref.retrieval.index import Manifest
+
+    access = _access(host, token)
+    named = _named(indexes)
+    for path in named.values():
+        Manifest.read(Path(path))  # before anything is started
+    logging.basicConfig(format="mmref: %(message)s", level=logging.WARNING)
+    with _listening(host, port) as listener, _leaving(), _backends(named, limits, replicas, listener) as backends:
+        from mmref.retrieval.service.app import build_app
+
+        address = _url(host, listener.getsockname()[1])
+        print(f"serving {', '.join(named)} at {address} (Ctrl-C stops it)", flush=True)
+        if token:
+            print(f"the page asks for the token, or takes it from {address}#TOKEN", flush=True)
+        _run(build_app(backends, access, limits), listener)
+    print("stopped", flush=True)
+
+
+def _access(host: str, token: str | None) -> Access:
+    if token is None and host not in LOOPBACK:
+        raise ServeError(
+            f"--host {host} is reached from other machines: set a token that requests must bring, "
+            f"`export {TOKEN}=$(openssl rand -hex 16)`, or listen on 127.0.0.1."
+        )
+    return Access(token)
+
+
+def _named(indexes: Sequence[str]) -> dict[str, str]:
+    """Directory of each index by the name of its folder."""
+    named: dict[str, str] = {}
+    for path in indexes:
+        name = Path(path).expanduser().absolute().name
+        if name in named:
+            raise ServeError(f"two indexes are called {name!r}: rename the folder of one, or serve it on another port.")
+        named[name] = path
+    return named
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A listening socket, bound before anything slow is started. Raises ServeError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ServeError(f"cannot listen on {host}:{port} ({error}): choose another --port or --host.") from None
+    with contextlib.closing(listener):
+        yield listener
+
+
+@contextlib.contextmanager
+def _leaving() -> Iterator[None]:
+    """SIGTERM while something is being started unwinds as Ctrl-C does, so that nothing stays behind."""
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped before it served", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _backends(
+    named: dict[str, str], limits: Limits, replicas: int, listener: socket.socket
+) -> Iterator[dict[str, Backend]]:
+    """Engines of all indexes, here or on Ray."""
+    if replicas == 0:
+        engines = {name: Engine(path, limits) for name, path in named.items()}
+        try:
+            yield {name: Local(engine) for name, engine in engines.items()}
+        finally:
+            for engine in engines.values():
+                engine.close()
+        return
+    from mmref.cluster import connect
+
+    with connect(need_cpus=len(named)):
+        port = listener.getsockname()[1]
+        applications: list[str] = []
+        try:
+            backends: dict[str, Backend] = {}
+            for name, path in named.items():
+                applications.append(f"mmref-{port}-{name}")
+                backends[name] = deploy(path, applications[-1], limits, replicas)
+            yield backends
+        finally:
+            for application in applications:
+                undeploy(application)
+
+
+def _run(app: object, listener: socket.socket) -> None:
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http="h11",  # it bounds the size of headers
+        h11_max_incomplete_event_size=LARGEST_HEADERS,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,  # a client's word on its address would open the rate limit
+        server_header=False,
+        backlog=WAITING,
+        timeout_graceful_shutdown=LEAVE_S,
+    )
+    # uvicorn raises the signal that stopped it once more when it is done: let it pass, ours is an orderly end
+    before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _url(host: str, port: int) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else name}:{port}/"

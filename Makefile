@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint format sweep chaos clean
+.PHONY: help setup demo serve test test-slow lint format sweep chaos clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -15,12 +15,24 @@ setup: $(READY)  ## create .venv and install mmref with what its tests need
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e ".[dev,tuning]"
+	$(BIN)/pip install --quiet -e ".[dev,tuning,serving]"
 	$(BIN)/python -m mmref.train.build_ops
 	touch $(READY)
 
 demo: setup  ## train on the bundled data, evaluate, print the table, write runs/demo/report.html
 	$(BIN)/python jobs/train.py --config configs/emoji.yaml --run_dir runs/demo
+
+# options of mmref serve: make serve SERVE="--port 9000"
+serve: setup runs/demo-index/manifest.json  ## search the bundled images with the demo's model, on a page in your browser
+	$(BIN)/mmref serve runs/demo-index $(SERVE)
+
+# the index of a demo that was trained again is made again
+runs/demo-index/manifest.json: runs/demo/metrics.json
+	rm -rf runs/demo-index runs/demo-index.partial
+	$(BIN)/mmref index data_shards/emoji --model runs/demo --out runs/demo-index --workers 0
+
+runs/demo/metrics.json:
+	$(MAKE) demo
 
 test: setup  ## all but the slow tests
 	$(BIN)/python -m pytest -m "not slow"

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmref.errors import QueryError, SampleError, SearchIndexError
-from mmref.inference import ImageLike, load
+from mmref.inference import ImageLike, Model, load
 from mmref.retrieval import index as directory
 from mmref.retrieval.bundle import read_reference_captions
 from mmref.retrieval.images import read_image_bytes
@@ -95,7 +95,7 @@ class Searcher:
         """Open the index; a model that `previous` has loaded is shared."""
         approximate = self._open()
         same = previous is not None and previous.manifest.model == self.manifest.model
-        self.model = previous.model if previous and same else load(self.index / "model", self.device)
+        self.model: Model = previous.model if previous and same else load(self.index / "model", self.device)
         model = self.model
         self.ranker = Ranker(
             self.segments, approximate, model.space, model.refinement, model.text_mean, model.config.eval.top_p
@@ -105,7 +105,7 @@ class Searcher:
         self._filters: OrderedDict[tuple[tuple[str, str], ...], Rows] = OrderedDict()
         self._lock = threading.Lock()  # of the caches
         # of the model, which is not thread-safe
-        self._encoding = previous._encoding if previous and same else threading.Lock()
+        self._encoding: threading.Lock = previous._encoding if previous and same else threading.Lock()
 
     def reopened(self) -> Searcher:
         """Another searcher, of the index as it is on disk now; the model is loaded again only if it has changed."""

@@ -120,7 +120,10 @@ def test_refinement_shows_what_moved_and_by_how_much(page, server):
     refined = searcher.search("green square 5", top=12)
     moves = {r.id: r.rank_before - r.rank for r in refined}
     assert any(moves.values()), "or there is nothing to see"
-    shown = "Object.fromEntries([...document.querySelectorAll('#results button')].map(b => [b.dataset.id, b.querySelector('.moved')?.innerText ?? '']))"
+    shown = (
+        "Object.fromEntries([...document.querySelectorAll('#results button')]"
+        ".map(b => [b.dataset.id, b.querySelector('.moved')?.innerText ?? '']))"
+    )
     expected = {i: f"{'▲' if by > 0 else '▼'}{abs(by)}" if by else "" for i, by in moves.items()}
     assert page.run(shown) == expected
     assert f"refinement moved {sum(map(bool, moves.values()))}" in page.text("#status")

@@ -124,7 +124,7 @@ def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         _batched(Replica),
         name="Replica",
         ray_actor_options={"num_cpus": 1},

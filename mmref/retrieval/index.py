@@ -82,11 +82,11 @@ class Manifest:
 
 
 def stamp(index: Path) -> tuple[int, int]:
-    """What changes with every manifest, and with another index in the same place. Raises SearchIndexError."""
+    """What changes with every manifest, and with another index in the same place; zeros where there is none."""
     try:
         found = (index / "manifest.json").stat()
-    except OSError as error:
-        raise SearchIndexError(f"{index} is no index any more ({error.strerror}): put it back.") from None
+    except OSError:
+        return 0, 0
     return found.st_ino, found.st_mtime_ns
 
 

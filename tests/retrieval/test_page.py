@@ -170,7 +170,7 @@ def test_keys(page):
     page.wait("document.querySelector('#why').innerText.includes('Rank 4')")
     page.press("Escape")
     page.wait("!document.querySelector('#detail').open")
-    assert page.run(f"document.activeElement.dataset.id === ({IDS})[3]"), "back where one was"
+    page.wait(f"document.activeElement.dataset.id === ({IDS})[3]")  # back where one was
     page.type("r")
     page.wait("document.querySelector('#status').textContent.includes('not refined')")
     page.type("/")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from mmref.errors import ServeError
+from mmref.errors import SearchIndexError, ServeError
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service import server
@@ -438,6 +438,8 @@ def test_an_index_in_the_place_of_another_is_opened_and_a_missing_one_is_not(own
     index.create(str(folder), str(run), str(tmp_path / "other"), workers=0)
     shutil.rmtree(own_index)
     client = TestClient(build_app({"index": Local(engine)}, None, LIMITS), base_url="http://localhost")
+    with pytest.raises(SearchIndexError, match="is no index"):
+        engine.refresh()
     assert client.get("/search?text=x").json()["items"] == 12, "what was open answers on"
     (tmp_path / "other").rename(own_index)
     assert engine.refresh() and client.get("/search?text=x").json()["items"] == 11

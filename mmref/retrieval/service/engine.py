@@ -84,11 +84,16 @@ class Engine:
         self._closed.set()
 
     def _watch(self) -> None:
+        said = ""
         while not self._closed.wait(WATCH_S):
             try:
                 self.refresh()
+                problem = ""
             except (MMRefError, OSError) as error:  # being replaced, or gone: what is open stays in use
-                log.warning("%s is not opened again: %s", self._searcher.index, error)
+                problem = str(error)
+            if problem and problem != said:
+                log.warning("%s is not opened again: %s", self._searcher.index, problem)
+            said = problem
 
     def refresh(self) -> bool:
         """Answer from the index as it is on disk now; whether it had changed."""

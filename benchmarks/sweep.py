@@ -1,9 +1,12 @@
-"""What it saves that a trial searches its refinement over its val features, against refinement as dimensions of the sweep.
+"""What a sweep saves. Two parts, both from a sweep that has ended:
 
-    python benchmarks/sweep.py runs/sweep --out sweep.json
+refinement  counts trainings and times: every setting of the grid scored on the best trial's val features at each evaluation, as
+            a sweep does, against a training for every setting, and against a trial that draws one setting at random
+asha        of a sweep with `--scheduler none`: where ASHA would have stopped each trial, judging them one after the other,
+            the steps that leaves, and the winner then
 
-Counts trainings and times, from a sweep that has ended and the best trial's features: every setting of the grid scored at each
-evaluation (as a sweep does), against a training for every setting, and against a trial that draws one setting at random.
+python benchmarks/sweep.py refinement runs/sweep --out refinement.json
+python benchmarks/sweep.py asha runs/full --grace-steps 60 --out asha.json
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mmref.cluster import connect
@@ -24,6 +29,7 @@ from mmref.evaluate.evaluate import open_run
 from mmref.rundir import RunDir
 from mmref.train.checkpoint import fetched, load_references
 from tune.space import with_values
+from tune.sweep import Options, asha_scheduler
 from tune.trials import Trial, TrialLog, best_of, folder
 
 CLOSE = 0.1  # points: a setting this near the best is as good
@@ -48,12 +54,12 @@ def searcher(run_dir: str) -> tuple[Config, Callable[[Config], list[dict[str, An
     return config, lambda c: choose_on_val(c, space, val.text, val.queries, val.image, val.image_objects)[1]
 
 
-def compare(trials: list[Trial], leader: Trial, sweep_dir: str, rounds: int) -> dict[str, Any]:
-    config, search = searcher(f"{sweep_dir}/{folder(leader.number)}")
+def refinement(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
+    config, search = searcher(run.join(folder(leader.number)))
     grid = search(config)[1:]
     fields = ("kinds", "weights", "top_rs", "taus")
     one = with_values(config, {f"eval.refine_{name}": getattr(config.eval, f"refine_{name}")[:1] for name in fields})
-    all_s, one_s = (median_seconds(lambda c=c: search(c), rounds) for c in (config, one))
+    all_s, one_s = (median_seconds(lambda c=c: search(c), args.rounds) for c in (config, one))
     evaluations, seconds = sum(len(t.results) for t in trials), sum(t.seconds for t in trials)
     alone = seconds - evaluations * (all_s - one_s)  # the same trials with a single setting
     scores = [row["objective"] for row in grid]
@@ -78,18 +84,55 @@ def compare(trials: list[Trial], leader: Trial, sweep_dir: str, rounds: int) -> 
     }
 
 
+def let_make(scheduler: Any, trial: Trial) -> list[dict[str, Any]]:
+    """The evaluations of a trial up to the one at which the scheduler stops it."""
+    from ray.tune.schedulers import TrialScheduler
+
+    known = SimpleNamespace(trial_id=str(trial.number))
+    scheduler.on_trial_add(None, known)
+    for place, result in enumerate(trial.results):
+        if scheduler.on_trial_result(None, known, result) == TrialScheduler.STOP:
+            return trial.results[: place + 1]
+    return trial.results
+
+
+def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
+    options = Options(**json.loads(run.read_text("sweep.json")))
+    steps = options.trial_steps or run.read_config().train.max_steps
+    options = replace(options, grace_steps=args.grace_steps, reduction=args.reduction)
+    scheduler = asha_scheduler(steps, options, [])
+    stopped = [replace(t, results=let_make(scheduler, t)) for t in trials]
+    winner = best_of(stopped)
+    assert winner is not None  # the leader's first evaluation is never left out
+    done, every = sum(t.steps for t in stopped), sum(t.steps for t in trials)
+    return {
+        "steps": {"all to the end": every, "ASHA": done, "share": done / every},
+        "steps of each trial": [t.steps for t in stopped],
+        "winner": {"all to the end": leader.number, "ASHA": winner.number},
+        "score": {"all to the end": leader.score, "ASHA": winner.score},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", metavar="DIR", help="run directory of a sweep")
-    parser.add_argument("--rounds", type=int, default=5, help="searches timed (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE", help="JSON file")
+    parts = parser.add_subparsers(dest="part", required=True)
+    for part in (refinement, asha):
+        command = parts.add_parser(part.__name__)
+        command.add_argument("sweep", metavar="DIR", help="run directory of a sweep")
+        command.add_argument("--out", metavar="FILE", help="JSON file")
+        command.set_defaults(part=part)
+    parts.choices["refinement"].add_argument(
+        "--rounds", type=int, default=5, help="searches timed (default: %(default)s)"
+    )
+    parts.choices["asha"].add_argument("--grace-steps", type=int, help="default: a quarter of a trial")
+    parts.choices["asha"].add_argument("--reduction", type=float, default=3.0, help="default: %(default)s")
     args = parser.parse_args()
     run = RunDir(args.sweep)
-    trials = list(TrialLog(run).trials.values())
+    trials = sorted(TrialLog(run).trials.values(), key=lambda t: t.number)
     leader = best_of(trials)
     if leader is None:
         parser.error(f"no trial of {run.path} has a score")
-    text = json.dumps(compare(trials, leader, run.path, args.rounds), indent=1)
+    text = json.dumps(args.part(trials, leader, run, args), indent=1)
     print(text)
     if args.out:
         Path(args.out).write_text(text + "\n")

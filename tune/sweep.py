@@ -266,7 +266,7 @@ def _search(
         tune_config=tune.TuneConfig(
             num_samples=left,
             search_alg=Numbered(log, propose, options.trials),
-            scheduler=_scheduler(config, options, ended),
+            scheduler=asha_scheduler(config.train.max_steps, options, ended) if options.scheduler == "asha" else None,
             max_concurrent_trials=concurrent,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -287,16 +287,13 @@ def _search(
         run.remove("tune")
 
 
-def _scheduler(config: Config, options: Options, ended: list[Trial]) -> Any:
-    """ASHA over steps that knows the trials that have ended, or None.
+def asha_scheduler(steps: int, options: Options, ended: list[Trial]) -> Any:
+    """ASHA over trials of so many steps that knows the ones that have ended.
 
     The longest trial ends by itself, so that nothing is stopped at its last step.
     """
-    if options.scheduler == "none":
-        return None
     from ray.tune.schedulers import ASHAScheduler
 
-    steps = config.train.max_steps
     asha = ASHAScheduler(
         time_attr="step",
         metric="score",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +24,8 @@ from tune.display import Display
 from tune.recorder import Recorder
 from tune.results import format_trials
 from tune.space import Space, read_space
-from tune.sweep import Options, check_options, main, prepare, resume, sweep
-from tune.trials import TrialLog, folder
+from tune.sweep import Options, asha_scheduler, check_options, main, prepare, resume, sweep
+from tune.trials import Trial, TrialLog, folder
 
 SPACE = """
 loss.w_guide: {type: uniform, low: 0.0, high: 1.0}
@@ -234,6 +235,41 @@ def test_evaluations_are_told_again_up_to_the_checkpoint(
     told = trial_module.evaluations(config, run)
     assert [(r["step"], r["score"]) for r in told] == [(2, 6.0), (4, 8.0)]
     assert set(told[0]) == {"step", "score", "val_R@1", "val_mAP", "val_refined_R@1", "val_refined_mAP"}
+
+
+def curve(number: int, scores: dict[int, float]) -> Trial:
+    return Trial(number, {}, "finished", [{"step": step, "score": score} for step, score in scores.items()])
+
+
+def test_asha_knows_the_trials_that_ended_before() -> None:
+    def stops(ended: list[Trial], score: float) -> bool:
+        asha = asha_scheduler(12, Options(4, grace_steps=2, reduction=2.0), ended)
+        new: Any = SimpleNamespace(trial_id="new")
+        asha.on_trial_add(None, new)
+        return bool(asha.on_trial_result(None, new, {"step": 2, "score": score}) == "STOP")
+
+    ended = [curve(0, {2: 5.0, 4: 6.0}), curve(1, {2: 3.0})]
+    assert stops(ended, 3.9) and not stops(ended, 4.0), "below the upper half of its rung"
+    assert not stops([], 0.1), "nobody to be compared with"
+
+
+def test_the_benchmark_stops_trials_where_asha_would(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "sweep.py"
+    spec = importlib.util.spec_from_file_location("sweep_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    run = RunDir(str(tmp_path))
+    run.write_text("sweep.json", json.dumps({"trials": 3, "scheduler": "none", "trial_steps": 8}))
+    trials = [
+        curve(0, {2: 5.0, 4: 6.0, 8: 7.0}),
+        curve(1, {2: 3.0, 4: 9.0, 8: 20.0}),
+        curve(2, {2: 6.0, 4: 5.0, 8: 9.0}),
+    ]
+    found = benchmark.asha(trials, trials[1], run, SimpleNamespace(grace_steps=2, reduction=2.0))
+    # the second falls behind at step 2, the third at step 4, where the second, by then gone, must not count
+    assert found["steps of each trial"] == [8, 2, 4] and found["steps"]["share"] == 14 / 24
+    assert found["winner"] == {"all to the end": 1, "ASHA": 0} and found["score"]["ASHA"] == 7.0
 
 
 # --- searchers and schedulers, with trials that only report

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from tune.results import refinement_text, short, short_names
-from tune.trials import Trial, TrialLog, best_of
+from tune.trials import Trial, TrialLog, best_of, ranked
 
 
 class Display:
@@ -25,13 +25,13 @@ class Display:
         if sys.stdout.isatty():
             from rich.live import Live
 
-            self._live = Live(self.table(), refresh_per_second=2, vertical_overflow="visible")
+            # what does not fit is cut off below, and the whole table is printed at the end
+            self._live = Live(self.table(), refresh_per_second=2, vertical_overflow="ellipsis", transient=True)
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.update(self.table())
             self._live.stop()
             self._live = None
 
@@ -51,7 +51,7 @@ class Display:
         return f"{len(trials) - running}/{self.count} done, {running} running{best}"
 
     def table(self) -> Any:
-        """Every trial so far as a table of rich, the best one in bold."""
+        """Every trial so far as a table of rich: the running ones, then the others, best first."""
         from rich.table import Table
 
         leader = best_of(list(self.log.trials.values()))
@@ -59,7 +59,7 @@ class Display:
         for name in ("trial", "status", "step", "score", "refinement", "seconds"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("values", overflow="ellipsis", no_wrap=True, ratio=1)
-        for trial in sorted(self.log.trials.values(), key=lambda t: t.number):
+        for trial in sorted(ranked(list(self.log.trials.values())), key=lambda t: not t.running):
             table.add_row(
                 str(trial.number),
                 trial.status,

@@ -70,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--space", default=str(DEFAULT_SPACE), metavar="FILE", help="search space (default: %(default)s)"
     )
-    parser.add_argument("--trials", type=_positive, help="number of trials (default: 16; grid: all combinations)")
+    parser.add_argument(
+        "--trials", type=_positive, metavar="N", help="number of trials (default: 16; grid: all combinations)"
+    )
     parser.add_argument(
         "--config", default=DEFAULT_CONFIG, metavar="FILE", help="config that the trials vary (default: %(default)s)"
     )

@@ -209,6 +209,30 @@ def test_what_the_end_of_its_training_makes_a_stopped_trial_say_is_no_failure(
     assert read_rows(tmp_path)[0]["status"] == "stopped-early"
 
 
+def test_the_table_on_a_terminal_has_what_runs_on_top(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    recorder, trials = started(tmp_path, 4)
+    for n, score in enumerate((5.0, 7.0, 6.0)):
+        report(recorder, trials[n], 2, score, 0.4)
+    for n in (0, 1):
+        recorder.on_trial_complete(0, trials, trials[n])
+    recorder.run.write_text("trials/002/error.txt", "RuntimeError: no luck\n")
+    recorder.on_trial_complete(0, trials, trials[2])
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(recorder.display.table())
+    title, header, *rows = capture.get().splitlines()
+    assert title.strip() == "3/4 done, 1 running, best 7.00 (trial 1)" and header.split()[:3] == [
+        "trial",
+        "status",
+        "step",
+    ]
+    assert [row.split()[0] for row in rows] == ["3", "1", "0", "2"]
+    assert rows[1].split()[1:] == ["stopped-early", "2/6", "7.00", "sparse", "0.4", "0", "w_guide", "0.25"]
+    assert "RuntimeError: no luck" in rows[3]
+
+
 def test_what_still_runs_at_the_end_was_interrupted(tmp_path: Path) -> None:
     recorder, _ = started(tmp_path, 1)
     recorder.close()

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from mmref.explain.run import MAPS, Explanation
 
 MIN_SIDE = 200  # pixels that small images are enlarged to
-TITLES = {
+HEADS = {
     "caption": "what the caption finds",
     "reference": "what the reference finds",
-    "image": "what the image itself is",
+    "image": "what the image's feature rests on",
 }
 
 
@@ -26,17 +26,26 @@ def draw(explanation: Explanation) -> bytes:
     rows, columns = len(explanation.views), 1 + len(names)
     view = explanation.views[0]
     ratio = view.pixels.shape[0] / view.pixels.shape[1]
-    figure = Figure(figsize=(2.5 * columns, (2.5 * ratio + 0.75) * rows), layout="constrained")
+    figure = Figure(figsize=(2.5 * columns, (2.5 * ratio + 0.5) * rows + 0.6), layout="constrained")
+    figure.suptitle(headline(explanation, width=28 * columns), fontsize=8.5, x=0.01, ha="left")
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     for row, view in enumerate(explanation.views):
         picture = enlarged(view.pixels)
         _show(axes[row, 0], picture, f"{view.object_id}\n" + "\n".join(textwrap.wrap(view.note, 42)[:2]))
         for column, name in enumerate(names, 1):
-            title = f"{TITLES[name]}\n" if row == 0 else ""
+            title = f"{HEADS[name]}\n" if row == 0 else ""
             _show(axes[row, column], overlay(picture, view.heat[name]), f"{title}cosine {view.cosine[name]:.2f}")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
+
+
+def headline(explanation: Explanation, width: int) -> str:
+    """What is explained, by which reference, and what that says, in lines of `width` characters."""
+    lines = [f"“{explanation.title}”" if explanation.kind == "query" else explanation.title]
+    if explanation.reference:
+        lines.append(f"reference of {explanation.reference}" + (f": “{explanation.read}”" if explanation.read else ""))
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, width))
 
 
 def _show(axes: Any, picture: np.ndarray, title: str) -> None:

@@ -16,7 +16,7 @@ from mmref.cli import main
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import QueryError, ShardSetError
 from mmref.evaluate.report import section_path, with_section
-from mmref.explain.figure import draw, enlarged, overlay
+from mmref.explain.figure import draw, enlarged, headline, overlay
 from mmref.explain.run import ExplainedRun
 from mmref.explain.section import distinct, render, slug
 from mmref.export import export_run
@@ -216,3 +216,11 @@ def test_names_and_captions_for_people():
     assert slug("a red bird: <b>!") == "a-red-bird-b" and slug("") == "untitled" and len(slug("x" * 99)) == 40
     assert distinct(["a", "a", "b"]) == ["a", "b"] and len(distinct([str(i) for i in range(100)])) == 6
     assert with_section("<p>an old report</p>", "new") == "<p>an old report</p>"
+
+
+def test_a_picture_says_what_it_explains(run, objects):
+    lines = headline(run.explain_query(QUERY), 200).split("\n")
+    assert lines[0] == f"“{QUERY}”" and lines[1].startswith("reference of thing.")
+    found = run.explain_object(objects[5])
+    assert headline(found, 300) == f"{objects[5]} (train)\nreference of {objects[5]}: “{found.read}”"
+    assert max(map(len, headline(found, 20).split("\n"))) <= 20

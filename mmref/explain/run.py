@@ -18,7 +18,7 @@ from mmref.errors import QueryError, SampleError, ShardSetError
 from mmref.evaluate.choose import trained_space
 from mmref.evaluate.embed import SplitFeatures
 from mmref.evaluate.evaluate import Evaluation, open_run
-from mmref.evaluate.features import Encoder, Floats, read_pixels, read_queries
+from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.evaluate.refinement import (
     Codes,
     ReferenceSpace,
@@ -81,6 +81,20 @@ class Explanation:
     moves: list[Move] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Gallery:
+    """The images of a split that can be read."""
+
+    index: SplitIndex
+    features: Floats  # (g, d)
+    rows: np.ndarray  # (g,) their positions in the index
+
+    @property
+    def objects(self) -> np.ndarray:
+        """(g,) object row of each."""
+        return np.asarray(self.index.object_row)[self.rows].astype(np.int64)
+
+
 class ExplainedRun:
     """The best checkpoint of a run and a split of a shard set.
 
@@ -122,11 +136,21 @@ class ExplainedRun:
     # -- the split -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def features(self) -> SplitFeatures:
-        """Every image and caption of the split, encoded in this process. Raises QueryError where no image can be read."""
+    def queries(self) -> Queries:
+        """Every caption of the split."""
+        return read_queries(self.shards.index(self.split))
+
+    @cached_property
+    def text(self) -> Floats:
+        """(t, d) features of its distinct captions: for examples, and what dense codes are centred by."""
+        return self.encode_texts(self.queries.texts)
+
+    @cached_property
+    def gallery(self) -> Gallery:
+        """Every image of the split, encoded in this process. Raises QueryError where none can be read."""
         index, size = self.shards.index(self.split), self.config.eval.batch
-        reader, queries = SampleReader(index), read_queries(index)
-        images, rows, skipped = [], [], list(queries.skipped)
+        reader = SampleReader(index)
+        images, rows, skipped = [], [], []
         for start in range(0, len(index), size):
             part = range(start, min(start + size, len(index)))
             pixels, bad = read_pixels(reader, part, self.config.data)
@@ -137,8 +161,7 @@ class ExplainedRun:
                 rows += [part[i] for i in usable]
         if not rows:
             raise QueryError(f"no image of {self.split} can be read: {skipped[0]}")
-        text = self.encode_texts(queries.texts)
-        return SplitFeatures(index, queries, np.concatenate(images), np.array(rows), text, skipped)
+        return Gallery(index, np.concatenate(images), np.array(rows))
 
     def encode_texts(self, texts: Sequence[str]) -> Floats:
         """(n, d) features, L2-normalised."""
@@ -150,13 +173,13 @@ class ExplainedRun:
         """What dense codes are centred by: mean coordinates of the captions, mean similarities of captions and images."""
         if self.space is None or self.refinement.kind != "dense":
             return dict.fromkeys(("code", "query", "item"))
-        f, space = self.features, self.space
-        query, item = (space.similarities(x).mean(0) for x in (f.text, f.image))
-        return {"code": space.coordinates(f.text).mean(0), "query": query, "item": item}
+        space, text = self.space, self.text
+        query, item = (space.similarities(x).mean(0) for x in (text, self.gallery.features))
+        return {"code": space.coordinates(text).mean(0), "query": query, "item": item}
 
     def _refined(self, text: Floats) -> tuple[Floats, Floats]:
         """Cosines (g,) of a text feature (d,) with the split's images, and the refined scores."""
-        initial = text[None] @ self.features.image.T
+        initial = text[None] @ self.gallery.features.T
         settings, space = self.refinement, self.space
         if settings.weight == 0 or space is None:
             return initial[0], initial[0]
@@ -167,32 +190,34 @@ class ExplainedRun:
     @cached_property
     def _image_codes(self) -> Codes:
         assert self.space is not None
-        return self.space.encode(self.features.image, self.refinement, gallery=True)
+        return self.space.encode(self.gallery.features, self.refinement, gallery=True)
 
     # -- queries -------------------------------------------------------------------------------------------------------
 
     def moved(self, count: int) -> list[str]:
         """Captions of the split whose first right result refinement moved most: half upwards, half downwards."""
-        evaluation = Evaluation(self.config, self.features, self.space, self.refinement, [])
+        g, queries = self.gallery, self.queries
+        features = SplitFeatures(g.index, queries, g.features, g.rows, self.text, [])
+        evaluation = Evaluation(self.config, features, self.space, self.refinement, [])
         before, after = (evaluation.text_to_image(fn).first_rank for fn in (None, evaluation.refine_images))
         change = (before - after).astype(np.int64)  # positive: better
-        order = np.argsort(-change, kind="stable").tolist()
+        once = np.unique(queries.text, return_index=True)[1]  # equal captions of several images: the first
+        order = once[np.argsort(-change[once], kind="stable")].tolist()
         up = [i for i in order if change[i] > 0][: count - count // 2]
         down = [i for i in reversed(order) if change[i] < 0][: count // 2]
         rest = [i for i in order if i not in {*up, *down}][: count - len(up) - len(down)]
-        queries = self.features.queries
         return [queries.texts[int(queries.text[i])] for i in (*up, *down, *rest)]
 
     def explain_query(self, text: str) -> Explanation:
         """A sentence, one of the split's captions or any other. Raises QueryError for an empty one."""
-        text, f = text.strip(), self.features
+        text, g, known = text.strip(), self.gallery, self.queries
         if not text:
             raise QueryError("the query is empty: give a sentence with --query.")
         feature = self.encode_texts([text])[0]
         initial, refined = self._refined(feature)
         order = np.argsort(-refined, kind="stable")
         before = np.argsort(np.argsort(-initial, kind="stable"), kind="stable") + 1
-        owners = f.queries.objects[np.array([f.queries.texts[t] == text for t in f.queries.text], bool)]
+        owners = known.objects[np.array([known.texts[t] == text for t in known.text], bool)]
         moves = [
             self._move(feature, int(at), rank, int(before[at]), float(refined[at] - initial[at]), owners)
             for rank, at in enumerate(order[:SHOWN], 1)
@@ -200,9 +225,7 @@ class ExplainedRun:
         row = self._matching_reference(feature, moves)
         reference = None if row is None else self.references[row]
         views = [
-            self._view(
-                f.index, int(f.image_rows[at]), feature, reference, f"rank {m.rank}, before refinement {m.before}"
-            )
+            self._view(g.index, int(g.rows[at]), feature, reference, f"rank {m.rank}, before refinement {m.before}")
             for at, m in zip(order, moves)
         ]
         if row is None or reference is None:
@@ -215,14 +238,12 @@ class ExplainedRun:
         matched: list[tuple[str, float]] = []
         if self.space is not None and self.refinement.weight > 0:
             means = self._means["query"], self._means["item"]
-            parts = gains(self.space, self.refinement, query, self.features.image[at : at + 1], *means)[0]
+            parts = gains(self.space, self.refinement, query, self.gallery.features[at : at + 1], *means)[0]
             best = np.argsort(-parts, kind="stable")[:MATCHED]
             matched = [(self.reference_ids[i], float(parts[i])) for i in best if parts[i] > 0]
-        f, own = self.features, int(self.features.image_objects[at])
+        g, own = self.gallery, int(self.gallery.objects[at])
         right = bool(np.isin(own, owners)) if len(owners) else None
-        return Move(
-            f.index.image_ids[int(f.image_rows[at])], f.index.object_ids[own], rank, before, gain, matched, right
-        )
+        return Move(g.index.image_ids[int(g.rows[at])], g.index.object_ids[own], rank, before, gain, matched, right)
 
     def _matching_reference(self, query: Floats, moves: list[Move]) -> int | None:
         """Row of the reference that gave the first result most; without refinement the nearest to the query."""
@@ -316,7 +337,7 @@ class ExplainedRun:
     @cached_property
     def _caption_length(self) -> int:
         """Words of the split's median caption, in tokens."""
-        texts = read_queries(self.shards.index(self.split)).texts
+        texts = self.queries.texts
         some = np.random.default_rng(0).permutation(len(texts))[:512]
         ids, mask = self.tokens([texts[i] for i in some])
         inside = (mask > 0) & ~np.isin(ids, self.tokens.special_ids)

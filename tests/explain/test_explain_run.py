@@ -104,7 +104,7 @@ def test_an_object_that_was_not_trained_gets_a_reference_of_its_features(run, ob
 
 def test_captions_that_refinement_moved_come_first(run):
     chosen = run.moved(4)
-    assert len(chosen) == 4 and set(chosen) <= set(run.features.queries.texts)
+    assert len(set(chosen)) == 4 and set(chosen) <= set(run.queries.texts)
     still = dataclasses.replace(run.refinement, weight=0.0)
     before = run.refinement
     run.refinement = still

@@ -23,7 +23,8 @@ from mmref.config import Config, dump_yaml, load_config, to_dict, with_absolute_
 from mmref.data.shards import ShardSet
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError, SweepInterruptedError
 from mmref.rundir import RunDir, read_jsonl
-from mmref.train.trainer import check_inputs, ray_filesystem
+from mmref.train.ray_storage import ray_filesystem
+from mmref.train.trainer import check_inputs
 from tune.capacity import TRIAL_CPUS, connected
 from tune.display import Display
 from tune.recorder import Recorder

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import logging
 import shutil
+import socket
 import struct
+import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
 from mmref.errors import SearchIndexError, ServeError
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
-from mmref.retrieval.service import server
+from mmref.retrieval.service import patience, server
 from mmref.retrieval.service.app import build_app
 from mmref.retrieval.service.backend import Local
 from mmref.retrieval.service.engine import Ask, Engine
@@ -382,6 +386,73 @@ def test_too_much_at_once_is_put_off(split_index, monkeypatch):
         go_on.set()
         assert (second.status_code, second.json()["error"]) == (429, "Busy") and second.headers["retry-after"] == "1"
         assert first.result().status_code == 200
+
+
+def test_no_request_opens_a_file_outside_the_index(split_index, tiny_set):
+    client = client_of(split_index)
+    item = client.get("/search?text=x").json()["results"][0]["id"]
+    client.get("/explain", params={"text": "x", "id": item})  # whatever is loaded on first use
+    opened: list[str] = []
+    listening = True
+
+    def note(event: str, arguments: tuple) -> None:
+        if listening and event in ("open", "os.listdir", "os.scandir", "shutil.copyfile"):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(note)  # cannot be removed again
+    names = (
+        "/etc/passwd",
+        "..%2F..%2Fetc%2Fpasswd",
+        "%2e%2e/manifest.json",
+        "file:%2F%2F%2Fetc%2Fpasswd",
+        "model/config.json",
+        item,
+    )
+    for name in names:
+        for kind in ("items", "image", "thumbnail"):
+            client.get(f"/{kind}/{name}")
+            client.get(f"/{kind}/{item}", params={"index": name})
+        client.get("/explain", params={"text": name, "id": name})
+        client.get("/search", params={"text": name, "index": name, "where": f"path={name}"})
+        client.post("/search", json={"text": "x", "image": name})
+        client.get(f"/{name}")
+    listening = False
+    assert opened, "the image of an item is read"
+    assert all(path.startswith((str(split_index), str(tiny_set))) for path in opened), opened
+
+
+def test_slow_connections_are_given_up(split_index, monkeypatch):
+    monkeypatch.setattr(patience, "HEADERS_S", 0.3)
+    limits = Limits(rate=0, timeout_s=0.3)
+    app = build_app({"test": Local(Engine(str(split_index), limits, watch=False))}, None, limits)
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http=patience.PatientProtocol, lifespan="off", ws="none", log_level="warning")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    head = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    try:
+        said = []
+        for sent in (
+            b"",
+            head,
+            head + b"Content-Length: 9\r\n\r\nabc",
+            b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /",
+        ):
+            with socket.create_connection(listener.getsockname(), timeout=60) as connection:
+                connection.sendall(sent)
+                answer = b""
+                with contextlib.suppress(ConnectionResetError):
+                    while part := connection.recv(4096):
+                        answer += part
+                said.append(answer)
+        assert said[:2] == [b"", b""], "no whole request: no answer"
+        assert said[2].startswith(b"HTTP/1.1 408") and b'"TooSlow"' in said[2]
+        assert said[3].startswith(b"HTTP/1.1 200"), "and the next request, begun only, is given up"
+    finally:
+        running.should_exit = True
+        thread.join(60)
+        listener.close()
 
 
 # -- batches and changes ---------------------------------------------------------------------------------------------

@@ -293,8 +293,7 @@ def _static(file: str, kind: str) -> Any:
 
 def as_response(problem: Problem) -> Response:
     """A problem as an answer."""
-    headers = {} if problem.retry_after_s is None else {"retry-after": str(problem.retry_after_s)}
-    return JSONResponse(problem.body(), problem.status, headers)
+    return JSONResponse(problem.body(), problem.status, problem.headers())
 
 
 def invalid(errors: Any) -> Problem:

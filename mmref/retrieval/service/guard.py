@@ -195,11 +195,8 @@ class Guard:
 async def respond(send: Any, problem: Problem) -> None:
     """Answer with a problem."""
     body = json.dumps(problem.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if problem.retry_after_s is not None:
-        headers.append((b"retry-after", str(problem.retry_after_s).encode()))
-    if problem.status in (408, 413):  # the rest of the body is not read
-        headers.append((b"connection", b"close"))
+    said = {"content-type": "application/json", "content-length": str(len(body))} | problem.headers()
+    headers = [(name.encode(), value.encode()) for name, value in said.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

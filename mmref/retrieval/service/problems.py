@@ -21,6 +21,11 @@ class Problem:
         """As JSON says it."""
         return {name: value for name, value in asdict(self).items() if name in ("error", "message", "fix")}
 
+    def headers(self) -> dict[str, str]:
+        """What goes beside it: when to come again; an end of the connection where the rest of a body is not read."""
+        found = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        return found | ({"connection": "close"} if self.status in (408, 413) else {})
+
 
 class Refused(MMRefError):
     """A request that is answered with a problem."""

@@ -193,9 +193,11 @@ def _backends(
 def _run(app: object, listener: socket.socket) -> None:
     import uvicorn
 
+    from mmref.retrieval.service.patience import PatientProtocol
+
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http="h11",  # it bounds the size of headers
+        http=PatientProtocol,
         h11_max_incomplete_event_size=LARGEST_HEADERS,
         ws="none",
         lifespan="off",

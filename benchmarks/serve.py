@@ -226,11 +226,12 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(process: psutil.Process) -> float:
-    """Resident MB of a process and what it started; what they share counts each time."""
+    """MB that a process and what it started hold for themselves: pages of mapped files, of the index say, do not count."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
-            total += one.memory_info().rss
+            used = one.memory_info()
+            total += used.rss - used.shared
     return total / 1e6
 
 

@@ -243,9 +243,7 @@ class Service:
         return response
 
 
-def build_app(
-    backends: Mapping[str, Backend], access: Access | None = None, limits: Limits | None = None
-) -> FastAPI | Guard:
+def build_app(backends: Mapping[str, Backend], access: Access | None = None, limits: Limits | None = None) -> Guard:
     """The application, guarded.
 
     Args:
@@ -258,16 +256,18 @@ def build_app(
     # its own pages of documentation load scripts from other hosts
     app = FastAPI(title="mmref", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors: Any = {"4XX": {"model": ProblemBody}, "503": {"model": ProblemBody}}
-    add = lambda path, method, endpoint, **more: app.add_api_route(  # noqa: E731
-        path, endpoint, methods=[method], responses=errors, **more
-    )
+
+    def add(path: str, method: str, endpoint: Any, **more: Any) -> None:
+        app.add_api_route(path, endpoint, methods=[method], responses=errors, **more)
+
     add("/search", "GET", service.search)
     add("/search", "POST", service.search_by_body, openapi_extra=_posted(SearchQuery, SearchBody))
     add("/explain", "GET", service.explain)
     add("/explain", "POST", service.explain_by_body, openapi_extra=_posted(ExplainQuery, ExplainBody))
     add("/indexes", "GET", service.indexes)
-    for name in ("item", "thumbnail", "image"):
-        add(f"/{name}{'s' if name == 'item' else ''}/{{item_id:path}}", "GET", getattr(service, name))
+    add("/items/{item_id:path}", "GET", service.item)
+    add("/thumbnail/{item_id:path}", "GET", service.thumbnail)
+    add("/image/{item_id:path}", "GET", service.image)
     add("/healthz", "GET", service.healthz)
     add("/metrics", "GET", service.prometheus)
     add("/session", "POST", service.session, status_code=204)

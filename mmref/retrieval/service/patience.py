@@ -32,7 +32,8 @@ class PatientProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self.loop.call_later(ANSWER_S, self._give_up_unread, self.cycle)
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(ANSWER_S, self._give_up_unread, self.cycle)
 
     def _wait(self) -> None:
         self._waiting = self.loop.call_later(HEADERS_S, self.transport.abort)

@@ -152,7 +152,7 @@ def parallel(space: Space, scored: list[Trial], metric: str) -> Markup | None:
         share = ((trial.score or 0) - low) / spread
         ys = [*(place(p, trial.values[p.name]) for p in parameters), share]
         axes.plot(
-            range(len(ys)), ys, color=colours(0.85 * (1 - share)), linewidth=1 + 2 * share, alpha=0.35 + 0.6 * share
+            range(len(ys)), ys, color=colours(0.7 * (1 - share)), linewidth=1 + 2 * share, alpha=0.5 + 0.5 * share
         )
     for x, parameter in enumerate(parameters):
         axes.axvline(x, color=FAINT, linewidth=1)
@@ -221,7 +221,7 @@ def refinement_gain(scored: list[Trial]) -> Markup | None:
         axes.plot(xs, ys, marker, color=colour, markersize=6, alpha=0.8, label=metric)
     axes.axhline(0, color=FAINT, linewidth=1)
     axes.set_xticks(range(len(weights)), [short(w) for w in weights])
-    axes.margins(x=0.2)
+    axes.set_xlim(-0.5, len(weights) - 0.5)
     legend(axes)
     return to_svg(figure, "refinement")
 

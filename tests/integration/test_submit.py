@@ -1,4 +1,4 @@
-"""`ray job submit -- python jobs/train.py` on a running cluster."""
+"""`ray job submit -- python jobs/train.py`, and tune/sweep.py, on a running cluster."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import ROOT, write_config
+from mmref.config import load_config
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -44,24 +46,45 @@ def cluster() -> Iterator[str]:
             os.killpg(head.pid, signal.SIGKILL)
 
 
+def submitted(cluster: str, *argv: str) -> str:
+    """Output of a job that has succeeded."""
+    command = [RAY, "job", "submit", "--address", cluster, "--working-dir", str(ROOT), "--", sys.executable, *argv]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    done = None
+    for _ in range(20):  # the dashboard answers a while after the head has started
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=500)
+        if not any(text in done.stderr + done.stdout for text in ("Failed to connect", "No available agent")):
+            break
+        subprocess.run(["sleep", "2"])
+    assert done is not None and done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_submitted_job_trains_and_reports(cluster: str, tiny_set: Path, tmp_path: Path) -> None:
     from tiny_set import tiny_config
 
-    from mmref.config import Config
-
     overrides = {"train.max_steps": 8, "train.eval_every": 4, "eval.bootstrap": 100, "eval.examples": 2}
-    config: Config = tiny_config(tiny_set, overrides)
-    argv = ["--config", str(write_config(config, tmp_path)), "--run_dir", str(tmp_path / "run"), "--train.workers", "2"]
-    submit = [RAY, "job", "submit", "--address", cluster, "--working-dir", str(ROOT), "--"]
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    command = [*submit, sys.executable, "jobs/train.py", *argv]
-    done = None
-    for _ in range(20):  # the dashboard answers a while after the head has started
-        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=400)
-        if "Failed to connect" not in done.stderr + done.stdout:
-            break
-        subprocess.run(["sleep", "2"])
-    assert done is not None and done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "text to image" in done.stdout
+    config = str(write_config(tiny_config(tiny_set, overrides), tmp_path))
+    run = str(tmp_path / "run")
+    output = submitted(cluster, "jobs/train.py", "--config", config, "--run_dir", run, "--train.workers", "2")
+    assert "text to image" in output
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["split"] == "test"
+
+
+@pytest.mark.slow
+def test_submitted_sweep_fills_the_cluster_and_leaves_its_best(cluster: str, tiny_set: Path, tmp_path: Path) -> None:
+    from tiny_set import tiny_config
+
+    config = write_config(tiny_config(tiny_set, {"train.max_steps": 8, "train.eval_every": 4}), tmp_path)
+    (tmp_path / "space.yaml").write_text("loss.w_guide: {type: uniform, low: 0.0, high: 1.0}\n")
+    argv = ["--config", str(config), "--space", str(tmp_path / "space.yaml"), "--trials", "2", "--final-seeds", "0"]
+    output = submitted(cluster, "tune/sweep.py", *argv, "--scheduler", "none", "--run_dir", str(tmp_path / "sweep"))
+    assert "2 trials of 8 steps" in output and "2 at a time" in output, (
+        "6 CPUs hold two trials of 2.1 and Ray Data's one"
+    )
+    assert [row["status"] for row in pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()] == [
+        "finished"
+    ] * 2
+    assert load_config(["--config", str(tmp_path / "sweep" / "best.yaml")]).train.max_steps == 8
+    assert (tmp_path / "sweep" / "sweep.html").exists()

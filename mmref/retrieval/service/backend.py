@@ -82,8 +82,15 @@ class Replica:
 class Replicated:
     """Replicas behind a handle. A request that loses its replica goes to another: every method only reads."""
 
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
+    def __init__(self, handle: Any, name: str) -> None:
+        self.handle, self.name = handle, name
+
+    def close(self) -> None:
+        """Stop the replicas. The handle goes first: what it runs in the background would look for them, and for Ray."""
+        from ray import serve
+
+        self.handle.shutdown()
+        serve.delete(self.name)
 
     async def search(self, ask: Ask) -> dict[str, Any]:
         """Results of a query."""
@@ -134,7 +141,11 @@ def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     application: Any = deployment.bind(os.path.abspath(os.path.expanduser(index)), limits, replicas)
-    return Replicated(serve.run(application, name=name, route_prefix=None))
+    try:
+        return Replicated(serve.run(application, name=name, route_prefix=None), name)
+    except BaseException:  # an interrupt too: nothing is left running on a cluster
+        serve.delete(name)
+        raise
 
 
 def _batched(replica: type[Replica]) -> type[Replica]:
@@ -147,10 +158,3 @@ def _batched(replica: type[Replica]) -> type[Replica]:
             return await super().search_batch(batch)
 
     return BatchedReplica
-
-
-def undeploy(name: str) -> None:
-    """Stop the replicas of an application."""
-    from ray import serve
-
-    serve.delete(name)

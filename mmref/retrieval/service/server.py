@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from mmref.errors import ServeError
-from mmref.retrieval.service.backend import Backend, Local, deploy, undeploy
+from mmref.retrieval.service.backend import Backend, Local, deploy
 from mmref.retrieval.service.engine import Engine
 from mmref.retrieval.service.guard import LOOPBACK, Access
 from mmref.retrieval.service.limits import Limits
@@ -174,20 +174,17 @@ def _backends(
             for engine in engines.values():
                 engine.close()
         return
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # or a late call of Serve's threads starts another cluster
     from mmref.cluster import connect
 
     with connect(need_cpus=len(named)):
         port = listener.getsockname()[1]
-        applications: list[str] = []
-        try:
+        with contextlib.ExitStack() as stack:
             backends: dict[str, Backend] = {}
             for name, path in named.items():
-                applications.append(f"mmref-{port}-{name}")
-                backends[name] = deploy(path, applications[-1], limits, replicas)
+                backends[name] = backend = deploy(path, f"mmref-{port}-{name}", limits, replicas)
+                stack.callback(backend.close)
             yield backends
-        finally:
-            for application in applications:
-                undeploy(application)
 
 
 def _run(app: object, listener: socket.socket) -> None:

@@ -101,11 +101,13 @@ def serve(indexes: Sequence[str], host: str, port: int, replicas: int, token: st
     with _listening(host, port) as listener, _leaving(), _backends(named, limits, replicas, listener) as backends:
         from mmref.retrieval.service.app import build_app
 
+        app = build_app(backends, access, limits)
+        listener.listen(WAITING)  # who reads the address may ask at once: the system holds the connection
         address = _url(host, listener.getsockname()[1])
         print(f"serving {', '.join(named)} at {address} (Ctrl-C stops it)", flush=True)
         if token:
             print(f"the page asks for the token, or takes it from {address}#TOKEN", flush=True)
-        _run(build_app(backends, access, limits), listener)
+        _run(app, listener)
     print("stopped", flush=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs import Job, wait_for
+from jobs import Job, titled, wait_for
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
 
@@ -62,14 +62,7 @@ def get(url: str) -> tuple[int, Any]:
 
 
 def replicas(job: Job) -> list[psutil.Process]:
-    found = []
-    for process in job.descendants():
-        try:
-            if "ServeReplica" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return titled(job.descendants(), "ServeReplica")
 
 
 def test_it_answers_as_the_searcher_and_leaves_nothing_behind(own_index, tmp_path, start):

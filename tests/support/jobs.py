@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from mmref.config import Config, dump_yaml
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
+
+
+def titled(processes: Iterable[psutil.Process], *titles: str) -> list[psutil.Process]:
+    """Those whose command line has one of the titles; those that have ended meanwhile are left out."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if any(title in " ".join(process.cmdline()) for title in titles):
+                found.append(process)
+    return found
 
 
 class Job:
@@ -49,14 +60,7 @@ class Job:
 
     def training_workers(self) -> list[psutil.Process]:
         """The Ray Train workers of this job."""
-        found = []
-        for process in self.descendants():
-            try:
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return titled(self.descendants(), "RayTrainWorker")
 
     def kill(self) -> None:
         """Kill the driver and everything it started, as a machine that loses power does."""

@@ -11,6 +11,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
+from jobs import titled
 from mmref.cluster import SETTINGS
 
 STORE_BYTES = 100 * 1024**2
@@ -101,12 +102,5 @@ class Nodes:
 
 
 def _training_workers(node: Any) -> list[psutil.Process]:
-    found = []
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    for process in raylet.children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return titled(raylet.children(recursive=True), "RayTrainWorker")

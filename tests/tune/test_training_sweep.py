@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import threading
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from jobs import titled
 from mmref.cluster import connect
 from mmref.config import load_config, read_yaml
 from mmref.rundir import RunDir, read_jsonl
@@ -56,12 +56,7 @@ def fixed_trials(*given: Any) -> Propose:
 
 def processes(*kinds: str) -> list[psutil.Process]:
     """Processes that this one has started, by their titles."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any(kind in " ".join(process.cmdline()) for kind in kinds):
-                found.append(process)
-    return found
+    return titled(psutil.Process().children(recursive=True), *kinds)
 
 
 def alive(kinds: tuple[str, ...]) -> list[str]:

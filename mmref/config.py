@@ -238,8 +238,8 @@ class EvalConfig:
     """Images or texts encoded at once."""
     workers: int = 1
     """Ray actors that compute features in `mmref evaluate`."""
-    metric: Literal["mAP", "R@1", "R@1+mAP"] = "R@1+mAP"
-    """What picks the best checkpoint and the refinement on val."""
+    metric: Literal["mAP", "R@1", "R@1+mAP"] = "mAP"
+    """What picks the best checkpoint and the refinement on val; mAP picks what lasts on new objects, of R@1 too."""
     class_protocol: bool = False
     """Also the protocol of sets whose objects are classes (CUB, Flowers): a class's mean text feature searches all images."""
     top_p: int = 1000

@@ -19,6 +19,14 @@ def trained_space(config: Config, references: Floats) -> ReferenceSpace | None:
     return ReferenceSpace(references[seen]) if trained and seen.any() else None
 
 
+def config_grid(config: Config, images: int) -> list[RefinementSettings]:
+    """The settings that `eval.refine_*` ask for in a gallery of so many images."""
+    e = config.eval
+    # top_p is a cap on cost: with fewer images than it, everything is a candidate
+    top_p = e.top_p if 0 < e.top_p < images else None
+    return refinement_grid(e.refine_kinds, e.refine_weights, e.refine_top_rs, e.refine_taus, (top_p,))
+
+
 def gain_by_value(tried: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """What the best setting with each value of kind, weight, top_r and tau adds to no refinement: {"weight": {"0.1": 0.8}, ...},
     in points of the objective.
@@ -45,12 +53,9 @@ def choose_on_val(
     """
     if space is None:
         return RefinementSettings(weight=0.0), []
-    e = config.eval
-    # top_p is a cap on cost: with fewer images than it, everything is a candidate
-    top_p = e.top_p if 0 < e.top_p < len(image) else None
-    grid = refinement_grid(e.refine_kinds, e.refine_weights, e.refine_top_rs, e.refine_taus, (top_p,))
     # the same words for the same object rank alike: score each pair of text and object once, as the report does
     pairs, counted = np.unique(np.stack([queries.text, queries.objects], 1), axis=0, return_inverse=True)
     return choose_refinement(
-        space, text[pairs[:, 0]], image, pairs[:, 1], objects, grid, e.metric, counted=counted.reshape(-1)
-    )
+        space, text[pairs[:, 0]], image, pairs[:, 1], objects, config_grid(config, len(image)), config.eval.metric,
+        counted=counted.reshape(-1),
+    )  # fmt: skip

@@ -277,7 +277,7 @@ def choose_refinement(
     query_labels: np.ndarray,
     gallery_labels: np.ndarray,
     grid: Iterable[RefinementSettings] | None = None,
-    metric: str = "mAP+R@1",
+    metric: str = "mAP",
     chunk: int = 512,
     counted: np.ndarray | None = None,
 ) -> tuple[RefinementSettings, list[dict[str, Any]]]:
@@ -301,30 +301,44 @@ def choose_refinement(
     terms = metric.split("+")
     if unknown := [term for term in terms if term not in METRIC_NAMES]:
         raise ConfigError(f"refinement is chosen by {metric!r}: {unknown[0]!r} is none of {', '.join(METRIC_NAMES)}.")
+    scored = score_refinements(space, queries, gallery, query_labels, gallery_labels, grid, chunk)
+    results = {s: summarize(found if counted is None else found.take(counted)) for s, found in scored.items()}
+    objective = {settings: sum(result[term] for term in terms) for settings, result in results.items()}
+    best = max(objective, key=lambda s: objective[s])  # max keeps the first: no refinement wins a tie
+    return best, [{**asdict(s), **results[s], "objective": objective[s]} for s in objective]
+
+
+def score_refinements(
+    space: ReferenceSpace,
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    query_labels: np.ndarray,
+    gallery_labels: np.ndarray,
+    grid: Iterable[RefinementSettings] | None = None,
+    chunk: int = 512,
+) -> dict[RefinementSettings, PerQuery]:
+    """What each query achieves without refinement (the first entry, weight 0) and under every setting of the grid.
+
+    Arguments as in `choose_refinement`.
+    """
     tried = [s for s in dict.fromkeys(refinement_grid() if grid is None else grid) if s.weight > 0]
     declined = replace(tried[0] if tried else RefinementSettings(), weight=0.0)
     # Settings that share a code lie side by side: each S_ref is made once, and used for all its weights.
     code_of = partial(_code, n_objects=space.n_objects)
     shared = [(code, list(group)) for code, group in groupby(sorted(tried, key=code_of), key=code_of)]
     encoded = _encode_all(space, queries, gallery, [code for code, _ in shared])
-    parts: dict[RefinementSettings, list[PerQuery]] = {}
+    parts: dict[RefinementSettings, list[PerQuery]] = {settings: [] for settings in (declined, *tried)}
     for start in range(0, len(queries), chunk):
         rows = slice(start, min(start + chunk, len(queries)))
         labels, initial = query_labels[rows], queries[rows] @ gallery.T
-        parts.setdefault(declined, []).append(score_ranking(initial, labels, gallery_labels))
+        parts[declined].append(score_ranking(initial, labels, gallery_labels))
         insides = {p: None if p is None else candidates(initial, p) for p in {s.top_p for s in tried}}
         for (_, group), (query_codes, gallery_codes) in zip(shared, encoded, strict=True):
             similarity = reference_similarity(query_codes[rows], gallery_codes)
             for settings in group:
                 scores = refine(initial, similarity, settings.weight, insides[settings.top_p])
-                parts.setdefault(settings, []).append(score_ranking(scores, labels, gallery_labels))
-    results = {}
-    for settings in (declined, *tried):
-        per_query = PerQuery.concatenate(parts[settings])
-        results[settings] = summarize(per_query if counted is None else per_query.take(counted))
-    objective = {settings: sum(result[term] for term in terms) for settings, result in results.items()}
-    best = max(objective, key=lambda s: objective[s])  # max keeps the first: no refinement wins a tie
-    return best, [{**asdict(s), **results[s], "objective": objective[s]} for s in objective]
+                parts[settings].append(score_ranking(scores, labels, gallery_labels))
+    return {settings: PerQuery.concatenate(found) for settings, found in parts.items()}
 
 
 def _code(settings: RefinementSettings, n_objects: int) -> tuple[str, int, float]:

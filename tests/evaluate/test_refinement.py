@@ -253,11 +253,13 @@ def test_refinement_that_does_not_help_is_declined():
     assert best.weight == 0.0
 
 
-def test_default_objective_is_a_sum():
+@pytest.mark.parametrize(("metric", "terms"), [({}, ["mAP"]), ({"metric": "mAP+R@1"}, ["mAP", "R@1"])])
+def test_the_objective_is_map_or_a_sum(metric, terms):
     references, queries, gallery = case()
     labels = np.arange(17) % 5, np.arange(23) % 5
-    _, table = choose_refinement(ReferenceSpace(references), queries, gallery, *labels, grid=refinement_grid(["dense"]))
-    assert all(row["objective"] == pytest.approx(row["mAP"] + row["R@1"]) for row in table)
+    grid = refinement_grid(["dense"])
+    _, table = choose_refinement(ReferenceSpace(references), queries, gallery, *labels, grid=grid, **metric)
+    assert all(row["objective"] == pytest.approx(sum(row[term] for term in terms)) for row in table)
 
 
 def test_duplicate_settings_are_tried_once():

@@ -253,7 +253,7 @@ def test_evaluations_are_told_again_up_to_the_checkpoint(
     lines += [{"step": s, "val_R@1": s, "val_mAP": 2.0, "val_refined_R@1": s + 1, "val_refined_mAP": 3.0, "eval_seconds": 1}
               for s in (2, 4, 6)]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run, config = RunDir(str(tmp_path)), make_config()
+    run, config = RunDir(str(tmp_path)), make_config({"eval.metric": "R@1+mAP"})
     assert trial_module.evaluations(config, run) == [], "no checkpoint, so all is done again"
     monkeypatch.setattr(trial_module, "latest_checkpoint", lambda run: SimpleNamespace(step=4))
     told = trial_module.evaluations(config, run)

@@ -1,0 +1,81 @@
+"""Which metric should choose the refinement? Of trained runs: half of the val objects, drawn again and again, choose it by each
+metric; the gain is that of the other half, against no refinement, and the same for one setting that nobody chooses.
+
+python benchmarks/refinement.py runs/demo runs/other --halves 50 --out refinement.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mmref.cluster import connect
+from mmref.evaluate.choose import config_grid, trained_space
+from mmref.evaluate.embed import embed_splits
+from mmref.evaluate.evaluate import open_run
+from mmref.evaluate.metrics import METRIC_NAMES
+from mmref.evaluate.refinement import RefinementSettings, score_refinements
+from mmref.train.checkpoint import fetched, load_references
+
+CHOSEN_BY = ("mAP", "R@1", "R@1+mAP")
+SHOWN = ("R@1", "mAP")
+
+
+def per_query(run_dir: str) -> tuple[list[RefinementSettings], np.ndarray, np.ndarray]:
+    """Settings; values (settings, queries, metrics) in percent on val, no refinement first; object of each query."""
+    run, config, checkpoint = open_run(run_dir)
+    with connect(config.eval.workers):
+        val = embed_splits(config, run, checkpoint, config.data.root, ["val"])["val"]
+    with fetched(run, checkpoint, "references") as files:
+        space = trained_space(config, load_references(files, checkpoint.meta).numpy())
+    if space is None:
+        raise SystemExit(f"{run_dir}: trained without references, there is nothing to refine by.")
+    queries, objects = val.text[val.queries.text], val.queries.objects
+    grid = config_grid(config, len(val.image))
+    scored = score_refinements(space, queries, val.image, objects, val.image_objects, grid)
+    return list(scored), np.stack([found.values() for found in scored.values()]), objects
+
+
+def gains(run_dir: str, halves: int, fixed: RefinementSettings) -> dict[str, dict[str, float]]:
+    settings, values, objects = per_query(run_dir)
+    columns = {name: METRIC_NAMES.index(name) for name in SHOWN}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*CHOSEN_BY, "fixed")}
+    rng, names = np.random.default_rng(0), np.unique(objects)
+    same = [i for i, one in enumerate(settings) if replace(one, top_p=None) == fixed]
+    for _ in range(halves):
+        first = np.isin(objects, rng.permutation(names)[: len(names) // 2])
+        for chosen_on in (first, ~first):
+            here, there = values[:, chosen_on].mean(1), values[:, ~chosen_on].mean(1)
+            best = {by: int(np.argmax(sum(here[:, columns[m]] for m in by.split("+")))) for by in CHOSEN_BY}
+            for by, at in {**best, **({"fixed": same[-1]} if same else {})}.items():
+                found[by].append(there[at] - there[0])
+    return {
+        by: {**{m: float(np.mean([g[c] for g in rows])) for m, c in columns.items()},
+             "worst R@1": float(min(g[columns["R@1"]] for g in rows))}
+        for by, rows in found.items() if rows
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run directories of `mmref train`")
+    parser.add_argument("--halves", type=int, default=50, help="times that val is cut in two")
+    parser.add_argument("--out", help="also write the figures to this file")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    fixed = RefinementSettings(weight=0.2, top_r=64, tau=0.05)
+    result: dict[str, object] = {run: gains(run, args.halves, fixed) for run in args.runs}
+    result["wall_s"] = time.perf_counter() - began
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        Path(args.out).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

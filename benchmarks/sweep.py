@@ -3,7 +3,8 @@
 refinement  counts trainings and times: every setting of the grid scored on the best trial's val features at each evaluation, as
             a sweep does, against a training for every setting, and against a trial that draws one setting at random
 asha        of a sweep with `--scheduler none`: where ASHA would have stopped each trial, judging them one after the other,
-            the steps that leaves, and the winner then
+            the steps that leaves, and the winner then; the same on average over random orders, since the first trials
+            have nobody to be compared with
 
 python benchmarks/sweep.py refinement runs/sweep --out refinement.json
 python benchmarks/sweep.py asha runs/full --grace-steps 60 --out asha.json
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -100,17 +102,31 @@ def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespa
     options = Options(**json.loads(run.read_text("sweep.json")))
     steps = options.trial_steps or run.read_config().train.max_steps
     options = replace(options, grace_steps=args.grace_steps, reduction=args.reduction)
-    scheduler = asha_scheduler(steps, options, [])
-    stopped = [replace(t, results=let_make(scheduler, t)) for t in trials]
-    winner = best_of(stopped)
-    assert winner is not None  # the leader's first evaluation is never left out
-    done, every = sum(t.steps for t in stopped), sum(t.steps for t in trials)
+
+    def judged(order: list[Trial]) -> tuple[list[Trial], Trial]:
+        scheduler = asha_scheduler(steps, options, [])
+        stopped = [replace(t, results=let_make(scheduler, t)) for t in order]
+        winner = best_of(stopped)
+        assert winner is not None  # the leader's first evaluation is never left out
+        return stopped, winner
+
+    stopped, winner = judged(trials)
+    every = sum(t.steps for t in trials)
+    rng = random.Random(0)
+    shuffled = [judged(rng.sample(trials, len(trials))) for _ in range(args.orders)]
     return {
-        "steps": {"all to the end": every, "ASHA": done, "share": done / every},
+        "steps": {"all to the end": every, "ASHA": sum(t.steps for t in stopped),
+                  "share": sum(t.steps for t in stopped) / every},
         "steps of each trial": [t.steps for t in stopped],
         "winner": {"all to the end": leader.number, "ASHA": winner.number},
         "score": {"all to the end": leader.score, "ASHA": winner.score},
-    }
+        "random orders": {
+            "orders": args.orders,
+            "share of the steps": statistics.mean(sum(t.steps for t in some) / every for some, _ in shuffled),
+            "same winner": statistics.mean(best.number == leader.number for _, best in shuffled),
+            "points lost": statistics.mean(leader.score - best.score for _, best in shuffled),
+        },
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -126,6 +142,9 @@ def main() -> None:
     )
     parts.choices["asha"].add_argument("--grace-steps", type=int, help="default: a quarter of a trial")
     parts.choices["asha"].add_argument("--reduction", type=float, default=3.0, help="default: %(default)s")
+    parts.choices["asha"].add_argument(
+        "--orders", type=int, default=200, help="random orders of the trials (default: 200)"
+    )
     args = parser.parse_args()
     run = RunDir(args.sweep)
     trials = sorted(TrialLog(run).trials.values(), key=lambda t: t.number)

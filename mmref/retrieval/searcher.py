@@ -193,7 +193,8 @@ class Searcher:
     ) -> list[list[Result]]:
         """Results of ranked rows (q, top): their items, and the references that raised them."""
         distinct, at = np.unique(np.maximum(rows, 0), return_inverse=True)
-        items = self.items.take(pa.array(distinct)).to_pylist()
+        # a slice for each: `take` would first join the chunks of the whole table, 5 ms for a million items
+        items = [self.items.slice(row, 1).to_pylist()[0] for row in distinct.tolist()]
         at = at.reshape(rows.shape)
         shared = self._shared(queries, rows)
         answers = []

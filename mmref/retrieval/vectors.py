@@ -26,7 +26,9 @@ RECALL_AT = 10
 TRAINED_PER_LIST = 64  # vectors an IVF list is trained on
 HNSW_LINKS, HNSW_BUILD = 32, 100
 OVERFETCH = 2  # candidates for each result: 8 bits cannot tell close neighbours apart, the features can
-SPLIT_ROWS = 100_000  # fewer rows than this for each thread are not worth a thread
+SPLIT_ROWS = 20_000  # fewer rows than this for each thread are not worth a thread
+# Two queries and more are one matrix product, which reads the features once for all of them: by default faiss asks for 20
+faiss.cvar.distance_compute_blas_threshold = 2
 
 
 def best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:
@@ -37,8 +39,10 @@ def best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:
 
 def exact(queries: Floats, matrices: Sequence[Floats], k: int) -> tuple[Floats, Rows]:
     """Scores and rows (q, k) of the nearest among all rows of the matrices end to end. k <= rows."""
-    parts = list(_parts(matrices, len(queries)))
-    with ThreadPoolExecutor(len(parts)) as pool:
+    parts = list(_parts(matrices))
+    # a thread for each part, and none of OpenMP's inside: they wait for each other by spinning, which on busy cores makes a
+    # search of 40 ms take a second
+    with ThreadPoolExecutor(len(parts), initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
         found = list(pool.map(lambda part: _knn(queries, part[1], k, part[0]), parts))
     return best(np.concatenate([s for s, _ in found], 1), np.concatenate([r for _, r in found], 1), k)
 
@@ -58,9 +62,9 @@ def exact_among(queries: Floats, matrices: Sequence[Floats], among: Rows, k: int
     return scores, rows
 
 
-def _parts(matrices: Sequence[Floats], n_queries: int) -> Iterator[tuple[int, Floats]]:
-    """(first row, matrix), large ones cut: faiss gives a thread to each query, so few queries would leave cores idle."""
-    threads = faiss.omp_get_max_threads() if n_queries < faiss.omp_get_max_threads() else 1
+def _parts(matrices: Sequence[Floats]) -> Iterator[tuple[int, Floats]]:
+    """(first row, matrix), large ones cut into a part for each thread."""
+    threads = faiss.omp_get_max_threads()
     first = 0
     for matrix in matrices:
         pieces = max(1, min(threads, len(matrix) // SPLIT_ROWS))

@@ -475,6 +475,43 @@ def test_a_batch_answers_each_as_alone(split_index):
         )
 
 
+def test_searches_that_wait_are_answered_together(split_index, monkeypatch):
+    client, sizes, answer = client_of(split_index), [], Engine.search
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow(self, batch):
+        sizes.append(len(batch))
+        started.set()
+        go_on.wait(30)
+        if any(one.ask.text == "bad 3" for one in batch):
+            raise RuntimeError
+        return answer(self, batch)
+
+    monkeypatch.setattr(Engine, "search", slow)
+    waiting, prepare = threading.Semaphore(0), Engine.prepare
+
+    def counted(self, ask):
+        waiting.release()
+        return prepare(self, ask)
+
+    monkeypatch.setattr(Engine, "prepare", counted)
+    with client, ThreadPoolExecutor(8) as pool:
+        first = pool.submit(client.get, "/search?text=first")
+        assert started.wait(30)
+        rest = [pool.submit(client.get, f"/search?text=red {n}") for n in range(7)]
+        for _ in range(8):
+            assert waiting.acquire(timeout=30)
+        client.get("/healthz")  # behind the seven on the loop's way
+        go_on.set()
+        answers = [one.result() for one in (first, *rest)]
+        assert [a.status_code for a in answers] == [200] * 8 and sum(sizes) == 8 and len(sizes) < 5, sizes
+        ids = [[r["id"] for r in answer.json()["results"]] for answer in (answers[1], client.get("/search?text=red 0"))]
+        assert ids[0] == ids[1]
+        with contextlib.suppress(RuntimeError):  # one that fails ends its batch, and the next is answered
+            client.get("/search?text=bad 3")
+        assert client.get("/search?text=red 1").status_code == 200
+
+
 def test_an_index_is_followed_without_losing_a_request(own_index):
     engine = Engine(str(own_index), LIMITS, watch=False)
     client = TestClient(build_app({"index": Local(engine)}, None, LIMITS), base_url="http://localhost")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -31,52 +33,103 @@ class Backend(Protocol):
         """What another method of the engine returns."""
 
 
-class Local:
-    """An engine of this process."""
+class Worker:
+    """An engine on the threads of this process. Searches that arrive while a batch is answered form the next one.
 
-    def __init__(self, engine: Engine) -> None:
+    Ray Serve's own batching closes a batch before it waits for its turn: under load each search would be alone in its own.
+
+    Args:
+        threads: that one search may use; None: as the libraries choose.
+    """
+
+    def __init__(self, engine: Engine, threads: int | None = None) -> None:
         self.engine = engine
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="mmref")
-
-    async def search(self, ask: Ask) -> dict[str, Any]:
-        """Results of a query."""
-        answer, problem = await self._run(lambda: self.engine.search([self.engine.prepare(ask)])[0])
-        if problem:
-            raise Refused(problem)
-        return answer
-
-    async def call(self, method: str, *args: Any) -> Any:
-        """What another method of the engine returns."""
-        return await self._run(lambda: getattr(self.engine, method)(*args))
-
-    async def _run(self, work: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-
-class Replica:
-    """What Ray Serve runs. Refusals travel as values: Ray would turn exceptions into tracebacks."""
-
-    def __init__(self, index: str, limits: Limits, replicas: int) -> None:
-        threads = max(1, (os.cpu_count() or 1) // replicas)
-        self.engine = Engine(index, limits, threads)
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="mmref")
+        # libraries keep the number for each calling thread
+        prepare = (lambda: None) if threads is None else functools.partial(_use_threads, threads)
+        self._threads = ThreadPoolExecutor(THREADS, "mmref", prepare)
+        self._waiting: deque[tuple[Prepared, asyncio.Future[Reply]]] = deque()
+        self._batches: asyncio.Task[None] | None = None
 
     async def search(self, ask: Ask) -> Reply:
         """Prepared alone, answered with whatever else has arrived."""
         prepared, problem = await self.call("prepare", ask)
-        return (None, problem) if problem else await self.search_batch(prepared)
+        if problem:
+            return None, problem
+        loop = asyncio.get_running_loop()
+        reply: asyncio.Future[Reply] = loop.create_future()
+        self._waiting.append((prepared, reply))
+        if self._batches is None:
+            self._batches = loop.create_task(self._answer())
+        return await reply
 
-    async def search_batch(self, batch: Any) -> Any:
-        """Wrapped by `serve.batch`: called with one prepared query, it runs with a list of them."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.engine.search, batch)
+    async def _answer(self) -> None:
+        try:
+            while self._waiting:
+                batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+                batch = [(prepared, reply) for prepared, reply in batch if not reply.done()]  # whose clients have left
+                if batch:
+                    await self._answer_batch(*zip(*batch))
+        finally:
+            self._batches = None
+
+    async def _answer_batch(self, batch: tuple[Prepared, ...], replies: tuple[asyncio.Future[Reply], ...]) -> None:
+        try:
+            found = await self._run(self.engine.search, batch)
+        except Exception as error:
+            for reply in replies:
+                if not reply.done():
+                    reply.set_exception(error)
+            return
+        for reply, answer in zip(replies, found):
+            if not reply.done():
+                reply.set_result(answer)
 
     async def call(self, method: str, *args: Any) -> Reply:
-        """Another method of the engine."""
-        work = getattr(self.engine, method)
+        """Another method of the engine. Refusals travel as values: Ray would turn exceptions into tracebacks."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args), None
+            return await self._run(getattr(self.engine, method), *args), None
         except Refused as refused:
             return None, refused.problem
+
+    async def _run(self, work: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+
+def _use_threads(threads: int) -> None:
+    import faiss
+    import torch
+
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+
+
+class Local:
+    """An engine of this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self._worker = engine, Worker(engine)
+
+    async def search(self, ask: Ask) -> dict[str, Any]:
+        """Results of a query."""
+        return _answered(await self._worker.search(ask))
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """What another method of the engine returns."""
+        return _answered(await self._worker.call(method, *args))
+
+
+def _answered(reply: Reply) -> Any:
+    answer, problem = reply
+    if problem:
+        raise Refused(problem)
+    return answer
+
+
+class Replica(Worker):
+    """What Ray Serve runs."""
+
+    def __init__(self, index: str, limits: Limits, replicas: int) -> None:
+        super().__init__(Engine(index, limits), max(1, (os.cpu_count() or 1) // replicas))
 
 
 class Replicated:
@@ -107,17 +160,13 @@ class Replicated:
         until = time.monotonic() + PATIENCE_S
         while True:
             try:
-                answer, problem = await getattr(self.handle, method).remote(*args)
-                break
+                return _answered(await getattr(self.handle, method).remote(*args))
             except BackPressureError:
                 raise refuse(429, "Busy", "too many searches are waiting.", "Ask again in a moment.", 1) from None
             except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
                 if time.monotonic() > until:
                     raise
                 await asyncio.sleep(RETRY_S)
-        if problem:
-            raise Refused(problem)
-        return answer
 
 
 def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
@@ -132,8 +181,7 @@ def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled")
     deployment: Any = serve.deployment(
-        _batched(Replica),
-        name="Replica",
+        Replica,
         ray_actor_options={"num_cpus": 1},
         max_ongoing_requests=ONGOING,
         max_queued_requests=limits.in_flight,
@@ -146,15 +194,3 @@ def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
     except BaseException:  # an interrupt too: nothing is left running on a cluster
         serve.delete(name)
         raise
-
-
-def _batched(replica: type[Replica]) -> type[Replica]:
-    """The replica with its batches made by Ray Serve, which is loaded only here."""
-    from ray import serve
-
-    class BatchedReplica(replica):  # type: ignore[valid-type,misc]
-        @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)
-        async def search_batch(self, batch: list[Prepared]) -> list[Reply]:
-            return await super().search_batch(batch)
-
-    return BatchedReplica

@@ -62,16 +62,13 @@ class Engine:
 
     Args:
         index: directory of `mmref index`.
-        threads: that one search may use; None: as the libraries choose.
         watch: follow changes on disk.
 
     Raises:
         SearchIndexError: no complete index.
     """
 
-    def __init__(self, index: str, limits: Limits, threads: int | None = None, watch: bool = True) -> None:
-        if threads is not None:
-            _use_threads(threads)
+    def __init__(self, index: str, limits: Limits, watch: bool = True) -> None:
         self.limits = limits
         self._searcher = Searcher(index)
         self._info: tuple[Searcher, dict[str, Any]] | None = None
@@ -324,11 +321,3 @@ def _values(searcher: Searcher, column: str) -> list[list[Any]] | None:
         return None
     pairs = [(v["values"].as_py(), v["counts"].as_py()) for v in counted]
     return [[_plain(value), count] for value, count in sorted(pairs, key=lambda p: -p[1]) if value is not None]
-
-
-def _use_threads(threads: int) -> None:
-    import faiss
-    import torch
-
-    torch.set_num_threads(threads)
-    faiss.omp_set_num_threads(threads)

@@ -290,10 +290,15 @@ def test_the_benchmark_stops_trials_where_asha_would(tmp_path: Path) -> None:
         curve(1, {2: 3.0, 4: 9.0, 8: 20.0}),
         curve(2, {2: 6.0, 4: 5.0, 8: 9.0}),
     ]
-    found = benchmark.asha(trials, trials[1], run, SimpleNamespace(grace_steps=2, reduction=2.0))
+    found = benchmark.asha(trials, trials[1], run, SimpleNamespace(grace_steps=2, reduction=2.0, orders=30))
     # the second falls behind at step 2, the third at step 4, where the second, by then gone, must not count
     assert found["steps of each trial"] == [8, 2, 4] and found["steps"]["share"] == 14 / 24
     assert found["winner"] == {"all to the end": 1, "ASHA": 0} and found["score"]["ASHA"] == 7.0
+    # the second, lowest at step 2, lasts only in orders that let it go on with nobody to be compared with
+    orders = found["random orders"]
+    assert (
+        0.1 < orders["same winner"] < 0.7 and 0 < orders["points lost"] <= 13 and 0.4 < orders["share of the steps"] < 1
+    )
 
 
 # --- searchers and schedulers, with trials that only report

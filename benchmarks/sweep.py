@@ -111,12 +111,11 @@ def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespa
         return stopped, winner
 
     stopped, winner = judged(trials)
-    every = sum(t.steps for t in trials)
+    done, every = sum(t.steps for t in stopped), sum(t.steps for t in trials)
     rng = random.Random(0)
     shuffled = [judged(rng.sample(trials, len(trials))) for _ in range(args.orders)]
     return {
-        "steps": {"all to the end": every, "ASHA": sum(t.steps for t in stopped),
-                  "share": sum(t.steps for t in stopped) / every},
+        "steps": {"all to the end": every, "ASHA": done, "share": done / every},
         "steps of each trial": [t.steps for t in stopped],
         "winner": {"all to the end": leader.number, "ASHA": winner.number},
         "score": {"all to the end": leader.score, "ASHA": winner.score},

@@ -8,7 +8,6 @@ argsort and cumulative sums over the whole score matrix in torch. The last break
 """
 
 import argparse
-import json
 import os
 import platform
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from output import write_figures
 
 from mmref.evaluate.bootstrap import bootstrap_ci
 from mmref.evaluate.metrics import METRIC_NAMES, score_ranking, summarize
@@ -135,10 +135,7 @@ def main() -> None:
         "refinement": refinement_case(options.queries, options.gallery, 2600, 256, options.seed),
         "machine": {"cpus": os.cpu_count(), "processor": platform.processor(), "numpy": np.__version__},
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    write_figures(report, options.out)
 
 
 if __name__ == "__main__":

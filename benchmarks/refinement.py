@@ -7,20 +7,16 @@ python benchmarks/refinement.py runs/demo runs/other --halves 50 --out refinemen
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
+from output import write_figures
 
-from mmref.cluster import connect
-from mmref.evaluate.choose import config_grid, trained_space
-from mmref.evaluate.embed import embed_splits
-from mmref.evaluate.evaluate import open_run
+from mmref.evaluate.choose import config_grid
+from mmref.evaluate.evaluate import open_run, run_features
 from mmref.evaluate.metrics import METRIC_NAMES
 from mmref.evaluate.refinement import RefinementSettings, score_refinements
-from mmref.train.checkpoint import fetched, load_references
 
 CHOSEN_BY = ("mAP", "R@1", "R@1+mAP")
 SHOWN = ("R@1", "mAP")
@@ -29,10 +25,8 @@ SHOWN = ("R@1", "mAP")
 def per_query(run_dir: str) -> tuple[list[RefinementSettings], np.ndarray, np.ndarray]:
     """Settings; values (settings, queries, metrics) in percent on val, no refinement first; object of each query."""
     run, config, checkpoint = open_run(run_dir)
-    with connect(config.eval.workers):
-        val = embed_splits(config, run, checkpoint, config.data.root, ["val"])["val"]
-    with fetched(run, checkpoint, "references") as files:
-        space = trained_space(config, load_references(files, checkpoint.meta).numpy())
+    features, space = run_features(run, config, checkpoint, config.data.root, ["val"])
+    val = features["val"]
     if space is None:
         raise SystemExit(f"{run_dir}: trained without references, there is nothing to refine by.")
     queries, objects = val.text[val.queries.text], val.queries.objects
@@ -71,10 +65,7 @@ def main() -> None:
     fixed = RefinementSettings(weight=0.2, top_r=64, tau=0.05)
     result: dict[str, object] = {run: gains(run, args.halves, fixed) for run in args.runs}
     result["wall_s"] = time.perf_counter() - began
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text)
+    write_figures(result, args.out)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from output import write_figures
 
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.retrieval import index
@@ -189,10 +190,7 @@ def main() -> None:
     began = time.perf_counter()
     result = {**args.run(args), "threads": faiss.omp_get_max_threads(), "wall_s": 0.0}
     result["wall_s"] = time.perf_counter() - began
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text)
+    write_figures(result, args.out)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from output import write_figures
 from PIL import Image
 
 from mmref.retrieval.index import Manifest
@@ -397,10 +398,7 @@ def main() -> None:
     began = time.perf_counter()
     result = args.run(args)
     result |= {"cores": os.cpu_count(), "wall_s": time.perf_counter() - began}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text)
+    write_figures(result, args.out)
     if result.get("n_wrong") or result.get("growth", 0) > 0.1:
         raise SystemExit(1)
 

@@ -19,17 +19,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mmref.cluster import connect
+from output import write_figures
+
 from mmref.config import Config
-from mmref.evaluate.choose import choose_on_val, trained_space
-from mmref.evaluate.embed import embed_splits
-from mmref.evaluate.evaluate import open_run
+from mmref.evaluate.choose import choose_on_val
+from mmref.evaluate.evaluate import open_run, run_features
 from mmref.rundir import RunDir
-from mmref.train.checkpoint import fetched, load_references
 from tune.space import with_values
 from tune.sweep import Options, asha_scheduler
 from tune.trials import Trial, TrialLog, best_of, folder
@@ -49,10 +47,8 @@ def median_seconds(call: Callable[[], Any], rounds: int) -> float:
 def searcher(run_dir: str) -> tuple[Config, Callable[[Config], list[dict[str, Any]]]]:
     """A trial's config, and its search of a config's grid over its val features, which gives a row for each setting."""
     run, config, checkpoint = open_run(run_dir)
-    with connect(config.eval.workers):
-        val = embed_splits(config, run, checkpoint, config.data.root, ["val"])["val"]
-    with fetched(run, checkpoint, "references") as files:
-        space = trained_space(config, load_references(files, checkpoint.meta).numpy())
+    features, space = run_features(run, config, checkpoint, config.data.root, ["val"])
+    val = features["val"]
     return config, lambda c: choose_on_val(c, space, val.text, val.queries, val.image, val.image_objects)[1]
 
 
@@ -150,10 +146,7 @@ def main() -> None:
     leader = best_of(trials)
     if leader is None:
         parser.error(f"no trial of {run.path} has a score")
-    text = json.dumps(args.part(trials, leader, run, args), indent=1)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text + "\n")
+    write_figures(args.part(trials, leader, run, args), args.out)
 
 
 if __name__ == "__main__":

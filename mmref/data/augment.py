@@ -16,9 +16,9 @@ from mmref.config import DataConfig
 
 def normalize(images: Tensor, config: DataConfig) -> Tensor:
     """(n, H, W, 3) uint8 -> (n, 3, H, W) fp32, mean subtracted and divided by the standard deviation."""
-    mean = torch.tensor(config.image_mean, device=images.device) * 255
-    std = torch.tensor(config.image_std, device=images.device) * 255
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+    mean = torch.tensor(config.image_mean, device=images.device)[:, None, None] * 255
+    std = torch.tensor(config.image_std, device=images.device)[:, None, None] * 255
+    return images.permute(0, 3, 1, 2).contiguous().float().sub_(mean).div_(std)
 
 
 def augment(images: Tensor, config: DataConfig, seed: int, step: int, first: int, total: int) -> Tensor:
@@ -39,11 +39,12 @@ def augment(images: Tensor, config: DataConfig, seed: int, step: int, first: int
     generator = torch.Generator().manual_seed((seed * 2_000_003 + step) % (1 << 62))
     draws = torch.rand(total, 10, generator=generator)[first : first + n].to(images.device)  # (n, 10)
     erased = torch.rand(total, generator=generator)[first : first + n].to(images.device) < config.erase  # (n,)
-    x = normalize(images, config)
-    if config.crop_padding > 0:
-        x = _shift(x, draws[:, 0], draws[:, 1], config.crop_padding)
+    if config.crop_padding > 0:  # what moves pixels does so while they are bytes
+        images = _shift(images, draws[:, 0], draws[:, 1], config.crop_padding)
     if config.flip > 0:
-        x = torch.where((draws[:, 2] < config.flip)[:, None, None, None], x.flip(3), x)
+        flipped = draws[:, 2] < config.flip
+        images = images.index_put((flipped,), images[flipped].flip(2))
+    x = normalize(images, config)
     if config.colour_jitter > 0:
         x = _jitter(x, draws[:, 3:6], config.colour_jitter)
     if config.erase > 0:
@@ -51,14 +52,15 @@ def augment(images: Tensor, config: DataConfig, seed: int, step: int, first: int
     return x
 
 
-def _shift(x: Tensor, dy: Tensor, dx: Tensor, pad: int) -> Tensor:
-    """Pad the border by its edge pixels and cut each image out at its own offset."""
-    n, _, height, width = x.shape
-    padded = torch.nn.functional.pad(x, (pad, pad, pad, pad), mode="replicate")
-    rows = (dy * (2 * pad + 1)).long().clamp(max=2 * pad)[:, None] + torch.arange(height, device=x.device)  # (n, H)
-    cols = (dx * (2 * pad + 1)).long().clamp(max=2 * pad)[:, None] + torch.arange(width, device=x.device)  # (n, W)
-    each = torch.arange(n, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[each, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+def _shift(images: Tensor, dy: Tensor, dx: Tensor, pad: int) -> Tensor:
+    """Cut each image (n, H, W, 3) out at its own offset within `pad`; beyond the border its edge pixels go on."""
+    n, height, width, _ = images.shape
+    down = (dy * (2 * pad + 1)).long().clamp(max=2 * pad)[:, None] - pad  # (n, 1)
+    right = (dx * (2 * pad + 1)).long().clamp(max=2 * pad)[:, None] - pad
+    rows = (down + torch.arange(height, device=images.device)).clamp(0, height - 1)  # (n, H)
+    cols = (right + torch.arange(width, device=images.device)).clamp(0, width - 1)  # (n, W)
+    each = torch.arange(n, device=images.device)[:, None, None]
+    return images[each, rows[:, :, None], cols[:, None, :]]
 
 
 def _jitter(x: Tensor, draws: Tensor, strength: float) -> Tensor:

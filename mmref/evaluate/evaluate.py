@@ -32,6 +32,16 @@ def open_run(run_dir: str) -> tuple[RunDir, Config, CheckpointInfo]:
     return run, run.read_config(), best_checkpoint(run)
 
 
+def run_features(
+    run: RunDir, config: Config, checkpoint: CheckpointInfo, root: str, splits: list[str]
+) -> tuple[dict[str, SplitFeatures], ReferenceSpace | None]:
+    """Features of splits of the shard set `root` by name, and the references of the checkpoint; None where it has none."""
+    with connect(config.eval.workers):
+        features = embed_splits(config, run, checkpoint, root, splits)
+    with fetched(run, checkpoint, "references") as folder:
+        return features, trained_space(config, load_references(folder, checkpoint.meta).numpy())
+
+
 def evaluate_run(
     run_dir: str, data: str | None = None, split: str = "test", out: str | None = None, workers: int | None = None,
     report: bool = True,
@@ -59,11 +69,8 @@ def evaluate_run(
         config.eval.workers = workers
     began = time.perf_counter()
     tuned_on = "val" if "val" in shards.splits else split
-    with connect(config.eval.workers):
-        features = embed_splits(config, run, checkpoint, root, sorted({split, tuned_on}))
+    features, space = run_features(run, config, checkpoint, root, sorted({split, tuned_on}))
     embedded = time.perf_counter() - began
-    with fetched(run, checkpoint, "references") as folder:
-        space = trained_space(config, load_references(folder, checkpoint.meta).numpy())
     val = features[tuned_on]
     chosen = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
     evaluation = Evaluation(config, features[split], space, *chosen)

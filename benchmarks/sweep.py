@@ -1,13 +1,16 @@
-"""What a sweep saves. Two parts, both from a sweep that has ended:
+"""What a sweep saves. Three parts, all from a sweep that has ended:
 
 refinement  counts trainings and times: every setting of the grid scored on the best trial's val features at each evaluation, as
             a sweep does, against a training for every setting, and against a trial that draws one setting at random
 asha        of a sweep with `--scheduler none`: where ASHA would have stopped each trial, judging them one after the other,
             the steps that leaves, and the winner then; the same on average over random orders, since the first trials
             have nobody to be compared with
+unstopped   of a sweep with ASHA: copies of the trials that it stopped go on to their ends, and the steps it ran and the winner it
+            named stand beside those of all trials run to the end
 
 python benchmarks/sweep.py refinement runs/sweep --out refinement.json
 python benchmarks/sweep.py asha runs/full --grace-steps 60 --out asha.json
+python benchmarks/sweep.py unstopped runs/sweep --copies runs/unstopped --out unstopped.json
 """
 
 from __future__ import annotations
@@ -15,23 +18,36 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from output import write_figures
 
-from mmref.config import Config
+from mmref.config import Config, load_config
 from mmref.evaluate.choose import choose_on_val
 from mmref.evaluate.evaluate import open_run, run_features
 from mmref.rundir import RunDir
 from tune.space import with_values
 from tune.sweep import Options, asha_scheduler
+from tune.trial import evaluations
 from tune.trials import Trial, TrialLog, best_of, folder
 
+GO_ON = """
+import sys
+from mmref.config import load_config
+from mmref.train.trainer import train
+
+train(load_config(sys.argv[1:]), final_evaluation=False)
+"""
 CLOSE = 0.1  # points: a setting this near the best is as good
 
 
@@ -124,10 +140,46 @@ def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespa
     }  # fmt: skip
 
 
+def unstopped(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
+    options = Options(**json.loads(run.read_text("sweep.json")))
+    steps = options.trial_steps or run.read_config().train.max_steps
+    with ThreadPoolExecutor(args.at_once) as pool:
+        ended = list(pool.map(lambda t: to_the_end(t, run, Path(args.copies).absolute()), trials))
+    best = best_of(ended)
+    assert best is not None  # the leader has a score
+    done = sum(t.steps for t in trials)
+    return {
+        "steps": {"all to the end": len(trials) * steps, "ASHA": done, "share": done / (len(trials) * steps)},
+        "winner": {"all to the end": best.number, "ASHA": leader.number},
+        "score": {"all to the end": best.score, "ASHA": leader.score},
+        "score of each trial": {t.number: t.score for t in ended},
+    }
+
+
+def to_the_end(trial: Trial, run: RunDir, copies: Path) -> Trial:
+    """The trial with the evaluations that it lacks. Its copy, in `copies`, goes on where an earlier call was stopped."""
+    if trial.status != "stopped-early":
+        return trial
+    place = copies / f"{trial.number:03d}"
+    if not place.exists():
+        shutil.copytree(Path(run.path) / folder(trial.number), place)
+    config = load_config(["--config", f"{place}/config.yaml", "--run_dir", str(place)])
+    with open(copies / f"{trial.number:03d}.log", "w") as log:
+        subprocess.run(
+            [sys.executable, "-c", GO_ON, "--config", f"{place}/config.yaml", "--run_dir", str(place)],
+            stdout=log, stderr=subprocess.STDOUT, check=True,
+        )  # fmt: skip
+    ended = replace(trial, results=evaluations(config, RunDir(str(place))))
+    print(
+        f"trial {trial.number}: {trial.score:.2f} at step {trial.steps}, {ended.score:.2f} in the end", file=sys.stderr
+    )
+    return ended
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    for part in (refinement, asha):
+    for part in (refinement, asha, unstopped):
         command = parts.add_parser(part.__name__)
         command.add_argument("sweep", metavar="DIR", help="run directory of a sweep")
         command.add_argument("--out", metavar="FILE", help="JSON file")
@@ -139,6 +191,10 @@ def main() -> None:
     parts.choices["asha"].add_argument("--reduction", type=float, default=3.0, help="default: %(default)s")
     parts.choices["asha"].add_argument(
         "--orders", type=int, default=200, help="random orders of the trials (default: 200)"
+    )
+    parts.choices["unstopped"].add_argument("--copies", metavar="DIR", required=True, help="folder for the copies")
+    parts.choices["unstopped"].add_argument(
+        "--at-once", type=int, default=2, help="trainings at a time (default: %(default)s)"
     )
     args = parser.parse_args()
     run = RunDir(args.sweep)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmref.config import Config, LossConfig, ReferenceConfig
 from mmref.errors import ModelError
@@ -140,7 +141,10 @@ class MMRef(nn.Module):
         device = self.log_scale.device.type
         # evaluation brings other shapes, a compilation each, for a few batches
         eager = torch.compiler.set_stance("force_eager") if self.compiled and not self.training else nullcontext()
-        with eager, torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+        # on a CPU the fused attention of bf16 takes several times as long in its backward pass as plain products do
+        plain = self.bf16 and device == "cpu" and torch.is_grad_enabled()
+        attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+        with eager, attention, torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             if pixels is not None:
                 image_global, image_tokens = self.backbone.encode_image(pixels)
                 image = nn.functional.normalize(image_global.float(), dim=-1)

@@ -277,8 +277,9 @@ def test_asha_knows_the_trials_that_ended_before() -> None:
     assert not stops([], 0.1), "nobody to be compared with"
 
 
-def test_the_benchmark_stops_trials_where_asha_would(tmp_path: Path) -> None:
+def test_the_benchmark_stops_trials_where_asha_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(__file__).parents[2] / "benchmarks" / "sweep.py"
+    monkeypatch.syspath_prepend(path.parent)  # as for the script itself
     spec = importlib.util.spec_from_file_location("sweep_benchmark", path)
     assert spec is not None and spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)

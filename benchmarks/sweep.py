@@ -112,11 +112,12 @@ def let_make(scheduler: Any, trial: Trial) -> list[dict[str, Any]]:
 
 def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
     options = Options(**json.loads(run.read_text("sweep.json")))
-    steps = options.trial_steps or run.read_config().train.max_steps
+    config = run.read_config()
+    config = with_values(config, {"train.max_steps": options.trial_steps or config.train.max_steps})
     options = replace(options, grace_steps=args.grace_steps, reduction=args.reduction)
 
     def judged(order: list[Trial]) -> tuple[list[Trial], Trial]:
-        scheduler = asha_scheduler(steps, options, [])
+        scheduler = asha_scheduler(config, options, [])
         stopped = [replace(t, results=let_make(scheduler, t)) for t in order]
         winner = best_of(stopped)
         assert winner is not None  # the leader's first evaluation is never left out
@@ -187,7 +188,7 @@ def main() -> None:
     parts.choices["refinement"].add_argument(
         "--rounds", type=int, default=5, help="searches timed (default: %(default)s)"
     )
-    parts.choices["asha"].add_argument("--grace-steps", type=int, help="default: a quarter of a trial")
+    parts.choices["asha"].add_argument("--grace-steps", type=int, help="default: as in mmref tune")
     parts.choices["asha"].add_argument("--reduction", type=float, default=3.0, help="default: %(default)s")
     parts.choices["asha"].add_argument(
         "--orders", type=int, default=200, help="random orders of the trials (default: 200)"

@@ -57,7 +57,7 @@ class Options:
     pareto: bool = False
     max_concurrent: int | None = None  # None: as many as fit
     trial_steps: int | None = None  # None: as many as the config's
-    grace_steps: int | None = None  # None: a quarter of a trial
+    grace_steps: int | None = None  # None: until guidance is full, at least a quarter of a trial
     reduction: float = 3.0
     final_seeds: int = 0  # trainings of the best config and of the default, each
 
@@ -93,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trial-steps", type=_positive, metavar="N",
                         help="length of a trial (default: train.max_steps); best.yaml keeps train.max_steps")  # fmt: skip
     parser.add_argument("--grace-steps", type=_positive, metavar="N",
-                        help="steps before ASHA may stop a trial (default: a quarter of a trial)")  # fmt: skip
+                        help="steps before ASHA may stop a trial (default: until guidance has its full weight, "
+                             "loss.guide_full, and at least a quarter of a trial)")  # fmt: skip
     parser.add_argument("--reduction", type=float, default=3.0, metavar="R",
                         help="ASHA lets about the best 1/R pass each rung (default: %(default)s)")  # fmt: skip
     parser.add_argument("--final-seeds", type=int, metavar="N",
@@ -192,7 +193,7 @@ def check_options(options: Options, space: Space) -> None:
 def prepare(base: Config, space: Space, options: Options, run: RunDir) -> Config:
     """The config that best.yaml starts from, everything checked that needs no Ray."""
     steps = options.trial_steps or base.train.max_steps
-    if options.scheduler == "asha" and base.train.eval_every > (grace := grace_steps(options, steps)):
+    if options.scheduler == "asha" and base.train.eval_every > (grace := grace_steps(options, base, steps)):
         raise ConfigError(
             f"ASHA is to judge trials of {steps} steps from step {grace} on, and they are evaluated every "
             f"{base.train.eval_every} steps: set `--train.eval_every` to at most {grace}, or `--grace-steps` higher."
@@ -204,9 +205,10 @@ def prepare(base: Config, space: Space, options: Options, run: RunDir) -> Config
     return base
 
 
-def grace_steps(options: Options, trial_steps: int) -> int:
-    """Steps before ASHA may stop a trial."""
-    return min(trial_steps, options.grace_steps or max(1, trial_steps // 4))
+def grace_steps(options: Options, config: Config, trial_steps: int) -> int:
+    """Steps before ASHA may stop a trial. Before guidance is full their order says little of the end (docs/tuning.md)."""
+    share = max(0.25, config.loss.guide_full if config.loss.w_guide > 0 else 0.0)
+    return min(trial_steps, options.grace_steps or max(1, round(share * trial_steps)))
 
 
 def _run(base: Config, space: Space, options: Options, run: RunDir) -> Config:
@@ -269,7 +271,7 @@ def _search(
         tune_config=tune.TuneConfig(
             num_samples=left,
             search_alg=Numbered(log, propose, options.trials),
-            scheduler=asha_scheduler(config.train.max_steps, options, ended) if options.scheduler == "asha" else None,
+            scheduler=asha_scheduler(config, options, ended) if options.scheduler == "asha" else None,
             max_concurrent_trials=concurrent,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -290,8 +292,8 @@ def _search(
         run.remove("tune")
 
 
-def asha_scheduler(steps: int, options: Options, ended: list[Trial]) -> Any:
-    """ASHA over trials of so many steps that knows the ones that have ended.
+def asha_scheduler(config: Config, options: Options, ended: list[Trial]) -> Any:
+    """ASHA over trials of the config's length that knows the ones that have ended.
 
     The longest trial ends by itself, so that nothing is stopped at its last step.
     """
@@ -301,8 +303,8 @@ def asha_scheduler(steps: int, options: Options, ended: list[Trial]) -> Any:
         time_attr="step",
         metric="score",
         mode="max",
-        max_t=steps + 1,
-        grace_period=grace_steps(options, steps),
+        max_t=config.train.max_steps + 1,
+        grace_period=grace_steps(options, config, config.train.max_steps),
         reduction_factor=options.reduction,
     )
     for trial in ended:

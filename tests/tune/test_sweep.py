@@ -23,7 +23,7 @@ from tune import trial as trial_module
 from tune.display import Display
 from tune.recorder import Recorder
 from tune.results import format_trials
-from tune.space import Space, read_space
+from tune.space import Space, read_space, with_values
 from tune.sweep import Options, asha_scheduler, check_options, main, prepare, resume, sweep
 from tune.trials import Trial, TrialLog, folder
 
@@ -87,11 +87,14 @@ def test_a_sweep_that_did_not_fit_may_be_asked_for_again(
 def test_asha_needs_evaluations_as_often_as_it_judges(
     tmp_path: Path, space: Space, make_config: Callable[..., Config]
 ) -> None:
-    config = make_config({"run_dir": str(tmp_path / "sweep"), "train.max_steps": 80, "train.eval_every": 30})
-    with pytest.raises(ConfigError, match=r"from step 20 on.*every 30 steps: set `--train\.eval_every` to at most 20"):
-        sweep(config, space, Options(trials=1))
+    changed = {"train.max_steps": 80, "train.eval_every": 40, "loss.w_guide": 0.5, "loss.guide_full": 0.4}
+    config = make_config({"run_dir": str(tmp_path / "sweep"), **changed})
+    with pytest.raises(ConfigError, match=r"from step 32 on.*every 40 steps: set `--train\.eval_every` to at most 32"):
+        sweep(config, space, Options(trials=1))  # guidance is full at 0.4 of the 80 steps
+    with pytest.raises(ConfigError, match="from step 20 on"):
+        sweep(with_values(config, {"loss.w_guide": 0.0}), space, Options(trials=1))
     prepare(config, space, Options(1, scheduler="none"), RunDir(config.run_dir))
-    prepare(config, space, Options(1, grace_steps=30), RunDir(config.run_dir))
+    prepare(config, space, Options(1, grace_steps=40), RunDir(config.run_dir))
 
 
 @pytest.mark.parametrize(
@@ -265,9 +268,11 @@ def curve(number: int, scores: dict[int, float]) -> Trial:
     return Trial(number, {}, "finished", [{"step": step, "score": score} for step, score in scores.items()])
 
 
-def test_asha_knows_the_trials_that_ended_before() -> None:
+def test_asha_knows_the_trials_that_ended_before(make_config: Callable[..., Config]) -> None:
+    config = make_config({"train.max_steps": 12})
+
     def stops(ended: list[Trial], score: float) -> bool:
-        asha = asha_scheduler(12, Options(4, grace_steps=2, reduction=2.0), ended)
+        asha = asha_scheduler(config, Options(4, grace_steps=2, reduction=2.0), ended)
         new: Any = SimpleNamespace(trial_id="new")
         asha.on_trial_add(None, new)
         return bool(asha.on_trial_result(None, new, {"step": 2, "score": score}) == "STOP")
@@ -277,7 +282,9 @@ def test_asha_knows_the_trials_that_ended_before() -> None:
     assert not stops([], 0.1), "nobody to be compared with"
 
 
-def test_the_benchmark_stops_trials_where_asha_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_stops_trials_where_asha_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., Config]
+) -> None:
     path = Path(__file__).parents[2] / "benchmarks" / "sweep.py"
     monkeypatch.syspath_prepend(path.parent)  # as for the script itself
     spec = importlib.util.spec_from_file_location("sweep_benchmark", path)
@@ -285,6 +292,7 @@ def test_the_benchmark_stops_trials_where_asha_would(tmp_path: Path, monkeypatch
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     run = RunDir(str(tmp_path))
+    run.write_text("config.yaml", dump_yaml(make_config()))
     run.write_text("sweep.json", json.dumps({"trials": 3, "scheduler": "none", "trial_steps": 8}))
     trials = [
         curve(0, {2: 5.0, 4: 6.0, 8: 7.0}),

@@ -54,10 +54,17 @@ class MMRef(nn.Module):
         gradient_checkpointing: bool = False,
         bf16: bool = False,
         objects: int = 0,
+        plain_attention: bool = False,
     ) -> None:
-        """objects: of training, which `loss.w_id` classifies; 0 for a model that is only to encode."""
+        """
+        Args:
+            objects: of training, which `loss.w_id` classifies; 0 for a model that is only to encode.
+            plain_attention: train with products and a softmax in place of PyTorch's fused attention, whose backward pass
+                in bf16 takes several times as long on a CPU.
+        """
         super().__init__()
         self.backbone, self.bf16, self.compiled = backbone, bf16, False
+        self.plain_attention = plain_attention
         self.frozen = False
         self.rec_detach_text = loss.rec_detach_text
         # shape (1,): DeepSpeed cannot broadcast 0-dim parameters
@@ -141,8 +148,7 @@ class MMRef(nn.Module):
         device = self.log_scale.device.type
         # evaluation brings other shapes, a compilation each, for a few batches
         eager = torch.compiler.set_stance("force_eager") if self.compiled and not self.training else nullcontext()
-        # on a CPU the fused attention of bf16 takes several times as long in its backward pass as plain products do
-        plain = self.bf16 and device == "cpu" and torch.is_grad_enabled()
+        plain = self.plain_attention and torch.is_grad_enabled()
         attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
         with eager, attention, torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             if pixels is not None:
@@ -190,7 +196,8 @@ def build_model(config: Config, vocab_size: int, objects: int = 0) -> MMRef:
                 f"text tower: set data.max_tokens to at most {backbone.max_positions}."
             )
         bf16 = train.precision == "bf16" or (train.precision == "auto" and computes_in_bf16(train.gpu))
-        model = MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16, objects)
+        plain = bf16 and not train.gpu
+        model = MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16, objects, plain)
         if config.model.freeze_backbone:
             model.freeze_towers()
         return model

@@ -32,7 +32,7 @@ from typing import Any
 
 from output import write_figures
 
-from mmref.config import Config, load_config
+from mmref.config import Config
 from mmref.evaluate.choose import choose_on_val
 from mmref.evaluate.evaluate import open_run, run_features
 from mmref.rundir import RunDir
@@ -110,10 +110,14 @@ def let_make(scheduler: Any, trial: Trial) -> list[dict[str, Any]]:
     return trial.results
 
 
+def swept(run: RunDir) -> tuple[Options, Config]:
+    """How a sweep was run, and its config at the length of a trial."""
+    options, config = Options(**json.loads(run.read_text("sweep.json"))), run.read_config()
+    return options, with_values(config, {"train.max_steps": options.trial_steps or config.train.max_steps})
+
+
 def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
-    options = Options(**json.loads(run.read_text("sweep.json")))
-    config = run.read_config()
-    config = with_values(config, {"train.max_steps": options.trial_steps or config.train.max_steps})
+    options, config = swept(run)
     options = replace(options, grace_steps=args.grace_steps, reduction=args.reduction)
 
     def judged(order: list[Trial]) -> tuple[list[Trial], Trial]:
@@ -142,15 +146,14 @@ def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespa
 
 
 def unstopped(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
-    options = Options(**json.loads(run.read_text("sweep.json")))
-    steps = options.trial_steps or run.read_config().train.max_steps
+    every = len(trials) * swept(run)[1].train.max_steps
     with ThreadPoolExecutor(args.at_once) as pool:
         ended = list(pool.map(lambda t: to_the_end(t, run, Path(args.copies).absolute()), trials))
     best = best_of(ended)
     assert best is not None  # the leader has a score
     done = sum(t.steps for t in trials)
     return {
-        "steps": {"all to the end": len(trials) * steps, "ASHA": done, "share": done / (len(trials) * steps)},
+        "steps": {"all to the end": every, "ASHA": done, "share": done / every},
         "winner": {"all to the end": best.number, "ASHA": leader.number},
         "score": {"all to the end": best.score, "ASHA": leader.score},
         "score of each trial": {t.number: t.score for t in ended},
@@ -164,13 +167,13 @@ def to_the_end(trial: Trial, run: RunDir, copies: Path) -> Trial:
     place = copies / f"{trial.number:03d}"
     if not place.exists():
         shutil.copytree(Path(run.path) / folder(trial.number), place)
-    config = load_config(["--config", f"{place}/config.yaml", "--run_dir", str(place)])
     with open(copies / f"{trial.number:03d}.log", "w") as log:
         subprocess.run(
             [sys.executable, "-c", GO_ON, "--config", f"{place}/config.yaml", "--run_dir", str(place)],
             stdout=log, stderr=subprocess.STDOUT, check=True,
         )  # fmt: skip
-    ended = replace(trial, results=evaluations(config, RunDir(str(place))))
+    copy = RunDir(str(place))
+    ended = replace(trial, results=evaluations(copy.read_config(), copy))
     print(
         f"trial {trial.number}: {trial.score:.2f} at step {trial.steps}, {ended.score:.2f} in the end", file=sys.stderr
     )

@@ -92,6 +92,8 @@ class ModelConfig:
     """Train only projections, adapters and heads."""
     feature_cache: str = ""
     """Folder on a node's own disk that keeps the tokens of a frozen pair, so that each input is encoded once; empty: none."""
+    feature_cache_gb: float = 10.0
+    """Most that each tower's tokens may take of that disk; what does not fit is encoded every time."""
 
 
 @dataclass
@@ -485,6 +487,8 @@ def _check_towers(config: Config) -> None:
             "`model.adapter_layers` and `model.feature_cache` are for a pair of towers (`model.vision`, `model.text`); a dual "
             "encoder (`model.dual`) brings its own projections."
         )
+    if m.feature_cache_gb <= 0:
+        raise ConfigError(f"`model.feature_cache_gb` must be above 0, found {m.feature_cache_gb}.")
     if not m.feature_cache:
         return
     if not m.freeze_backbone:
@@ -563,7 +567,8 @@ def config_hash(config: Config) -> str:
     for key in ("readers", "steps_per_task", "cache_gb", "cache_dir"):
         values["data"].pop(key)
     values["reference"].pop("rows_on")
-    values["model"].pop("feature_cache")
+    for key in ("feature_cache", "feature_cache_gb"):
+        values["model"].pop(key)
     values.pop("eval")
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -166,19 +166,11 @@ class PairBackbone(nn.Module):
     vision_model: Any
     text_model: Any
 
-    def __init__(
-        self,
-        vision: Any,
-        text: Any,
-        embed_dim: int,
-        pool: str = "auto",
-        adapter_layers: int = 0,
-        feature_cache: str = "",
-    ) -> None:
-        """feature_cache: folder for the tokens of frozen towers, "" for none."""
+    def __init__(self, vision: Any, text: Any, config: ModelConfig) -> None:
         super().__init__()
         self.vision_model, self.text_model = vision, text
-        self.pool = "mean" if pool == "auto" and adapter_layers else pool
+        embed_dim, adapter_layers = config.embed_dim, config.adapter_layers
+        self.pool = "mean" if config.pool == "auto" and adapter_layers else config.pool
         if self.pool != "auto":  # a pooler nobody reads would be a parameter without a gradient
             towers: tuple[Any, Any] = (vision, text)
             for tower in towers:
@@ -199,8 +191,11 @@ class PairBackbone(nn.Module):
         self.native_size = (size, size) if isinstance(size, int) else (tuple(size) if size else None)
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(vision.forward).parameters
         self.keeps = True  # off: inputs that will not come again pass by the cache
-        self._kept_images = FrozenTokens(feature_cache, vision) if feature_cache else None
-        self._kept_texts = FrozenTokens(feature_cache, text) if feature_cache else None
+        kept = [
+            FrozenTokens(config.feature_cache, tower, config.feature_cache_gb) if config.feature_cache else None
+            for tower in (vision, text)
+        ]
+        self._kept_images, self._kept_texts = kept
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         if self._kept_images is not None and self.keeps:
@@ -265,10 +260,7 @@ def build_backbone(config: ModelConfig, vocab_size: int) -> Backbone:
         backbone = PairBackbone(
             load_tower(config.vision, config.vision_config, "model.vision"),
             load_tower(config.text, config.text_config, "model.text"),
-            config.embed_dim,
-            config.pool,
-            config.adapter_layers,
-            config.feature_cache,
+            config,
         )
     if vocab_size > backbone.vocab_size:  # a mask token added to a tokenizer without one (CLIP)
         backbone.text_model.resize_token_embeddings(vocab_size, mean_resizing=False)

@@ -2,13 +2,15 @@
 
 An entry is found by the SHA-256 of its input, so whatever changes an input (a flip, another size) has an entry of its own; the
 file's name is the fingerprint of the tower, so that other weights never find these entries. Tokens are kept in half precision,
-and a tower's own answer is rounded alike: a first epoch and a later one see the same numbers.
+and a tower's own answer is rounded alike: a first epoch and a later one see the same numbers. A file grows to its limit, or to
+the disk's; what has no place in it is encoded every time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +21,16 @@ from torch import Tensor, nn
 
 from mmref.errors import StorageError
 
+logger = logging.getLogger(__name__)
+
 Run = Callable[[Tensor], Tensor]  # rows of the batch to compute (m,) -> their tokens (m, N, w)
 
 
 class FrozenTokens:
     """Tokens of one tower. Several processes of a node share the files; on a network file system they cannot."""
 
-    def __init__(self, folder: str, tower: nn.Module) -> None:
-        self.folder, self.tower = os.path.expanduser(folder), tower
+    def __init__(self, folder: str, tower: nn.Module, limit_gb: float) -> None:
+        self.folder, self.tower, self.limit_gb = os.path.expanduser(folder), tower, limit_gb
         self._stores: dict[str, TokenFile] = {}
         self._seen: tuple[int, str] = (-1, "")
 
@@ -66,7 +70,7 @@ class FrozenTokens:
             self._seen = version, fingerprint(tensors)
         name = f"{self._seen[1]}-{'bf16' if bf16 else 'fp32'}.sqlite"
         if name not in self._stores:
-            self._stores[name] = TokenFile(os.path.join(self.folder, name))
+            self._stores[name] = TokenFile(os.path.join(self.folder, name), self.limit_gb)
         return self._stores[name]
 
 
@@ -85,16 +89,18 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 class TokenFile:
-    """Half precision tokens (n, w) by key in one SQLite file. Raises StorageError."""
+    """Half precision tokens (n, w) by key in one SQLite file of at most `limit_gb`. Raises StorageError."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, limit_gb: float) -> None:
+        self.path, self.limit_gb, self.full = path, limit_gb, False
         with self._named_errors():
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self.connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
             self.connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
             self.connection.execute("PRAGMA synchronous=OFF")  # a lost entry is computed again
             self.connection.execute("CREATE TABLE IF NOT EXISTS tokens (key BLOB PRIMARY KEY, width INT, value BLOB)")
+            (page,) = self.connection.execute("PRAGMA page_size").fetchone()
+            self.connection.execute(f"PRAGMA max_page_count={max(1, int(limit_gb * 1e9 / page))}")
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -115,9 +121,22 @@ class TokenFile:
             return {key: np.frombuffer(value, np.float16).reshape(-1, width) for key, width, value in rows}
 
     def write(self, tokens: dict[bytes, np.ndarray]) -> None:
-        """Add tokens; another process may have been faster."""
+        """Add tokens, all or none; another process may have been faster. Once they do not fit, none are added any more."""
+        if self.full:
+            return
         rows = [(key, t.shape[-1], t.tobytes()) for key, t in tokens.items()]
         with self._named_errors():
-            self.connection.execute("BEGIN IMMEDIATE")
-            self.connection.executemany("INSERT OR IGNORE INTO tokens VALUES (?, ?, ?)", rows)
-            self.connection.execute("COMMIT")
+            try:
+                self.connection.execute("BEGIN IMMEDIATE")
+                self.connection.executemany("INSERT OR IGNORE INTO tokens VALUES (?, ?, ?)", rows)
+                self.connection.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                    raise
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
+                self.full = True
+                logger.warning(
+                    "%s is full (`model.feature_cache_gb` is %s, or its disk has no space): what is not in it is encoded "
+                    "every time.", self.path, self.limit_gb,
+                )  # fmt: skip

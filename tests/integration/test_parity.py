@@ -106,6 +106,19 @@ def test_irra_s_objective(tmp_path: Path, tiny_set: Path) -> None:
     assert (losses[-1, 5:] < losses[0, 5:]).all(), "classification and masked words are not learned"
 
 
+def test_kept_tokens_of_frozen_towers(tmp_path: Path, tiny_set: Path) -> None:
+    """Two sharded workers that fill and read the same files learn what one does."""
+
+    def frozen(name: str, **scale: int) -> dict[str, Any]:
+        kept = {"model__freeze_backbone": True, "model__adapter_layers": 1, "model__feature_cache": str(tmp_path / name)}
+        return tiny(tiny_set, **kept, data__crop_padding=0, data__erase=0.0, **scale)
+
+    expected = run(tmp_path / "1", frozen("a"), 1)
+    found = run(tmp_path / "2", frozen("b", train__workers=2, train__accumulation=2, train__zero_stage=2), 2)
+    assert len(list((tmp_path / "b").glob("*.sqlite"))) == 2, "a file a tower"
+    compare(expected, found)
+
+
 @pytest.mark.parametrize(("saver", "loader"), [((2, 1), (1, 3)), ((1, 3), (2, 2)), ((2, 2), (2, 0))])
 def test_checkpoint_continues_on_other_workers_and_stages(
     tmp_path: Path, tiny_set: Path, alone: dict[str, Any], saver: tuple[int, int], loader: tuple[int, int]

@@ -124,7 +124,7 @@ def test_adapters_learn_from_kept_tokens_what_they_learn_without(cached, make_co
 
 def test_a_file_that_is_no_cache_is_a_named_error(tmp_path):
     tower = torch.nn.Linear(2, 2)
-    kept = FrozenTokens(str(tmp_path), tower)
+    kept = FrozenTokens(str(tmp_path), tower, 1.0)
     x = torch.randn(2, 3, 2)
     kept(x, None, lambda rows: tower(x[rows]))
     file = next(tmp_path.glob("*.sqlite"))
@@ -132,10 +132,30 @@ def test_a_file_that_is_no_cache_is_a_named_error(tmp_path):
         other.unlink()
     file.write_bytes(b"no database" * 100)
     with pytest.raises(StorageError, match=rf"{file.name}.*Remove the file"):
-        FrozenTokens(str(tmp_path), tower)(x, None, lambda rows: tower(x[rows]))
+        FrozenTokens(str(tmp_path), tower, 1.0)(x, None, lambda rows: tower(x[rows]))
+
+
+def test_a_full_file_keeps_what_it_has_and_nothing_stops(tmp_path, caplog):
+    tower, calls = torch.nn.Linear(64, 64), []
+
+    def run(x):
+        return lambda rows: (calls.append(len(rows)), tower(x[rows]))[1]
+
+    kept = FrozenTokens(str(tmp_path), tower, limit_gb=60e-6)  # 8 kB an entry
+    batches = [torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    first = [kept(x, None, run(x)) for x in batches]
+    again = [kept(x, None, run(x)) for x in batches]
+    for a, b, x in zip(first, again, batches):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+        torch.testing.assert_close(a, tower(x).detach(), atol=2e-3, rtol=0)
+    assert calls == [4, 4, 4, 4, 4], "one batch was kept, the others had no place"
+    (file,) = tmp_path.glob("*.sqlite")
+    assert file.stat().st_size <= 60_000
+    assert [r.message.count("feature_cache_gb") for r in caplog.records] == [1], "said once"
 
 
 @pytest.mark.parametrize("overrides, said", [
+    ({"model.feature_cache_gb": 0.0}, "feature_cache_gb"),
     ({"model.freeze_backbone": False}, "freeze_backbone"), ({"data.crop_padding": 2}, "data.crop_padding: 0"),
     ({"data.erase": 0.5, "data.colour_jitter": 0.1}, "data.erase: 0, data.colour_jitter: 0"),
     ({"model.adapter_layers": 0, "model.pool": "auto"}, "model.pool"), ({"train.zero_stage": 3}, "stages 0 to 2"),

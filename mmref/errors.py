@@ -56,9 +56,9 @@ class StorageError(MMRefError):
 
 
 class TrainingStoppedError(MMRefError):
-    """Training was asked to stop (SIGTERM) and did so at a checkpoint; the same command resumes it."""
+    """Training was asked to stop (SIGTERM, Ctrl-C) and did so at a checkpoint; the same command resumes it."""
 
-    exit_status = 143  # 128 + SIGTERM: whatever starts the job again on failure does so
+    exit_status = 143  # 128 + SIGTERM, 130 on Ctrl-C: whatever starts the job again on failure does so
 
 
 class LedgerError(MMRefError):

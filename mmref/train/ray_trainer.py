@@ -105,3 +105,7 @@ class Trainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:  # type: ignore[attr-defined]
             kwargs["scaling_policy"] = AllowedCounts(self.scaling_config, self._config)
         return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Signals are `stop.Termination`'s. Ray Train's own handler ends the process with status 0 and without a checkpoint,
+        and stays after the run, whose controller it keeps alive."""

@@ -1,6 +1,6 @@
 """Leaving early without losing a step: every worker checkpoints at the same step and returns.
 
-Asked for by SIGTERM to the driver (spot instances, `ray job stop`), by Ray's notice that a node is being drained, or by
+Asked for by SIGTERM to the driver (spot instances, `ray job stop`) or Ctrl-C, by Ray's notice that a node is being drained, or by
 the scaling policy when nodes for more workers have come. The request lies in the cluster's key-value store, where rank 0
 looks for it; ranks agree on it by a reduction that runs beside the next step, so no step waits for it.
 """
@@ -20,6 +20,7 @@ from mmref.rundir import RunDir
 
 DRAIN, GROW, TERMINATE = 1, 2, 3  # why a run leaves early; where several hold, the highest counts
 POLL_S = 0.5
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 def request_stop(run: RunDir, reason: int) -> None:
@@ -96,33 +97,40 @@ def _node_is_drained() -> bool:
 
 
 class Termination:
-    """The driver's answer to SIGTERM, as a context: while workers train they checkpoint first, else the run ends at once.
+    """The driver's answer to SIGTERM and Ctrl-C, as a context: while workers train they checkpoint first, else the run ends at once.
 
-    A second SIGTERM does not wait for the checkpoint. Outside the main thread (a trial of a sweep) signals are left alone.
+    A second signal does not wait for the checkpoint. Outside the main thread (a trial of a sweep) signals are left alone, and
+    so is one that is ignored, as Ctrl-C is by what a shell runs in the background.
     """
 
     def __init__(self, run: RunDir) -> None:
-        self.run, self.received, self.training = run, False, False
+        self.run, self.received, self.training = run, 0, False
 
     def __enter__(self) -> Termination:
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGTERM, self._handle)
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self.received = self.received, True
+        again, self.received = self.received, number
         if again or not self.training:
             raise self.error()
-        print("SIGTERM: the workers finish their step and write a checkpoint ...", flush=True)
+        how = ", again to stop at once" if number == signal.SIGINT else ""
+        print(f"{SIGNALS[signal.Signals(number)]}: the workers finish their step and write a checkpoint{how} ...", flush=True)
         # from a thread of its own: the main one is inside a call to Ray
         threading.Thread(target=request_stop, args=(self.run, TERMINATE), daemon=True).start()
 
     def error(self, step: int | None = None) -> TrainingStoppedError:
         """What the run ends with; `step`: the steps its last checkpoint holds."""
         held = "" if step is None else f" after step {step}, which its checkpoint holds"
-        return TrainingStoppedError(f"{self.run.path} stopped on SIGTERM{held}. The same command resumes it.")
+        name = SIGNALS[signal.Signals(self.received)]
+        stopped = TrainingStoppedError(f"{self.run.path} stopped on {name}{held}. The same command resumes it.")
+        stopped.exit_status = 128 + self.received
+        return stopped

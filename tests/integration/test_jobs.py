@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,22 @@ def test_a_killed_job_resumes_by_the_same_command(undisturbed: Path, config_file
     status, output = Job(*command).wait()
     assert status == 0, output
     assert f"resuming at step {2 * EVERY}" in output
+    same_losses(undisturbed, run)
+
+
+def test_ctrl_c_loses_no_step(undisturbed: Path, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = ("train.py", "--config", str(config_file), "--run_dir", str(run))
+    job = Job(*argv)
+    wait_for(lambda: any(r["step"] > EVERY + 5 for r in records(run)), job)
+    job.process.send_signal(signal.SIGINT)
+    status, output = job.wait()
+    assert status == 130 and "Ctrl-C: the workers finish their step" in output, output
+    stopped = max(r["step"] for r in records(run))
+    assert stopped % EVERY, "it came between two checkpoints"
+    assert f"stopped on Ctrl-C after step {stopped}, which its checkpoint holds. The same command resumes it." in output
+    status, output = Job(*argv).wait()
+    assert status == 0 and f"resuming at step {stopped}" in output, output
     same_losses(undisturbed, run)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ class Job:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / script), *argv],
             cwd=ROOT, env=environment, text=True, stdout=self._output, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where tests run behind a `&`
         )  # fmt: skip
 
     def output(self) -> str:

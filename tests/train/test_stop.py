@@ -1,4 +1,4 @@
-"""Leaving early: ranks agree on the step, and the driver's answer to SIGTERM."""
+"""Leaving early: ranks agree on the step, and the driver's answer to SIGTERM and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -52,26 +52,44 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_sigterm_while_workers_train_asks_them_to_stop(tmp_path: Path, requests: list[int]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+
+@BOTH
+def test_a_signal_while_workers_train_asks_them_to_stop(number: int, tmp_path: Path, requests: list[int]) -> None:
+    before = signal.getsignal(number)
     with stop.Termination(RunDir(str(tmp_path))) as termination:
         termination.training = True
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         until = time.monotonic() + 60
         while not requests and time.monotonic() < until:
             time.sleep(0.01)
         assert termination.received and requests == [stop.TERMINATE]
         with pytest.raises(TrainingStoppedError):  # the second one does not wait
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(1)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
-def test_sigterm_outside_training_ends_the_run_at_once(tmp_path: Path, requests: list[int]) -> None:
+@BOTH
+def test_a_signal_outside_training_ends_the_run_at_once(number: int, tmp_path: Path, requests: list[int]) -> None:
     with (
         stop.Termination(RunDir(str(tmp_path))),
         pytest.raises(TrainingStoppedError, match="same command resumes") as found,
     ):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(1)
-    assert not requests and found.value.exit_status == 143
+    assert not requests and found.value.exit_status == 128 + number
+
+
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path, requests: list[int]) -> None:
+    """A shell sets it so for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop.Termination(RunDir(str(tmp_path))) as termination:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            assert not termination.received
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -106,6 +106,7 @@ def test_a_sweep_of_four_short_trainings(tmp_path: Path, monkeypatch: pytest.Mon
     leader = max(rows[:3], key=lambda row: row["score"])
     assert best.train.lr == leader["train.lr"]
     check_best_starts(tmp_path / "sweep" / "best.yaml", leader)
+    assert settled(KINDS) == [], "nor does a training whose driver goes on"
 
 
 def check_row(row: dict[str, Any], run: RunDir) -> None:

@@ -97,7 +97,7 @@ def _node_is_drained() -> bool:
 
 
 class Termination:
-    """The driver's answer to SIGTERM and Ctrl-C, as a context: while workers train they checkpoint first, else the run ends at once.
+    """The driver's answer to SIGTERM and Ctrl-C, as a context: a checkpoint first while workers train, else the end at once.
 
     A second signal does not wait for the checkpoint. Outside the main thread (a trial of a sweep) signals are left alone, and
     so is one that is ignored, as Ctrl-C is by what a shell runs in the background.
@@ -123,7 +123,10 @@ class Termination:
         if again or not self.training:
             raise self.error()
         how = ", again to stop at once" if number == signal.SIGINT else ""
-        print(f"{SIGNALS[signal.Signals(number)]}: the workers finish their step and write a checkpoint{how} ...", flush=True)
+        print(
+            f"{SIGNALS[signal.Signals(number)]}: the workers finish their step and write a checkpoint{how} ...",
+            flush=True,
+        )
         # from a thread of its own: the main one is inside a call to Ray
         threading.Thread(target=request_stop, args=(self.run, TERMINATE), daemon=True).start()
 

@@ -110,7 +110,11 @@ def test_kept_tokens_of_frozen_towers(tmp_path: Path, tiny_set: Path) -> None:
     """Two sharded workers that fill and read the same files learn what one does."""
 
     def frozen(name: str, **scale: int) -> dict[str, Any]:
-        kept = {"model__freeze_backbone": True, "model__adapter_layers": 1, "model__feature_cache": str(tmp_path / name)}
+        kept = {
+            "model__freeze_backbone": True,
+            "model__adapter_layers": 1,
+            "model__feature_cache": str(tmp_path / name),
+        }
         return tiny(tiny_set, **kept, data__crop_padding=0, data__erase=0.0, **scale)
 
     expected = run(tmp_path / "1", frozen("a"), 1)

@@ -293,6 +293,18 @@ def test_align_only_equals_references_that_do_not_guide_yet(make_config):
     assert later.losses[4, 0].item() == pytest.approx((later.losses[4, 1] + 0.5 * later.losses[4, 4]).item(), rel=1e-5)
 
 
+def test_fusion_by_gradient_alone_leaves_the_encoders_as_they_are(make_config):
+    """So that align-only is read from the training of +GF (tune/rows/)."""
+    alone = train(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 0.0}), steps=4)
+    fused = train(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 1.0, "reference.update": "gradient"}), steps=4)
+    assert (fused.losses[:, 2] > 0).all() and not torch.equal(fused.references[0], fused.references[-1])
+    assert torch.equal(fused.losses[:, 1], alone.losses[:, 1])
+    for a, b in zip(fused.gradients, alone.gradients):
+        assert a.keys() == b.keys()
+        for name in b:
+            assert torch.equal(a[name], b[name]), name
+
+
 def test_without_any_use_of_references_none_are_kept(make_config):
     run = PlainTraining(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 0.0}))
     losses = run.step(0)

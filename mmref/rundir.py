@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import fsspec
@@ -18,7 +18,7 @@ import yaml
 
 from mmref.config import Config, from_dict
 from mmref.errors import RunDirectoryError
-from mmref.storage import retry
+from mmref.storage import held, retry
 
 T = TypeVar("T")
 OBJECT_STORES = {
@@ -73,6 +73,25 @@ class RunDir:
             raise RunDirectoryError(
                 f"run directory {self.path} cannot be written: {error}. Choose another with `--run_dir`."
             ) from None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Create the directory, and let no other job write to it meanwhile; behind a URL nobody can tell.
+
+        Raises:
+            RunDirectoryError: it cannot be written, or another job writes to it.
+        """
+        self.check_writable()
+        with contextlib.ExitStack() as stack:
+            if self.local:
+                try:
+                    stack.enter_context(held(self.inner(".lock")))
+                except BlockingIOError as error:
+                    raise RunDirectoryError(
+                        f"run directory {self.path} is in use: {error} writes to it. Wait until that has ended, or give another "
+                        "with `--run_dir`."
+                    ) from None
+            yield
 
     def _info(self, name: str) -> dict[str, Any] | None:
         try:

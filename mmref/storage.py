@@ -1,10 +1,14 @@
-"""Storage that fails for a moment (a full disk, a network, a busy object store) does not end a run."""
+"""Storage that fails for a moment (a full disk, a network, a busy object store) does not end a run; files one process holds."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from mmref.errors import StorageError
@@ -52,3 +56,24 @@ def retry(what: str, action: Callable[[], T]) -> T:
             log.warning("cannot %s: %s: %s; trying again in %.1f s", what, type(error).__name__, error, delay)
         time.sleep(delay)
         delay = min(2 * delay, LONGEST_DELAY_S)
+
+
+@contextlib.contextmanager
+def held(path: str) -> Iterator[None]:
+    """Hold a file, which the kernel gives back however this process ends; nothing where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds it; the text says which.
+    """
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BlockingIOError(file.read() or "another process") from None
+        except OSError:
+            log.warning("%s cannot be locked on this file system: do not start the same twice", path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
+import sys
 import uuid
 
 import pytest
@@ -75,6 +79,43 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
         RunDir(str(tmp_path / "file" / "run")).check_writable()
     with pytest.raises(RunDirectoryError, match=rf"{tmp_path}/file cannot be written"):
         RunDir(str(tmp_path / "file")).check_writable()
+
+
+HOLD = """
+import sys, time
+from mmref.rundir import RunDir
+with RunDir(sys.argv[1]).held():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_job_at_a_time_and_a_killed_one_holds_nothing(tmp_path):
+    run = RunDir(str(tmp_path / "run"))
+    other = subprocess.Popen([sys.executable, "-c", HOLD, run.path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        said = rf"{run.path} is in use: process {other.pid} on {socket.gethostname()} since 2.*--run_dir"
+        with pytest.raises(RunDirectoryError, match=said), run.held():
+            pass
+        with RunDir(str(tmp_path / "run2")).held():
+            pass  # another directory is free
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        other.stdout.close()
+    for _ in range(2):
+        with run.held():
+            pass
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(storage.fcntl, "flock", no_locks)
+    with RunDir(str(tmp_path / "run")).held():
+        assert "cannot be locked" in caplog.text
 
 
 def test_lines_are_appended_and_read_back(run):

@@ -81,17 +81,17 @@ def ablate(
         raise ShardSetError(f"{base.data.root} has no split `{split}`, only {splits}.")
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"`--seeds` names a seed twice: {seeds}.")
-    run.check_writable()
     planned = {t: rows.config(base, t.row, t.point, t.seed, run.join(t.folder)) for t in trainings(rows, seeds)}
-    results = {t: found for t, config in planned.items() if (found := read_result(config, split))}
-    missing = [t for t in planned if t not in results]
-    print(f"{len(planned)} trainings to {run.path}, {len(results)} of them are there already", flush=True)
     failures: dict[Training, str] = {}
-    if missing:
-        results |= _train(base, {t: planned[t] for t in missing}, split, max_concurrent, failures)
-    table = summarise(rows, results, seeds, kind)
-    if table:
-        write_tables(run, table, rows, {"split": split, "seeds": seeds, "steps": base.train.max_steps})
+    with run.held():
+        results = {t: found for t, config in planned.items() if (found := read_result(config, split))}
+        missing = [t for t in planned if t not in results]
+        print(f"{len(planned)} trainings to {run.path}, {len(results)} of them are there already", flush=True)
+        if missing:
+            results |= _train(base, {t: planned[t] for t in missing}, split, max_concurrent, failures)
+        table = summarise(rows, results, seeds, kind)
+        if table:
+            write_tables(run, table, rows, {"split": split, "seeds": seeds, "steps": base.train.max_steps})
     if failures:
         first = next(iter(failures))
         raise SweepError(

@@ -140,15 +140,15 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
     run = RunDir(base.run_dir)
     check_options(options, space)
     base = prepare(base, space, options, run)
-    run.check_writable()
-    if read_jsonl(run, LOG):
-        raise RunDirectoryError(
-            f"{run.path} holds a sweep already. `--resume {run.path}` goes on with it; or give another `--run_dir`."
-        )
-    run.write_text("config.yaml", dump_yaml(base))
-    run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
-    run.write_text("space.yaml", space.text)
-    return _run(base, space, options, run)
+    with run.held():
+        if read_jsonl(run, LOG):
+            raise RunDirectoryError(
+                f"{run.path} holds a sweep already. `--resume {run.path}` goes on with it; or give another `--run_dir`."
+            )
+        run.write_text("config.yaml", dump_yaml(base))
+        run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
+        run.write_text("space.yaml", space.text)
+        return _run(base, space, options, run)
 
 
 def resume(run_dir: str, **changes: int | None) -> Config:
@@ -169,8 +169,9 @@ def resume(run_dir: str, **changes: int | None) -> Config:
     space = parse_space(run.read_text("space.yaml"), run.join("space.yaml"))
     check_options(options, space)
     base = prepare(run.read_config(), space, options, run)
-    run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
-    return _run(base, space, options, run)
+    with run.held():
+        run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
+        return _run(base, space, options, run)
 
 
 def check_options(options: Options, space: Space) -> None:

@@ -47,10 +47,10 @@ def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
     run = RunDir(config.run_dir)
     run.remove(ERROR)
     try:
-        prepare_run(config, run)
-        for evaluation in evaluations(config, run):
-            tune.report(evaluation)
-        with named_address():
+        with run.held(), named_address():
+            prepare_run(config, run)
+            for evaluation in evaluations(config, run):
+                tune.report(evaluation)
             fit(config, run, callbacks=[Reporter()])
     except ray.exceptions.RayActorError:
         raise  # the training's controller: it was aborted because this trial is being stopped, or its process was lost

@@ -12,7 +12,6 @@ A reader opens the files of one manifest; a writer leaves them alone, and delete
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ from mmref.retrieval.embed import Chunks, embed
 from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, list_images
 from mmref.retrieval.segment import Segment, copy_rows, write_segment
 from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
+from mmref.storage import held
 
 VERSION = 1
 MOST_SEGMENTS = 8  # more are joined: every search looks into each
@@ -103,13 +103,11 @@ def write_whole(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Only one writer at a time. Raises SearchIndexError when there is another."""
-    with open(folder / ".lock", "w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SearchIndexError(
-                f"{folder} is being written by another process: wait until it has finished."
-            ) from None
+            stack.enter_context(held(str(folder / ".lock")))
+        except BlockingIOError as error:
+            raise SearchIndexError(f"{folder} is in use: {error} writes to it. Wait until that has finished.") from None
         yield
 
 

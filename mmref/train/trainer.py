@@ -40,15 +40,16 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
     run = RunDir(config.run_dir)
     config = with_absolute_paths(config)
     check_inputs(config)
-    prepare_run(config, run)
-    with connect(needed_cpus(config), config.train.storage_gb), Termination(run) as termination:
-        check_resources(config)
-        fit(config, run, termination=termination)
-        if not final_evaluation:
-            return None
-        from mmref.evaluate.evaluate import evaluate_run
+    with run.held():
+        prepare_run(config, run)
+        with connect(needed_cpus(config), config.train.storage_gb), Termination(run) as termination:
+            check_resources(config)
+            fit(config, run, termination=termination)
+            if not final_evaluation:
+                return None
+            from mmref.evaluate.evaluate import evaluate_run
 
-        return evaluate_run(config.run_dir)
+            return evaluate_run(config.run_dir)
 
 
 def check_inputs(config: Config) -> None:
@@ -68,8 +69,7 @@ def check_inputs(config: Config) -> None:
 
 
 def prepare_run(config: Config, run: RunDir) -> None:
-    """Check the run directory and write the resolved config. Raises RunDirectoryError for another config's run."""
-    run.check_writable()
+    """Write the resolved config. Raises RunDirectoryError for another config's run."""
     if run.exists("config.yaml"):
         before = run.read_config()
         if checkpoint.latest_checkpoint(run) and config_hash(before) != config_hash(config):

@@ -88,7 +88,7 @@ def _step_ratio(row: Row, rows: Rows, point: Any, results: Results, seeds: list[
 
 
 def markdown(table: list[dict[str, Any]], baseline: str) -> str:
-    """The table as Markdown; small differences are in points."""
+    """The table as Markdown; differences are in points of all captions, those of a kind are in the other files."""
     metrics = [key for key in table[0] if isinstance(table[0][key], dict) and not key.startswith(("delta", "contrib"))]
     over = any(entry["at"] is not None for entry in table)
     head = ["row", *(["at"] if over else []), *metrics, f"over {baseline}", "contribution", "step time"]
@@ -96,16 +96,16 @@ def markdown(table: list[dict[str, Any]], baseline: str) -> str:
     for entry in table:
         cells = [entry["name"], *([str(entry["at"])] if over else [])]
         cells += [f"{entry[m]['mean']:.1f}{_bounds(entry[m], '{:.1f}')}" for m in metrics]
-        cells.append(_signed_cells(entry, "delta", metrics))
-        contribution = _signed_cells(entry, "contribution", metrics)
+        cells.append(_signed_cells(entry, "delta"))
+        contribution = _signed_cells(entry, "contribution")
         cells.append(f"{contribution} over {entry['against']}" if contribution else "")
         cells.append("" if entry["step_ratio"] is None else f"{entry['step_ratio']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _signed_cells(entry: dict[str, Any], label: str, metrics: list[str]) -> str:
-    found = [(m, entry[f"{label}_{m}"]) for m in metrics if f"{label}_{m}" in entry]
+def _signed_cells(entry: dict[str, Any], label: str) -> str:
+    found = [(m, entry[f"{label}_{m}"]) for m in METRICS if f"{label}_{m}" in entry]
     return ", ".join(f"{m} {d['mean']:+.1f}{_bounds(d, '{:+.1f}')}" for m, d in found)
 
 
@@ -132,36 +132,49 @@ def table_csv(table: list[dict[str, Any]]) -> str:
 
 
 def plot(table: list[dict[str, Any]], over: str) -> bytes:
-    """PNG of R@1: a point with its interval for each row, or a curve a row over the values of a field."""
+    """PNG of R@1: a point with its interval for each row, and its difference to the baseline; or a curve a row over the values
+    of a field."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 0.4 * len(table) + 1.4) if not over else (7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    compared = not over and any("delta_R@1" in entry for entry in table)
+    figure = Figure(figsize=(9 if compared else 7, 4.5 if over else 0.4 * len(table) + 1.4), layout="constrained")
+    axes, *others = figure.subplots(1, 2 if compared else 1, squeeze=False, sharey=True)[0]
     for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+        for panel in (axes, *others):
+            panel.spines[side].set_visible(False)
     if over:
         for name in dict.fromkeys(entry["name"] for entry in table):
             own = [entry for entry in table if entry["name"] == name]
             axes.errorbar(
                 [entry["at"] for entry in own], [entry["R@1"]["mean"] for entry in own],
-                yerr=[_half(entry) for entry in own], marker="o", capsize=3, label=name,
+                yerr=[_half(entry["R@1"]) for entry in own], marker="o", capsize=3, label=name,
             )  # fmt: skip
         axes.set_xlabel(over)
         axes.set_ylabel("R@1, percent")
         axes.legend(frameon=False)
     else:
-        at = list(range(len(table)))[::-1]
-        means = [entry["R@1"]["mean"] for entry in table]
-        axes.errorbar(means, at, xerr=[_half(entry) for entry in table], fmt="o", capsize=3)
-        axes.set_yticks(at, [entry["name"] for entry in table])
-        axes.set_xlabel("R@1, percent; 95 % over seeds")
-        axes.grid(axis="x", linewidth=0.4)
+        names = [entry["name"] for entry in table]
+        _points(axes, names, [entry["R@1"] for entry in table], "R@1, percent; 95 % over seeds")
+        if compared:
+            baseline = next((entry["name"] for entry in table if "delta_R@1" not in entry), "the baseline")
+            values = [entry.get("delta_R@1", {"mean": 0.0, "ci95": None}) for entry in table]
+            _points(others[0], names, values, f"points over {baseline}, paired by seed")
+            others[0].axvline(0.0, color="grey", linewidth=0.8)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130)
     return out.getvalue()
 
 
-def _half(entry: dict[str, Any]) -> float:
+def _points(axes: Any, names: list[str], values: list[dict[str, Any]], label: str) -> None:
+    """A row of the figure for each value, from the top down."""
+    at = list(range(len(names)))[::-1]
+    axes.errorbar([v["mean"] for v in values], at, xerr=[_half(v) for v in values], fmt="o", capsize=3)
+    axes.set_yticks(at, names)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", linewidth=0.4)
+
+
+def _half(value: dict[str, Any]) -> float:
     """Half the width of an interval, 0 without one."""
-    bounds = entry["R@1"]["ci95"]
+    bounds = value["ci95"]
     return 0.0 if bounds is None else (bounds[1] - bounds[0]) / 2

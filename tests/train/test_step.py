@@ -294,7 +294,7 @@ def test_align_only_equals_references_that_do_not_guide_yet(make_config):
 
 
 def test_fusion_by_gradient_alone_leaves_the_encoders_as_they_are(make_config):
-    """So that align-only is read from the training of +GF (tune/rows/)."""
+    """So that align-only may have the references beside it that refine it (tune/rows/)."""
     alone = train(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 0.0}), steps=4)
     fused = train(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 1.0, "reference.update": "gradient"}), steps=4)
     assert (fused.losses[:, 2] > 0).all() and not torch.equal(fused.references[0], fused.references[-1])

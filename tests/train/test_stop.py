@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     monkeypatch.setattr(stop, "request_stop", lambda run, reason: found.append(reason))
     return found
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_acts() -> Iterator[None]:
+    """Also where the tests themselves run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import uuid
 
 import pytest
@@ -107,6 +108,27 @@ def test_one_job_at_a_time_and_a_killed_one_holds_nothing(tmp_path):
     for _ in range(2):
         with run.held():
             pass
+
+
+def test_a_lost_machine_s_lock_is_waited_for(tmp_path, monkeypatch, capsys):
+    """A network file system gives it up after a while."""
+    monkeypatch.setattr(rundir, "LOOK_S", 0.05)
+    run = RunDir(str(tmp_path / "run"))
+    other = subprocess.Popen([sys.executable, "-c", HOLD, run.path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        monkeypatch.setattr(rundir.socket, "gethostname", lambda: "elsewhere")
+        monkeypatch.setattr(rundir, "LEASE_S", 0.3)
+        with pytest.raises(RunDirectoryError, match="is in use"), run.held():
+            pass
+        monkeypatch.setattr(rundir, "LEASE_S", 60.0)
+        threading.Timer(0.5, other.kill).start()
+        with run.held():
+            assert capsys.readouterr().out.count("waiting up to 60 s") == 1
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
 
 
 def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +31,6 @@ OBJECT_STORES = {
     "abfss",
 }  # have no folders to create; a wrong bucket is not created
 UPLOAD_EVERY_S = 5.0
-LEASE_S = 120.0  # NFS gives up a lost client's locks after 90
-LOOK_S = 2.0
 
 
 class RunDir:
@@ -81,30 +78,19 @@ class RunDir:
     def held(self) -> Iterator[None]:
         """Create the directory, and let no other job write to it meanwhile; behind a URL nobody can tell.
 
-        A job on another machine is given LEASE_S to end: a network file system keeps a lost machine's locks that long.
-
         Raises:
             RunDirectoryError: it cannot be written, or another job writes to it.
         """
         self.check_writable()
-        until: float | None = None
         with contextlib.ExitStack() as stack:
-            while self.local:
+            if self.local:
                 try:
                     stack.enter_context(held(self.inner(".lock")))
-                    break
                 except BlockingIOError as error:
-                    here = f" on {socket.gethostname()} " in str(error)
-                    if here or (until is not None and time.monotonic() > until):
-                        raise RunDirectoryError(
-                            f"run directory {self.path} is in use: {error} writes to it. Wait until that has ended, or give "
-                            "another with `--run_dir`."
-                        ) from None
-                    if until is None:
-                        until = time.monotonic() + LEASE_S
-                        print(f"{self.path} is in use: {error} writes to it, or did until its machine was lost; waiting up to "
-                              f"{LEASE_S:.0f} s ...", flush=True)  # fmt: skip
-                time.sleep(LOOK_S)
+                    raise RunDirectoryError(
+                        f"run directory {self.path} is in use: {error} writes to it. Wait until that has ended, or give another "
+                        "with `--run_dir`."
+                    ) from None
             yield
 
     def _info(self, name: str) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from mmref.errors import StorageError
 
@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 PATIENCE_S = 60.0  # how long an operation is tried again before StorageError
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
+LEASE_S, LOOK_S = 120.0, 2.0  # NFS gives up a lost client's locks after 90
 # answers rather than failures: trying again would get the same
 PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 # libraries below fsspec whose errors are not OSErrors
@@ -62,18 +63,33 @@ def retry(what: str, action: Callable[[], T]) -> T:
 def held(path: str) -> Iterator[None]:
     """Hold a file, which the kernel gives back however this process ends; nothing where the file system has no locks.
 
+    A holder on another machine is given LEASE_S to end: a network file system keeps a lost machine's locks that long.
+
     Raises:
         BlockingIOError: another process holds it; the text says which.
     """
+    host, until, waiting = socket.gethostname(), time.monotonic() + LEASE_S, False
     with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise BlockingIOError(file.read() or "another process") from None
-        except OSError:
-            log.warning("%s cannot be locked on this file system: do not start the same twice", path)
+        while holder := _lock(file):
+            if f" on {host} " in holder or time.monotonic() > until:
+                raise BlockingIOError(holder)
+            if not waiting:
+                log.warning("%s is in use: %s, or its machine was lost; waiting up to %.0f s", path, holder, LEASE_S)
+                waiting = True
+            time.sleep(LOOK_S)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.write(f"process {os.getpid()} on {host} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         yield
+
+
+def _lock(file: TextIO) -> str:
+    """Who holds the file; "" where it is this process now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read() or "another process"
+    except OSError:
+        log.warning("%s cannot be locked on this file system: do not start the same twice", file.name)
+    return ""

@@ -110,21 +110,21 @@ def test_one_job_at_a_time_and_a_killed_one_holds_nothing(tmp_path):
             pass
 
 
-def test_a_lost_machine_s_lock_is_waited_for(tmp_path, monkeypatch, capsys):
+def test_a_lost_machine_s_lock_is_waited_for(tmp_path, monkeypatch, caplog):
     """A network file system gives it up after a while."""
-    monkeypatch.setattr(rundir, "LOOK_S", 0.05)
+    monkeypatch.setattr(storage, "LOOK_S", 0.05)
     run = RunDir(str(tmp_path / "run"))
     other = subprocess.Popen([sys.executable, "-c", HOLD, run.path], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        monkeypatch.setattr(rundir.socket, "gethostname", lambda: "elsewhere")
-        monkeypatch.setattr(rundir, "LEASE_S", 0.3)
+        monkeypatch.setattr(storage.socket, "gethostname", lambda: "elsewhere")
+        monkeypatch.setattr(storage, "LEASE_S", 0.3)
         with pytest.raises(RunDirectoryError, match="is in use"), run.held():
             pass
-        monkeypatch.setattr(rundir, "LEASE_S", 60.0)
+        monkeypatch.setattr(storage, "LEASE_S", 60.0)
         threading.Timer(0.5, other.kill).start()
         with run.held():
-            assert capsys.readouterr().out.count("waiting up to 60 s") == 1
+            assert caplog.text.count("waiting up to 60 s") == 1
     finally:
         other.kill()
         other.wait()

@@ -169,7 +169,7 @@ def write_tables(run: RunDir, table: list[dict[str, Any]], rows: Rows, about: di
     )
     run.write_text("ablation.md", markdown(table, rows.baseline) + "\n")
     run.write_text("ablation.csv", table_csv(table))
-    run.write_bytes("ablation.png", plot(table, rows.over))
+    run.write_bytes("ablation.png", plot(table, rows.baseline, rows.over))
 
 
 if __name__ == "__main__":

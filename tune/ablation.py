@@ -131,7 +131,7 @@ def table_csv(table: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def plot(table: list[dict[str, Any]], over: str) -> bytes:
+def plot(table: list[dict[str, Any]], baseline: str, over: str) -> bytes:
     """PNG of R@1: a point with its interval for each row, and its difference to the baseline; or a curve a row over the values
     of a field."""
     from matplotlib.figure import Figure
@@ -156,7 +156,6 @@ def plot(table: list[dict[str, Any]], over: str) -> bytes:
         names = [entry["name"] for entry in table]
         _points(axes, names, [entry["R@1"] for entry in table], "R@1, percent; 95 % over seeds")
         if compared:
-            baseline = next((entry["name"] for entry in table if "delta_R@1" not in entry), "the baseline")
             values = [entry.get("delta_R@1", {"mean": 0.0, "ci95": None}) for entry in table]
             _points(others[0], names, values, f"points over {baseline}, paired by seed")
             others[0].axvline(0.0, color="grey", linewidth=0.8)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmref.errors import StorageError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("mmref")
 
 Run = Callable[[Tensor], Tensor]  # rows of the batch to compute (m,) -> their tokens (m, N, w)
 
@@ -136,7 +136,7 @@ class TokenFile:
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
                 self.full = True
-                logger.warning(
+                log.warning(
                     "%s is full (`model.feature_cache_gb` is %s, or its disk has no space): what is not in it is encoded "
                     "every time.", self.path, self.limit_gb,
                 )  # fmt: skip

@@ -20,7 +20,7 @@ from mmref.rundir import RunDir
 
 DRAIN, GROW, TERMINATE = 1, 2, 3  # why a run leaves early; where several hold, the highest counts
 POLL_S = 0.5
-SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 def request_stop(run: RunDir, reason: int) -> None:
@@ -123,17 +123,14 @@ class Termination:
         if again or not self.training:
             raise self.error()
         how = ", again to stop at once" if number == signal.SIGINT else ""
-        print(
-            f"{SIGNALS[signal.Signals(number)]}: the workers finish their step and write a checkpoint{how} ...",
-            flush=True,
-        )
+        print(f"{SIGNALS[number]}: the workers finish their step and write a checkpoint{how} ...", flush=True)
         # from a thread of its own: the main one is inside a call to Ray
         threading.Thread(target=request_stop, args=(self.run, TERMINATE), daemon=True).start()
 
     def error(self, step: int | None = None) -> TrainingStoppedError:
         """What the run ends with; `step`: the steps its last checkpoint holds."""
         held = "" if step is None else f" after step {step}, which its checkpoint holds"
-        name = SIGNALS[signal.Signals(self.received)]
-        stopped = TrainingStoppedError(f"{self.run.path} stopped on {name}{held}. The same command resumes it.")
+        text = f"{self.run.path} stopped on {SIGNALS[self.received]}{held}. The same command resumes it."
+        stopped = TrainingStoppedError(text)
         stopped.exit_status = 128 + self.received
         return stopped

@@ -32,9 +32,8 @@ def cluster() -> Iterator[str]:
     dashboard = free_port()
     argv = [RAY, "start", "--head", "--block", "--num-cpus=6", f"--port={free_port()}", "--include-dashboard=true"]
     argv += [f"--dashboard-port={dashboard}", "--object-store-memory=300000000", "--disable-usage-stats"]
-    argv += [
-        f"--dashboard-agent-listen-port={free_port()}"
-    ]  # its usual port may be another cluster's, and jobs need it
+    # the usual port of what starts jobs may be another cluster's
+    argv += [f"--dashboard-agent-listen-port={free_port()}"]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     head = subprocess.Popen(
         argv, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

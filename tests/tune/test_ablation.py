@@ -67,4 +67,4 @@ def test_tables_and_plot(points: tuple) -> None:
     lines = list(csv.DictReader(io.StringIO(table_csv(table))))
     assert len(lines) == len(table) and float(lines[1]["delta_R@1 mean"]) == pytest.approx(3)
     assert lines[0]["delta_R@1 mean"] == "" and lines[0]["seeds"] == "0 1 2"
-    assert plot(table, rows.over).startswith(b"\x89PNG")
+    assert plot(table, rows.baseline, rows.over).startswith(b"\x89PNG")

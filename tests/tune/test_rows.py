@@ -92,12 +92,13 @@ def test_mistakes_are_named(rows, text: str, said: str) -> None:  # type: ignore
 
 
 @pytest.mark.parametrize(
-    "name, config", [("default", "emoji"), ("robustness", "emoji"), ("emoji", "emoji"), ("cub", "cub_cpu")]
+    "name, config, w_fuse",
+    [("default", "emoji", 0), ("robustness", "emoji", 0), ("emoji", "emoji", 1), ("cub", "cub_cpu", 1)],
 )
-def test_the_files_of_the_project(name: str, config: str) -> None:
+def test_the_files_of_the_project(name: str, config: str, w_fuse: float) -> None:
     base = load_config(["--config", str(ROOT / "configs" / f"{config}.yaml")])
     found = read_rows(str(Path(DEFAULT_ROWS).parent / f"{name}.yaml"), base)
     plain = found.config(base, found.baseline, found.points[-1], 0, "there")
-    assert (plain.loss.w_guide, plain.loss.w_rec) == (0, 0), "nothing of the references reaches the encoders"
+    assert (plain.loss.w_fuse, plain.loss.w_guide, plain.loss.w_rec) == (w_fuse, 0, 0)
     irra = found.config(base, "IRRA objective", found.points[-1], 0, "there").loss
     assert (irra.align, irra.w_id, irra.w_mlm, irra.w_guide) == ("sdm", 1.0, 1.0, 0.0)

@@ -46,9 +46,10 @@ lint: setup  ## ruff and mypy
 format: setup  ## let ruff lay out the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-sweep: setup  ## a small sweep on the bundled data, its best config against the default on test, into runs/sweep/
-	$(BIN)/python tune/sweep.py --space tune/spaces/default.yaml --config configs/smoke.yaml --trials 8 --run_dir runs/sweep \
-		--train.max_steps 400 --train.eval_every 50 --train.log_every 50
+sweep: setup  ## a small sweep on the bundled data (or the rest of one), its best config against the default on test, into runs/sweep/
+	if [ -e runs/sweep/trials.jsonl ]; then $(BIN)/python tune/sweep.py --resume runs/sweep; else \
+		$(BIN)/python tune/sweep.py --space tune/spaces/default.yaml --config configs/smoke.yaml --trials 8 \
+		--run_dir runs/sweep --train.max_steps 400 --train.eval_every 50 --train.log_every 50; fi
 
 chaos: setup  ## kill workers, nodes, drivers and disks of a small run; the table of what it cost into runs/chaos/
 	$(BIN)/python benchmarks/chaos.py --out runs/chaos/chaos.json

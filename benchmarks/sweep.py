@@ -4,7 +4,7 @@ refinement  counts trainings and times: every setting of the grid scored on the 
             a sweep does, against a training for every setting, and against a trial that draws one setting at random
 asha        of a sweep with `--scheduler none`: where ASHA would have stopped each trial, judging them one after the other,
             the steps that leaves, and the winner then; the same on average over random orders, since the first trials
-            have nobody to be compared with
+            have nobody to be compared with; trial 0, where it is the config itself, comes first and is never stopped
 unstopped   of a sweep with ASHA: copies of the trials that it stopped go on to their ends, and the steps it ran and the winner it
             named stand beside those of all trials run to the end
 
@@ -36,8 +36,9 @@ from mmref.config import Config
 from mmref.evaluate.choose import choose_on_val
 from mmref.evaluate.evaluate import open_run, run_features
 from mmref.rundir import RunDir
-from tune.space import with_values
-from tune.sweep import Options, asha_scheduler
+from tune.asha import Asha, grace_steps
+from tune.space import parse_space, with_values
+from tune.sweep import Options, of_a_trial
 from tune.trial import evaluations
 from tune.trials import Trial, TrialLog, best_of, folder
 
@@ -102,7 +103,7 @@ def let_make(scheduler: Any, trial: Trial) -> list[dict[str, Any]]:
     """The evaluations of a trial up to the one at which the scheduler stops it."""
     from ray.tune.schedulers import TrialScheduler
 
-    known = SimpleNamespace(trial_id=str(trial.number))
+    known = SimpleNamespace(config={"number": trial.number})
     scheduler.on_trial_add(None, known)
     for place, result in enumerate(trial.results):
         if scheduler.on_trial_result(None, known, result) == TrialScheduler.STOP:
@@ -112,16 +113,18 @@ def let_make(scheduler: Any, trial: Trial) -> list[dict[str, Any]]:
 
 def swept(run: RunDir) -> tuple[Options, Config]:
     """How a sweep was run, and its config at the length of a trial."""
-    options, config = Options(**json.loads(run.read_text("sweep.json"))), run.read_config()
-    return options, with_values(config, {"train.max_steps": options.trial_steps or config.train.max_steps})
+    options = Options(**json.loads(run.read_text("sweep.json")))
+    return options, of_a_trial(run.read_config(), options)
 
 
 def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
     options, config = swept(run)
-    options = replace(options, grace_steps=args.grace_steps, reduction=args.reduction)
+    grace = grace_steps(args.grace_steps, config)
+    own = parse_space(run.read_text("space.yaml"), "space.yaml").default_point(config)
+    first = trials[: 1 if own == trials[0].values else 0]
 
     def judged(order: list[Trial]) -> tuple[list[Trial], Trial]:
-        scheduler = asha_scheduler(config, options, [])
+        scheduler = Asha(config.train.max_steps, grace, args.reduction, spared=0 if first else None)
         stopped = [replace(t, results=let_make(scheduler, t)) for t in order]
         winner = best_of(stopped)
         assert winner is not None  # the leader's first evaluation is never left out
@@ -130,7 +133,8 @@ def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespa
     stopped, winner = judged(trials)
     done, every = sum(t.steps for t in stopped), sum(t.steps for t in trials)
     rng = random.Random(0)
-    shuffled = [judged(rng.sample(trials, len(trials))) for _ in range(args.orders)]
+    others = trials[len(first) :]
+    shuffled = [judged([*first, *rng.sample(others, len(others))]) for _ in range(args.orders)]
     return {
         "steps": {"all to the end": every, "ASHA": done, "share": done / every},
         "steps of each trial": [t.steps for t in stopped],

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from mmref.config import Config
 from mmref.errors import ClusterTooSmallError
@@ -22,6 +24,15 @@ SETTINGS = {  # Ray Train hands variables of this prefix on to its controller an
 }
 START_ATTEMPTS = 3
 LOCAL_CPUS = 8  # logical: on a small machine, workers and readers share its cores
+MEMORY_SHARE = 0.3  # most of a machine's memory that the object store of a local cluster takes
+SHM_NEEDED = 10e9  # bytes: from here on Ray insists on /dev/shm; a smaller object store may lie in /tmp
+
+
+def cores() -> int:
+    """CPU cores this process may use: those of its container, where a quota limits it."""
+    from ray._private.utils import get_num_cpus
+
+    return max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
 
 
 @contextlib.contextmanager
@@ -40,7 +51,7 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     else:
-        cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
+        cpus = max(LOCAL_CPUS, cores())
         if need_cpus > cpus:
             raise ClusterTooSmallError(
                 f"the run needs {need_cpus:g} CPUs and this machine offers {cpus} (logical); start it on a cluster "
@@ -57,13 +68,18 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
 def _start_local(cpus: int, storage_gb: float) -> None:
     """Start a cluster on this machine. Ray gives a node 30 s to come up, too short on a busy one: try again."""
     import ray
+    from ray._private.utils import get_system_memory
 
+    store = min(max(storage_gb, 0.1) * 1e9, MEMORY_SHARE * get_system_memory())
+    shm = Path("/dev/shm")
+    if store >= SHM_NEEDED and shm.exists():
+        store = max(0.99 * SHM_NEEDED, min(store, 0.9 * shutil.disk_usage(shm).free))
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
                 address="local",
                 num_cpus=cpus,
-                object_store_memory=int(max(storage_gb, 0.1) * 1e9),
+                object_store_memory=int(store),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

@@ -155,7 +155,8 @@ class LossConfig:
     guide_full: float = 0.4
     """Share of training at which it has its full weight."""
     caption_weight: float = 0.0
-    """Captions weigh exp(this x agreement with their reference) in alignment and guidance, ramped in with it; 0: alike."""
+    """Captions weigh exp(this x agreement with their reference) in alignment, in every pair they are in, and in guidance; ramped
+    in with it; 0: alike."""
     w_id: float = 0.0
     """Weight of identity classification of both features by one linear layer (IRRA); its size grows with the objects."""
     w_mlm: float = 0.0
@@ -416,10 +417,18 @@ def check_config(config: Config) -> Config:
         ("loss.guide_from", config.loss.guide_from),
         ("loss.guide_full", config.loss.guide_full),
         ("reference.momentum", config.reference.momentum),
+        ("train.beta2", t.beta2),
     ):
         if not 0.0 <= share <= 1.0:
             raise ConfigError(f"`{name}` is a share between 0 and 1, found {share}.")
     for name, weight in (
+        ("train.warmup_steps", t.warmup_steps),
+        ("train.weight_decay", t.weight_decay),
+        ("train.clip_norm", t.clip_norm),
+        ("train.eval_every", t.eval_every),
+        ("loss.w_fuse", config.loss.w_fuse),
+        ("loss.w_rec", config.loss.w_rec),
+        ("loss.w_guide", config.loss.w_guide),
         ("loss.guide_tau", config.loss.guide_tau),
         ("loss.caption_weight", config.loss.caption_weight),
         ("loss.w_id", config.loss.w_id),
@@ -438,7 +447,8 @@ def check_config(config: Config) -> Config:
             f"`data.mix` gives each further shard set a share of the steps, from 0.001 up and below 1 in all (`data.root` "
             f"has the rest), found {mix}."
         )
-    for name, positive in (("loss.tau", config.loss.tau), ("reference.tau", config.reference.tau), ("train.lr", t.lr)):
+    for name, positive in (("loss.tau", config.loss.tau), ("reference.tau", config.reference.tau), ("train.lr", t.lr),
+                           ("train.lr_new", t.lr_new), ("train.eps", t.eps)):  # fmt: skip
         if not positive > 0:
             raise ConfigError(f"`{name}` must be above 0, found {positive}.")
     if config.loss.guide_full < config.loss.guide_from:

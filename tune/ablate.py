@@ -25,7 +25,11 @@ from tune.ablation import Results, markdown, plot, summarise, table_csv
 from tune.capacity import TRIAL_CPUS, connected
 from tune.failure import reason
 from tune.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
+from tune.space import REFINEMENT, get_value
 from tune.trials import median_step_seconds
+
+CHOICES = ("train.eval_every", "eval.metric", "eval.top_p", "eval.refine_in_training", *REFINEMENT.values())
+"""Fields that choose a checkpoint and its refinement."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Any config field is a flag too (`--data.caption_noise 0.2`): `mmref train --help` lists them.",
     )  # fmt: skip
     parser.add_argument("--rows", default=DEFAULT_ROWS, metavar="FILE", help="rows to compare (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows of the file, and the baseline")
+    parser.add_argument("--only", nargs="+", metavar="ROW",
+                        help="train these rows of the file, and the baseline; others are in the tables as far as they are there")  # fmt: skip
     parser.add_argument("--baseline", metavar="ROW", help="row that all are compared with (default: the file's)")
     parser.add_argument("--config", metavar="FILE", help="config that the rows vary")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
@@ -58,18 +63,24 @@ def main(argv: list[str]) -> int:
     rows = read_rows(args.rows, base)
     if args.baseline:
         rows = rows.compared_with(args.baseline, "--baseline")
-    if args.only:
-        rows = rows.only(args.only, "--only")
-    table = ablate(base, rows, args.seeds, args.split, args.kind, args.max_concurrent)
+    table = ablate(base, rows, args.seeds, args.split, args.kind, args.max_concurrent, args.only)
     print(markdown(table, rows.baseline))
     return 0
 
 
 def ablate(
-    base: Config, rows: Rows, seeds: list[int], split: str = "test", kind: str = "", max_concurrent: int | None = None
+    base: Config,
+    rows: Rows,
+    seeds: list[int],
+    split: str = "test",
+    kind: str = "",
+    max_concurrent: int | None = None,
+    only: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Train and evaluate what is not there yet, write the tables, and return the rows as `ablation.summarise` does.
 
+    Args:
+        only: rows to train, with those they read and the baseline; of the others the tables have what is there. None: all.
     Raises:
         ConfigError, ShardSetError, RunDirectoryError: whatever can be known before Ray starts.
         SweepError: a training failed; those that did not are in the tables.
@@ -79,14 +90,23 @@ def ablate(
     check_inputs(base)
     if split not in (splits := ShardSet.open(base.data.root).splits):
         raise ShardSetError(f"{base.data.root} has no split `{split}`, only {splits}.")
+    if "val" not in splits and (refined := [row.name for row in rows.rows if row.refined]):
+        raise ShardSetError(
+            f"{base.data.root} has no val split to choose the refinement of `{refined[0]}` on, only {splits}: build the set with "
+            "`--val-fraction`, or leave refined rows out."
+        )
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"`--seeds` names a seed twice: {seeds}.")
-    planned = {t: rows.config(base, t.row, t.point, t.seed, run.join(t.folder)) for t in trainings(rows, seeds)}
+    configs = {t: rows.config(base, t.row, t.point, t.seed, run.join(t.folder)) for t in trainings(rows, seeds)}
+    wanted = rows.only(only, "--only") if only else rows
+    planned = {t: configs[t] for t in trainings(wanted, seeds)}
     failures: dict[Training, str] = {}
     with run.held():
-        results = {t: found for t, config in planned.items() if (found := read_result(config, split))}
+        for config in configs.values():
+            check_judged_alike(config)
+        results = {t: found for t, config in configs.items() if (found := read_result(config, split))}
         missing = [t for t in planned if t not in results]
-        print(f"{len(planned)} trainings to {run.path}, {len(results)} of them are there already", flush=True)
+        print(f"{len(planned)} trainings to {run.path}, {len(planned) - len(missing)} of them are there already", flush=True)
         if missing:
             results |= _train(base, {t: planned[t] for t in missing}, split, max_concurrent, failures)
         table = summarise(rows, results, seeds, kind)
@@ -104,6 +124,22 @@ def ablate(
 def result_name(split: str) -> str:
     """File of a training's metrics in its run directory."""
     return f"result-{split}.json"
+
+
+def check_judged_alike(config: Config) -> None:
+    """Raise RunDirectoryError where the config's run directory holds a training whose checkpoint or refinement was chosen in
+    another way: its results are not comparable."""
+    run = RunDir(config.run_dir)
+    if not run.exists("config.yaml"):
+        return
+    before = run.read_config()
+    for name in CHOICES:
+        was, now = get_value(before, name), get_value(config, name)
+        if was != now:
+            raise RunDirectoryError(
+                f"{run.path} was trained with `{name}` {was}, and is now asked for with {now}. Give the same, another `--run_dir`, "
+                "or remove that folder."
+            )
 
 
 def read_result(config: Config, split: str) -> dict[str, Any] | None:
@@ -138,7 +174,7 @@ def _train(
     base: Config, planned: dict[Training, Config], split: str, wanted: int | None, failures: dict[Training, str]
 ) -> Results:
     """Run the trainings, as many at a time as fit; what ends one badly is noted in `failures`."""
-    with connected(base, wanted) as fit_in:
+    with connected(base, wanted, len(planned)) as fit_in:
         import ray
 
         at_once = min(len(planned), fit_in)

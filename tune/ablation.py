@@ -12,6 +12,7 @@ from scipy import stats
 from tune.rows import Row, Rows, Training
 
 METRICS = ("R@1", "mAP")
+DIFFERENCES = ("delta", "contribution", "lost")  # how the names of numbers begin that compare rows, or values of `over`
 Results = dict[Training, dict[str, Any]]
 """Metrics of evaluated trainings, with `step_seconds`, the median time of a step."""
 
@@ -25,11 +26,28 @@ def mean_interval(values: np.ndarray) -> dict[str, Any]:
     return {"mean": mean, "ci95": [mean - half, mean + half]}
 
 
+def ratio_interval(own: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """{"mean", "ci95"}: ratio of the means of paired values, that of the other above 0, with Fieller's interval; None for a single
+    pair, or where the other's mean might be 0."""
+    n, mean = len(own), float(own.mean() / other.mean())
+    if n < 2:
+        return {"mean": mean, "ci95": None}
+    t2 = float(stats.t.ppf(0.975, n - 1)) ** 2 / n
+    (own_var, both), (_, other_var) = np.cov(own, other, ddof=1)
+    # the ratios r for which the mean of own - r x other is not distinguishable from 0: a r^2 - 2 b r + c <= 0
+    a, b, c = other.mean() ** 2 - t2 * other_var, own.mean() * other.mean() - t2 * both, own.mean() ** 2 - t2 * own_var
+    if a <= 0:
+        return {"mean": mean, "ci95": None}
+    half = max(0.0, b * b - a * c) ** 0.5
+    return {"mean": mean, "ci95": [float((b - half) / a), float((b + half) / a)]}
+
+
 def summarise(rows: Rows, results: Results, seeds: list[int], kind: str = "") -> list[dict[str, Any]]:
     """A row of the table for each row and value of `over` that has results.
 
     {"name", "at", "seeds", "R@1": {"mean", "ci95"}, "mAP": ..., "delta_R@1": difference to the baseline, paired by seed, ...,
-    "against", "contribution_R@1": difference to the row it names, ..., "step_ratio": time of a step over the baseline's}.
+    "against", "contribution_R@1": difference to the row it names, ..., "step_ratio": time of a step over the baseline's}; with
+    `over`, "lost_R@1": what the row has less than at the first value, and "lost_ratio_R@1": that over what the baseline loses.
     `kind`: a caption kind that is reported besides all captions, as "<kind> R@1".
     """
     table = []
@@ -46,9 +64,31 @@ def summarise(rows: Rows, results: Results, seeds: list[int], kind: str = "") ->
             if row.against and row.against in {r.name for r in rows.rows}:
                 other = _per_seed(rows[row.against], point, results, seeds, kind)
                 entry |= {"against": row.against, **_differences("contribution", own, other)}
+            if point != rows.points[0]:
+                entry |= _lost(row, rows, point, results, seeds)
             entry["step_ratio"] = _step_ratio(row, rows, point, results, seeds)
             table.append(entry)
     return table
+
+
+def _lost(row: Row, rows: Rows, point: Any, results: Results, seeds: list[int]) -> dict[str, Any]:
+    """What a row loses from the first value of `over` to this one, and how much that is of the baseline's loss."""
+
+    def loss(of: Row) -> dict[int, dict[str, float]]:
+        before, after = (_per_seed(of, p, results, seeds, "") for p in (rows.points[0], point))
+        return {s: {m: before[s][m] - after[s][m] for m in METRICS} for s in sorted(set(before) & set(after))}
+
+    own, base = loss(row), loss(rows[rows.baseline])
+    if not own:
+        return {}
+    found = {f"lost_{m}": mean_interval(np.array([own[s][m] for s in own])) for m in METRICS}
+    shared = sorted(set(own) & set(base))
+    if row.name != rows.baseline and shared:
+        for m in METRICS:
+            less, base_less = (np.array([lost[s][m] for s in shared]) for lost in (own, base))
+            if base_less.mean() > 0:
+                found[f"lost_ratio_{m}"] = ratio_interval(less, base_less)
+    return found
 
 
 def _per_seed(row: Row, point: Any, results: Results, seeds: list[int], kind: str) -> dict[int, dict[str, float]]:
@@ -89,9 +129,10 @@ def _step_ratio(row: Row, rows: Rows, point: Any, results: Results, seeds: list[
 
 def markdown(table: list[dict[str, Any]], baseline: str) -> str:
     """The table as Markdown; differences are in points of all captions, those of a kind are in the other files."""
-    metrics = [key for key in table[0] if isinstance(table[0][key], dict) and not key.startswith(("delta", "contrib"))]
+    metrics = [key for key in table[0] if isinstance(table[0][key], dict) and not key.startswith(DIFFERENCES)]
     over = any(entry["at"] is not None for entry in table)
-    head = ["row", *(["at"] if over else []), *metrics, f"over {baseline}", "contribution", "step time"]
+    lost = ["lost", f"of what {baseline} loses"] if over else []
+    head = ["row", *(["at"] if over else []), *metrics, f"over {baseline}", "contribution", *lost, "step time"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for entry in table:
         cells = [entry["name"], *([str(entry["at"])] if over else [])]
@@ -99,14 +140,17 @@ def markdown(table: list[dict[str, Any]], baseline: str) -> str:
         cells.append(_signed_cells(entry, "delta"))
         contribution = _signed_cells(entry, "contribution")
         cells.append(f"{contribution} over {entry['against']}" if contribution else "")
+        if over:
+            cells.append(_signed_cells(entry, "lost", "{:.1f}"))
+            cells.append(_signed_cells(entry, "lost_ratio", "{:.2f}"))
         cells.append("" if entry["step_ratio"] is None else f"{entry['step_ratio']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _signed_cells(entry: dict[str, Any], label: str) -> str:
+def _signed_cells(entry: dict[str, Any], label: str, form: str = "{:+.1f}") -> str:
     found = [(m, entry[f"{label}_{m}"]) for m in METRICS if f"{label}_{m}" in entry]
-    return ", ".join(f"{m} {d['mean']:+.1f}{_bounds(d, '{:+.1f}')}" for m, d in found)
+    return ", ".join(f"{m} {form.format(d['mean'])}{_bounds(d, form)}" for m, d in found)
 
 
 def _bounds(value: dict[str, Any], form: str) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 
-from mmref.cluster import connect, needed_cpus
+from mmref.cluster import connect, cores, needed_cpus
 from mmref.config import Config
 from mmref.errors import ClusterTooSmallError
 
@@ -16,19 +16,29 @@ SPARE_CPUS = 1  # Ray Data's short read tasks, which no worker or reader has res
 
 
 @contextlib.contextmanager
-def connected(config: Config, wanted: int | None) -> Iterator[int]:
+def connected(config: Config, wanted: int | None, trainings: int) -> Iterator[int]:
     """Connect to the cluster, or start a local one; gives the number of trainings to run at a time.
+
+    Args:
+        wanted: trainings at a time that are asked for; None for as many as fit.
+        trainings: how many there are.
 
     Raises ClusterTooSmallError as `concurrency` does.
     """
     import ray
 
     local = not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
-    cores = os.cpu_count() or 1
-    storage_gb = config.train.storage_gb * max(1, cores // config.train.workers)
-    with connect(TRIAL_CPUS + needed_cpus(config) + SPARE_CPUS, storage_gb):
+    own = cores()
+    at_once = min(trainings, wanted or side_by_side(config, own))
+    with connect(TRIAL_CPUS + needed_cpus(config) + SPARE_CPUS, config.train.storage_gb * at_once):
         # a local cluster offers more logical CPUs than there are cores: trials beyond the cores would only slow each other
-        yield concurrency(ray.cluster_resources(), config, wanted, cores if local else None)
+        yield concurrency(ray.cluster_resources(), config, wanted, own if local else None)
+
+
+def side_by_side(config: Config, cores: int) -> int:
+    """Trainings that the cores of one machine hold without slowing each other, at least one."""
+    t = config.train
+    return max(1, math.floor(cores / (t.workers * max(t.cpus_per_worker, 1 if t.gpu else t.threads))))
 
 
 def concurrency(have: dict[str, float], config: Config, wanted: int | None, cores: int | None) -> int:
@@ -58,7 +68,4 @@ def concurrency(have: dict[str, float], config: Config, wanted: int | None, core
         )
     if wanted:
         return wanted
-    if cores is None:
-        return fit_in
-    busy = t.workers * max(t.cpus_per_worker, 1 if t.gpu else t.threads)
-    return max(1, min(fit_in, math.floor(cores / busy)))
+    return fit_in if cores is None else min(fit_in, side_by_side(config, cores))

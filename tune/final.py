@@ -8,35 +8,43 @@ from mmref.config import Config
 from tune.ablate import ablate
 from tune.ablation import markdown
 from tune.rows import Row, Rows
-from tune.space import get_value, with_values
+from tune.space import REFINEMENT, get_value, with_values
+from tune.trials import Trial
 
 FOLDER = "final"
 
 
-def compare(base: Config, values: dict[str, Any], seeds: int, max_concurrent: int | None) -> list[dict[str, Any]]:
+def compare(
+    own: Config, prepared: Config, best: Trial, seeds: int, max_concurrent: int | None
+) -> list[dict[str, Any]]:
     """Train both, evaluate each once on test, print the table and return its rows (`ablation.summarise`).
 
     No trial has used these seeds, and nothing was chosen on test. What is there already is not trained again.
 
     Args:
-        base: the config of the sweep, its `run_dir` the sweep's.
-        values: of the best trial, dotted config fields. Nothing is trained where they are the config's own.
+        own: the config the sweep was asked to vary, as it was given but with the sweep's `run_dir`: the default.
+        prepared: the one its trials have, with the space's refinement grid searched in training.
+        best: the best trial. Nothing is trained where its values are the config's own.
         seeds: fresh seeds of each.
     """
-    if all(get_value(base, name) == value for name, value in values.items()):
+    if all(get_value(own, name) == value for name, value in best.values.items()):
         print("the best trial is the config itself: there is nothing to compare", flush=True)
         return []
+    searched = ["eval.refine_in_training", *REFINEMENT.values()]
+    values = {**best.values, **{name: get_value(prepared, name) for name in searched}}
+    name = f"best, trial {best.number}"  # a longer sweep may end with another best, beside it in the folder
     rows = Rows(
         (
             Row("default", refined=True),
-            Row("best", dict(values), refined=True),
+            Row(name, values, refined=True),
             Row("default, not refined", of="default"),
-            Row("best, not refined", of="best", against="default, not refined"),
+            Row(f"{name}, not refined", of=name, against="default, not refined"),
         ),
         "default",
     )
-    fresh = [base.train.seed + 1 + i for i in range(seeds)]
-    base = with_values(base, {"run_dir": f"{base.run_dir}/{FOLDER}"})
-    table = ablate(base, rows, fresh, max_concurrent=max_concurrent)
+    fresh = [own.train.seed + 1 + i for i in range(seeds)]
+    table = ablate(
+        with_values(own, {"run_dir": f"{own.run_dir}/{FOLDER}"}), rows, fresh, max_concurrent=max_concurrent
+    )
     print(f"on test, {seeds} fresh seeds:\n{markdown(table, rows.baseline)}", flush=True)
     return table

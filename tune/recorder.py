@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 from typing import Any
 
 from ray.tune import Callback
@@ -19,8 +20,13 @@ RECLAIM_EVERY_S = 5.0
 class Recorder(Callback):
     """Ray Tune's callback of a sweep. Trials are known by the number in their config."""
 
-    def __init__(self, run: RunDir, log: TrialLog, names: list[str], max_steps: int, display: Display) -> None:
+    def __init__(
+        self, run: RunDir, log: TrialLog, names: list[str], max_steps: int, display: Display, stopped: Set[int] = frozenset()
+    ) -> None:
+        """stopped: the numbers of the trials that the scheduler has stopped, which it adds to."""
         self.run, self.log, self.names, self.max_steps, self.display = run, log, names, max_steps, display
+        self.stopped = stopped
+        self.errors: dict[int, str] = {}  # as trials report them
         self.controllers: dict[int, Any] = {}  # of the trainings that run
         self._reclaimed = 0.0  # when
 
@@ -37,6 +43,8 @@ class Recorder(Callback):
         number = trial.config["number"]
         if CONTROLLER in result:
             self.controllers[number] = result[CONTROLLER]
+        if ERROR in result:
+            self.errors[number] = result[ERROR]
         if "score" not in result:
             return
         kept = {k: v for k, v in result.items() if k in ("step", "score") or k.startswith("val_")}
@@ -56,20 +64,23 @@ class Recorder(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It returned, or the scheduler stopped it."""
         number = trial.config["number"]
-        error = self._cause(number)
+        error = self.errors.pop(number, "")
         abort(self.controllers.pop(number, None))
         if error:
             self._end(number, "failed", error)
+        elif self.log.trials[number].steps >= self.max_steps:
+            self._end(number, "finished")
+        elif number in self.stopped:
+            self._end(number, "stopped-early")
         else:
-            steps = self.log.trials[number].steps
-            self._end(number, "finished" if steps >= self.max_steps else "stopped-early")
+            self._end(number, "failed", "it ended before its last step without saying why")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process was lost too often."""
         number = trial.config["number"]
         abort(self.controllers.pop(number, None))
         lost = "its process was lost again and again (out of memory, or lost nodes)"
-        self._end(number, "failed", self._cause(number) or lost)
+        self._end(number, "failed", self.errors.pop(number, "") or lost)
 
     def close(self) -> None:
         """The sweep is over: what still runs was interrupted with it."""
@@ -89,8 +100,3 @@ class Recorder(Callback):
         record = self.log.trials[number]
         self.display.say(record, f"{status} after {record.steps} steps{': ' + error if error else ''}")
         self.write()
-
-    def _cause(self, number: int) -> str:
-        """What ended a trial badly: the first line of its error.txt, "" where there is none."""
-        name = f"{folder(number)}/{ERROR}"
-        return self.run.read_text(name).splitlines()[0] if self.run.exists(name) else ""

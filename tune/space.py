@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from mmref.config import Config, EvalConfig, check_config, from_dict, read_yaml, to_dict, unknown_key
@@ -32,14 +33,21 @@ REFINEMENT = {  # name in a space -> the field that holds the values to try
 }
 FIXED = {
     "run_dir": "every trial has its own",
+    "data.root": "trials are compared on its val split",
+    "train.seed": "the final comparison takes seeds that no trial used",
     "train.max_steps": "trials are compared step by step; `--trial-steps` sets their length",
     "train.eval_every": "trials are compared at their evaluations",
     "train.workers": "trials are sized before the sweep starts",
+    "train.min_workers": "trials are sized before the sweep starts",
     "train.gpu": "trials are sized before the sweep starts",
     "train.cpus_per_worker": "trials are sized before the sweep starts",
+    "train.threads": "trials are sized before the sweep starts",
+    "train.storage_gb": "trials are sized before the sweep starts",
+    "train.keep_checkpoints": "a trial keeps its best",
     "data.readers": "trials are sized before the sweep starts",
-    "eval.metric": "it is what trials are compared by",
 }
+COMPARED_BY = "it is how trials are compared, all of them alike"
+DRAWS = 256  # of a space, to see that its fields go together
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,6 @@ class Parameter:
             return value in self.values
         return isinstance(value, int | float) and self.low <= value <= self.high
 
-    def extremes(self) -> tuple[Any, ...]:
-        """Values that are valid together with the rest of a config when all others in between are."""
-        return self.values if self.kind == "choice" else (self.low, self.high)
-
 
 @dataclass(frozen=True)
 class Space:
@@ -97,15 +101,17 @@ class Space:
         return [dict(zip(lists, values)) for values in itertools.product(*(v for v in lists.values() if v is not None))]
 
     def prepare(self, base: Config) -> Config:
-        """The base config with this space's refinement grid, searched in training. Raises ConfigError where some value of
-        the space does not go with it."""
-        prepared = with_values(base, {**self.refinement, "eval.refine_in_training": True})
+        """The base config with this space's refinement grid beside its own, searched in training. Raises ConfigError where some
+        value of the space does not go with it, or with others of the space."""
+        grids = {name: _union(get_value(base, name), values) for name, values in self.refinement.items()}
+        prepared = with_values(base, {**grids, "eval.refine_in_training": True})
         for p in self.parameters:
-            for value in p.extremes():
-                try:
-                    with_values(prepared, {p.name: value})
-                except ConfigError as error:
-                    raise ConfigError(f"search space: {p.name} = {value} does not fit the config: {error}") from None
+            listed = p.listed()
+            for value in listed if listed and len(listed) <= DRAWS else (p.low, p.high):
+                _check(prepared, {p.name: value})
+        rng = np.random.default_rng(0)
+        for shares in rng.random((DRAWS, len(self.parameters))):
+            _check(prepared, {p.name: p.at(share) for p, share in zip(self.parameters, shares)})
         return prepared
 
     def outside(self, base: Config) -> list[str]:
@@ -116,6 +122,21 @@ class Space:
     def default_point(self, base: Config) -> dict[str, Any] | None:
         """The config's own values, None where the space leaves one of them out."""
         return None if self.outside(base) else {p.name: get_value(base, p.name) for p in self.parameters}
+
+
+def _union(own: list[Any], more: list[Any]) -> list[Any]:
+    """The config's values and the space's, numbers in order."""
+    values = list(dict.fromkeys([*own, *more]))
+    return values if any(isinstance(v, str) for v in values) else sorted(values)
+
+
+def _check(config: Config, values: dict[str, Any]) -> None:
+    """Raise ConfigError where a config does not take these values together."""
+    try:
+        with_values(config, values)
+    except ConfigError as error:
+        named = ", ".join(f"{name} = {value}" for name, value in values.items())
+        raise ConfigError(f"search space: {named} does not fit the config: {error}") from None
 
 
 def read_space(path: str) -> Space:
@@ -145,8 +166,8 @@ def parse_space(text: str, path: str) -> Space:
 
 def _parameter(name: str, entry: Any, path: str) -> Parameter:
     hint = field_type(name, path)
-    if name in FIXED:
-        raise ConfigError(f"{path}: `{name}` cannot be searched: {FIXED[name]}.")
+    if why := FIXED.get(name, COMPARED_BY if name.startswith("eval.") else ""):
+        raise ConfigError(f"{path}: `{name}` cannot be searched: {why}.")
     kind = _kind(name, entry, path)
     if kind == "choice":
         return Parameter(name, kind, _values(name, entry["values"], hint, path))

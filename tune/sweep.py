@@ -15,7 +15,6 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from mmref.cli import run_command
@@ -25,6 +24,7 @@ from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepErr
 from mmref.rundir import RunDir, read_jsonl
 from mmref.train.ray_storage import ray_filesystem
 from mmref.train.trainer import check_inputs
+from tune.asha import Asha, grace_steps, judged_at, share_of_steps
 from tune.capacity import TRIAL_CPUS, connected
 from tune.display import Display
 from tune.recorder import Recorder
@@ -39,6 +39,7 @@ DEFAULT_CONFIG = "configs/emoji.yaml"  # the bundled data
 DEFAULT_SPACE = Path(__file__).parent / "spaces" / "default.yaml"
 FINAL_SEEDS = 3
 RESUMABLE = ("trials", "max_concurrent", "final_seeds")  # options that may change when a sweep goes on
+AUTO = "auto"  # of --max-concurrent
 TRIAL_RESTARTS = 3  # of a trial whose process was lost; its workers have `train.max_failures` of their own
 PBT = (
     "`--scheduler pbt` is not offered: population-based training copies checkpoints between trials, and Ray Train hands "
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", metavar="DIR",
                         help="go on with the sweep in DIR; --trials, --max-concurrent, --final-seeds may change")  # fmt: skip
+    parser.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again")
     parser.add_argument("--workers-per-trial", type=_positive, metavar="N", help="the same as --train.workers")
     parser.add_argument("--max-concurrent", type=_concurrency, default=None, metavar="N|auto",
                         help="trials at a time; auto (default): as many as the cluster's CPUs and GPUs hold")  # fmt: skip
@@ -96,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="steps before ASHA may stop a trial (default: until guidance has its full weight, "
                              "loss.guide_full, and at least a quarter of a trial)")  # fmt: skip
     parser.add_argument("--reduction", type=float, default=3.0, metavar="R",
-                        help="ASHA lets about the best 1/R pass each rung (default: %(default)s)")  # fmt: skip
+                        help="ASHA lets about the best 1/R pass each rung (default: %(default)g)")  # fmt: skip
     parser.add_argument("--final-seeds", type=int, metavar="N",
                         help="fresh seeds for which the best config and the default are trained in full and compared on "
                         f"test at the end; 0: not at all (default: {FINAL_SEEDS})")  # fmt: skip
@@ -108,14 +110,16 @@ def main(argv: list[str]) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if args.resume:
-        allowed = {"resume", *RESUMABLE}
+        allowed = {"resume", "retry_failed", *RESUMABLE}
         if extra := rest or [k for k, v in vars(args).items() if k not in allowed and v != parser.get_default(k)]:
             raise ConfigError(
                 f"`--resume` goes on with the sweep as it was asked for, and takes no `{extra[0]}`; only `--trials`, "
-                "`--max-concurrent` and `--final-seeds` may change."
+                "`--max-concurrent` and `--final-seeds` may change, and `--retry-failed` runs failed trials again."
             )
-        resume(args.resume, **{name: getattr(args, name) for name in RESUMABLE})
+        resume(args.resume, args.retry_failed, **{name: getattr(args, name) for name in RESUMABLE})
         return 0
+    if args.retry_failed:
+        raise ConfigError("`--retry-failed` goes with `--resume DIR`: a new sweep has no failed trials.")
     base = load_config(["--config", args.config, *rest])
     base.run_dir = args.run_dir
     if args.workers_per_trial:
@@ -123,8 +127,11 @@ def main(argv: list[str]) -> int:
     space = read_space(args.space)
     trials = args.trials or (len(space.grid()) if args.searcher == "grid" else 16)
     seeds = FINAL_SEEDS if args.final_seeds is None else args.final_seeds
-    names = {f.name for f in dataclasses.fields(Options)} - {"trials", "final_seeds"}
-    sweep(base, space, Options(trials, final_seeds=seeds, **{k: v for k, v in vars(args).items() if k in names}))
+    if args.scheduler != "asha" and (args.grace_steps or args.reduction != parser.get_default("reduction")):
+        raise ConfigError("`--grace-steps` and `--reduction` are ASHA's: leave them out, or use `--scheduler asha`.")
+    names = {f.name for f in dataclasses.fields(Options)} - {"trials", "final_seeds", "max_concurrent"}
+    given = {k: v for k, v in vars(args).items() if k in names}
+    sweep(base, space, Options(trials, final_seeds=seeds, max_concurrent=_number(args.max_concurrent), **given))
     return 0
 
 
@@ -139,22 +146,35 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
     """
     run = RunDir(base.run_dir)
     check_options(options, space)
-    base = prepare(base, space, options, run)
+    prepare(base, space, options, run)
+    if submitted() and run.local and not os.path.isabs(os.path.expanduser(base.run_dir)):
+        print(
+            f"the sweep goes to {run.path}, in this job's copy of the working directory, which the cluster deletes some time after "
+            "the job: give `--run_dir` an absolute path or a URL to keep it",
+            flush=True,
+        )
     with run.held():
         if read_jsonl(run, LOG):
             raise RunDirectoryError(
                 f"{run.path} holds a sweep already. `--resume {run.path}` goes on with it; or give another `--run_dir`."
             )
-        run.write_text("config.yaml", dump_yaml(base))
+        # the caller's own config, wherever the sweep is gone on with; a job's copy of the working directory does not last
+        run.write_text("config.yaml", dump_yaml(base if submitted() else with_absolute_paths(base)))
         run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
         run.write_text("space.yaml", space.text)
         return _run(base, space, options, run)
 
 
-def resume(run_dir: str, **changes: int | None) -> Config:
+def submitted() -> bool:
+    """Whether this process is the driver of a `ray job submit`, which runs in a copy of the working directory."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None) -> Config:
     """Go on with a sweep: ended trials are kept as they are, interrupted ones go on from their checkpoints.
 
     Args:
+        retry_failed: run failed trials again, from their checkpoints where they have one.
         changes: RESUMABLE fields of its Options; None leaves one as it was.
     Raises: as `sweep`; RunDirectoryError where there is no sweep.
     """
@@ -163,14 +183,20 @@ def resume(run_dir: str, **changes: int | None) -> Config:
         raise RunDirectoryError(f"{run.path} holds no sweep to go on with (there is no space.yaml). Start it without "
                                 "`--resume`.")  # fmt: skip
     options = Options(**json.loads(run.read_text("sweep.json")))
-    options = dataclasses.replace(options, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+    changed = {k: _number(v) for k, v in changes.items() if v is not None}
+    options = dataclasses.replace(options, **changed)  # type: ignore[arg-type]
     if (begun := len({line["trial"] for line in read_jsonl(run, LOG)})) > options.trials:
         raise ConfigError(f"`--trials {options.trials}` is fewer than the {begun} that {run.path} has begun already.")
     space = parse_space(run.read_text("space.yaml"), run.join("space.yaml"))
     check_options(options, space)
-    base = prepare(run.read_config(), space, options, run)
+    base = run.read_config()
+    prepare(base, space, options, run)
     with run.held():
         run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
+        if retry_failed:
+            log = TrialLog(run)
+            for trial in [t for t in log.trials.values() if t.status == "failed"]:
+                log.reopen(trial.number)
         return _run(base, space, options, run)
 
 
@@ -193,11 +219,12 @@ def check_options(options: Options, space: Space) -> None:
 
 def prepare(base: Config, space: Space, options: Options, run: RunDir) -> Config:
     """The config that best.yaml starts from, everything checked that needs no Ray."""
-    steps = options.trial_steps or base.train.max_steps
-    if options.scheduler == "asha" and base.train.eval_every > (grace := grace_steps(options, base, steps)):
+    trial = of_a_trial(base, options)
+    steps, every, grace = trial.train.max_steps, trial.train.eval_every, grace_steps(options.grace_steps, trial)
+    if options.scheduler == "asha" and every > grace:
         raise ConfigError(
-            f"ASHA is to judge trials of {steps} steps from step {grace} on, and they are evaluated every "
-            f"{base.train.eval_every} steps: set `--train.eval_every` to at most {grace}, or `--grace-steps` higher."
+            f"ASHA is to judge trials of {steps} steps from step {grace} on, and they are evaluated every {every} steps: set "
+            f"`--train.eval_every` to at most {grace}, or `--grace-steps` higher."
         )
     base = with_values(space.prepare(base), {"run_dir": run.path})
     check_inputs(base)
@@ -206,22 +233,33 @@ def prepare(base: Config, space: Space, options: Options, run: RunDir) -> Config
     return base
 
 
-def grace_steps(options: Options, config: Config, trial_steps: int) -> int:
-    """Steps before ASHA may stop a trial. Before guidance is full their order says little of the end (docs/tuning.md)."""
-    share = max(0.25, config.loss.guide_full if config.loss.w_guide > 0 else 0.0)
-    return min(trial_steps, options.grace_steps or max(1, round(share * trial_steps)))
+def of_a_trial(base: Config, options: Options) -> Config:
+    """The config at the length of a trial."""
+    return with_values(base, {"train.max_steps": options.trial_steps or base.train.max_steps})
 
 
-def _run(base: Config, space: Space, options: Options, run: RunDir) -> Config:
-    """The trials that are left, and everything that is made of all of them."""
-    steps = options.trial_steps or base.train.max_steps
-    config = with_absolute_paths(with_values(base, {"train.max_steps": steps, "train.keep_checkpoints": 1}))
+def _run(own: Config, space: Space, options: Options, run: RunDir) -> Config:
+    """The trials that are left, and everything that is made of all of them. `own`: the config the sweep was asked to vary."""
+    base = prepare(own, space, options, run)
+    config = with_absolute_paths(with_values(of_a_trial(base, options), {"train.keep_checkpoints": 1}))
+    steps = config.train.max_steps
     first = space.default_point(config) if options.searcher != "grid" else None
     propose = proposer(space, options.searcher, config.train.seed, first, options.pareto, options.trials)
     log = TrialLog(run)
     if (left := options.trials - sum(not t.running for t in log.trials.values())) > 0:
-        with connected(config, options.max_concurrent) as fit_in:
-            _search(config, space, options, propose, log, min(fit_in, left), run)
+        asha = None
+        if options.scheduler == "asha":
+            grace = grace_steps(options.grace_steps, config)
+            asha = Asha(steps, grace, options.reduction, log.trials.values(), spared=0 if first else None)
+            if at := judged_at(config, grace, options.reduction):
+                share = share_of_steps(config, grace, options.reduction)
+                print(
+                    f"ASHA judges at step {', '.join(map(str, at))} of {steps}: from about {share:.0%} of the steps of trials that "
+                    "all run to their end",
+                    flush=True,
+                )
+        with connected(config, options.max_concurrent, left) as fit_in:
+            _search(config, space, options, propose, log, min(fit_in, left), run, asha)
     trials = list(log.trials.values())
     print(format_trials(trials, [p.name for p in space.parameters], steps), flush=True)
     run.write_text("sweep.html", render_sweep(trials, space, config, f"Sweep {Path(run.path).name}"))
@@ -234,14 +272,30 @@ def _run(base: Config, space: Space, options: Options, run: RunDir) -> Config:
     if options.final_seeds:
         from tune.final import compare
 
-        final = compare(base, chosen.values, options.final_seeds, options.max_concurrent)
+        go_on = f"Go on with: mmref tune --resume {run.path}"
+        own = with_values(own, {"run_dir": run.path})
+        try:
+            final = compare(own, base, chosen, options.final_seeds, options.max_concurrent)
+        except KeyboardInterrupt:
+            raise SweepInterruptedError(
+                f"all trials are done and best.yaml is written; the comparison on test is not. {go_on}"
+            ) from None
+        except SweepError as error:
+            raise SweepError(f"all trials are done and best.yaml is written; the comparison on test: {error} {go_on}") from None
         run.write_text("sweep.html", render_sweep(trials, space, config, f"Sweep {Path(run.path).name}", final))
     print(f"report: {run.join('sweep.html')}")
     return best
 
 
 def _search(
-    config: Config, space: Space, options: Options, propose: Propose, log: TrialLog, concurrent: int, run: RunDir
+    config: Config,
+    space: Space,
+    options: Options,
+    propose: Propose,
+    log: TrialLog,
+    concurrent: int,
+    run: RunDir,
+    asha: Asha | None,
 ) -> None:
     """Run the trials that are left; the log holds what comes of them."""
     from ray import tune
@@ -265,14 +319,15 @@ def _search(
         print(f"the config itself is not among the trials: the space leaves out {', '.join(out)}", flush=True)
     run.remove("tune")  # Tune's own state, of a driver that has ended
     display = Display(log, options.trials, config.train.max_steps)
-    recorder = Recorder(run, log, [p.name for p in space.parameters], config.train.max_steps, display)
+    stopped = set() if asha is None else asha.stopped
+    recorder = Recorder(run, log, [p.name for p in space.parameters], config.train.max_steps, display, stopped)
     trainable = tune.with_resources(tune.with_parameters(run_trial, base=to_dict(config)), {"CPU": TRIAL_CPUS})
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             num_samples=left,
             search_alg=Numbered(log, propose, options.trials),
-            scheduler=asha_scheduler(config, options, ended) if options.scheduler == "asha" else None,
+            scheduler=asha,
             max_concurrent_trials=concurrent,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -293,29 +348,6 @@ def _search(
         run.remove("tune")
 
 
-def asha_scheduler(config: Config, options: Options, ended: list[Trial]) -> Any:
-    """ASHA over trials of the config's length that knows the ones that have ended.
-
-    The longest trial ends by itself, so that nothing is stopped at its last step.
-    """
-    from ray.tune.schedulers import ASHAScheduler
-
-    asha = ASHAScheduler(
-        time_attr="step",
-        metric="score",
-        mode="max",
-        max_t=config.train.max_steps + 1,
-        grace_period=grace_steps(options, config, config.train.max_steps),
-        reduction_factor=options.reduction,
-    )
-    for trial in ended:
-        known: Any = SimpleNamespace(trial_id=str(trial.number))
-        asha.on_trial_add(None, known)  # type: ignore[arg-type]
-        for result in trial.results:
-            asha.on_trial_result(None, known, result)  # type: ignore[arg-type]
-    return asha
-
-
 def _conclude(trials: list[Trial], base: Config, run: RunDir, trial_steps: int) -> tuple[Config, Trial]:
     """Write best.yaml. Raises SweepError where no trial has a score."""
     best = best_of(trials)
@@ -332,6 +364,11 @@ def _conclude(trials: list[Trial], base: Config, run: RunDir, trial_steps: int) 
     return config, best
 
 
+def _number(value: int | str | None) -> int | None:
+    """What `--max-concurrent` and the other numbers mean: None for auto."""
+    return None if value == AUTO or value is None else int(value)
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -339,8 +376,8 @@ def _positive(text: str) -> int:
     return value
 
 
-def _concurrency(text: str) -> int | None:
-    return None if text == "auto" else _positive(text)
+def _concurrency(text: str) -> int | str:
+    return text if text == AUTO else _positive(text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from mmref.cluster import SETTINGS, named_address
 from mmref.config import Config, from_dict
+from mmref.errors import StorageError
 from mmref.rundir import RunDir, read_jsonl
 from mmref.train.checkpoint import latest_checkpoint
 from mmref.train.trainer import fit, prepare_run
@@ -21,7 +23,8 @@ from tune.failure import reason
 from tune.space import with_values
 from tune.trials import folder
 
-ERROR = "error.txt"  # in a failed trial's run directory
+ERROR = "error"  # in a result: what ended the trial, in a line
+ERROR_FILE = "error.txt"  # in a failed trial's run directory: the whole of it
 CONTROLLER = "controller"  # in a result: the actor that controls the trial's training
 ABORT_TIMEOUT_S = 60
 
@@ -30,9 +33,9 @@ def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
     """Train with the base config and a trial's values; every evaluation is reported to Tune.
 
     The run directory bears the trial's number inside the sweep's, so that a trial which is started again goes on, after
-    reporting what its checkpoint holds: the driver may have gone before it heard. What ends a trial badly is a result: it
-    is written to error.txt there. Only a lost process, this one or the training's controller, is an error to Tune, which
-    starts the trial again.
+    reporting what its checkpoint holds: the driver may have gone before it heard. What ends a trial badly is a result like any
+    other, and error.txt there has the whole of it. Only a lost process, this one or the training's controller, is an error to
+    Tune, which starts the trial again.
 
     Args:
         trial: {"number", "values": dotted config fields}.
@@ -42,11 +45,15 @@ def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
 
     for name, value in SETTINGS.items():  # of the nested training, for which this process is the driver
         os.environ.setdefault(name, value)
-    config = with_values(from_dict(base), trial["values"])
-    config.run_dir = f"{base['run_dir']}/{folder(trial['number'])}"
-    run = RunDir(config.run_dir)
-    run.remove(ERROR)
+    run = RunDir(f"{base['run_dir']}/{folder(trial['number'])}")
     try:
+        if not RunDir(base["run_dir"]).exists("sweep.json"):
+            raise StorageError(
+                f"node {socket.gethostname()} does not see {base['run_dir']}/sweep.json, which the driver wrote: the sweep must "
+                "be on storage that all nodes share. Give `--run_dir` on NFS or an s3:// URL."
+            )
+        run.remove(ERROR_FILE)
+        config = with_values(from_dict(base), {**trial["values"], "run_dir": run.path})
         with run.held(), named_address():
             prepare_run(config, run)
             for evaluation in evaluations(config, run):
@@ -55,7 +62,10 @@ def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
     except ray.exceptions.RayActorError:
         raise  # the training's controller: it was aborted because this trial is being stopped, or its process was lost
     except Exception as error:
-        run.write_text(ERROR, f"{reason(error)}\n\n{error}\n")
+        tune.report({ERROR: reason(error)})
+        if not isinstance(error, StorageError):
+            with contextlib.suppress(StorageError):
+                run.write_text(ERROR_FILE, f"{reason(error)}\n\n{error}\n")
 
 
 def evaluations(config: Config, run: RunDir) -> list[dict[str, Any]]:

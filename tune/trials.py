@@ -60,7 +60,7 @@ class TrialLog:
     """All trials, each change written to trials.jsonl before anything else comes of it.
 
     Lines: {"trial", "values"} when it is handed out, {"trial", "seconds", "step", "score", ...} at an evaluation,
-    {"trial", "status", "seconds", "step_seconds", "error"} at its end.
+    {"trial", "status", "seconds", "step_seconds", "error"} at its end (`interrupted`: a failed one that is to go on).
     """
 
     def __init__(self, run: RunDir) -> None:
@@ -89,6 +89,11 @@ class TrialLog:
         seconds = self._seconds(number)
         line = {"trial": number, "status": status, "seconds": seconds, "step_seconds": step_seconds, "error": error}
         self._write(line)
+
+    def reopen(self, number: int) -> None:
+        """A failed trial is to go on."""
+        self._write({"trial": number, "status": "interrupted", "seconds": self.trials[number].seconds,
+                     "step_seconds": None, "error": ""})  # fmt: skip
 
     def interrupt(self) -> None:
         """The sweep is over: what still runs was interrupted with it. Not written, for a resumed sweep goes on with it."""

@@ -87,10 +87,10 @@ def evaluate_run(
     metrics["refinement"]["chosen_on"] = tuned_on
     bad_training = json.loads(run.read_text("bad_samples.json")) if run.exists("bad_samples.json") else []
     metrics["bad_training_samples"] = bad_training
-    if best := best_on_test(read_jsonl(run)):
+    own = RunDir(root).path == RunDir(config.data.root).path
+    if own and split == "test" and (best := best_on_test(read_jsonl(run))):
         metrics["best_on_test"] = best
     text = json.dumps(metrics, indent=1)
-    own = RunDir(root).path == RunDir(config.data.root).path
     if own and (split == "test" or not run.exists("metrics.json")):
         run.write_text("metrics.json", text)
     if out:

@@ -11,6 +11,7 @@ def infonce(
     other_objects: Tensor,
     scale: Tensor | float,
     weights: Tensor | None = None,
+    other_weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy between softmax(scale * cos) and the uniform distribution over the anchor's positives.
 
@@ -24,6 +25,7 @@ def infonce(
         other_objects: (N,) object ids of the others; each anchor has at least one equal id.
         scale: inverse temperature.
         weights: (n,) of the anchors, 1 on average over the global batch.
+        other_weights: (N,) of the others, 1 on average: a pair of an anchor and its positive counts as that positive weighs.
 
     Returns:
         Scalar fp32, mean over anchors.
@@ -31,5 +33,6 @@ def infonce(
     logits = scale * (anchors.float() @ others.float().T)  # (n, N)
     positive = anchor_objects[:, None] == other_objects[None, :]  # (n, N)
     log_p = torch.log_softmax(logits, dim=1)
-    per_anchor = -(log_p * positive).sum(1) / positive.sum(1)
+    share = positive if other_weights is None else positive * other_weights
+    per_anchor = -(log_p * share).sum(1) / positive.sum(1)
     return (per_anchor if weights is None else per_anchor * weights).mean()

@@ -86,27 +86,30 @@ class ReconstructionHead(nn.Module):
 class ImageWordHead(nn.Module):
     """Predicts masked words from masked-token states and the tokens of the caption's own image.
 
-    IRRA's head: one cross-attention to the image, then self-attention layers, then the vocabulary, at the masked
-    positions only.
+    IRRA's head: one cross-attention to the image, whose answer alone goes on (no residual: what the masked caption says by
+    itself is not enough), then self-attention layers, then the vocabulary, at the masked positions only.
     """
 
     def __init__(self, image_width: int, width: int, vocab_size: int, layers: int) -> None:
         super().__init__()
         heads = heads_of(width)
         self.to_memory, self.memory_norm = nn.Linear(image_width, width), nn.LayerNorm(width)
-        self.cross_attention = Attention(width, heads)
+        self.query_norm = nn.LayerNorm(width)
+        self.cross_attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.self_attentions = nn.ModuleList(Attention(width, heads) for _ in range(layers))
         self.feed_forwards = nn.ModuleList(FeedForward(width) for _ in range(layers))
+        self.last_norm = nn.LayerNorm(width)
         self.transform = _transform(width)
         self.vocabulary = nn.Linear(width, vocab_size)
 
     def forward(self, states: Tensor, mask: Tensor, image_tokens: Tensor, at: Tensor) -> Tensor:
         """Logits (M, vocabulary) of the masked words; arguments as of `ReconstructionHead`, image_tokens (B, N, image_width)."""
         memory = self.memory_norm(self.to_memory(image_tokens))
-        hidden, padding = self.cross_attention(states, memory), mask == 0
+        hidden, _ = self.cross_attention(self.query_norm(states), memory, memory, need_weights=False)
+        padding = mask == 0
         for attend, feed in zip(self.self_attentions, self.feed_forwards, strict=True):
             hidden = feed(attend(hidden, padding=padding))
-        return self.vocabulary(self.transform(hidden[at]))
+        return self.vocabulary(self.transform(self.last_norm(hidden[at])))
 
 
 def heads_of(width: int) -> int:

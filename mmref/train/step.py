@@ -137,10 +137,12 @@ class StepRunner:
         """Loss of this rank's rows (n) against the global batch (N), and the values to log."""
         c = self.config
         all_image, all_text = collectives.gather_with_gradient(image), collectives.gather_with_gradient(text)
-        weights = self._caption_weights(text, objects, active, rows, ramped)
+        all_weights = self._caption_weights(text, objects, active, rows, ramped)
+        first = collectives.rank() * len(text)
+        weights = None if all_weights is None else all_weights[first : first + len(text)]
         align_loss = infonce if c.loss.align == "infonce" else sdm
         align = 0.5 * (
-            align_loss(image, all_text, objects, all_objects, scale, weights)
+            align_loss(image, all_text, objects, all_objects, scale, other_weights=all_weights)
             + align_loss(text, all_image, objects, all_objects, scale, weights)
         )
         if c.loss.align == "sdm":
@@ -177,13 +179,12 @@ class StepRunner:
     def _caption_weights(
         self, text: Tensor, objects: Tensor, active: Tensor | None, rows: Tensor | None, ramped: float
     ) -> Tensor | None:
-        """(n,) weights of this rank's captions, 1 on average over the global batch; None where all weigh alike."""
+        """(N,) weights of the global batch's captions, 1 on average; None where all weigh alike."""
         sharpness = self.config.loss.caption_weight * ramped
         if sharpness == 0 or active is None or rows is None:
             return None
         everyone = collectives.gather(agreement(text, rows[torch.searchsorted(active, objects)]))  # (N,)
-        first = collectives.rank() * len(text)
-        return agreement_weights(everyone, sharpness)[first : first + len(text)]
+        return agreement_weights(everyone, sharpness)
 
     def _add_sums(self, loss, values, out, words: Tensor):  # type: ignore[no-untyped-def]
         """Add the heads' losses, which come as sums over a micro-batch: `words` masked in the global batch."""

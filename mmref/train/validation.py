@@ -41,21 +41,23 @@ class Validation:
         `gain_by_value`).
         """
         with encoder:
-            image = self._encode(len(self.objects), lambda rows: encoder.images(self._pixels(rows)), encoder.device)
+            image = self._encode(len(self.objects), lambda rows: self._images(encoder, rows), encoder.device)
             texts = self.queries.texts
             text = self._encode(len(texts), lambda rows: encoder.texts([texts[i] for i in rows]), encoder.device)
-        per_query = evaluate_features(text[self.queries.text], image, self.queries.objects, self.objects)
+        usable = image.any(1)  # as in the evaluation at the end, images that cannot be read are left out
+        image, objects = image[usable], self.objects[usable]
+        per_query = evaluate_features(text[self.queries.text], image, self.queries.objects, objects)
         metrics: dict[str, Any] = summarize(per_query)
         if self.refines:
             everyone = torch.arange(bank.objects, device=bank.device)
             references = bank.fetch(everyone).detach().float().cpu().numpy()
-            metrics |= self._refined(references, text, image)
+            metrics |= self._refined(references, text, image, objects)
         return metrics
 
-    def _refined(self, references: Floats, text: Floats, image: Floats) -> dict[str, Any]:
+    def _refined(self, references: Floats, text: Floats, image: Floats, objects: np.ndarray) -> dict[str, Any]:
         """The best of the refinement's grid on these features. Takes no training: every setting is scored exactly."""
         space = trained_space(self.config, references)
-        best, tried = choose_on_val(self.config, space, text, self.queries, image, self.objects)
+        best, tried = choose_on_val(self.config, space, text, self.queries, image, objects)
         if not tried:
             return {"refine_weight": 0.0}
         result = max(tried, key=lambda row: row["objective"])
@@ -63,8 +65,10 @@ class Validation:
         refined = {f"refined_{m}": result[m] for m in METRIC_NAMES}
         return {**settings, **refined, "refine_gain": gain_by_value(tried)}
 
-    def _pixels(self, rows: list[int]) -> np.ndarray:
-        return read_pixels(self.reader, rows, self.config.data)[0]
+    def _images(self, encoder: Encoder, rows: list[int]) -> Floats:
+        """Features (n, d), zeros where the image cannot be read."""
+        pixels, bad = read_pixels(self.reader, rows, self.config.data)
+        return encoder.images(pixels) * np.array([not problem for problem in bad], np.float32)[:, None]
 
     def _encode(self, count: int, encode: Callable[[list[int]], Floats], device: torch.device) -> Floats:
         """Features of items 0 .. count - 1, each rank a contiguous share padded to the same size."""

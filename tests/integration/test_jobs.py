@@ -107,6 +107,7 @@ def test_references_of_one_set_refine_another(undisturbed: Path, tmp_path: Path)
     assert status == 0, output
     found = json.loads(out.read_text())
     assert found["data"] == "other" and (undisturbed / "report-other.html").exists()
+    assert "best_on_test" in json.loads(before) and "best_on_test" not in found, "that is of the run's own test split"
     assert (undisturbed / "metrics.json").read_text() == before, "the run's own metrics stay"
 
     run, config, checkpoint = open_run(str(undisturbed))

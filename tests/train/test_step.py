@@ -220,7 +220,8 @@ def test_options_of_guidance_written_out(make_config, option):
         weights = agreement_weights(agreement(out.text, rows[y]), c.caption_weight)
         assert weights.std() > 0.01
     loss = infonce if c.align == "infonce" else sdm
-    align = loss(out.image, out.text, y, y, out.scale, weights) + loss(out.text, out.image, y, y, out.scale, weights)
+    align = loss(out.image, out.text, y, y, out.scale, other_weights=weights)
+    align = align + loss(out.text, out.image, y, y, out.scale, weights)
     align = align / 2 if c.align == "infonce" else align
     soft = soft_targets(rows, y, c.guide_soft, 1 / r.tau) if c.guide_soft else None
     per_modality = {

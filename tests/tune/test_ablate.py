@@ -15,6 +15,7 @@ from tune import ablate as module
 from tune.ablate import ablate, main, read_result, result_name
 from tune.failure import reason
 from tune.rows import Row, Rows
+from tune.space import with_values
 
 ROWS = Rows((Row("plain", {"loss.w_guide": 0.0}), Row("full"), Row("full, refined", of="full", refined=True)), "plain")
 
@@ -46,6 +47,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             run.write_text(result_name(split), json.dumps(metrics))
             lines = [{"step": i, "step_seconds": s} for i, s in enumerate((9.0, 1.0, 1.0))]
             run.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            run.write_text("config.yaml", dump_yaml(config))
             found[training] = read_result(config, split)
         return found
 
@@ -79,6 +81,29 @@ def test_results_of_another_config_are_refused(base: Config, trained: list[str])
     base.train.lr *= 2
     with pytest.raises(RunDirectoryError, match="another config"):
         ablate(base, ROWS, [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eval.metric", "R@1"), ("eval.refine_weights", [0.3]), ("train.eval_every", 3), ("eval.refine_in_training", True)],
+)
+def test_results_that_were_chosen_otherwise_are_refused(
+    name: str, value: Any, base: Config, trained: list[str]
+) -> None:
+    ablate(base, ROWS, [0])
+    with pytest.raises(RunDirectoryError, match=f"plain-seed0 was trained with `{name}`"):
+        ablate(with_values(base, {name: value}), ROWS, [0])
+    ablate(with_values(base, {"eval.workers": 2, "eval.examples": 3}), ROWS, [0])
+    assert trained == ["plain-seed0", "full-seed0"]
+
+
+def test_one_row_again_keeps_the_others_in_the_tables(base: Config, trained: list[str]) -> None:
+    rows = Rows((*ROWS.rows, Row("none", {"loss.w_fuse": 0.0})), "plain")
+    ablate(base, rows, [0, 1], only=["full"])
+    assert trained == ["plain-seed0", "full-seed0", "plain-seed1", "full-seed1"]
+    table = ablate(base, rows, [0, 1], only=["none"])
+    assert trained[4:] == ["none-seed0", "none-seed1"]
+    assert [row["name"] for row in table] == ["plain", "full", "full, refined", "none"]
 
 
 def test_what_can_be_known_before_is_said_before(base: Config, trained: list[str]) -> None:

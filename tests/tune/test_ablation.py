@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from tune.ablation import markdown, mean_interval, plot, summarise, table_csv
+from tune.ablation import markdown, mean_interval, plot, ratio_interval, summarise, table_csv
 from tune.rows import Row, Rows, Training
 
 T_3 = 4.302652729911275  # Student's t for three seeds, 97.5 %
@@ -68,3 +68,32 @@ def test_tables_and_plot(points: tuple) -> None:
     assert len(lines) == len(table) and float(lines[1]["delta_R@1 mean"]) == pytest.approx(3)
     assert lines[0]["delta_R@1 mean"] == "" and lines[0]["seeds"] == "0 1 2"
     assert plot(table, rows.baseline, rows.over).startswith(b"\x89PNG")
+
+
+def test_what_is_lost_over_the_values_of_a_field() -> None:
+    rows = Rows((Row("plain"), Row("full")), "plain", "data.caption_noise", (0.0, 0.5))
+    found = {}
+    for seed, (plain, full) in enumerate([(10, 4), (12, 5), (11, 6)]):  # points lost
+        for name, lost in (("plain", plain), ("full", full)):
+            found[Training(name, 0.0, seed)] = metrics(50 + seed, 0)
+            found[Training(name, 0.5, seed)] = metrics(50 + seed - lost, 0)
+    at_0, _, plain, full = summarise(rows, found, [0, 1, 2])
+    assert not any(key.startswith("lost") for key in at_0) and "lost_ratio_R@1" not in plain
+    assert plain["lost_R@1"]["mean"] == pytest.approx(11) and full["lost_R@1"]["mean"] == pytest.approx(5)
+    assert full["lost_ratio_R@1"]["mean"] == pytest.approx(5 / 11) and full["lost_mAP"]["mean"] == pytest.approx(2.5)
+    text = markdown([at_0, plain, full], "plain").splitlines()
+    assert "of what plain loses" in text[0] and "R@1 11.0 [" in text[3] and "R@1 0.45 [" in text[4]
+    assert [line.count("|") for line in text] == [text[0].count("|")] * 5
+
+
+def test_the_interval_of_a_ratio_is_where_its_difference_is_not_told_from_zero() -> None:
+    import numpy as np
+    from scipy import stats
+
+    own, other = np.array([4.0, 5.0, 6.5]), np.array([10.0, 12.0, 11.0])
+    low, high = ratio_interval(own, other)["ci95"]
+    for at in (low, high):  # a ratio at the edge is rejected at just 5 %
+        assert stats.ttest_1samp(own - at * other, 0.0).pvalue == pytest.approx(0.05, abs=1e-6)
+    assert low < own.mean() / other.mean() < high
+    assert ratio_interval(own, np.array([10.0, -9.0, 1.0]))["ci95"] is None, "nobody knows whether the other loses at all"
+    assert ratio_interval(own[:1], other[:1]) == {"mean": 0.4, "ci95": None}

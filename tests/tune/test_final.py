@@ -10,6 +10,8 @@ import pytest
 from mmref.config import Config
 from tune import final
 from tune.rows import Rows
+from tune.space import with_values
+from tune.trials import Trial
 
 
 def test_both_configs_are_trained_with_seeds_no_trial_used(
@@ -19,18 +21,22 @@ def test_both_configs_are_trained_with_seeds_no_trial_used(
     monkeypatch.setattr(final, "ablate", lambda *given, **named: asked.append((*given, named)) or [{"name": "default"}])
     monkeypatch.setattr(final, "markdown", lambda table, baseline: f"the table over {baseline}")
     base = make_config({"run_dir": "/sweep", "train.seed": 4, "train.max_steps": 90})
-    values = {"loss.w_guide": 0.9, "reference.per_object": 2}
-    assert final.compare(base, values, 3, 1) == [{"name": "default"}]
+    searched = {"eval.refine_weights": [0.1, 0.9], "eval.refine_in_training": True}
+    best = Trial(7, {"loss.w_guide": 0.9, "reference.per_object": 2})
+    assert final.compare(base, with_values(base, searched), best, 3, 1) == [{"name": "default"}]
     config, rows, seeds, named = asked[0]
     assert (config.run_dir, seeds, named) == ("/sweep/final", [5, 6, 7], {"max_concurrent": 1})
-    trained = {name: rows.config(config, name, None, 5, "/here") for name in ("default", "best")}
+    name = "best, trial 7"
+    trained = {"default": rows.config(config, "default", None, 5, "/here"), "best": rows.config(config, name, None, 5, "/here")}
+    assert trained["default"].eval == base.eval, "the default is the config as it was given"
+    assert trained["best"].eval.refine_weights == [0.1, 0.9] and trained["best"].eval.refine_in_training
     assert trained["default"].loss.w_guide == base.loss.w_guide and trained["default"].reference.per_object == 1
     assert trained["best"].loss.w_guide == 0.9 and trained["best"].reference.per_object == 2
     assert {c.train.max_steps for c in trained.values()} == {90}
-    assert isinstance(rows, Rows) and rows.baseline == "default" and rows["default"].refined and rows["best"].refined
+    assert isinstance(rows, Rows) and rows.baseline == "default" and rows["default"].refined and rows[name].refined
     assert "the table over default" in capsys.readouterr().out
 
 
 def test_there_is_nothing_to_compare_where_the_config_itself_is_the_best(make_config: Callable[..., Config]) -> None:
     base = make_config()
-    assert final.compare(base, {"loss.w_guide": base.loss.w_guide}, 3, None) == []
+    assert final.compare(base, base, Trial(0, {"loss.w_guide": base.loss.w_guide}), 3, None) == []

@@ -11,7 +11,7 @@ import yaml
 
 from mmref.config import Config
 from mmref.errors import ConfigError
-from tune.space import Parameter, read_space, with_values
+from tune.space import read_space, with_values
 from tune.sweep import DEFAULT_SPACE
 
 
@@ -69,6 +69,8 @@ def test_values_take_the_type_of_their_field(tmp_path: Path) -> None:
         ({"refinement.weight": {"type": "choice", "values": [0.1]}}, "searches refinement alone"),
         ({"refinement.weight": {"type": "uniform", "low": 0, "high": 1}}, "is searched exactly"),
         ({"refinement.top_r": {"type": "choice", "values": [1.5]}}, "takes int, found 1.5"),
+        ({"train.seed": {"type": "int", "low": 0, "high": 3}}, "seeds that no trial used"),
+        ({"eval.top_p": {"type": "choice", "values": [10, 100]}}, "it is how trials are compared"),
         ({}, "is empty"),
     ],
 )  # fmt: skip
@@ -104,6 +106,31 @@ def test_with_values_copies(make_config: Callable[..., Config]) -> None:
     assert changed.model.text_config is not base.model.text_config
 
 
-def test_extremes() -> None:
-    assert Parameter("a", "choice", (3, 1)).extremes() == (3, 1)
-    assert Parameter("a", "int", low=1, high=4).extremes() == (1, 4)
+def test_every_value_and_combinations_are_tried_before_the_start(
+    tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    """Ends that fit say nothing of what lies between them, nor of two fields at once."""
+    batch = space_of(tmp_path, train__global_batch={"type": "int", "low": 24, "high": 28})
+    with pytest.raises(ConfigError, match=r"train.global_batch = 25 does not fit"):
+        batch.prepare(make_config({"train.global_batch": 24}))
+    ramp = {
+        "loss__guide_from": {"type": "uniform", "low": 0.0, "high": 0.4},
+        "loss__guide_full": {"type": "uniform", "low": 0.3, "high": 0.8},
+    }
+    with pytest.raises(ConfigError, match=r"loss.guide_from = 0.3\d*, loss.guide_full = 0.3\d* does not fit.*comes before"):
+        space_of(tmp_path, **ramp).prepare(make_config({"loss.guide_from": 0.2, "loss.guide_full": 0.4}))
+
+
+def test_the_refinement_s_values_stand_beside_the_config_s_own(
+    tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    space = space_of(
+        tmp_path, loss__w_guide={"type": "uniform", "low": 0.0, "high": 1.0},
+        refinement__weight={"type": "choice", "values": [0.3, 0.1]},
+        refinement__kind={"type": "choice", "values": ["expansion", "sparse"]},
+    )  # fmt: skip
+    base = make_config({"eval.refine_weights": [3.2, 0.1], "eval.refine_kinds": ["sparse", "dense"]})
+    prepared = space.prepare(base)
+    assert prepared.eval.refine_weights == [0.1, 0.3, 3.2] and prepared.eval.refine_in_training
+    assert prepared.eval.refine_kinds == ["sparse", "dense", "expansion"]
+    assert prepared.eval.refine_taus == base.eval.refine_taus and not base.eval.refine_in_training

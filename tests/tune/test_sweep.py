@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmref.cluster import connect
-from mmref.config import Config, dump_yaml, load_config
+from mmref.config import Config, dump_yaml, load_config, to_dict
 from mmref.errors import ClusterTooSmallError, ConfigError, RunDirectoryError, SweepError
 from mmref.rundir import RunDir
 from tune import recorder as recorder_module
@@ -24,8 +24,9 @@ from tune.display import Display
 from tune.recorder import Recorder
 from tune.results import format_trials
 from tune.space import Space, read_space, with_values
-from tune.sweep import Options, asha_scheduler, check_options, main, prepare, resume, sweep
-from tune.trials import Trial, TrialLog, folder
+from tune.asha import Asha, judged_at, share_of_steps
+from tune.sweep import Options, check_options, main, prepare, resume, sweep
+from tune.trials import Trial, TrialLog
 
 SPACE = """
 loss.w_guide: {type: uniform, low: 0.0, high: 1.0}
@@ -130,6 +131,8 @@ def test_the_command_line_reaches_the_sweep(
                                          "reference.per_object: {type: int, low: 1, high: 2}\n")  # fmt: skip
     argv = ["--config", str(tmp_path / "config.yaml"), "--space", str(tmp_path / "space.yaml"), "--searcher", "grid"]
     main([*argv, "--workers-per-trial", "2", "--final-seeds", "0", "--max-concurrent", "auto", "--train.lr", "0.5"])
+    with pytest.raises(ConfigError, match="are ASHA's"):
+        main([*argv, "--scheduler", "none", "--grace-steps", "4"])
     base, space, options = seen[0]
     assert (base.train.workers, base.train.lr, base.run_dir) == (2, 0.5, "runs/sweep")
     assert options == Options(6, "grid", final_seeds=0) and len(space.grid()) == 6
@@ -144,11 +147,11 @@ def test_the_command_line_reaches_the_sweep(
 # --- how trials are recorded
 
 
-def started(tmp_path: Path, count: int) -> tuple[Recorder, list[Any]]:
-    """A recorder, and trials of 6 steps as Tune shows them, each with its number in its config."""
+def started(tmp_path: Path, count: int, stopped: Any = frozenset()) -> tuple[Recorder, list[Any]]:
+    """A recorder, and trials of 6 steps as Tune shows them, each with its number in its config; `stopped` by a scheduler."""
     run = RunDir(str(tmp_path))
     log = TrialLog(run)
-    recorder = Recorder(run, log, ["loss.w_guide"], 6, Display(log, count, 6))
+    recorder = Recorder(run, log, ["loss.w_guide"], 6, Display(log, count, 6), stopped)
     trials = [SimpleNamespace(config={"number": n}) for n in range(count)]
     for n, t in enumerate(trials):
         log.begin(n, {"loss.w_guide": n / 4})
@@ -163,7 +166,8 @@ def report(recorder: Recorder, trial: Any, step: int, score: float, weight: floa
 
 
 def test_every_trial_is_a_row_with_its_best_evaluation(tmp_path: Path) -> None:
-    recorder, trials = started(tmp_path, 3)
+    stopped: set[int] = set()
+    recorder, trials = started(tmp_path, 3, stopped)
     for step, score in ((2, 5.0), (4, 9.0), (6, 8.0)):
         report(recorder, trials[0], step, score, 0.4)
     report(recorder, trials[1], 2, 1.0, 0.0)
@@ -171,7 +175,8 @@ def test_every_trial_is_a_row_with_its_best_evaluation(tmp_path: Path) -> None:
     (tmp_path / "trials" / "000").mkdir(parents=True)
     lines = "".join(f'{{"step": {i}, "step_seconds": {t}}}\n' for i, t in enumerate((9, 2, 2)))
     (tmp_path / "trials" / "000" / "metrics.jsonl").write_text(lines)
-    recorder.run.write_text("trials/002/error.txt", "NonFiniteLossError: the loss of step 3\nmore\n")
+    recorder.on_trial_result(0, [], trials[2], {"error": "NonFiniteLossError: the loss of step 3", "config": trials[2].config})
+    stopped.add(1)
     for t in trials:  # a trial that fails returns like any other
         recorder.on_trial_complete(0, trials, t)
     rows = read_rows(tmp_path)
@@ -201,26 +206,66 @@ def test_every_trial_is_a_row_with_its_best_evaluation(tmp_path: Path) -> None:
 def test_what_the_end_of_its_training_makes_a_stopped_trial_say_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder, trials = started(tmp_path, 1)
+    recorder, trials = started(tmp_path, 1, {0})
     report(recorder, trials[0], 2, 5.0, 0.0)
 
     def complaining(controller: Any) -> None:
-        recorder.run.write_text("trials/000/error.txt", "ActorDiedError: the controller\n")
+        recorder.on_trial_result(0, [], trials[0], {"error": "ActorDiedError: the controller"})
 
     monkeypatch.setattr(recorder_module, "abort", complaining)
     recorder.on_trial_complete(0, trials, trials[0])
     assert read_rows(tmp_path)[0]["status"] == "stopped-early"
 
 
+def test_a_trial_that_ends_early_without_a_word_was_not_stopped(tmp_path: Path) -> None:
+    recorder, trials = started(tmp_path, 1)
+    report(recorder, trials[0], 2, 5.0, 0.0)
+    recorder.on_trial_complete(0, trials, trials[0])
+    (row,) = read_rows(tmp_path)
+    assert row["status"] == "failed" and "without saying why" in row["error"]
+
+
+def test_failed_trials_may_be_run_again(tmp_path: Path) -> None:
+    recorder, trials = started(tmp_path, 2)
+    report(recorder, trials[0], 2, 5.0, 0.0)
+    recorder.on_trial_error(0, trials, trials[0])
+    recorder.log.reopen(0)
+    again = TrialLog(recorder.run).trials[0]
+    assert again.running and again.steps == 2 and again.error == ""
+    with pytest.raises(ConfigError, match="goes with `--resume DIR`"):
+        main(["--retry-failed"])
+
+
+def test_a_node_that_does_not_see_the_sweep_says_so(
+    tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", told.append)
+    base = to_dict(make_config({"run_dir": str(tmp_path / "elsewhere")}))
+    trial_module.run_trial({"number": 0, "values": {"loss.w_guide": 0.5}}, base)
+    assert len(told) == 1 and told[0]["error"].startswith("StorageError: node") and "sweep.json" in told[0]["error"]
+    assert not (tmp_path / "elsewhere").exists(), "nothing is written where nobody looks"
+
+
+def test_values_that_do_not_go_together_are_the_trial_s_failure(
+    tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", told.append)
+    RunDir(str(tmp_path)).write_text("sweep.json", "{}")
+    trial_module.run_trial({"number": 0, "values": {"train.global_batch": 7}}, to_dict(make_config({"run_dir": str(tmp_path)})))
+    assert len(told) == 1 and told[0]["error"].startswith("BatchArithmeticError"), told
+
+
 def test_the_table_on_a_terminal_has_what_runs_on_top(tmp_path: Path) -> None:
     from rich.console import Console
 
-    recorder, trials = started(tmp_path, 4)
+    recorder, trials = started(tmp_path, 4, {0, 1})
     for n, score in enumerate((5.0, 7.0, 6.0)):
         report(recorder, trials[n], 2, score, 0.4)
     for n in (0, 1):
         recorder.on_trial_complete(0, trials, trials[n])
-    recorder.run.write_text("trials/002/error.txt", "RuntimeError: no luck\n")
+    recorder.on_trial_result(0, [], trials[2], {"error": "RuntimeError: no luck"})
     recorder.on_trial_complete(0, trials, trials[2])
     console = Console(width=100)
     with console.capture() as capture:
@@ -268,18 +313,57 @@ def curve(number: int, scores: dict[int, float]) -> Trial:
     return Trial(number, {}, "finished", [{"step": step, "score": score} for step, score in scores.items()])
 
 
-def test_asha_knows_the_trials_that_ended_before(make_config: Callable[..., Config]) -> None:
-    config = make_config({"train.max_steps": 12})
-
+def test_asha_knows_the_trials_that_ended_before() -> None:
     def stops(ended: list[Trial], score: float) -> bool:
-        asha = asha_scheduler(config, Options(4, grace_steps=2, reduction=2.0), ended)
-        new: Any = SimpleNamespace(trial_id="new")
+        asha = Asha(12, 2, 2.0, ended)
+        new: Any = SimpleNamespace(config={"number": 9})
         asha.on_trial_add(None, new)
         return bool(asha.on_trial_result(None, new, {"step": 2, "score": score}) == "STOP")
 
     ended = [curve(0, {2: 5.0, 4: 6.0}), curve(1, {2: 3.0})]
     assert stops(ended, 3.9) and not stops(ended, 4.0), "below the upper half of its rung"
     assert not stops([], 0.1), "nobody to be compared with"
+
+
+def judge(asha: Asha, number: int, step: int, score: float) -> bool:
+    """Whether a trial is stopped at an evaluation."""
+    trial: Any = SimpleNamespace(config={"number": number})
+    asha.on_trial_add(None, trial)
+    return asha.on_trial_result(None, trial, {"step": step, "score": score}) == "STOP"
+
+
+def test_a_trial_that_goes_on_is_not_judged_again_where_it_had_passed() -> None:
+    """The first trial passed step 2 with nobody to be compared with; better ones came after it, then the driver was lost."""
+    before = [curve(0, {2: 1.0, 4: 2.0}), curve(1, {2: 5.0}), curve(2, {2: 6.0})]
+    before[0].status = "interrupted"
+    asha = Asha(12, 2, 2.0, before)
+    assert not judge(asha, 0, 2, 1.0) and not judge(asha, 0, 4, 2.0) and asha.stopped == set()
+    assert judge(asha, 3, 2, 1.0) and asha.stopped == {3}, "a new one is judged"
+    assert not judge(asha, 1, 4, 3.0) and judge(asha, 0, 8, 2.5) is False, "nobody was at step 8 before"
+
+
+def test_the_config_itself_is_never_stopped() -> None:
+    asha = Asha(12, 2, 2.0, [curve(n, {2: 5.0 + n}) for n in (1, 2, 3)], spared=0)
+    assert not judge(asha, 0, 2, 1.0) and asha.stopped == set()
+    assert judge(asha, 4, 2, 1.0)
+    assert not judge(asha, 5, 2, 6.0), "but it counts among those the others are compared with"
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "grace", "reduction", "at", "share"),
+    [
+        (800, 200, 320, 3.0, [400], 0.5 + 0.5 / 3),  # the rung is judged at the next evaluation
+        (300, 30, 60, 3.0, [60, 180], 0.2 + 0.4 / 3 + 0.4 / 9),
+        (300, 30, 300, 3.0, [], 1.0),
+        (80, 0, 20, 2.0, [24, 40], 0.3 + 0.2 / 2 + 0.5 / 4),  # evaluated every 8 steps
+    ],
+)
+def test_what_asha_takes_is_known_before(
+    steps: int, every: int, grace: int, reduction: float, at: list[int], share: float, make_config: Callable[..., Config]
+) -> None:
+    config = make_config({"train.max_steps": steps, "train.eval_every": every})
+    assert judged_at(config, grace, reduction) == at
+    assert share_of_steps(config, grace, reduction) == pytest.approx(share)
 
 
 def test_the_benchmark_stops_trials_where_asha_would(
@@ -292,7 +376,8 @@ def test_the_benchmark_stops_trials_where_asha_would(
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     run = RunDir(str(tmp_path))
-    run.write_text("config.yaml", dump_yaml(make_config()))
+    run.write_text("config.yaml", dump_yaml(make_config({"train.eval_every": 2})))
+    run.write_text("space.yaml", SPACE)
     run.write_text("sweep.json", json.dumps({"trials": 3, "scheduler": "none", "trial_steps": 8}))
     trials = [
         curve(0, {2: 5.0, 4: 6.0, 8: 7.0}),
@@ -365,7 +450,9 @@ def test_a_sweep_of_failures_ends_with_the_first_reason(
     tmp_path: Path, space: Space, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(trial: dict[str, Any], base: dict[str, Any]) -> None:
-        RunDir(f"{base['run_dir']}/{folder(trial['number'])}").write_text("error.txt", "RuntimeError: no luck\n")
+        from ray import tune
+
+        tune.report({"error": "RuntimeError: no luck"})
 
     monkeypatch.setattr(sweep_module, "run_trial", fail)
     with pytest.raises(SweepError, match=r"no trial of .* ended with a score; the first: RuntimeError: no luck"):

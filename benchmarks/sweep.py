@@ -111,14 +111,13 @@ def let_make(scheduler: Any, trial: Trial) -> list[dict[str, Any]]:
     return trial.results
 
 
-def swept(run: RunDir) -> tuple[Options, Config]:
-    """How a sweep was run, and its config at the length of a trial."""
-    options = Options(**json.loads(run.read_text("sweep.json")))
-    return options, of_a_trial(run.read_config(), options)
+def swept(run: RunDir) -> Config:
+    """A sweep's config at the length of a trial."""
+    return of_a_trial(run.read_config(), Options(**json.loads(run.read_text("sweep.json"))))
 
 
 def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
-    options, config = swept(run)
+    config = swept(run)
     grace = grace_steps(args.grace_steps, config)
     own = parse_space(run.read_text("space.yaml"), "space.yaml").default_point(config)
     first = trials[: 1 if own == trials[0].values else 0]
@@ -150,7 +149,7 @@ def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespa
 
 
 def unstopped(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespace) -> dict[str, Any]:
-    every = len(trials) * swept(run)[1].train.max_steps
+    every = len(trials) * swept(run).train.max_steps
     with ThreadPoolExecutor(args.at_once) as pool:
         ended = list(pool.map(lambda t: to_the_end(t, run, Path(args.copies).absolute()), trials))
     best = best_of(ended)

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--rows", default=DEFAULT_ROWS, metavar="FILE", help="rows to compare (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="ROW",
-                        help="train these rows of the file, and the baseline; others are in the tables as far as they are there")  # fmt: skip
+                        help="train these rows, and the baseline; of the others the tables show what is there")  # fmt: skip
     parser.add_argument("--baseline", metavar="ROW", help="row that all are compared with (default: the file's)")
     parser.add_argument("--config", metavar="FILE", help="config that the rows vary")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
@@ -106,7 +106,10 @@ def ablate(
             check_judged_alike(config)
         results = {t: found for t, config in configs.items() if (found := read_result(config, split))}
         missing = [t for t in planned if t not in results]
-        print(f"{len(planned)} trainings to {run.path}, {len(planned) - len(missing)} of them are there already", flush=True)
+        print(
+            f"{len(planned)} trainings to {run.path}, {len(planned) - len(missing)} of them are there already",
+            flush=True,
+        )
         if missing:
             results |= _train(base, {t: planned[t] for t in missing}, split, max_concurrent, failures)
         table = summarise(rows, results, seeds, kind)
@@ -115,8 +118,8 @@ def ablate(
     if failures:
         first = next(iter(failures))
         raise SweepError(
-            f"{len(failures)} of {len(planned)} trainings failed; the first, {first}: {failures[first]} The same command "
-            f"tries them again; what there is so far is in {run.join('ablation.md')}."
+            f"{len(failures)} of {len(planned)} trainings failed; the first, {first}: {failures[first]} What there is so far is "
+            f"in {run.join('ablation.md')}. The failed ones are tried again when it goes on."
         )
     return table
 
@@ -137,8 +140,8 @@ def check_judged_alike(config: Config) -> None:
         was, now = get_value(before, name), get_value(config, name)
         if was != now:
             raise RunDirectoryError(
-                f"{run.path} was trained with `{name}` {was}, and is now asked for with {now}. Give the same, another `--run_dir`, "
-                "or remove that folder."
+                f"{run.path} was trained with `{name}` {was}, and is now asked for with {now}. Give the same, another "
+                "`--run_dir`, or remove that folder."
             )
 
 

@@ -27,8 +27,8 @@ def mean_interval(values: np.ndarray) -> dict[str, Any]:
 
 
 def ratio_interval(own: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """{"mean", "ci95"}: ratio of the means of paired values, that of the other above 0, with Fieller's interval; None for a single
-    pair, or where the other's mean might be 0."""
+    """{"mean", "ci95"}: ratio of the means of paired values, that of the other above 0, with Fieller's interval; None for
+    a single pair, or where the other's mean might be 0."""
     n, mean = len(own), float(own.mean() / other.mean())
     if n < 2:
         return {"mean": mean, "ci95": None}

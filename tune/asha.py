@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -21,7 +22,12 @@ class Asha(ASHAScheduler):
     """
 
     def __init__(
-        self, max_steps: int, grace_steps: int, reduction: float, before: Iterable[Trial] = (), spared: int | None = None
+        self,
+        max_steps: int,
+        grace_steps: int,
+        reduction: float,
+        before: Iterable[Trial] = (),
+        spared: int | None = None,
     ) -> None:
         """
         Args:
@@ -87,5 +93,5 @@ def share_of_steps(config: Config, grace: int, reduction: float) -> float:
     """Share of the steps of all trials that ASHA runs where 1 / reduction of them pass each rung. Small sweeps take more: the
     first trials have nobody to be compared with."""
     at = [0, *judged_at(config, grace, reduction), config.train.max_steps]
-    run = sum((end - start) / reduction**i for i, (start, end) in enumerate(zip(at, at[1:])))
+    run = sum((end - start) / reduction**i for i, (start, end) in enumerate(itertools.pairwise(at)))
     return run / config.train.max_steps

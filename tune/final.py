@@ -14,9 +14,7 @@ from tune.trials import Trial
 FOLDER = "final"
 
 
-def compare(
-    own: Config, prepared: Config, best: Trial, seeds: int, max_concurrent: int | None
-) -> list[dict[str, Any]]:
+def compare(own: Config, prepared: Config, best: Trial, seeds: int, max_concurrent: int | None) -> list[dict[str, Any]]:
     """Train both, evaluate each once on test, print the table and return its rows (`ablation.summarise`).
 
     No trial has used these seeds, and nothing was chosen on test. What is there already is not trained again.
@@ -43,8 +41,6 @@ def compare(
         "default",
     )
     fresh = [own.train.seed + 1 + i for i in range(seeds)]
-    table = ablate(
-        with_values(own, {"run_dir": f"{own.run_dir}/{FOLDER}"}), rows, fresh, max_concurrent=max_concurrent
-    )
+    table = ablate(with_values(own, {"run_dir": f"{own.run_dir}/{FOLDER}"}), rows, fresh, max_concurrent=max_concurrent)
     print(f"on test, {seeds} fresh seeds:\n{markdown(table, rows.baseline)}", flush=True)
     return table

@@ -21,7 +21,13 @@ class Recorder(Callback):
     """Ray Tune's callback of a sweep. Trials are known by the number in their config."""
 
     def __init__(
-        self, run: RunDir, log: TrialLog, names: list[str], max_steps: int, display: Display, stopped: Set[int] = frozenset()
+        self,
+        run: RunDir,
+        log: TrialLog,
+        names: list[str],
+        max_steps: int,
+        display: Display,
+        stopped: Set[int] = frozenset(),
     ) -> None:
         """stopped: the numbers of the trials that the scheduler has stopped, which it adds to."""
         self.run, self.log, self.names, self.max_steps, self.display = run, log, names, max_steps, display

@@ -15,7 +15,6 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mmref.cli import run_command
 from mmref.config import Config, dump_yaml, load_config, to_dict, with_absolute_paths
@@ -149,8 +148,8 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
     prepare(base, space, options, run)
     if submitted() and run.local and not os.path.isabs(os.path.expanduser(base.run_dir)):
         print(
-            f"the sweep goes to {run.path}, in this job's copy of the working directory, which the cluster deletes some time after "
-            "the job: give `--run_dir` an absolute path or a URL to keep it",
+            f"the sweep goes to {run.path}, in this job's copy of the working directory, which the cluster deletes some time "
+            "after the job: give `--run_dir` an absolute path or a URL to keep it",
             flush=True,
         )
     with run.held():
@@ -254,8 +253,8 @@ def _run(own: Config, space: Space, options: Options, run: RunDir) -> Config:
             if at := judged_at(config, grace, options.reduction):
                 share = share_of_steps(config, grace, options.reduction)
                 print(
-                    f"ASHA judges at step {', '.join(map(str, at))} of {steps}: from about {share:.0%} of the steps of trials that "
-                    "all run to their end",
+                    f"ASHA judges at step {', '.join(map(str, at))} of {steps}: about {share:.0%} or more of the steps that all "
+                    "trials would take",
                     flush=True,
                 )
         with connected(config, options.max_concurrent, left) as fit_in:
@@ -281,7 +280,9 @@ def _run(own: Config, space: Space, options: Options, run: RunDir) -> Config:
                 f"all trials are done and best.yaml is written; the comparison on test is not. {go_on}"
             ) from None
         except SweepError as error:
-            raise SweepError(f"all trials are done and best.yaml is written; the comparison on test: {error} {go_on}") from None
+            raise SweepError(
+                f"all trials are done and best.yaml is written; the comparison on test: {error} {go_on}"
+            ) from None
         run.write_text("sweep.html", render_sweep(trials, space, config, f"Sweep {Path(run.path).name}", final))
     print(f"report: {run.join('sweep.html')}")
     return best

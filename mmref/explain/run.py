@@ -34,7 +34,7 @@ from mmref.model.reference import warm_rows
 from mmref.retrieval.explain import heat_maps, hidden
 from mmref.train.checkpoint import fetched, load_model, load_object_ids, load_references
 
-SHOWN = 3  # images of an object, results of a query
+SHOWN = 3  # images of an object, results of a query (and the first right one)
 WORDS = 8  # telling words
 MATCHED = 4  # references named with a result
 OTHERS = 256  # references that telling words are held against
@@ -218,15 +218,19 @@ class ExplainedRun:
         order = np.argsort(-refined, kind="stable")
         before = np.argsort(np.argsort(-initial, kind="stable"), kind="stable") + 1
         owners = known.objects[np.array([known.texts[t] == text for t in known.text], bool)]
+        shown = list(enumerate(order[:SHOWN].tolist(), 1))
+        right = np.flatnonzero(np.isin(g.objects[order], owners))
+        if len(right) and right[0] >= SHOWN:  # the first right one, where it is further down
+            shown.append((int(right[0]) + 1, int(order[right[0]])))
         moves = [
-            self._move(feature, int(at), rank, int(before[at]), float(refined[at] - initial[at]), owners)
-            for rank, at in enumerate(order[:SHOWN], 1)
+            self._move(feature, at, rank, int(before[at]), float(refined[at] - initial[at]), owners)
+            for rank, at in shown
         ]
         row = self._matching_reference(feature, moves)
         reference = None if row is None else self.references[row]
         views = [
             self._view(g.index, int(g.rows[at]), feature, reference, f"rank {m.rank}, before refinement {m.before}")
-            for at, m in zip(order, moves)
+            for (_, at), m in zip(shown, moves)
         ]
         if row is None or reference is None:
             return Explanation("query", text, "", views, moves=moves)

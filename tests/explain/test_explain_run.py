@@ -59,15 +59,25 @@ def test_a_query_s_results_are_those_of_the_model(run, exported, tiny_set):
     images = exported.encode_images([SampleReader(index).read(i).image_bytes for i in range(len(index))])
     text = exported.encode_text([QUERY])
     order = np.argsort(-exported.refine(text, images)[0], kind="stable")
-    assert [m.image_id for m in found.moves] == [index.image_ids[i] for i in order[:3]]
+    right = next(r for r, i in enumerate(order) if index.object_ids[index.object_row[i]] == "thing.19")
+    shown = [*order[:3], *([order[right]] if right >= 3 else [])]
+    assert [m.image_id for m in found.moves] == [index.image_ids[i] for i in shown]
     initial = (text @ images.T)[0]
-    for move, at in zip(found.moves, order):
+    for move, at in zip(found.moves, shown):
+        assert move.rank == 1 + list(order).index(at)
         assert move.before == 1 + (initial > initial[at]).sum()
         assert move.gain == pytest.approx(exported.refine(text, images)[0, at] - initial[at], abs=1e-5)
         assert sum(part for _, part in move.references) <= move.gain + 1e-5
         assert move.right == (index.object_ids[index.object_row[at]] == "thing.19")
     if found.moves[0].references:
         assert found.reference == found.moves[0].references[0][0]
+
+
+def test_the_first_right_image_is_shown_wherever_it_is(run):
+    queries = dict.fromkeys(run.queries.texts)
+    last = [run.explain_query(text).moves[-1] for text in queries]
+    assert any(m.rank > 3 for m in last) and all(m.right for m in last if m.rank > 3)
+    assert len(last) > 1
 
 
 def test_maps_are_what_hiding_costs(run, exported):

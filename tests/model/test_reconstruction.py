@@ -70,7 +70,9 @@ def test_words_read_out_of_the_own_image_alone():
     torch.testing.assert_close(other[2:], logits[2:])
     model(states, mask, tokens, at).sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
-    with torch.no_grad():  # what the caption says reaches the words through its questions to the image alone, as in IRRA
+    with (
+        torch.no_grad()
+    ):  # what the caption says reaches the words through its questions to the image alone, as in IRRA
         model.cross_attention.out_proj.weight.zero_()
     torch.testing.assert_close(model(torch.randn_like(states), mask, tokens, at), model(states, mask, tokens, at))
 

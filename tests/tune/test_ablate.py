@@ -85,7 +85,12 @@ def test_results_of_another_config_are_refused(base: Config, trained: list[str])
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("eval.metric", "R@1"), ("eval.refine_weights", [0.3]), ("train.eval_every", 3), ("eval.refine_in_training", True)],
+    [
+        ("eval.metric", "R@1"),
+        ("eval.refine_weights", [0.3]),
+        ("train.eval_every", 3),
+        ("eval.refine_in_training", True),
+    ],
 )
 def test_results_that_were_chosen_otherwise_are_refused(
     name: str, value: Any, base: Config, trained: list[str]

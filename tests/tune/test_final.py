@@ -27,7 +27,10 @@ def test_both_configs_are_trained_with_seeds_no_trial_used(
     config, rows, seeds, named = asked[0]
     assert (config.run_dir, seeds, named) == ("/sweep/final", [5, 6, 7], {"max_concurrent": 1})
     name = "best, trial 7"
-    trained = {"default": rows.config(config, "default", None, 5, "/here"), "best": rows.config(config, name, None, 5, "/here")}
+    trained = {
+        "default": rows.config(config, "default", None, 5, "/here"),
+        "best": rows.config(config, name, None, 5, "/here"),
+    }
     assert trained["default"].eval == base.eval, "the default is the config as it was given"
     assert trained["best"].eval.refine_weights == [0.1, 0.9] and trained["best"].eval.refine_in_training
     assert trained["default"].loss.w_guide == base.loss.w_guide and trained["default"].reference.per_object == 1

@@ -117,7 +117,9 @@ def test_every_value_and_combinations_are_tried_before_the_start(
         "loss__guide_from": {"type": "uniform", "low": 0.0, "high": 0.4},
         "loss__guide_full": {"type": "uniform", "low": 0.3, "high": 0.8},
     }
-    with pytest.raises(ConfigError, match=r"loss.guide_from = 0.3\d*, loss.guide_full = 0.3\d* does not fit.*comes before"):
+    with pytest.raises(
+        ConfigError, match=r"loss.guide_from = 0.3\d*, loss.guide_full = 0.3\d* does not fit.*comes before"
+    ):
         space_of(tmp_path, **ramp).prepare(make_config({"loss.guide_from": 0.2, "loss.guide_full": 0.4}))
 
 

@@ -20,11 +20,11 @@ from mmref.rundir import RunDir
 from tune import recorder as recorder_module
 from tune import sweep as sweep_module
 from tune import trial as trial_module
+from tune.asha import Asha, judged_at, share_of_steps
 from tune.display import Display
 from tune.recorder import Recorder
 from tune.results import format_trials
 from tune.space import Space, read_space, with_values
-from tune.asha import Asha, judged_at, share_of_steps
 from tune.sweep import Options, check_options, main, prepare, resume, sweep
 from tune.trials import Trial, TrialLog
 
@@ -175,7 +175,9 @@ def test_every_trial_is_a_row_with_its_best_evaluation(tmp_path: Path) -> None:
     (tmp_path / "trials" / "000").mkdir(parents=True)
     lines = "".join(f'{{"step": {i}, "step_seconds": {t}}}\n' for i, t in enumerate((9, 2, 2)))
     (tmp_path / "trials" / "000" / "metrics.jsonl").write_text(lines)
-    recorder.on_trial_result(0, [], trials[2], {"error": "NonFiniteLossError: the loss of step 3", "config": trials[2].config})
+    recorder.on_trial_result(
+        0, [], trials[2], {"error": "NonFiniteLossError: the loss of step 3", "config": trials[2].config}
+    )
     stopped.add(1)
     for t in trials:  # a trial that fails returns like any other
         recorder.on_trial_complete(0, trials, t)
@@ -253,7 +255,9 @@ def test_values_that_do_not_go_together_are_the_trial_s_failure(
     told: list[dict[str, Any]] = []
     monkeypatch.setattr("ray.tune.report", told.append)
     RunDir(str(tmp_path)).write_text("sweep.json", "{}")
-    trial_module.run_trial({"number": 0, "values": {"train.global_batch": 7}}, to_dict(make_config({"run_dir": str(tmp_path)})))
+    trial_module.run_trial(
+        {"number": 0, "values": {"train.global_batch": 7}}, to_dict(make_config({"run_dir": str(tmp_path)}))
+    )
     assert len(told) == 1 and told[0]["error"].startswith("BatchArithmeticError"), told
 
 
@@ -359,7 +363,13 @@ def test_the_config_itself_is_never_stopped() -> None:
     ],
 )
 def test_what_asha_takes_is_known_before(
-    steps: int, every: int, grace: int, reduction: float, at: list[int], share: float, make_config: Callable[..., Config]
+    steps: int,
+    every: int,
+    grace: int,
+    reduction: float,
+    at: list[int],
+    share: float,
+    make_config: Callable[..., Config],
 ) -> None:
     config = make_config({"train.max_steps": steps, "train.eval_every": every})
     assert judged_at(config, grace, reduction) == at

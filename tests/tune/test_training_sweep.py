@@ -24,7 +24,7 @@ from mmref.train.trainer import train
 from tune import sweep as sweep_module
 from tune.search import Propose
 from tune.space import read_space
-from tune.sweep import Options, sweep
+from tune.sweep import Options, resume, sweep
 from tune.trials import Trial, folder
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_a_sweep_of_four_short_trainings(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "space.yaml").write_text(SPACE)
     flags = {
         "train.max_steps": 6, "train.eval_every": EVERY, "train.warmup_steps": 2, "train.storage_gb": 0.3, "loss.w_rec": 0,
-        "data.root": ROOT / "data_shards" / "emoji", "run_dir": tmp_path / "sweep",
+        "data.root": ROOT / "data_shards" / "emoji", "run_dir": tmp_path / "sweep", "eval.refine_weights": "[0.4, 0.1]",
     }  # fmt: skip
     argv = ["--config", str(ROOT / "configs" / "smoke.yaml")]
     base = load_config([*argv, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
@@ -135,6 +135,43 @@ def check_best_starts(path: Path, leader: dict[str, Any]) -> None:
     assert train(config, final_evaluation=False) is None
     info = best_checkpoint(RunDir(str(path.parent / "best")))
     assert info.step == 6 and json.loads(json.dumps(info.meta))["val"]["refine_weight"] in (0.0, 0.1, 0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_answer_on_test_and_a_longer_sweep_that_ends_with_another_best(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_set import tiny_config
+
+    monkeypatch.setattr(sweep_module, "best_of", lambda trials: trials[-1])
+    (tmp_path / "space.yaml").write_text(
+        "loss.w_guide: {type: uniform, low: 0.0, high: 1.0}\nrefinement.weight: {type: choice, values: [0.7]}\n"
+    )
+    overrides = {
+        "run_dir": str(tmp_path / "sweep"), "train.max_steps": 6, "train.eval_every": 3, "train.warmup_steps": 2,
+        "train.seed": 4, "eval.bootstrap": 50, "eval.examples": 1,
+    }  # fmt: skip
+    config, final = tiny_config(tiny_set, overrides), tmp_path / "sweep" / "final"
+    space = read_space(str(tmp_path / "space.yaml"))
+    sweep(config, space, Options(2, "random", "none", max_concurrent=2, final_seeds=1))
+    table = json.loads((final / "ablation.json").read_text())
+    assert table["split"] == "test" and table["seeds"] == [5], "a seed that no trial used"
+    assert [row["name"] for row in table["rows"]][:2] == ["default", "best, trial 1"]
+    default, best = (RunDir(str(final / name)).read_config() for name in ("default-seed5", "best-trial-1-seed5"))
+    assert default.eval == config.eval and default.loss == config.loss, "the config as it was given"
+    asked = load_config(["--config", str(tmp_path / "sweep" / "best.yaml")])
+    assert (best.loss, best.eval, best.reference) == (asked.loss, asked.eval, asked.reference)
+    assert 0.7 in best.eval.refine_weights and best.eval.refine_in_training
+    lines = read_jsonl(RunDir(str(final / "default-seed5")))
+
+    resume(str(tmp_path / "sweep"), trials=3)
+    table = json.loads((final / "ablation.json").read_text())
+    assert [row["name"] for row in table["rows"]][:2] == ["default", "best, trial 2"]
+    assert read_jsonl(RunDir(str(final / "default-seed5"))) == lines, "trained again"
+    assert "best, trial 2" in (tmp_path / "sweep" / "sweep.html").read_text()
+    assert settled(KINDS) == []
 
 
 class Killer(threading.Thread):

@@ -151,11 +151,11 @@ def test_the_answer_on_test_and_a_longer_sweep_that_ends_with_another_best(
     )
     overrides = {
         "run_dir": str(tmp_path / "sweep"), "train.max_steps": 6, "train.eval_every": 3, "train.warmup_steps": 2,
-        "train.seed": 4, "eval.bootstrap": 50, "eval.examples": 1,
+        "train.seed": 4, "train.workers": 2, "eval.bootstrap": 50, "eval.examples": 1,
     }  # fmt: skip
     config, final = tiny_config(tiny_set, overrides), tmp_path / "sweep" / "final"
     space = read_space(str(tmp_path / "space.yaml"))
-    sweep(config, space, Options(2, "random", "none", max_concurrent=2, final_seeds=1))
+    sweep(config, space, Options(2, "random", "none", max_concurrent=1, final_seeds=1))
     table = json.loads((final / "ablation.json").read_text())
     assert table["split"] == "test" and table["seeds"] == [5], "a seed that no trial used"
     assert [row["name"] for row in table["rows"]][:2] == ["default", "best, trial 1"]

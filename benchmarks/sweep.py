@@ -121,6 +121,7 @@ def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespa
     grace = grace_steps(args.grace_steps, config)
     own = parse_space(run.read_text("space.yaml"), "space.yaml").default_point(config)
     first = trials[: 1 if own == trials[0].values else 0]
+    others = trials[len(first) :]
 
     def judged(order: list[Trial]) -> tuple[list[Trial], Trial]:
         scheduler = Asha(config.train.max_steps, grace, args.reduction, spared=0 if first else None)
@@ -129,10 +130,14 @@ def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespa
         assert winner is not None  # the leader's first evaluation is never left out
         return stopped, winner
 
+    def lost_among_others(stopped: list[Trial]) -> float:
+        best, found = best_of(others), best_of([t for t in stopped if t not in first])
+        assert best is not None and found is not None and best.score is not None and found.score is not None
+        return best.score - found.score
+
     stopped, winner = judged(trials)
     done, every = sum(t.steps for t in stopped), sum(t.steps for t in trials)
     rng = random.Random(0)
-    others = trials[len(first) :]
     shuffled = [judged([*first, *rng.sample(others, len(others))]) for _ in range(args.orders)]
     return {
         "steps": {"all to the end": every, "ASHA": done, "share": done / every},
@@ -144,6 +149,10 @@ def asha(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.Namespa
             "share of the steps": statistics.mean(sum(t.steps for t in some) / every for some, _ in shuffled),
             "same winner": statistics.mean(best.number == leader.number for _, best in shuffled),
             "points lost": statistics.mean(leader.score - best.score for _, best in shuffled),
+            "among those that may be stopped": {
+                "same winner": statistics.mean(lost_among_others(some) == 0 for some, _ in shuffled),
+                "points lost": statistics.mean(lost_among_others(some) for some, _ in shuffled),
+            },
         },
     }  # fmt: skip
 

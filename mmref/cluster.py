@@ -65,21 +65,32 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
         ray.shutdown()
 
 
+def object_store_bytes(storage_gb: float, memory: float, shm_free: float | None) -> int:
+    """Size of a local cluster's object store: what is asked for, as far as the machine has it.
+
+    Args:
+        memory: of the machine or container, in bytes.
+        shm_free: bytes free in /dev/shm; None where there is none.
+    """
+    store = min(max(storage_gb, 0.1) * 1e9, MEMORY_SHARE * memory)
+    if shm_free is not None and store >= SHM_NEEDED:
+        store = max(0.99 * SHM_NEEDED, min(store, 0.9 * shm_free))
+    return int(store)
+
+
 def _start_local(cpus: int, storage_gb: float) -> None:
     """Start a cluster on this machine. Ray gives a node 30 s to come up, too short on a busy one: try again."""
     import ray
     from ray._private.utils import get_system_memory
 
-    store = min(max(storage_gb, 0.1) * 1e9, MEMORY_SHARE * get_system_memory())
     shm = Path("/dev/shm")
-    if store >= SHM_NEEDED and shm.exists():
-        store = max(0.99 * SHM_NEEDED, min(store, 0.9 * shutil.disk_usage(shm).free))
+    store = object_store_bytes(storage_gb, get_system_memory(), shutil.disk_usage(shm).free if shm.exists() else None)
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
                 address="local",
                 num_cpus=cpus,
-                object_store_memory=int(store),
+                object_store_memory=store,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

@@ -152,13 +152,14 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
             "after the job: give `--run_dir` an absolute path or a URL to keep it",
             flush=True,
         )
+    if not submitted():  # whose copy of the working directory does not last
+        base = with_absolute_paths(base)  # best.yaml and a sweep that goes on mean the same in any directory
     with run.held():
         if read_jsonl(run, LOG):
             raise RunDirectoryError(
                 f"{run.path} holds a sweep already. `--resume {run.path}` goes on with it; or give another `--run_dir`."
             )
-        # the caller's own config, wherever the sweep is gone on with; a job's copy of the working directory does not last
-        run.write_text("config.yaml", dump_yaml(base if submitted() else with_absolute_paths(base)))
+        run.write_text("config.yaml", dump_yaml(base))
         run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
         run.write_text("space.yaml", space.text)
         return _run(base, space, options, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -434,6 +435,7 @@ def test_searchers_and_schedulers(
     searcher: str, scheduler: str, tmp_path: Path, space: Space, make_config: Callable[..., Config]
 ) -> None:
     config = make_config({"run_dir": str(tmp_path / "sweep"), "loss.w_guide": 0.9, "train.max_steps": 100})
+    config.data.root = os.path.relpath(config.data.root)
     best = sweep(
         config, space, Options(5, searcher, scheduler, max_concurrent=1, trial_steps=12, grace_steps=2, reduction=4)
     )
@@ -453,6 +455,10 @@ def test_searchers_and_schedulers(
         assert worse and all(rows[i]["steps"] == 2 for i in worse)
     loaded = load_config(["--config", str(tmp_path / "sweep" / "best.yaml")])
     assert loaded.train.max_steps == 100 and loaded.run_dir == str(tmp_path / "sweep" / "best")
+    assert (
+        Path(loaded.data.root).is_absolute()
+        and loaded.data.root == RunDir(str(tmp_path / "sweep")).read_config().data.root
+    )
 
 
 @pytest.mark.usefixtures("ray_cluster")

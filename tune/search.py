@@ -42,7 +42,7 @@ def proposer(space: Space, searcher: str, seed: int, first: dict[str, Any] | Non
         if number == 0 and first:
             return first
         if searcher == "random":
-            shares = np.random.default_rng([seed, number]).random(len(space.parameters))
+            shares = np.random.default_rng([seed, number]).random(len(space.parameters)).tolist()
             return {p.name: p.at(share) for p, share in zip(space.parameters, shares)}
         return tpe(space, number, before, seed, min(RANDOM_MOST, math.ceil(RANDOM_SHARE * count)), pareto)
 

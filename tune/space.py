@@ -110,7 +110,7 @@ class Space:
             for value in listed if listed and len(listed) <= DRAWS else (p.low, p.high):
                 _check(prepared, {p.name: value})
         rng = np.random.default_rng(0)
-        for shares in rng.random((DRAWS, len(self.parameters))):
+        for shares in rng.random((DRAWS, len(self.parameters))).tolist():
             _check(prepared, {p.name: p.at(share) for p, share in zip(self.parameters, shares)})
         return prepared
 

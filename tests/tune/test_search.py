@@ -42,6 +42,7 @@ def test_values_lie_in_the_space_and_never_repeat(searcher: str) -> None:
     assert trials[0].values == FIRST
     for t in trials:
         v = t.values
+        assert {type(value) for value in v.values()} <= {int, float}, "plain numbers, which YAML can write"
         assert 0 <= v["loss.w_guide"] <= 1 and 1e-4 <= v["train.lr"] <= 1e-2
         assert v["reference.per_object"] in (1, 2, 4) and v["reference.memory_tokens"] in (1, 2, 3)
     assert len({t.values["loss.w_guide"] for t in trials}) == 25

@@ -232,6 +232,10 @@ class TrainConfig:
     storage_gb: float = 1.0
     """Size of Ray's object store when a local cluster is started, in GB."""
 
+    @property
+    def steps_between_evaluations(self) -> int:
+        return self.eval_every or max(1, self.max_steps // 10)
+
 
 @dataclass
 class EvalConfig:

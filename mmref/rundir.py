@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ import fsspec
 import yaml
 
 from mmref.config import Config, from_dict
-from mmref.errors import RunDirectoryError
+from mmref.errors import RunDirectoryError, StorageError
 from mmref.storage import held, retry
 
 T = TypeVar("T")
@@ -101,6 +102,14 @@ class RunDir:
 
     def exists(self, name: str) -> bool:
         return self._info(name) is not None
+
+    def check_shared(self, name: str) -> None:
+        """Raise StorageError where this node does not see what the driver wrote: each would keep its own part to itself."""
+        if not self.exists(name):
+            raise StorageError(
+                f"node {socket.gethostname()} does not see {self.join(name)}, which the driver wrote: the run directory must be "
+                "on storage that all nodes share. Give `--run_dir` on NFS or an s3:// URL."
+            )
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""

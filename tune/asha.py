@@ -81,7 +81,7 @@ def grace_steps(asked: int | None, config: Config) -> int:
 def judged_at(config: Config, grace: int, reduction: float) -> list[int]:
     """The evaluations at which trials are stopped: the first at or behind each rung, the last step left out."""
     steps = config.train.max_steps
-    every = config.train.eval_every or max(1, steps // 10)
+    every = config.train.steps_between_evaluations
     rungs, rung = [], float(grace)
     while rung < steps:
         rungs.append(math.ceil(rung / every) * every)

@@ -145,7 +145,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
     """
     run = RunDir(base.run_dir)
     check_options(options, space)
-    prepare(base, space, options, run)
+    prepared = prepare(base, space, options, run)
     if submitted() and run.local and not os.path.isabs(os.path.expanduser(base.run_dir)):
         print(
             f"the sweep goes to {run.path}, in this job's copy of the working directory, which the cluster deletes some time "
@@ -153,7 +153,8 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
             flush=True,
         )
     if not submitted():  # whose copy of the working directory does not last
-        base = with_absolute_paths(base)  # best.yaml and a sweep that goes on mean the same in any directory
+        # best.yaml and a sweep that goes on mean the same in any directory
+        base, prepared = with_absolute_paths(base), with_absolute_paths(prepared)
     with run.held():
         if read_jsonl(run, LOG):
             raise RunDirectoryError(
@@ -162,7 +163,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
         run.write_text("config.yaml", dump_yaml(base))
         run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
         run.write_text("space.yaml", space.text)
-        return _run(base, space, options, run)
+        return _run(base, prepared, space, options, run)
 
 
 def submitted() -> bool:
@@ -189,15 +190,15 @@ def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None
         raise ConfigError(f"`--trials {options.trials}` is fewer than the {begun} that {run.path} has begun already.")
     space = parse_space(run.read_text("space.yaml"), run.join("space.yaml"))
     check_options(options, space)
-    base = run.read_config()
-    prepare(base, space, options, run)
+    own = run.read_config()
+    prepared = prepare(own, space, options, run)
     with run.held():
         run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
         if retry_failed:
             log = TrialLog(run)
             for trial in [t for t in log.trials.values() if t.status == "failed"]:
                 log.reopen(trial.number)
-        return _run(base, space, options, run)
+        return _run(own, prepared, space, options, run)
 
 
 def check_options(options: Options, space: Space) -> None:
@@ -238,9 +239,13 @@ def of_a_trial(base: Config, options: Options) -> Config:
     return with_values(base, {"train.max_steps": options.trial_steps or base.train.max_steps})
 
 
-def _run(own: Config, space: Space, options: Options, run: RunDir) -> Config:
-    """The trials that are left, and everything that is made of all of them. `own`: the config the sweep was asked to vary."""
-    base = prepare(own, space, options, run)
+def _run(own: Config, base: Config, space: Space, options: Options, run: RunDir) -> Config:
+    """The trials that are left, and everything that is made of all of them.
+
+    Args:
+        own: the config the sweep was asked to vary.
+        base: what `prepare` made of it.
+    """
     config = with_absolute_paths(with_values(of_a_trial(base, options), {"train.keep_checkpoints": 1}))
     steps = config.train.max_steps
     first = space.default_point(config) if options.searcher != "grid" else None

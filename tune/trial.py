@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from typing import Any
 
 import ray
@@ -47,11 +46,7 @@ def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
         os.environ.setdefault(name, value)
     run = RunDir(f"{base['run_dir']}/{folder(trial['number'])}")
     try:
-        if not RunDir(base["run_dir"]).exists("sweep.json"):
-            raise StorageError(
-                f"node {socket.gethostname()} does not see {base['run_dir']}/sweep.json, which the driver wrote: the sweep must "
-                "be on storage that all nodes share. Give `--run_dir` on NFS or an s3:// URL."
-            )
+        RunDir(base["run_dir"]).check_shared("sweep.json")
         run.remove(ERROR_FILE)
         config = with_values(from_dict(base), {**trial["values"], "run_dir": run.path})
         with run.held(), named_address():

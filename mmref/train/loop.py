@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from mmref.data.plan import build_plan
 from mmref.data.shards import ShardSet, train_index
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
-from mmref.errors import NonFiniteLossError, StorageError, TooManyBadSamplesError
+from mmref.errors import NonFiniteLossError, TooManyBadSamplesError
 from mmref.evaluate.features import Encoder
 from mmref.model.mmref import build_model
 from mmref.rundir import RunDir
@@ -62,7 +61,7 @@ class Worker:
             self.device = torch.device("cpu")
             torch.set_num_threads(config.train.threads)
 
-        self._check_shared_storage()
+        self.run.check_shared("config.yaml")
         with checkpoint.resume_point(run) as at:
             self.start, self.warnings = at.step, at.warnings
             # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built
@@ -93,19 +92,11 @@ class Worker:
         self.bad: set[str] = set()
         self.log: RunLog | None = None
 
-    def _check_shared_storage(self) -> None:
-        """Every node must see what the driver wrote: else each would keep its part of a checkpoint to itself."""
-        if not self.run.exists("config.yaml"):
-            raise StorageError(
-                f"node {socket.gethostname()} does not see {self.run.join('config.yaml')}, which the driver wrote: the run "
-                "directory must be on storage that all nodes share. Give `--run_dir` on NFS or an s3:// URL."
-            )
-
     def train(self) -> int:
         """Steps from the last checkpoint to the end, or to where it is to stop (returns why), with log lines, evaluations
         and checkpoints."""
         config = self.config.train
-        eval_every = config.eval_every or max(1, config.max_steps // 10)
+        eval_every = config.steps_between_evaluations
         self.engine.train()
         reason = 0
         with self._logging(), Saver(self.run, self.engine, self.bank, config.async_checkpoints) as saver:

@@ -1,26 +1,41 @@
 """Weights of captions by how well they agree with the reference of their object: a wrong caption counts less."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from mmref.losses.reference import reference_scores
 
-def agreement(text: Tensor, own: Tensor) -> Tensor:
-    """Cosine of each caption with the nearest of its object's references: (n, d), (n, K, d) -> (n,) fp32.
 
-    NaN where the object has no reference yet. No gradient goes through it.
+def agreement(text: Tensor, references: Tensor, targets: Tensor, reduce: Literal["max", "lme"] = "max") -> Tensor:
+    """Share of the other objects whose references a caption resembles less than those of its own object, 0 to 1.
+
+    To a caption of some other object its own is one like any: its share is uniform over 0 to 1, whatever the temperature, the
+    spread of the features or the stage of training. A right caption is close to 1, once references tell objects apart.
+
+    Args:
+        text: (n, d) features of captions.
+        references: (A, K, d) of the objects compared; all zero where never seen.
+        targets: (n,) row of each caption's own object in `references`.
+        reduce: see `reference_scores`.
+
+    Returns:
+        (n,) fp32; NaN where the own object, or every other one, has no reference yet. No gradient goes through it.
     """
     with torch.no_grad():
-        unit = torch.nn.functional.normalize(own.float(), dim=-1)
-        cosine = torch.einsum("nd,nkd->nk", torch.nn.functional.normalize(text.float(), dim=-1), unit)
-        seen = own.abs().amax(-1) > 0  # (n, K)
-        best = cosine.masked_fill(~seen, -torch.inf).amax(1)
-        return torch.where(seen.any(1), best, torch.full_like(best, torch.nan))
+        scores = reference_scores(text, references, reduce, 1.0)  # (n, A)
+        own = scores.gather(1, targets[:, None])  # (n, 1)
+        seen = torch.isfinite(scores)
+        others = seen.sum(1) - 1  # (n,)
+        share = ((scores < own) & seen).sum(1) / others
+        return torch.where(torch.isfinite(own[:, 0]) & (others > 0), share, torch.full_like(share, torch.nan))
 
 
 def agreement_weights(agreements: Tensor, sharpness: float) -> Tensor:
     """exp(sharpness x agreement), scaled to 1 on average over the global batch: (N,) -> (N,).
 
-    A caption whose object has no reference yet (NaN) has the mean agreement. Sharpness 0 weighs all alike.
+    A caption without an agreement (NaN) has the mean one. Sharpness 0 weighs all alike.
     """
     known = ~agreements.isnan()
     mean = torch.where(known, agreements, 0.0).sum() / known.sum().clamp(min=1)

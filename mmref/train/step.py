@@ -155,7 +155,14 @@ class StepRunner:
         total, fuse = align + c.loss.w_guide * ramped * guide, guide
         if rows.requires_grad:
             both = torch.cat([image, text]).detach()
-            fuse = reference_loss(both, rows, targets.repeat(2), 1 / c.reference.tau, c.reference.score)
+            fuse = reference_loss(
+                both,
+                rows,
+                targets.repeat(2),
+                1 / c.reference.tau,
+                c.reference.score,
+                weights=None if weights is None else torch.cat([torch.ones_like(weights), weights]),
+            )
             total = total + c.loss.w_fuse * fuse
         return total, _values(loss=total, loss_align=align, loss_fuse=fuse, loss_guide=guide)
 
@@ -183,7 +190,8 @@ class StepRunner:
         sharpness = self.config.loss.caption_weight * ramped
         if sharpness == 0 or active is None or rows is None:
             return None
-        everyone = collectives.gather(agreement(text, rows[torch.searchsorted(active, objects)]))  # (N,)
+        own = torch.searchsorted(active, objects)  # (n,)
+        everyone = collectives.gather(agreement(text, rows, own, self.config.reference.score))  # (N,)
         return agreement_weights(everyone, sharpness)
 
     def _add_sums(self, loss, values, out, words: Tensor):  # type: ignore[no-untyped-def]

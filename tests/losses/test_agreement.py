@@ -10,19 +10,39 @@ import torch
 from mmref.losses import agreement, agreement_weights, infonce, sdm
 
 
-def unit(x):
-    return x / x.norm()
-
-
-def test_agreement_is_the_best_cosine_with_the_own_references():
+@pytest.mark.parametrize("reduce", ["max", "lme"])
+def test_agreement_is_the_share_of_other_objects_that_are_less_alike(reduce):
     g = torch.Generator().manual_seed(0)
-    text, own = torch.randn(4, 5, generator=g, requires_grad=True), torch.randn(4, 3, 5, generator=g)
-    own[1, 0], own[2] = 0, 0
-    found = agreement(text, own)
-    for i in (0, 1, 3):
-        best = max(float(unit(text[i].detach()) @ unit(r)) for r in own[i] if r.abs().max() > 0)
-        assert found[i].item() == pytest.approx(best, abs=1e-6)
-    assert found[2].isnan() and not found.requires_grad
+    text, references = torch.randn(6, 5, generator=g, requires_grad=True), torch.randn(7, 3, 5, generator=g)
+    references[1, 0], references[2] = 0, 0  # one with two references, one never seen
+    targets = torch.tensor([0, 1, 2, 3, 6, 1])
+    found = agreement(text, references, targets, reduce)
+    for i, target in enumerate(targets.tolist()):
+        scores = []
+        for rows in references:
+            cosines = [torch.cosine_similarity(text[i], r, dim=0).item() for r in rows if r.abs().max() > 0]
+            mean_exp = sum(map(math.exp, cosines)) / max(len(cosines), 1)
+            scores.append(math.nan if not cosines else max(cosines) if reduce == "max" else math.log(mean_exp))
+        others = [s for k, s in enumerate(scores) if k != target and s == s]
+        expected = math.nan if target == 2 else sum(s < scores[target] for s in others) / len(others)
+        assert found[i].item() == pytest.approx(expected, nan_ok=True)
+    assert not found.requires_grad
+
+
+def test_agreement_of_wrong_captions_is_uniform_and_of_right_ones_high():
+    g = torch.Generator().manual_seed(0)
+    references = torch.randn(200, 2, 32, generator=g)
+    right = references[:, 0] + 1.5 * torch.randn(200, 32, generator=g)
+    wrong = right.roll(1, 0)
+    targets = torch.arange(200)
+    assert agreement(right, references, targets).quantile(0.1) > 0.9
+    found = agreement(wrong, references, targets)
+    assert found.mean().item() == pytest.approx(0.5, abs=0.06)
+    assert found.std().item() == pytest.approx(12**-0.5, abs=0.04)
+
+
+def test_an_object_alone_has_no_agreement():
+    assert agreement(torch.randn(2, 4), torch.randn(1, 2, 4), torch.zeros(2, dtype=torch.long)).isnan().all()
 
 
 def test_weights_grow_with_agreement_and_are_one_on_average():

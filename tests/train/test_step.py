@@ -217,7 +217,7 @@ def test_options_of_guidance_written_out(make_config, option):
     out, y = whole.model(m.pixels, m.ids, m.mask), m.objects
     weights = None
     if c.caption_weight:
-        weights = agreement_weights(agreement(out.text, rows[y]), c.caption_weight)
+        weights = agreement_weights(agreement(out.text, rows, y, r.score), c.caption_weight)
         assert weights.std() > 0.01
     loss = infonce if c.align == "infonce" else sdm
     align = loss(out.image, out.text, y, y, out.scale, other_weights=weights)

@@ -155,8 +155,8 @@ class LossConfig:
     guide_full: float = 0.4
     """Share of training at which it has its full weight."""
     caption_weight: float = 0.0
-    """Captions weigh exp(this x the share of other objects whose references they resemble less) in alignment, in every pair they
-    are in, in fusion and in guidance; ramped in with it. 0: alike; 20: a wrong caption has about a twentieth of a right one's weight."""
+    """Captions weigh exp(this x the share of other objects whose references they resemble less) in alignment (in every pair they
+    are in), in fusion and in guidance; ramped in with it. 0: alike; 20: a wrong one has a twentieth of the weight."""
     w_id: float = 0.0
     """Weight of identity classification of both features by one linear layer (IRRA); its size grows with the objects."""
     w_mlm: float = 0.0

@@ -237,6 +237,24 @@ def test_options_of_guidance_written_out(make_config, option):
         torch.testing.assert_close(gradient, expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_references_learn_less_from_captions_that_disagree(make_config):
+    config = make_config({"loss.w_guide": 0.4, "loss.caption_weight": 5.0, "reference.update": "gradient"})
+    run = PlainTraining(config)
+    run.step(0)
+    m, references = inputs(run, 1), run.references().requires_grad_()
+    out = run.model(m.pixels, m.ids, m.mask)
+    weights = agreement_weights(agreement(out.text, references, m.objects), 5.0)
+    assert weights.max() > 2 * weights.min()
+    both = torch.cat([out.image, out.text]).detach()
+    each = torch.cat([torch.ones_like(weights), weights])
+    fuse = reference_loss(both, references, m.objects.repeat(2), 1 / config.reference.tau, weights=each)
+    (config.loss.w_fuse * fuse).backward()
+    asked = []
+    run.bank.apply_gradient = lambda active, grad, lr: asked.append(grad)
+    torch.testing.assert_close(run.step(1)[2], fuse.detach(), **CLOSE)
+    torch.testing.assert_close(asked[0], references.grad, **CLOSE)
+
+
 def test_options_of_guidance_change_something(make_config):
     losses = {o: train(make_config({"loss.w_guide": 0.4, **OPTIONS[o]}), steps=6).losses[-1, 0].item() for o in OPTIONS}
     losses["none"] = train(make_config({"loss.w_guide": 0.4}), steps=6).losses[-1, 0].item()

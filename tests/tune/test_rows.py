@@ -93,7 +93,7 @@ def test_mistakes_are_named(rows, text: str, said: str) -> None:  # type: ignore
 
 @pytest.mark.parametrize(
     "name, config, w_fuse",
-    [("default", "emoji", 0), ("robustness", "emoji", 0), ("emoji", "emoji", 1), ("cub", "cub_cpu", 1)],
+    [("default", "emoji", 0), ("robustness", "emoji", 1), ("emoji", "emoji", 1), ("cub", "cub_cpu", 1)],
 )
 def test_the_files_of_the_project(name: str, config: str, w_fuse: float) -> None:
     base = load_config(["--config", str(ROOT / "configs" / f"{config}.yaml")])

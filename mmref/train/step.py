@@ -137,7 +137,9 @@ class StepRunner:
         """Loss of this rank's rows (n) against the global batch (N), and the values to log."""
         c = self.config
         all_image, all_text = collectives.gather_with_gradient(image), collectives.gather_with_gradient(text)
-        all_weights = self._caption_weights(text, objects, active, rows, ramped)
+        # (n,) rows of the own objects among the references
+        targets = None if active is None else torch.searchsorted(active, objects)
+        all_weights = self._caption_weights(text, rows, targets, ramped)
         first = collectives.rank() * len(text)
         weights = None if all_weights is None else all_weights[first : first + len(text)]
         align_loss = infonce if c.loss.align == "infonce" else sdm
@@ -149,8 +151,7 @@ class StepRunner:
             align = 2 * align  # IRRA adds the two directions
         if rows is None:
             return align, _values(loss=align, loss_align=align)
-        assert active is not None
-        targets = torch.searchsorted(active, objects)  # (n,)
+        assert targets is not None
         guide = self._guidance(image, text, rows.detach(), targets, weights)
         total, fuse = align + c.loss.w_guide * ramped * guide, guide
         if rows.requires_grad:
@@ -184,14 +185,13 @@ class StepRunner:
         )
 
     def _caption_weights(
-        self, text: Tensor, objects: Tensor, active: Tensor | None, rows: Tensor | None, ramped: float
+        self, text: Tensor, rows: Tensor | None, targets: Tensor | None, ramped: float
     ) -> Tensor | None:
         """(N,) weights of the global batch's captions, 1 on average; None where all weigh alike."""
         sharpness = self.config.loss.caption_weight * ramped
-        if sharpness == 0 or active is None or rows is None:
+        if sharpness == 0 or rows is None or targets is None:
             return None
-        own = torch.searchsorted(active, objects)  # (n,)
-        everyone = collectives.gather(agreement(text, rows, own, self.config.reference.score))  # (N,)
+        everyone = collectives.gather(agreement(text, rows, targets, self.config.reference.score))  # (N,)
         return agreement_weights(everyone, sharpness)
 
     def _add_sums(self, loss, values, out, words: Tensor):  # type: ignore[no-untyped-def]

@@ -2,7 +2,8 @@
 
 Every row is trained with every seed, each the whole job of `mmref train`, as tasks that share the cluster. Finished ones
 are not repeated and interrupted ones resume, so the same command goes on. The run directory gets ablation.json, .md,
-.csv and .png and a folder for each training.
+.csv and .png and a folder for each training. ablation.json holds what came of each training: `--results` takes such files
+in place of the folders.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from mmref.cli import run_command
@@ -24,12 +26,10 @@ from mmref.train.trainer import check_inputs
 from tune.ablation import Results, markdown, plot, summarise, table_csv
 from tune.capacity import TRIAL_CPUS, connected
 from tune.failure import reason
+from tune.reuse import CHOICES, Recorded, record
 from tune.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
-from tune.space import REFINEMENT, get_value
+from tune.space import get_value
 from tune.trials import median_step_seconds
-
-CHOICES = ("train.eval_every", "eval.metric", "eval.top_p", "eval.refine_in_training", *REFINEMENT.values())
-"""Fields that choose a checkpoint and its refinement."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run_dir", default="runs/ablation", metavar="DIR", help="directory or URL (default: %(default)s)"
     )
+    parser.add_argument("--results", nargs="+", default=[], metavar="FILE",
+                        help="ablation.json of other ablations: same config and seed, same training: taken from it")  # fmt: skip
     parser.add_argument("--max-concurrent", type=int, metavar="N", help="trainings at a time (default: as many as fit)")
     return parser
 
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> int:
     rows = read_rows(args.rows, base)
     if args.baseline:
         rows = rows.compared_with(args.baseline, "--baseline")
-    table = ablate(base, rows, args.seeds, args.split, args.kind, args.max_concurrent, args.only)
+    table = ablate(base, rows, args.seeds, args.split, args.kind, args.max_concurrent, args.only, args.results)
     print(markdown(table, rows.baseline))
     return 0
 
@@ -76,11 +78,13 @@ def ablate(
     kind: str = "",
     max_concurrent: int | None = None,
     only: list[str] | None = None,
+    files: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Train and evaluate what is not there yet, write the tables, and return the rows as `ablation.summarise` does.
 
     Args:
         only: rows to train, with those they read and the baseline; of the others the tables have what is there. None: all.
+        files: ablation.json of other ablations, whose trainings of the same config and seed count as done.
     Raises:
         ConfigError, ShardSetError, RunDirectoryError: whatever can be known before Ray starts.
         SweepError: a training failed; those that did not are in the tables.
@@ -100,11 +104,12 @@ def ablate(
     configs = {t: rows.config(base, t.row, t.point, t.seed, run.join(t.folder)) for t in trainings(rows, seeds)}
     wanted = rows.only(only, "--only") if only else rows
     planned = {t: configs[t] for t in trainings(wanted, seeds)}
+    recorded = Recorded(files, split)
     failures: dict[Training, str] = {}
     with run.held():
         for config in configs.values():
             check_judged_alike(config)
-        results = {t: found for t, config in configs.items() if (found := read_result(config, split))}
+        results = {t: r for t, config in configs.items() if (r := read_result(config, split) or recorded.get(config))}
         missing = [t for t in planned if t not in results]
         print(
             f"{len(planned)} trainings to {run.path}, {len(planned) - len(missing)} of them are there already",
@@ -114,7 +119,8 @@ def ablate(
             results |= _train(base, {t: planned[t] for t in missing}, split, max_concurrent, failures)
         table = summarise(rows, results, seeds, kind)
         if table:
-            write_tables(run, table, rows, {"split": split, "seeds": seeds, "steps": base.train.max_steps})
+            about = {"split": split, "seeds": seeds, "steps": base.train.max_steps}
+            write_tables(run, table, rows, {**about, "trainings": [record(t, configs[t], results[t]) for t in results]})
     if failures:
         first = next(iter(failures))
         raise SweepError(

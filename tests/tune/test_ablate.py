@@ -111,6 +111,47 @@ def test_one_row_again_keeps_the_others_in_the_tables(base: Config, trained: lis
     assert [row["name"] for row in table] == ["plain", "full", "full, refined", "none"]
 
 
+def test_trainings_of_another_ablation_are_not_repeated(base: Config, trained: list[str], tmp_path: Path) -> None:
+    before = ablate(base, ROWS, [0, 1])
+    published = tmp_path / "published.json"
+    Path(base.run_dir, "ablation.json").rename(published)
+    base.run_dir = str(tmp_path / "elsewhere")
+    # a row is known by what it trains, whatever it is called
+    rows = Rows((Row("other", {"loss.w_fuse": 0.0}), Row("all"), Row("plain", {"loss.w_guide": 0.0})), "plain")
+    table = ablate(base, rows, [0, 1], kind="", files=[str(published)])
+    assert trained[4:] == ["other-seed0", "other-seed1"]
+    for name, was in (("plain", before[0]), ("all", before[1])):
+        row = next(row for row in table if row["name"] == name)
+        assert row["R@1"] == was["R@1"] and row["mAP"] == was["mAP"] and row["step_ratio"] == was["step_ratio"]
+    # the tables of it can be read in turn, and another config's are not taken
+    again = [str(tmp_path / "elsewhere" / "ablation.json")]
+    base.run_dir = str(tmp_path / "third")
+    assert ablate(base, rows, [0, 1], files=again) == table and len(trained) == 6
+    base.train.lr *= 2
+    base.run_dir = str(tmp_path / "fourth")
+    ablate(base, rows, [0], files=again)
+    assert trained[6:] == ["other-seed0", "all-seed0", "plain-seed0"]
+
+
+def test_recorded_trainings_that_cannot_be_compared_are_refused(
+    base: Config, trained: list[str], tmp_path: Path
+) -> None:
+    ablate(base, ROWS, [0])
+    published = str(Path(base.run_dir, "ablation.json").rename(tmp_path / "published.json"))
+    base.run_dir = str(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"`plain`, seed 0, was trained with `train.eval_every` .* asked for with 3"):
+        ablate(with_values(base, {"train.eval_every": 3}), ROWS, [0], files=[published])
+    with pytest.raises(ConfigError, match="has the split `test`, and `val`"):
+        ablate(base, ROWS, [0], split="val", files=[published])
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    with pytest.raises(ConfigError, match=r"other.json` holds no `trainings`"):
+        ablate(base, ROWS, [0], files=[str(other)])
+    with pytest.raises(ConfigError, match=r"none.json`: .*No such file"):
+        ablate(base, ROWS, [0], files=[str(tmp_path / "none.json")])
+    assert trained == ["plain-seed0", "full-seed0"]
+
+
 def test_what_can_be_known_before_is_said_before(base: Config, trained: list[str]) -> None:
     with pytest.raises(ShardSetError, match="no split `dev`"):
         ablate(base, ROWS, [0], split="dev")

@@ -1,0 +1,76 @@
+"""What an ablation keeps of each training in its ablation.json, and reading it in another ablation in place of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmref.config import Config, config_hash
+from mmref.errors import ConfigError
+from tune.rows import Training
+from tune.space import REFINEMENT, get_value
+
+CHOICES = ("train.eval_every", "eval.metric", "eval.top_p", "eval.refine_in_training", *REFINEMENT.values())
+"""Fields that choose a checkpoint and its refinement: results are compared only where they agree."""
+STATES = ("initial", "refined")
+METRICS = ("R@1", "mAP")
+
+
+def record(training: Training, config: Config, metrics: dict[str, Any]) -> dict[str, Any]:
+    """{"row", "at", "seed", "config_hash", "choices", "step_seconds", "initial", "refined", "by_caption_kind"}: what the tables
+    take from a training, so that they can be made again, and compared with other rows, without it."""
+    kinds = metrics["by_caption_kind"].items()
+    return {
+        "row": training.row,
+        "at": training.point,
+        "seed": training.seed,
+        "config_hash": config_hash(config),
+        "choices": {name: get_value(config, name) for name in CHOICES},
+        "step_seconds": metrics["step_seconds"],
+        **_scores(metrics),
+        "by_caption_kind": {kind: _scores(scores) for kind, scores in kinds},
+    }
+
+
+def _scores(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {state: {m: metrics[state][m] for m in METRICS} for state in STATES}
+
+
+class Recorded:
+    """Trainings of other ablations, by what they trained: config and seed, whatever the row was called."""
+
+    def __init__(self, files: Sequence[str], split: str) -> None:
+        """Raises ConfigError for a file that is no ablation.json, holds no trainings or is of another split."""
+        self._found: dict[str, tuple[str, dict[str, Any]]] = {}
+        for path in files:
+            for entry in _read(path, split):
+                self._found[entry["config_hash"]] = (path, entry)
+
+    def get(self, config: Config) -> dict[str, Any] | None:
+        """Metrics of the training of this config; None where there is none. Raises ConfigError where its checkpoint or its
+        refinement was chosen in another way."""
+        path, entry = self._found.get(config_hash(config), ("", None))
+        if entry is None:
+            return None
+        for name in CHOICES:
+            was, now = entry["choices"].get(name), get_value(config, name)
+            if was != now:
+                raise ConfigError(
+                    f"{path}: `{entry['row']}`, seed {entry['seed']}, was trained with `{name}` {was}, and is now asked for with "
+                    f"{now}. Give the same, or leave that file out of `--results`."
+                )
+        return entry
+
+
+def _read(path: str, split: str) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`--results {path}`: {error}. It takes the ablation.json of an ablation.") from None
+    if not isinstance(found, dict) or not isinstance(found.get("trainings"), list):
+        raise ConfigError(f"`--results {path}` holds no `trainings`: it takes the ablation.json of an ablation.")
+    if found.get("split") != split:
+        raise ConfigError(f"`--results {path}` has the split `{found.get('split')}`, and `{split}` is reported here.")
+    return found["trainings"]

@@ -14,18 +14,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(tmp_path: Path, script: str, *argv: str) -> dict[str, Any]:
-    out = tmp_path / "out.json"
-    command = [sys.executable, f"benchmarks/{script}", "--config", "configs/smoke.yaml", "--out", str(out), *argv]
+SMOKE = ("--config", "configs/smoke.yaml")
+
+
+def call(script: str, *argv: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, script, *argv]
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def run(tmp_path: Path, script: str, *argv: str) -> dict[str, Any]:
+    out = tmp_path / "out.json"
+    call(f"benchmarks/{script}", *argv, "--out", str(out))
     return json.loads(out.read_text())
 
 
 @pytest.mark.slow
 def test_step(tmp_path: Path) -> None:
-    found = run(tmp_path, "step.py", "--rounds", "2", "--steps", "2", "--with-ray")
+    found = run(tmp_path, "step.py", *SMOKE, "--rounds", "2", "--steps", "2", "--with-ray")
     align, full, words = (found[name] for name in ("align-only", "MMRef", "MMRef + reconstruction"))
     assert align["ratio"] == 1
     assert align["tflop"] < full["tflop"] < words["tflop"], "references cost products, reconstruction a text pass"
@@ -38,9 +45,25 @@ def test_step(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_scaling(tmp_path: Path) -> None:
-    found = run(tmp_path, "scaling.py", "--workers", "1", "2", "--batch", "16", "--windows", "1", "--steps", "2")
+    found = run(
+        tmp_path, "scaling.py", *SMOKE, "--workers", "1", "2", "--batch", "16", "--windows", "1", "--steps", "2"
+    )
     one, two = found["rows"]
     assert (one["workers"], two["workers"]) == (1, 2) and one["efficiency"] == 1
     assert two["efficiency"] == pytest.approx(two["images_per_second"] / one["images_per_second"] / 2)
     assert two["most_by_cores"] == min(1, found["cores"] / 2)
     assert 0 <= two["data_wait"] <= 1
+
+
+@pytest.mark.slow
+def test_caption_weights(tmp_path: Path) -> None:
+    noisy = str(tmp_path / "noisy")
+    call("jobs/train.py", *SMOKE, "--run_dir", noisy, "--data.caption_noise", "0.5")
+    found = run(tmp_path, "caption_weights.py", noisy)[noisy]
+    assert found["wrong captions"] == pytest.approx(50, abs=2)
+    images, both = found["mean image"], found["mean image and caption"]
+    for weights in ("share x 20", "cosine x 4", "cosine x 8"):
+        assert all(0 < value <= 100 for value in images[weights].values())
+        assert images[weights]["weight of the wrong"] < both[weights]["weight of the wrong"], (
+            "a part of its own reference"
+        )

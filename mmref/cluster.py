@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,20 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that nothing stays behind; a process connected to Ray would else be aborted by it."""
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: Ray's handler, which is not Python's
 
 
 def object_store_bytes(storage_gb: float, memory: float, shm_free: float | None) -> int:

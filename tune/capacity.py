@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 
-from mmref.cluster import connect, cores, needed_cpus
+from mmref.cluster import connect, cores, needed_cpus, sigterm_unwinds
 from mmref.config import Config
 from mmref.errors import ClusterTooSmallError
 
@@ -30,7 +30,8 @@ def connected(config: Config, wanted: int | None, trainings: int) -> Iterator[in
     local = not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
     own = cores()
     at_once = min(trainings, wanted or side_by_side(config, own))
-    with connect(TRIAL_CPUS + needed_cpus(config) + SPARE_CPUS, config.train.storage_gb * at_once):
+    needed = TRIAL_CPUS + needed_cpus(config) + SPARE_CPUS
+    with connect(needed, config.train.storage_gb * at_once), sigterm_unwinds():
         # a local cluster offers more logical CPUs than there are cores: trials beyond the cores would only slow each other
         yield concurrency(ray.cluster_resources(), config, wanted, own if local else None)
 

@@ -20,7 +20,8 @@ METRICS = ("R@1", "mAP")
 
 def record(training: Training, config: Config, metrics: dict[str, Any]) -> dict[str, Any]:
     """{"row", "at", "seed", "config_hash", "choices", "step_seconds", "initial", "refined", "by_caption_kind"}: what the tables
-    take from a training, so that they can be made again, and compared with other rows, without it."""
+    take from a training, so that they can be made again, and compared with other rows, without it. Of one that was itself read
+    from such a file, what the file has."""
     kinds = metrics["by_caption_kind"].items()
     return {
         "row": training.row,
@@ -35,7 +36,7 @@ def record(training: Training, config: Config, metrics: dict[str, Any]) -> dict[
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {state: {m: metrics[state][m] for m in METRICS} for state in STATES}
+    return {state: {m: metrics[state][m] for m in METRICS} for state in STATES if state in metrics}
 
 
 class Recorded:

@@ -8,6 +8,7 @@ log trials.jsonl, space.yaml, config.yaml, sweep.json and a folder for each tria
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -263,7 +264,8 @@ def _run(own: Config, base: Config, space: Space, options: Options, run: RunDir)
                     "trials would take",
                     flush=True,
                 )
-        with connected(config, options.max_concurrent, left) as fit_in:
+        # Tune ends in order at Ctrl-C; whatever else interrupts it is told of below in the same way
+        with contextlib.suppress(KeyboardInterrupt), connected(config, options.max_concurrent, left) as fit_in:
             _search(config, space, options, propose, log, min(fit_in, left), run, asha)
     trials = list(log.trials.values())
     print(format_trials(trials, [p.name for p in space.parameters], steps), flush=True)

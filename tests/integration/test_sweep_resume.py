@@ -79,11 +79,12 @@ def test_a_killed_driver(argv: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c(argv: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop(number: signal.Signals, argv: list[str], tmp_path: Path) -> None:
     run = tmp_path / "sweep"
     job = Job(DRIVER, *argv)
     wait_for(lambda: len(ended(run)) >= 1, job)
-    job.process.send_signal(signal.SIGINT)
+    job.process.send_signal(number)
     code, output = job.wait()
     assert code == 130 and f"mmref tune --resume {run}" in output, output[-3000:]
     assert (run / "sweep.html").exists() and not (run / "best.yaml").exists()

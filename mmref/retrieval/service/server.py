@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from mmref.cluster import sigterm_unwinds
 from mmref.errors import ServeError
 from mmref.retrieval.service.backend import Backend, Local, deploy
 from mmref.retrieval.service.engine import Engine
@@ -148,19 +149,13 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _leaving() -> Iterator[None]:
-    """SIGTERM while something is being started unwinds as Ctrl-C does, so that nothing stays behind."""
-
-    def leave(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, leave)
+    """Whatever stops it while something is being started ends the command; nothing stays behind."""
     try:
-        yield
+        with sigterm_unwinds():
+            yield
     except KeyboardInterrupt:
         print("stopped before it served", file=sys.stderr)
         raise SystemExit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

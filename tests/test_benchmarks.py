@@ -61,9 +61,8 @@ def test_caption_weights(tmp_path: Path) -> None:
     call("jobs/train.py", *SMOKE, "--run_dir", noisy, "--data.caption_noise", "0.5")
     found = run(tmp_path, "caption_weights.py", noisy)[noisy]
     assert found["wrong captions"] == pytest.approx(50, abs=2)
-    images, both = found["mean image"], found["mean image and caption"]
-    for weights in ("share x 20", "cosine x 4", "cosine x 8"):
-        assert all(0 < value <= 100 for value in images[weights].values())
-        assert images[weights]["weight of the wrong"] < both[weights]["weight of the wrong"], (
-            "a part of its own reference"
-        )
+    for references in ("mean image", "mean image and caption", "learned"):
+        for weights in ("share x 20", "cosine x 4", "cosine x 8"):
+            assert all(0 < value <= 100 for value in found[references][weights].values())
+    kept = found["mean image"]["share x 20"]["weight of the wrong"]
+    assert kept < found["wrong captions"], "even 20 steps of a tiny model tell some"

@@ -63,6 +63,6 @@ def test_caption_weights(tmp_path: Path) -> None:
     assert found["wrong captions"] == pytest.approx(50, abs=2)
     for references in ("mean image", "mean image and caption", "learned"):
         for weights in ("share x 20", "cosine x 4", "cosine x 8"):
-            assert all(0 < value <= 100 for value in found[references][weights].values())
+            assert all(0 < value <= 100.01 for value in found[references][weights].values())
     kept = found["mean image"]["share x 20"]["weight of the wrong"]
     assert kept < found["wrong captions"], "even 20 steps of a tiny model tell some"

@@ -63,8 +63,12 @@ def measure(text: torch.Tensor, references: torch.Tensor, objects: torch.Tensor,
         shares.append(agreement(part, references, own))
         cosines.append(reference_scores(part, references, "max", 1.0).gather(1, own[:, None])[:, 0])
     share, cosine = torch.cat(shares), torch.cat(cosines)
-    cosine = torch.where(cosine.isfinite(), cosine, torch.nan)  # objects without a reference yet, as `agreement` has them
-    ahead = 100 * (1 - share[~wrong & ~share.isnan()])  # percent of the other objects that a right caption resembles more
+    cosine = torch.where(
+        cosine.isfinite(), cosine, torch.nan
+    )  # objects without a reference yet, as `agreement` has them
+    ahead = 100 * (
+        1 - share[~wrong & ~share.isnan()]
+    )  # percent of the other objects that a right caption resembles more
     found: dict[str, Any] = {f"share x {SHARE:g}": left_to_wrong(agreement_weights(share, SHARE), wrong)}
     found |= {f"cosine x {by:g}": left_to_wrong(agreement_weights(cosine, by), wrong) for by in COSINES}
     found["objects ahead of a right caption's own, percent"] = {

@@ -16,7 +16,7 @@ from output import write_figures
 
 from mmref.config import Config
 from mmref.data.captions import CaptionNoise
-from mmref.data.shards import SampleReader, SplitIndex
+from mmref.data.shards import SampleReader
 from mmref.evaluate.embed import SplitFeatures
 from mmref.evaluate.evaluate import open_run, run_features
 from mmref.losses import agreement, agreement_weights
@@ -27,9 +27,9 @@ SHARE, COSINES = 20.0, (4.0, 8.0)  # sharpness of the weights: of the share of o
 CHUNK = 4096  # captions scored at a time
 
 
-def as_trained(config: Config, index: SplitIndex, features: SplitFeatures) -> tuple[np.ndarray, np.ndarray]:
+def as_trained(config: Config, features: SplitFeatures) -> tuple[np.ndarray, np.ndarray]:
     """Of each caption of train, as training sees it: its row among the distinct texts, and whether it is another object's."""
-    queries = features.queries
+    queries, index = features.queries, features.index
     noise = CaptionNoise(config.data, config.train.seed, index, SampleReader(index))
     number = np.arange(len(queries.text)) - np.searchsorted(queries.images, queries.images)  # of each among its image's
     row = {text: i for i, text in enumerate(queries.texts)}
@@ -63,12 +63,10 @@ def measure(text: torch.Tensor, references: torch.Tensor, objects: torch.Tensor,
         shares.append(agreement(part, references, own))
         cosines.append(reference_scores(part, references, "max", 1.0).gather(1, own[:, None])[:, 0])
     share, cosine = torch.cat(shares), torch.cat(cosines)
-    cosine = torch.where(
-        cosine.isfinite(), cosine, torch.nan
-    )  # objects without a reference yet, as `agreement` has them
-    ahead = 100 * (
-        1 - share[~wrong & ~share.isnan()]
-    )  # percent of the other objects that a right caption resembles more
+    # objects without a reference yet, as `agreement` has them
+    cosine = torch.where(cosine.isfinite(), cosine, torch.nan)
+    # percent of the other objects that a right caption resembles more
+    ahead = 100 * (1 - share[~wrong & ~share.isnan()])
     found: dict[str, Any] = {f"share x {SHARE:g}": left_to_wrong(agreement_weights(share, SHARE), wrong)}
     found |= {f"cosine x {by:g}": left_to_wrong(agreement_weights(cosine, by), wrong) for by in COSINES}
     found["objects ahead of a right caption's own, percent"] = {
@@ -85,7 +83,7 @@ def figures(run_dir: str) -> dict[str, Any]:
         )
     features, space = run_features(run, config, checkpoint, config.data.root, ["train"])
     train = features["train"]
-    seen, wrong = as_trained(config, train.index, train)
+    seen, wrong = as_trained(config, train)
     objects = train.queries.objects
     count = train.index.n_objects
     text = torch.from_numpy(train.text[seen])

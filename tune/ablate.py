@@ -26,9 +26,8 @@ from mmref.train.trainer import check_inputs
 from tune.ablation import Results, markdown, plot, summarise, table_csv
 from tune.capacity import TRIAL_CPUS, connected
 from tune.failure import reason
-from tune.reuse import CHOICES, Recorded, record
+from tune.reuse import Recorded, choices, chosen_otherwise, record
 from tune.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
-from tune.space import get_value
 from tune.trials import median_step_seconds
 
 
@@ -141,14 +140,8 @@ def check_judged_alike(config: Config) -> None:
     run = RunDir(config.run_dir)
     if not run.exists("config.yaml"):
         return
-    before = run.read_config()
-    for name in CHOICES:
-        was, now = get_value(before, name), get_value(config, name)
-        if was != now:
-            raise RunDirectoryError(
-                f"{run.path} was trained with `{name}` {was}, and is now asked for with {now}. Give the same, another "
-                "`--run_dir`, or remove that folder."
-            )
+    if otherwise := chosen_otherwise(choices(run.read_config()), config):
+        raise RunDirectoryError(f"{run.path} {otherwise}. Give the same, another `--run_dir`, or remove that folder.")
 
 
 def read_result(config: Config, split: str) -> dict[str, Any] | None:

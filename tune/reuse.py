@@ -9,13 +9,26 @@ from typing import Any
 
 from mmref.config import Config, config_hash
 from mmref.errors import ConfigError
+from tune.ablation import METRICS
 from tune.rows import Training
 from tune.space import REFINEMENT, get_value
 
 CHOICES = ("train.eval_every", "eval.metric", "eval.top_p", "eval.refine_in_training", *REFINEMENT.values())
 """Fields that choose a checkpoint and its refinement: results are compared only where they agree."""
 STATES = ("initial", "refined")
-METRICS = ("R@1", "mAP")
+
+
+def choices(config: Config) -> dict[str, Any]:
+    """How a training's checkpoint and refinement are chosen: the fields of CHOICES."""
+    return {name: get_value(config, name) for name in CHOICES}
+
+
+def chosen_otherwise(before: dict[str, Any], config: Config) -> str:
+    """Words on the first of CHOICES in which a training `before` differs from what `config` asks for; empty where none does."""
+    for name, now in choices(config).items():
+        if before.get(name) != now:
+            return f"was trained with `{name}` {before.get(name)}, and is now asked for with {now}"
+    return ""
 
 
 def record(training: Training, config: Config, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +41,7 @@ def record(training: Training, config: Config, metrics: dict[str, Any]) -> dict[
         "at": training.point,
         "seed": training.seed,
         "config_hash": config_hash(config),
-        "choices": {name: get_value(config, name) for name in CHOICES},
+        "choices": choices(config),
         "step_seconds": metrics["step_seconds"],
         **_scores(metrics),
         "by_caption_kind": {kind: _scores(scores) for kind, scores in kinds},
@@ -55,13 +68,11 @@ class Recorded:
         path, entry = self._found.get(config_hash(config), ("", None))
         if entry is None:
             return None
-        for name in CHOICES:
-            was, now = entry["choices"].get(name), get_value(config, name)
-            if was != now:
-                raise ConfigError(
-                    f"{path}: `{entry['row']}`, seed {entry['seed']}, was trained with `{name}` {was}, and is now asked for with "
-                    f"{now}. Give the same, or leave that file out of `--results`."
-                )
+        if otherwise := chosen_otherwise(entry["choices"], config):
+            raise ConfigError(
+                f"{path}: `{entry['row']}`, seed {entry['seed']}, {otherwise}. Give the same, or leave that file out of "
+                "`--results`."
+            )
         return entry
 
 

@@ -30,7 +30,7 @@ def per_query(run_dir: str) -> tuple[list[RefinementSettings], np.ndarray, np.nd
     if space is None:
         raise SystemExit(f"{run_dir}: trained without references, there is nothing to refine by.")
     queries, objects = val.text[val.queries.text], val.queries.objects
-    grid = config_grid(config, len(val.image))
+    grid = config_grid(config)
     scored = score_refinements(space, queries, val.image, objects, val.image_objects, grid)
     return list(scored), np.stack([found.values() for found in scored.values()]), objects
 

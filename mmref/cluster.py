@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import platform
 import shutil
 import signal
 from collections.abc import Iterator
@@ -137,6 +138,24 @@ def named_address() -> Iterator[None]:
             os.environ.pop("RAY_ADDRESS", None)
         else:
             os.environ["RAY_ADDRESS"] = before
+
+
+def machine(config: Config) -> str:
+    """What a run trains on, called on a node of the cluster it is connected to: "AMD EPYC, workers: 2 of 1 thread", "H200,
+    workers: 2". The times of steps compare where it is the same."""
+    if config.train.gpu:
+        import ray
+
+        kind = "accelerator_type:"
+        kinds = sorted(name.removeprefix(kind) for name in ray.cluster_resources() if name.startswith(kind))
+        return f"{' or '.join(kinds) or 'GPU'}, workers: {config.train.workers}"
+    try:
+        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:  # not Linux
+        lines = []
+    processor = lines[0].partition(":")[2].strip() if lines else platform.machine()
+    threads = f"{config.train.threads} thread{'' if config.train.threads == 1 else 's'}"
+    return f"{processor}, workers: {config.train.workers} of {threads}"
 
 
 def needed_cpus(config: Config) -> float:

@@ -19,6 +19,9 @@ import yaml
 
 from mmref.errors import BatchArithmeticError, ConfigError
 
+MIN_TAU = 0.01
+"""Of the alignment, as in CLIP: training keeps a learned temperature above it."""
+
 
 @dataclass
 class DataConfig:
@@ -455,6 +458,10 @@ def check_config(config: Config) -> Config:
                            ("train.lr_new", t.lr_new), ("train.eps", t.eps)):  # fmt: skip
         if not positive > 0:
             raise ConfigError(f"`{name}` must be above 0, found {positive}.")
+    if config.loss.tau < MIN_TAU:
+        raise ConfigError(
+            f"`loss.tau` must be at least {MIN_TAU} (CLIP's bound, learned or not), found {config.loss.tau}."
+        )
     if config.loss.guide_full < config.loss.guide_from:
         raise ConfigError(
             f"`loss.guide_full` ({config.loss.guide_full}) comes before `loss.guide_from` ({config.loss.guide_from})."
@@ -577,7 +584,7 @@ def config_hash(config: Config) -> str:
                 "compile"):  # fmt: skip
         values["train"].pop(key)
     values["data"]["mix"] = {root.rstrip("/").rsplit("/", 1)[-1]: share for root, share in config.data.mix.items()}
-    values["train"]["start_from"] = config.train.start_from.rstrip("/").rsplit("/", 1)[-1]
+    values["train"]["start_from"] = _absolute(config.train.start_from) if config.train.start_from else ""
     for key in ("readers", "steps_per_task", "cache_gb", "cache_dir"):
         values["data"].pop(key)
     values["reference"].pop("rows_on")

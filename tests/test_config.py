@@ -148,7 +148,7 @@ def test_derived_sizes():
 @pytest.mark.parametrize("name, value", [
     ("train.workers", 0), ("train.max_steps", 0), ("train.images_per_object", -1), ("data.readers", 0),
     ("reference.per_object", 0), ("data.flip", 1.5), ("loss.mask_rate", -0.1), ("reference.momentum", 1.01),
-    ("loss.tau", 0.0), ("reference.tau", -1.0), ("train.lr", 0.0),
+    ("loss.tau", 0.0), ("loss.tau", 0.005), ("reference.tau", -1.0), ("train.lr", 0.0),
 ])  # fmt: skip
 def test_values_out_of_range_are_named(name, value):
     section, key = name.split(".")

@@ -26,7 +26,7 @@ from mmref.train.trainer import check_inputs
 from tune.ablation import Results, markdown, plot, summarise, table_csv
 from tune.capacity import TRIAL_CPUS, connected
 from tune.failure import reason
-from tune.reuse import Recorded, choices, chosen_otherwise, record
+from tune.reuse import Recorded, choices, chosen_otherwise, data_fingerprint, record
 from tune.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
 from tune.trials import median_step_seconds
 
@@ -103,12 +103,17 @@ def ablate(
     configs = {t: rows.config(base, t.row, t.point, t.seed, run.join(t.folder)) for t in trainings(rows, seeds)}
     wanted = rows.only(only, "--only") if only else rows
     planned = {t: configs[t] for t in trainings(wanted, seeds)}
-    recorded = Recorded(files, split)
+    recorded, data = Recorded(files, split), data_fingerprint(base)
+    refined_too = {row.training for row in rows.rows if row.refined}
     failures: dict[Training, str] = {}
     with run.held():
         for config in configs.values():
             check_judged_alike(config)
-        results = {t: r for t, config in configs.items() if (r := read_result(config, split) or recorded.get(config))}
+        found = {
+            t: read_result(config, split) or recorded.get(config, data, t.row in refined_too)
+            for t, config in configs.items()
+        }
+        results = {t: metrics for t, metrics in found.items() if metrics}
         missing = [t for t in planned if t not in results]
         print(
             f"{len(planned)} trainings to {run.path}, {len(planned) - len(missing)} of them are there already",
@@ -119,7 +124,9 @@ def ablate(
         table = summarise(rows, results, seeds, kind)
         if table:
             about = {"split": split, "seeds": seeds, "steps": base.train.max_steps}
-            write_tables(run, table, rows, {**about, "trainings": [record(t, configs[t], results[t]) for t in results]})
+            write_tables(
+                run, table, rows, {**about, "trainings": [record(t, configs[t], results[t], data) for t in results]}
+            )
     if failures:
         first = next(iter(failures))
         raise SweepError(
@@ -155,12 +162,13 @@ def read_result(config: Config, split: str) -> dict[str, Any] | None:
             f"{run.path} holds a training of another config. Give another `--run_dir`, or remove that folder."
         )
     metrics["step_seconds"] = median_step_seconds(run)
+    metrics.setdefault("machine", None)
     return metrics
 
 
 def train_and_evaluate(values: dict[str, Any], split: str) -> None:
     """One training and its evaluation, in a task that Ray placed; leaves result-<split>.json in the run directory."""
-    from mmref.cluster import named_address
+    from mmref.cluster import machine, named_address
     from mmref.evaluate.evaluate import evaluate_run
     from mmref.train.trainer import train
 
@@ -169,7 +177,9 @@ def train_and_evaluate(values: dict[str, Any], split: str) -> None:
     config = from_dict(values)
     with named_address():
         train(config, final_evaluation=False)
-        evaluate_run(config.run_dir, split=split, out=f"{config.run_dir}/{result_name(split)}")
+        metrics = evaluate_run(config.run_dir, split=split)
+        result = {**metrics, "machine": machine(config)}
+        RunDir(config.run_dir).write_text(result_name(split), json.dumps(result, indent=1))
 
 
 def _train(

@@ -14,7 +14,7 @@ from tune.rows import Row, Rows, Training
 METRICS = ("R@1", "mAP")
 DIFFERENCES = ("delta", "contribution", "lost")  # how the names of numbers begin that compare rows, or values of `over`
 Results = dict[Training, dict[str, Any]]
-"""Metrics of evaluated trainings, with `step_seconds`, the median time of a step."""
+"""Metrics of evaluated trainings, with `step_seconds`, the median time of a step, and the `machine` that took it."""
 
 
 def mean_interval(values: np.ndarray) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def summarise(rows: Rows, results: Results, seeds: list[int], kind: str = "") ->
     """A row of the table for each row and value of `over` that has results.
 
     {"name", "at", "seeds", "R@1": {"mean", "ci95"}, "mAP": ..., "delta_R@1": difference to the baseline, paired by seed, ...,
-    "against", "contribution_R@1": difference to the row it names, ..., "step_ratio": time of a step over the baseline's}; with
+    "against", "contribution_R@1": difference to the row it names, ..., "step_ratio": time of a step over the baseline's, of
+    seeds that the same machine trained}; with
     `over`, "lost_R@1": what the row has less than at the first value, and "lost_ratio_R@1": that over what the baseline loses.
     `kind`: a caption kind that is reported besides all captions, as "<kind> R@1".
     """
@@ -105,7 +106,8 @@ def _per_seed(row: Row, point: Any, results: Results, seeds: list[int], kind: st
 
 
 def _metrics(per_seed: dict[int, dict[str, float]]) -> list[str]:
-    return list(next(iter(per_seed.values())))
+    """Metrics that every seed has: of captions of some kind there may be none on record."""
+    return [m for m in next(iter(per_seed.values())) if all(m in found for found in per_seed.values())]
 
 
 def _differences(label: str, own: dict[int, dict[str, float]], other: dict[int, dict[str, float]]) -> dict[str, Any]:
@@ -113,30 +115,31 @@ def _differences(label: str, own: dict[int, dict[str, float]], other: dict[int, 
     shared = sorted(set(own) & set(other))
     if not shared:
         return {}
-    return {f"{label}_{m}": mean_interval(np.array([own[s][m] - other[s][m] for s in shared])) for m in _metrics(own)}
+    metrics = [m for m in _metrics(own) if m in _metrics(other)]
+    return {f"{label}_{m}": mean_interval(np.array([own[s][m] - other[s][m] for s in shared])) for m in metrics}
 
 
 def _step_ratio(row: Row, rows: Rows, point: Any, results: Results, seeds: list[int]) -> float | None:
-    """Median over seeds of the time of a step over the baseline's; None without a common seed."""
-    times = [
-        results[own]["step_seconds"] / results[base]["step_seconds"]
-        for seed in seeds
-        if (own := Training(row.training, point, seed)) in results
-        and (base := Training(rows[rows.baseline].training, point, seed)) in results
-    ]
+    """Median over seeds of the time of a step over the baseline's; None without a seed whose times compare."""
+    times = []
+    for seed in seeds:
+        own, base = (results.get(Training(name, point, seed)) for name in (row.training, rows[rows.baseline].training))
+        if own and base and own["machine"] and own["machine"] == base["machine"]:
+            times.append(own["step_seconds"] / base["step_seconds"])
     return float(np.median(times)) if times else None
 
 
 def markdown(table: list[dict[str, Any]], baseline: str) -> str:
     """The table as Markdown; differences are in points of all captions, those of a kind are in the other files."""
-    metrics = [key for key in table[0] if isinstance(table[0][key], dict) and not key.startswith(DIFFERENCES)]
+    keys = dict.fromkeys(key for entry in table for key, value in entry.items() if isinstance(value, dict))
+    metrics = [key for key in keys if not key.startswith(DIFFERENCES)]
     over = any(entry["at"] is not None for entry in table)
     lost = ["lost", f"of what {baseline} loses"] if over else []
     head = ["row", *(["at"] if over else []), *metrics, f"over {baseline}", "contribution", *lost, "step time"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for entry in table:
         cells = [entry["name"], *([str(entry["at"])] if over else [])]
-        cells += [f"{entry[m]['mean']:.1f}{_bounds(entry[m], '{:.1f}')}" for m in metrics]
+        cells += [f"{entry[m]['mean']:.1f}{_bounds(entry[m], '{:.1f}')}" if m in entry else "" for m in metrics]
         cells.append(_signed_cells(entry, "delta"))
         contribution = _signed_cells(entry, "contribution")
         cells.append(f"{contribution} over {entry['against']}" if contribution else "")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmref.config import Config, config_hash
+from mmref.data.shards import ShardSet
 from mmref.errors import ConfigError
 from tune.ablation import METRICS
 from tune.rows import Training
@@ -31,17 +32,25 @@ def chosen_otherwise(before: dict[str, Any], config: Config) -> str:
     return ""
 
 
-def record(training: Training, config: Config, metrics: dict[str, Any]) -> dict[str, Any]:
-    """{"row", "at", "seed", "config_hash", "choices", "step_seconds", "initial", "refined", "by_caption_kind"}: what the tables
-    take from a training, so that they can be made again, and compared with other rows, without it. Of one that was itself read
-    from such a file, what the file has."""
+def data_fingerprint(config: Config) -> str:
+    """Of the contents of the shard sets that a config trains on: the config itself knows them by their folders' names."""
+    roots = [config.data.root, *sorted(config.data.mix)]
+    return " ".join(ShardSet.open(root).fingerprint for root in roots)
+
+
+def record(training: Training, config: Config, metrics: dict[str, Any], data: str) -> dict[str, Any]:
+    """{"row", "at", "seed", "config_hash", "data", "choices", "machine", "step_seconds", "initial", "refined",
+    "by_caption_kind"}: what the tables take from a training, so that they can be made again, and compared with other rows,
+    without it. Of one that was itself read from such a file, what the file has. `data`: as of `data_fingerprint`."""
     kinds = metrics["by_caption_kind"].items()
     return {
         "row": training.row,
         "at": training.point,
         "seed": training.seed,
         "config_hash": config_hash(config),
+        "data": data,
         "choices": choices(config),
+        "machine": metrics.get("machine"),
         "step_seconds": metrics["step_seconds"],
         **_scores(metrics),
         "by_caption_kind": {kind: _scores(scores) for kind, scores in kinds},
@@ -62,12 +71,18 @@ class Recorded:
             for entry in _read(path, split):
                 self._found[entry["config_hash"]] = (path, entry)
 
-    def get(self, config: Config) -> dict[str, Any] | None:
-        """Metrics of the training of this config; None where there is none. Raises ConfigError where its checkpoint or its
-        refinement was chosen in another way."""
+    def get(self, config: Config, data: str, refined: bool) -> dict[str, Any] | None:
+        """Metrics of the training of this config; None where there is none, or none after refinement where `refined` asks
+        for them. Raises ConfigError where its shard set had other contents than `data` (as of `data_fingerprint`), or its
+        checkpoint or its refinement was chosen in another way."""
         path, entry = self._found.get(config_hash(config), ("", None))
-        if entry is None:
+        if entry is None or (refined and "refined" not in entry):
             return None
+        if entry["data"] != data:
+            raise ConfigError(
+                f"{path}: `{entry['row']}`, seed {entry['seed']}, was trained on shards with the fingerprint {entry['data']}, "
+                f"{config.data.root} has {data}. Give the same shard set, or leave that file out of `--results`."
+            )
         if otherwise := chosen_otherwise(entry["choices"], config):
             raise ConfigError(
                 f"{path}: `{entry['row']}`, seed {entry['seed']}, {otherwise}. Give the same, or leave that file out of "

@@ -318,6 +318,12 @@ class ShardSet:
     def splits(self) -> list[str]:
         return list(self.manifest["splits"])
 
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits of the shards' contents, split by split, wherever the set lies."""
+        contents = {name: [s["sha256"] for s in split["shards"]] for name, split in self.manifest["splits"].items()}
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:12]
+
     def _unpack(self) -> None:
         """Unpacks what travels as .tar.gz. Safe beside other processes: each moves its own file into place."""
         for shard in (s for split in self.manifest["splits"].values() for s in split["shards"]):

@@ -19,12 +19,10 @@ def trained_space(config: Config, references: Floats) -> ReferenceSpace | None:
     return ReferenceSpace(references[seen]) if trained and seen.any() else None
 
 
-def config_grid(config: Config, images: int) -> list[RefinementSettings]:
-    """The settings that `eval.refine_*` ask for in a gallery of so many images."""
+def config_grid(config: Config) -> list[RefinementSettings]:
+    """The settings that `eval.refine_*` ask for."""
     e = config.eval
-    # top_p is a cap on cost: with fewer images than it, everything is a candidate
-    top_p = e.top_p if 0 < e.top_p < images else None
-    return refinement_grid(e.refine_kinds, e.refine_weights, e.refine_top_rs, e.refine_taus, (top_p,))
+    return refinement_grid(e.refine_kinds, e.refine_weights, e.refine_top_rs, e.refine_taus, (e.top_p or None,))
 
 
 def gain_by_value(tried: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -56,6 +54,6 @@ def choose_on_val(
     # the same words for the same object rank alike: score each pair of text and object once, as the report does
     pairs, counted = np.unique(np.stack([queries.text, queries.objects], 1), axis=0, return_inverse=True)
     return choose_refinement(
-        space, text[pairs[:, 0]], image, pairs[:, 1], objects, config_grid(config, len(image)), config.eval.metric,
+        space, text[pairs[:, 0]], image, pairs[:, 1], objects, config_grid(config), config.eval.metric,
         counted=counted.reshape(-1),
     )  # fmt: skip

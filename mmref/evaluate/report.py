@@ -104,7 +104,7 @@ def render_report(
         names=METRIC_NAMES,
         directions=_directions(metrics),
         kinds=metrics.get("by_caption_kind") or {},
-        refinement=_describe_refinement(metrics.get("refinement") or {}),
+        refinement=_describe_refinement(metrics.get("refinement") or {}, metrics["n_gallery"]),
         tried=_best_tried(metrics.get("refinement") or {}),
         loss_figure=_loss_figure(history),
         val_figure=_val_figure(history),
@@ -135,7 +135,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         f"{metrics['split']}: {_count(metrics['n_queries'])} queries, {_count(metrics['n_gallery'])} gallery images, "
         f"{_count(metrics['n_objects'])} objects; percent"
     )
-    table.append("refinement: " + _describe_refinement(metrics.get("refinement") or {}))
+    table.append("refinement: " + _describe_refinement(metrics.get("refinement") or {}, metrics["n_gallery"]))
     if best := metrics.get("best_on_test"):
         chosen = ", ".join(f"{name} {_number(best[name])}" for name in ("R@1", "mAP"))
         table.append(f"best on test, chosen on test as some papers do (step {_count(best['step'])}): {chosen}")
@@ -190,7 +190,7 @@ def _relation(initial: Mapping[str, float], refined: Mapping[str, float], name: 
     return "" if before is None or after is None else _signed(after - before)
 
 
-def _describe_refinement(refinement: Mapping[str, Any]) -> str:
+def _describe_refinement(refinement: Mapping[str, Any], images: int) -> str:
     """The settings in words."""
     if not refinement:
         return "none"
@@ -203,8 +203,8 @@ def _describe_refinement(refinement: Mapping[str, Any]) -> str:
         code = f"softmax over the {refinement['top_r']} nearest references, temperature {refinement['tau']:g}"
         if refinement.get("kind") == "expansion":
             code = f"queries expanded by a {code}"
-    top_p = refinement.get("top_p")
-    scope = f"the first {_count(top_p)} candidates" if top_p else "all candidates"
+    top_p = refinement.get("top_p") or images
+    scope = f"the first {_count(top_p)} candidates" if top_p < images else "all candidates"
     return f"{code}; weight {refinement['weight']:g} on {scope}{chosen_on}"
 
 

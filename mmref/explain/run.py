@@ -267,13 +267,15 @@ class ExplainedRun:
         reader, captions, captioned = SampleReader(index), [], []
         for i in images[:IMAGES_OF_OBJECT]:
             try:
-                found = [c for c, _ in usable_captions(reader.read_meta(i), f"image {index.image_ids[i]}")]
+                raw, name = reader.read(i), f"image {index.image_ids[i]}"
+                decode_rgb(raw.image_bytes, name)
+                found = [c for c, _ in usable_captions(raw.meta, name)]
             except SampleError:
                 continue
             captions += found
             captioned.append((i, found[0]))
         if not captioned:
-            raise QueryError(f"object {object_id!r} of {split} has no image with a caption.")
+            raise QueryError(f"object {object_id!r} of {split} has no readable image with a caption.")
         texts = self.encode_texts(captions)
         reference, origin = self._reference_of(object_id, reader, [i for i, _ in captioned], texts)
         chosen = captioned[:SHOWN]

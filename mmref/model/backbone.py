@@ -1,8 +1,9 @@
 """Image and text towers: CLIP and SigLIP, or any vision + text pair, through transformers or from an import path.
 
-Both classes offer the same two calls:
+Both classes offer the same calls:
     encode_image(pixels (B, 3, H, W)) -> global (B, d), tokens (B, N, image_width)
     encode_text(ids (B, L), mask (B, L)) -> global (B, d), tokens (B, L, text_width)
+    in_shared_space(image tokens, text tokens) -> (B, N, d), (B, L, d): what becomes of tokens on the way to global features
 Global features are not normalised here.
 
 A tower from an import path (`model.vision_config: {import: package.module:function, ...}`) is what the function returns for
@@ -152,6 +153,12 @@ class DualBackbone(nn.Module):
         out = self.text_model(input_ids=ids, attention_mask=mask if self.uses_mask else None)
         return self.text_projection(out.pooler_output), out.last_hidden_state
 
+    def in_shared_space(self, image_tokens: Tensor, text_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.visual_projection, nn.Identity):  # SigLIP: only its texts are projected, inside the tower
+            return image_tokens, self.text_model.head(text_tokens)
+        norm = getattr(self.vision_model, "post_layernorm", nn.Identity())
+        return self.visual_projection(norm(image_tokens)), self.text_projection(text_tokens)
+
     def new_parameter_prefixes(self) -> tuple[str, ...]:
         return ()
 
@@ -214,6 +221,9 @@ class PairBackbone(nn.Module):
         if self.text_adapter is not None:
             tokens = self.text_adapter(tokens, mask)
         return self.text_projection(self._global(pooled, tokens, mask)), tokens
+
+    def in_shared_space(self, image_tokens: Tensor, text_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.visual_projection(image_tokens), self.text_projection(text_tokens)
 
     def _see(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """The vision tower's tokens (B, N, w) and pooled output, where it has one."""

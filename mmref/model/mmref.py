@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmref.config import Config, LossConfig, ReferenceConfig
+from mmref.config import MIN_TAU, Config, LossConfig, ReferenceConfig
 from mmref.errors import ModelError
 from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, PairBackbone, build_backbone
@@ -76,9 +76,7 @@ class MMRef(nn.Module):
             )
         self.image_words = None
         if loss.w_mlm > 0:
-            self.image_words = ImageWordHead(
-                backbone.image_width, backbone.text_width, backbone.vocab_size, loss.mlm_layers
-            )
+            self.image_words = ImageWordHead(backbone.embed_dim, backbone.vocab_size, loss.mlm_layers)
         self.classify = None
         if loss.w_id > 0 and objects:
             self.classify = nn.Linear(backbone.embed_dim, objects)
@@ -168,8 +166,9 @@ class MMRef(nn.Module):
                     given = states.detach() if self.rec_detach_text else states
                     rec_sum = reconstruction_loss(self.reconstruct(given, mask, masked.references, masked.at), words)
                 if self.image_words is not None:
-                    mlm_sum = reconstruction_loss(self.image_words(states, mask, image_tokens, masked.at), words)
-        return Output(image, text, rec_sum, mlm_sum, id_sum, self.log_scale.float().exp().clamp(max=100.0))
+                    seen, read = self.backbone.in_shared_space(image_tokens, states)
+                    mlm_sum = reconstruction_loss(self.image_words(read, mask, seen, masked.at), words)
+        return Output(image, text, rec_sum, mlm_sum, id_sum, self.log_scale.float().exp().clamp(max=1 / MIN_TAU))
 
     def is_new(self, name: str) -> bool:
         """Whether a parameter starts from random weights beside pretrained towers (gets `train.lr_new`)."""

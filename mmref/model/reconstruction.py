@@ -84,27 +84,42 @@ class ReconstructionHead(nn.Module):
 
 
 class ImageWordHead(nn.Module):
-    """Predicts masked words from masked-token states and the tokens of the caption's own image.
+    """Predicts masked words from masked-token states and the tokens of the caption's own image, both in the shared space.
 
     IRRA's head: one cross-attention to the image, whose answer alone goes on (no residual: what the masked caption says by
-    itself is not enough), then self-attention layers, then the vocabulary, at the masked positions only.
+    itself is not enough), then self-attention layers, then the vocabulary, at the masked positions only. Width, heads and
+    initial weights are IRRA's too.
     """
 
-    def __init__(self, image_width: int, width: int, vocab_size: int, layers: int) -> None:
+    def __init__(self, width: int, vocab_size: int, layers: int) -> None:
         super().__init__()
-        heads = heads_of(width)
-        self.to_memory, self.memory_norm = nn.Linear(image_width, width), nn.LayerNorm(width)
-        self.query_norm = nn.LayerNorm(width)
+        heads = heads_of(width, 64)
+        self.query_norm, self.memory_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.cross_attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.self_attentions = nn.ModuleList(Attention(width, heads) for _ in range(layers))
         self.feed_forwards = nn.ModuleList(FeedForward(width) for _ in range(layers))
         self.last_norm = nn.LayerNorm(width)
         self.transform = _transform(width)
         self.vocabulary = nn.Linear(width, vocab_size)
+        self._initialise(width, layers)
+
+    def _initialise(self, width: int, layers: int) -> None:
+        inner, out, wide = width**-0.5, (2 * max(layers, 1) * width) ** -0.5, (2 * width) ** -0.5
+        for module in self.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                nn.init.normal_(module.in_proj_weight, std=inner)
+                nn.init.normal_(module.out_proj.weight, std=out)
+            elif isinstance(module, FeedForward):
+                first, last = (m for m in module.net if isinstance(m, nn.Linear))
+                nn.init.normal_(first.weight, std=wide)
+                nn.init.normal_(last.weight, std=out)
+        dense = next(m for m in self.transform if isinstance(m, nn.Linear))
+        nn.init.normal_(dense.weight, std=wide)
+        nn.init.normal_(self.vocabulary.weight, std=out)
 
     def forward(self, states: Tensor, mask: Tensor, image_tokens: Tensor, at: Tensor) -> Tensor:
-        """Logits (M, vocabulary) of the masked words; arguments as of `ReconstructionHead`, image_tokens (B, N, image_width)."""
-        memory = self.memory_norm(self.to_memory(image_tokens))
+        """Logits (M, vocabulary) of the masked words; arguments as of `ReconstructionHead`, image_tokens (B, N, width)."""
+        memory = self.memory_norm(image_tokens)
         hidden, _ = self.cross_attention(self.query_norm(states), memory, memory, need_weights=False)
         padding = mask == 0
         for attend, feed in zip(self.self_attentions, self.feed_forwards, strict=True):
@@ -112,9 +127,9 @@ class ImageWordHead(nn.Module):
         return self.vocabulary(self.transform(self.last_norm(hidden[at])))
 
 
-def heads_of(width: int) -> int:
-    """The most heads of at least about 32 numbers each that divide the width."""
-    return max(h for h in range(1, width // 32 + 2) if width % h == 0)
+def heads_of(width: int, numbers: int = 32) -> int:
+    """The most heads of at least about so many numbers each that divide the width."""
+    return max(h for h in range(1, width // numbers + 2) if width % h == 0)
 
 
 def _transform(width: int) -> nn.Sequential:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmref.config import Config
-from mmref.evaluate.choose import choose_on_val, trained_space
+from mmref.evaluate.choose import choose_on_val, config_grid, trained_space
 from mmref.evaluate.features import Queries
 from mmref.evaluate.refinement import choose_refinement, refinement_grid
 
@@ -33,12 +33,17 @@ def test_equal_captions_are_scored_once_and_counted_each(config: Config) -> None
     queries = Queries([f"text {i}" for i in range(6)], at, np.array([""] * 80), rows, np.zeros(80, np.int64))
     space = trained_space(config, unit(rng, 12, 2, 8))
     best, tried = choose_on_val(config, space, text, queries, image, objects)
-    grid = refinement_grid(["sparse"], weights=(0.3, 1.0), top_rs=(4,), taus=(0.1,))
+    grid = refinement_grid(["sparse"], weights=(0.3, 1.0), top_rs=(4,), taus=(0.1,), top_ps=(config.eval.top_p,))
     assert space is not None
     expected, table = choose_refinement(space, text[at], image, rows, objects, grid, config.eval.metric)
     assert best == expected and len(tried) == 3
     for row, other in zip(tried, table):
         assert row == pytest.approx(other)
+
+
+def test_a_small_val_keeps_the_cap_that_larger_galleries_need(make_config: Callable[..., Config]) -> None:
+    assert {s.top_p for s in config_grid(make_config({"eval.top_p": 1000}))} == {1000}
+    assert {s.top_p for s in config_grid(make_config({"eval.top_p": 0}))} == {None}
 
 
 def test_only_trained_references_take_part(make_config: Callable[..., Config]) -> None:

@@ -177,10 +177,11 @@ def test_optional_parts_may_be_missing():
         ({"weight": 0.0, "top_r": 8, "tau": 0.1, "chosen_on": "val"}, "declined.*chosen on val"),
         ({"weight": 0.2, "top_r": 32, "tau": 0.05, "chosen_on": "val"}, "32 nearest.*0.05.*0.2 on all.*on val"),
         ({"kind": "dense", "weight": 1.0, "top_p": 1000}, "dense.*weight 1 on the first 1,000 candidates$"),
+        ({"kind": "dense", "weight": 1.0, "top_p": 3074}, "weight 1 on all candidates$"),
     ],
 )
 def test_refinement_in_words(settings, expected):
-    assert re.search(expected, report._describe_refinement(settings))
+    assert re.search(expected, report._describe_refinement(settings, 3074))
 
 
 def test_settings_tried_end_with_the_initial_ranking_wherever_it_came():

@@ -112,6 +112,23 @@ def test_an_object_that_was_not_trained_gets_a_reference_of_its_features(run, ob
         assert found.views[0].cosine["reference"] > 0
 
 
+def test_an_object_is_explained_by_the_images_that_can_be_read(run, objects, monkeypatch):
+    whole = [view.image_id for view in run.explain_object(objects[5]).views]
+    assert len(whole) > 1
+    read, broken = SampleReader.read, set(whole[:1])
+
+    def damaged(self, i):
+        raw = read(self, i)
+        bad = self.index.image_ids[i] in broken
+        return dataclasses.replace(raw, image_bytes=raw.image_bytes[:20]) if bad else raw
+
+    monkeypatch.setattr(SampleReader, "read", damaged)
+    assert [view.image_id for view in run.explain_object(objects[5]).views] == whole[1:]
+    broken.update(whole)
+    with pytest.raises(QueryError, match="no readable image with a caption"):
+        run.explain_object(objects[5])
+
+
 def test_captions_that_refinement_moved_come_first(run):
     chosen = run.moved(4)
     assert len(set(chosen)) == 4 and set(chosen) <= set(run.queries.texts)

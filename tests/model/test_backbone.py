@@ -70,6 +70,24 @@ def test_dual_from_config_and_from_its_directory(kind, tmp_path):
     torch.testing.assert_close(text, getattr(own, "pooler_output", own))
 
 
+@pytest.mark.parametrize("kind", [*DUALS, "pair"])
+def test_tokens_in_the_shared_space_are_what_global_features_are_made_of(kind):
+    ids, mask = captions()
+    pair = ModelConfig(vision_config=PAIRS["convnext"], text_config=BERT, embed_dim=8, pool="mean")
+    backbone = build(pair if kind == "pair" else ModelConfig(dual_config=DUALS[kind][0]))
+    (image, image_tokens), (text, text_tokens) = backbone.encode_image(pixels()), backbone.encode_text(ids, mask)
+    seen, read = backbone.in_shared_space(image_tokens, text_tokens)
+    assert seen.shape[::2] == read.shape[::2] == (3, backbone.embed_dim)
+    if kind == "pair":
+        torch.testing.assert_close(seen.mean(1), image)
+        torch.testing.assert_close((read * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), text)
+    elif kind == "clip":  # its class token and its end token
+        torch.testing.assert_close(seen[:, 0], image)
+        torch.testing.assert_close(read[torch.arange(3), mask.sum(1) - 1], text)
+    else:  # SigLIP pools images by attention, and takes the last token of a text
+        torch.testing.assert_close(read[:, -1], text)
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("pool", ["auto", "mean"])
 def test_pair_from_configs_and_from_directories(kind, pool, tmp_path):

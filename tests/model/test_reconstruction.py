@@ -55,8 +55,8 @@ def test_padding_does_not_leak():
 
 def test_words_read_out_of_the_own_image_alone():
     torch.manual_seed(0)
-    model, (states, mask, _, at) = ImageWordHead(image_width=12, width=32, vocab_size=50, layers=2), inputs()
-    tokens = torch.randn(4, 9, 12, generator=torch.Generator().manual_seed(2))
+    model, (states, mask, _, at) = ImageWordHead(width=32, vocab_size=50, layers=2), inputs()
+    tokens = torch.randn(4, 9, 32, generator=torch.Generator().manual_seed(2))
     logits = model(states, mask, tokens, at)
     assert logits.shape == (6, 50)
     everywhere = model(states, mask, tokens, torch.ones_like(at)).view(4, 7, 50)
@@ -64,15 +64,14 @@ def test_words_read_out_of_the_own_image_alone():
     noisy = torch.where(mask[..., None] == 0, torch.randn_like(states) * 9, states)
     torch.testing.assert_close(model(noisy, mask, tokens, at), logits, msg="padding leaks")
     changed = tokens.clone()
-    changed[0] = torch.randn(9, 12)
+    changed[0] = torch.randn(9, 32)
     other = model(states, mask, changed, at)
     assert not torch.allclose(other[:2], logits[:2]), "the image does not matter"
     torch.testing.assert_close(other[2:], logits[2:])
     model(states, mask, tokens, at).sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
-    with (
-        torch.no_grad()
-    ):  # what the caption says reaches the words through its questions to the image alone, as in IRRA
+    # what the caption says reaches the words through its questions to the image alone, as in IRRA
+    with torch.no_grad():
         model.cross_attention.out_proj.weight.zero_()
     torch.testing.assert_close(model(torch.randn_like(states), mask, tokens, at), model(states, mask, tokens, at))
 

@@ -178,7 +178,8 @@ def test_irra_s_objective_is_the_sum_of_its_three_losses(make_config, accumulati
     identity = sum(torch.nn.functional.cross_entropy(x, y) for x in logits) / 2
     masked_ids, at = m.masked
     states = model.backbone.encode_text(masked_ids, m.mask)[1]
-    words = model.image_words(states, m.mask, tokens, torch.ones_like(at))
+    seen, read = model.backbone.in_shared_space(tokens, states)
+    words = model.image_words(read, m.mask, seen, torch.ones_like(at))
     mlm = torch.nn.functional.cross_entropy(words, m.ids.flatten(), reduction="none")[at.flatten()].mean()
     loss = align + c.w_id * identity + c.w_mlm * mlm
     loss.backward()

@@ -43,6 +43,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 continue
             state = {"R@1": 40.0 + training.seed, "mAP": 30.0}
             metrics = {"initial": state, "refined": state, "by_caption_kind": {}, "config_hash": config_hash(config)}
+            metrics["machine"] = "one"
             run = RunDir(config.run_dir)
             run.write_text(result_name(split), json.dumps(metrics))
             lines = [{"step": i, "step_seconds": s} for i, s in enumerate((9.0, 1.0, 1.0))]
@@ -150,6 +151,26 @@ def test_recorded_trainings_that_cannot_be_compared_are_refused(
     with pytest.raises(ConfigError, match=r"none.json`: .*No such file"):
         ablate(base, ROWS, [0], files=[str(tmp_path / "none.json")])
     assert trained == ["plain-seed0", "full-seed0"]
+    shards = json.loads(Path(published).read_text())
+    for entry in shards["trainings"]:
+        entry["data"] = "0123456789ab"
+    Path(published).write_text(json.dumps(shards))
+    with pytest.raises(
+        ConfigError, match=r"`plain`, seed 0, was trained on shards with the fingerprint 0123456789ab, .* has"
+    ):
+        ablate(base, ROWS, [0], files=[published])
+
+
+def test_a_training_without_what_a_row_shows_is_trained(base: Config, trained: list[str], tmp_path: Path) -> None:
+    ablate(base, ROWS, [0])
+    published = Path(base.run_dir, "ablation.json").rename(tmp_path / "published.json")
+    found = json.loads(published.read_text())
+    for entry in found["trainings"]:
+        del entry["refined"]
+    published.write_text(json.dumps(found))
+    base.run_dir = str(tmp_path / "elsewhere")
+    ablate(base, ROWS, [0], files=[str(published)])
+    assert trained[2:] == ["full-seed0"], "`plain` is shown without refinement"
 
 
 def test_what_can_be_known_before_is_said_before(base: Config, trained: list[str]) -> None:

@@ -16,7 +16,7 @@ ROWS = Rows((Row("plain"), Row("full"), Row("full, refined", of="full", refined=
 
 def metrics(initial: float, refined: float, step_seconds: float = 1.0) -> dict:
     state = {name: {"R@1": value, "mAP": value / 2} for name, value in (("initial", initial), ("refined", refined))}
-    return {**state, "by_caption_kind": {"name": state}, "step_seconds": step_seconds}
+    return {**state, "by_caption_kind": {"name": state}, "step_seconds": step_seconds, "machine": "one"}
 
 
 def results(rows: Rows = ROWS) -> dict:
@@ -48,6 +48,24 @@ def test_seeds_that_are_missing_pair_with_none() -> None:
     only_plain = summarise(ROWS, {Training("plain", None, 0): metrics(1, 1)}, [0, 1])
     assert [row["name"] for row in only_plain] == ["plain"]
     assert only_plain[0]["R@1"]["ci95"] is None, "one seed has no interval"
+
+
+def test_times_of_steps_compare_on_one_machine_alone() -> None:
+    found = results()
+    for seed in (0, 1):
+        found[Training("full", None, seed)] |= {"machine": "another", "step_seconds": 60.0}
+    assert summarise(ROWS, found, [0, 1, 2])[1]["step_ratio"] == pytest.approx(1.2)
+    found[Training("full", None, 2)]["machine"] = None  # not on record
+    table = summarise(ROWS, found, [0, 1, 2])
+    assert table[1]["step_ratio"] is None and markdown(table, "plain").splitlines()[3].endswith("|  |")
+
+
+def test_kinds_of_captions_that_some_trainings_have_not_on_record() -> None:
+    found = results()
+    found[Training("plain", None, 0)]["by_caption_kind"] = {}
+    plain, full, _ = table = summarise(ROWS, found, [0, 1, 2], "name")
+    assert "name R@1" not in plain and "delta_name R@1" not in full and full["name R@1"]["mean"] == pytest.approx(44)
+    assert len({line.count("|") for line in markdown(table, "plain").splitlines()}) == 1
 
 
 def test_one_value_has_no_interval() -> None:

@@ -248,7 +248,7 @@ def _finish(source: Source, out: str, results: dict[str, list[ShardResult]]) -> 
             "captions": sum(row["n_captions"] for row in rows),
             "shards": [shard.entry for shard in shards],
         }
-    manifest["warnings"] = count_warnings(source, manifest["splits"])
+    manifest["warnings"] = [*getattr(source, "warnings", []), *count_warnings(source, manifest["splits"])]
     manifest["skipped"] = {"count": len(skipped), "first": skipped[:NAMED_SKIPS]}
     return manifest
 

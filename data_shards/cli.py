@@ -87,7 +87,10 @@ def _add_sources(sources: Any) -> None:
         persons.add_argument(
             "--annotations", metavar="FILE", help="annotation file, where it has another name or place"
         )
-        persons.set_defaults(source_options=("root", "annotations", *(() if has_val else ("val_fraction",))))
+        persons.add_argument(
+            "--images", metavar="DIR", help="folder of the images; else imgs/, images/ or the root itself"
+        )
+        persons.set_defaults(source_options=("root", "annotations", "images", *(() if has_val else ("val_fraction",))))
         if not has_val:
             persons.add_argument(
                 "--val-fraction", type=float, default=0.05,

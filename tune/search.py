@@ -140,5 +140,5 @@ def _need_optuna() -> None:
         import optuna  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "`--searcher optuna` needs the tuning extra: `pip install 'mmref[tuning]'`; or use random."
+            "`--searcher optuna` needs the extra `tuning`: `pip install -e '.[tuning]'` in mmref's folder; or use random."
         ) from None

@@ -3,6 +3,9 @@
 Expected below `path`: `CUB_200_2011/{images/, images.txt, image_class_labels.txt, classes.txt}` and
 `text_c10/<class>/<image>.txt` (a caption a line). Class-split files (`trainclasses.txt`, `valclasses.txt`,
 `testclasses.txt`, one class name a line) lie in any of these folders; without any, a fixed hash splits the classes.
+
+The captions' release and CUB's own spell 17 species differently (`009.Brewers_Blackbird`, `009.Brewer_Blackbird`): classes
+are known by their number, and images of a class by the two numbers at the end of their name.
 """
 
 from __future__ import annotations
@@ -11,12 +14,24 @@ import os
 from collections.abc import Iterable, Mapping
 
 from data_shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject
-from data_shards.sources.reed import HELD_OUT, class_splits, first_folder, held_out_counts, read_captions, read_lines
+from data_shards.sources.reed import (
+    HASHED,
+    HELD_OUT,
+    class_files,
+    class_number,
+    class_splits,
+    first_folder,
+    hashed_warning,
+    held_out_counts,
+    read_captions,
+    read_lines,
+)
 from mmref.errors import SourceError
 
 
 class CubSource:
-    """`path`: the folder that holds CUB_200_2011/ and text_c10/, or CUB_200_2011/ with text_c10/ in or beside it."""
+    """`path`: the folder that holds CUB_200_2011/ and text_c10/ (or a folder with it), or CUB_200_2011/ with text_c10/ in or
+    beside it."""
 
     name = "cub"
     licence = "research use only; no right to redistribute is known"
@@ -37,8 +52,9 @@ class CubSource:
             raise SourceError(f"{path} is a file. Unpack it (`tar -xf {path}`) and pass the folder.")
         nested = os.path.join(path, "CUB_200_2011")
         self.folder = nested if os.path.isdir(nested) else path
-        self.folders = [self.folder, path, os.path.dirname(self.folder)]
-        self.text = first_folder("text_c10", self.folders)
+        below = sorted(e.path for e in os.scandir(path) if e.is_dir()) if os.path.isdir(nested) else []
+        folders = [self.folder, path, os.path.dirname(self.folder), *below]
+        self.text = first_folder("text_c10", folders)
         if not os.path.isdir(os.path.join(self.folder, "images")) or not self.text:
             lacking = "text_c10/" if os.path.isdir(os.path.join(self.folder, "images")) else "CUB_200_2011/images/"
             raise SourceError(
@@ -48,6 +64,12 @@ class CubSource:
         self.fractions, self.val_fraction = dict(fractions), val_fraction
         if val_fraction:
             self.origin, self.published = self.origin + HELD_OUT, held_out_counts(self.published)
+        self.class_files = class_files([*folders, self.text])
+        self.warnings = [] if self.class_files else [hashed_warning([*folders, self.text])]
+        self.origin += HASHED if self.warnings else ""
+        self.caption_folders = {
+            class_number(entry.name): entry.path for entry in os.scandir(self.text) if entry.is_dir()
+        }
         self.skipped: list[str] = []
 
     def _pairs(self, name: str) -> dict[str, str]:
@@ -55,6 +77,8 @@ class CubSource:
         path = os.path.join(self.folder, name)
         found = {}
         for number, line in enumerate(read_lines(path), 1):
+            if not line:
+                continue
             parts = line.split(maxsplit=1)
             if len(parts) != 2:
                 raise SourceError(f"{path}, line {number}: expected `<id> <value>`, found {line!r}.")
@@ -64,7 +88,7 @@ class CubSource:
     def objects(self) -> Iterable[SourceObject]:
         """Species in the order of classes.txt. An image without captions is left out when its shard is written."""
         classes = self._pairs("classes.txt")
-        splits = class_splits(classes.values(), self.folders, self.fractions, "classes.txt", self.val_fraction)
+        splits = class_splits(classes.values(), self.class_files, self.fractions, "classes.txt", self.val_fraction)
         labels = self._pairs("image_class_labels.txt")
         images: dict[str, list[SourceImage]] = {}
         for number, name in self._pairs("images.txt").items():
@@ -76,8 +100,16 @@ class CubSource:
 
     def _image(self, name: str) -> SourceImage:
         stem = os.path.splitext(name)[0]
-        captions = read_captions(self.text, stem)
+        captions = self._captions(*stem.split("/", 1)) if "/" in stem else []
         return SourceImage(stem, name, captions, ["human"] * len(captions))
+
+    def _captions(self, class_name: str, image: str) -> list[str]:
+        folder = self.caption_folders.get(class_number(class_name), "")
+        if not folder or os.path.isfile(os.path.join(folder, f"{image}.txt")):
+            return read_captions(folder, image)
+        numbers = image.split("_")[-2:]
+        same = [file for file in os.listdir(folder) if file.removesuffix(".txt").split("_")[-2:] == numbers]
+        return read_captions(folder, same[0].removesuffix(".txt")) if len(same) == 1 else []
 
     def load(self, ref: str) -> bytes:
         """The photograph's bytes as they are on disk."""

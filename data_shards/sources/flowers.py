@@ -11,7 +11,16 @@ import os
 from collections.abc import Iterable, Mapping
 
 from data_shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject
-from data_shards.sources.reed import HELD_OUT, class_splits, first_folder, held_out_counts, read_captions
+from data_shards.sources.reed import (
+    HASHED,
+    HELD_OUT,
+    class_files,
+    class_splits,
+    first_folder,
+    hashed_warning,
+    held_out_counts,
+    read_captions,
+)
 from mmref.errors import SourceError
 
 
@@ -34,8 +43,8 @@ class FlowersSource:
         classes, held out as val (`reed.class_splits`). Raises SourceError."""
         root = os.path.abspath(root)  # workers may run in another directory
         below = sorted(entry.path for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []
-        self.folders = [root, *below, os.path.dirname(root)]
-        self.images, self.text = first_folder("jpg", self.folders), first_folder("text_c10", self.folders)
+        folders = [root, *below, os.path.dirname(root)]
+        self.images, self.text = first_folder("jpg", folders), first_folder("text_c10", folders)
         if not self.images or not self.text:
             raise SourceError(
                 f"{root} is not Oxford Flowers-102 with captions: {'text_c10' if self.images else 'jpg'}/ is missing. Expected "
@@ -44,13 +53,16 @@ class FlowersSource:
         self.fractions, self.val_fraction = dict(fractions), val_fraction
         if val_fraction:
             self.origin, self.published = self.origin + HELD_OUT, held_out_counts(self.published)
+        self.class_files = class_files([*folders, self.text])
+        self.warnings = [] if self.class_files else [hashed_warning([*folders, self.text])]
+        self.origin += HASHED if self.warnings else ""
+        self.files = {os.path.splitext(file)[0]: file for file in sorted(os.listdir(self.images))}
         self.skipped: list[str] = []
 
     def objects(self) -> Iterable[SourceObject]:
         """Species in the order of their folders. Images without captions belong to no class and are listed as left out."""
         classes = sorted(entry.name for entry in os.scandir(self.text) if entry.is_dir())
-        folders = [*self.folders, self.text]
-        splits = class_splits(classes, folders, self.fractions, "text_c10/", self.val_fraction)
+        splits = class_splits(classes, self.class_files, self.fractions, "text_c10/", self.val_fraction)
         known: set[str] = set()
         for name in classes:
             folder = os.path.join(self.text, name)
@@ -59,13 +71,12 @@ class FlowersSource:
             if name in splits:
                 images = [self._image(folder, stem) for stem in stems]
                 yield SourceObject(splits[name], name, images)
-        stray = sorted(file for file in os.listdir(self.images) if os.path.splitext(file)[0] not in known)
-        self.skipped += [f"{file}: no captions in any class of text_c10/" for file in stray if file.endswith(".jpg")]
+        stray = [file for stem, file in self.files.items() if stem not in known and file.lower().endswith(".jpg")]
+        self.skipped += [f"{file}: no captions in any class of text_c10/" for file in stray]
 
-    @staticmethod
-    def _image(folder: str, stem: str) -> SourceImage:
+    def _image(self, folder: str, stem: str) -> SourceImage:
         captions = read_captions(folder, stem)
-        return SourceImage(stem, f"{stem}.jpg", captions, ["human"] * len(captions))
+        return SourceImage(stem, self.files.get(stem, f"{stem}.jpg"), captions, ["human"] * len(captions))
 
     def load(self, ref: str) -> bytes:
         """The photograph's bytes as they are on disk."""

@@ -1,16 +1,17 @@
 """Person retrieval sets annotated in one JSON file: CUHK-PEDES, ICFG-PEDES, RSTPReid, UFine6926; an object is a person.
 
 Each file is a list with an entry an image: its split, the person's number, the image's path below the image folder
-(`imgs/`, or the root where there is none) and its captions. The sets differ in names and in whether they have a val split.
+(`imgs/` or `images/`, or the root) and its captions. The sets differ in names and in whether they have a val split.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from data_shards.samples import SourceImage, SourceObject, hash_fraction
 from mmref.errors import SourceError
 
 SPLITS = ("train", "val", "test")
+IMAGE_FOLDERS = ("imgs", "images", "")  # below the root, in the order in which an image is looked for
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class PersonFormat:
     published: Mapping[str, Mapping[str, int]]  # as `samples.published_counts` returns
     path_key: str = "file_path"
     has_val: bool = True
-    image_folders: tuple[str, ...] = field(default=("imgs", ""))  # the first that exists
+    without_splits: str = ""  # file of the set that has the captions and no splits
 
 
 CUHK_PEDES = PersonFormat(
@@ -42,6 +44,7 @@ CUHK_PEDES = PersonFormat(
         "val": {"objects": 1000, "images": 3078, "captions": 6158},
         "test": {"objects": 1000, "images": 3074, "captions": 6156},
     },
+    without_splits="caption_all.json",
 )
 ICFG_PEDES = PersonFormat(
     "icfg_pedes",
@@ -77,33 +80,50 @@ class PersonSource:
     min_images = 1
 
     def __init__(
-        self, form: PersonFormat, root: str, val_fraction: float = 0.05, annotations: str | None = None
+        self,
+        form: PersonFormat,
+        root: str,
+        val_fraction: float = 0.05,
+        annotations: str | None = None,
+        images: str | None = None,
     ) -> None:
         """val_fraction: of the train persons held out as val where the set has none; 0 holds none out.
-        annotations: file, where it is not the one of the format. Raises SourceError."""
+        annotations: file, where it is not the one of the format.
+        images: folder, where it is none of IMAGE_FOLDERS. Raises SourceError."""
         self.form, self.name, self.origin = form, form.name, form.origin
         self.root = os.path.abspath(root)  # workers may run in another directory
-        self.file = (
-            os.path.abspath(annotations) if annotations else self._find(os.path.join(self.root, form.annotations))
-        )
         if not 0 <= val_fraction < 1:
             raise SourceError(f"--val-fraction {val_fraction} must be at least 0 and below 1.")
+        for option, folder in (("--root", self.root), ("--images", images)):
+            if folder and not os.path.isdir(folder):
+                raise SourceError(f"{option} {folder} is no folder.")
+        self.file = os.path.abspath(annotations) if annotations else self._find()
         if not os.path.isfile(self.file):
-            raise SourceError(
-                f"{self.file} is missing: {form.origin} has {form.annotations} beside its image folder. Unpack the set and "
-                "pass its folder with --root, or name the file with --annotations."
-            )
-        folders = [os.path.join(self.root, name) for name in form.image_folders]
-        self.images = next(folder for folder in folders if os.path.isdir(folder))
+            raise SourceError(f"--annotations {self.file} is no file.")
+        self.folders = (
+            [os.path.abspath(images)] if images else [os.path.join(self.root, name) for name in IMAGE_FOLDERS]
+        )
         self.val_fraction = val_fraction
         self.published = form.published
         self.skipped: list[str] = []
 
-    @staticmethod
-    def _find(pattern: str) -> str:
-        """The one file that matches the pattern, else the pattern itself, which then is missing."""
-        found = glob.glob(glob.escape(os.path.dirname(pattern)) + "/" + os.path.basename(pattern))
-        return found[0] if len(found) == 1 else pattern
+    def _find(self) -> str:
+        """The annotation file of the format. Raises SourceError where there is none, or more than one."""
+        form = self.form
+        found = sorted(glob.glob(os.path.join(glob.escape(self.root), form.annotations)))
+        if len(found) > 1:
+            names = ", ".join(map(os.path.basename, found))
+            raise SourceError(
+                f"{self.root} has {len(found)} files that may hold the annotations ({names}): name one with --annotations."
+            )
+        if found:
+            return found[0]
+        other = form.without_splits if os.path.isfile(os.path.join(self.root, form.without_splits or "-")) else ""
+        raise SourceError(
+            f"{os.path.join(self.root, form.annotations)} is missing: {form.origin} has {form.annotations} beside its image "
+            "folder. Unpack the set and pass its folder with --root, or name the file with --annotations."
+            + (f" {other}, which is there, has no splits and cannot take its place." if other else "")
+        )
 
     def objects(self) -> Iterable[SourceObject]:
         """Persons in the order of the file. An entry without a caption is left out when its shard is written.
@@ -140,7 +160,7 @@ class PersonSource:
 
     def _read(self) -> list[Any]:
         try:
-            with open(self.file, encoding="utf-8") as file:
+            with open(self.file, encoding="utf-8-sig") as file:
                 entries = json.load(file)
         except (OSError, ValueError) as error:
             raise SourceError(f"{self.file} cannot be read: {error}. Was the set unpacked completely?") from error
@@ -155,17 +175,29 @@ class PersonSource:
         if lacking:
             raise SourceError(
                 f"{self.file}, entry {number} has no {lacking[0]!r}: {self.form.origin} gives {', '.join(keys)} for every image."
+                + (
+                    f" ({self.form.without_splits} has no splits: give {self.form.annotations}.)"
+                    if self.form.without_splits
+                    else ""
+                )
             )
         split, person, path, captions = (entry[key] for key in keys)
+        split, path = str(split).lower(), str(path).replace("\\", "/")
         if split not in SPLITS:
             raise SourceError(f"{self.file}, entry {number}: split {split!r} is none of {', '.join(SPLITS)}.")
         if not isinstance(captions, list):
             raise SourceError(f"{self.file}, entry {number}: captions must be a list, found {captions!r}.")
-        return split, str(person), str(path), [text for text in (str(c).strip() for c in captions) if text]
+        return split, str(person), path, [text for text in (str(c).strip() for c in captions) if text]
 
     def load(self, ref: str) -> bytes:
-        """The photograph's bytes as they are on disk."""
-        with open(os.path.join(self.images, ref), "rb") as file:
+        """The photograph's bytes as they are on disk. Raises FileNotFoundError."""
+        paths = [os.path.join(folder, ref) for folder in self.folders]
+        path = next(filter(os.path.isfile, paths), None)
+        if path is None:
+            raise FileNotFoundError(
+                errno.ENOENT, f"No such file in {', '.join(self.folders)} (--images names another folder)", ref
+            )
+        with open(path, "rb") as file:
             return file.read()
 
     def write_extras(self, root: str) -> None:

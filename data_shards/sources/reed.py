@@ -9,6 +9,7 @@ from data_shards.samples import hash_fraction, hash_split
 from mmref.errors import SourceError
 
 SPLITS = ("train", "val", "test")
+HASHED = "; classes split by a hash of their names"
 HELD_OUT = "; val: train classes held out, test: the published val classes, without the published test classes"
 
 
@@ -32,14 +33,34 @@ def first_folder(name: str, folders: Iterable[str]) -> str:
     return next((path for path in (os.path.join(f, name) for f in folders) if os.path.isdir(path)), "")
 
 
+def class_number(name: str) -> str:
+    """What stays of a class that two releases spell differently: `009` of `009.Brewers_Blackbird`, else the whole name."""
+    number = name.partition(".")[0]
+    return number if number.isdigit() else name
+
+
+def class_files(folders: Iterable[str]) -> dict[str, str]:
+    """Split -> its class-split file (`trainclasses.txt`, ...), in the first of the folders that has it."""
+    paths = {split: [os.path.join(folder, f"{split}classes.txt") for folder in folders] for split in SPLITS}
+    return {split: path for split in SPLITS for path in [next(filter(os.path.isfile, paths[split]), "")] if path}
+
+
+def hashed_warning(folders: Iterable[str]) -> str:
+    """What is said of a set without class-split files."""
+    return (
+        "no trainclasses.txt, valclasses.txt or testclasses.txt, so that a hash of the names splits the classes: this is not the "
+        f"published split; looked in {', '.join(dict.fromkeys(folders))}"
+    )
+
+
 def class_splits(
     classes: Iterable[str],
-    folders: Iterable[str],
+    files: Mapping[str, str],
     fractions: Mapping[str, float],
     listing: str,
     val_fraction: float = 0,
 ) -> dict[str, str]:
-    """Class name -> split, from `trainclasses.txt`, `valclasses.txt`, `testclasses.txt` in any of the folders.
+    """Class name -> split, from the class-split `files` (as of `class_files`); a name may differ where the number is the same.
 
     A class in no file is left out. Without any file, a fixed hash of the name splits the classes by `fractions`.
     `listing` says where classes are known from.
@@ -50,16 +71,14 @@ def class_splits(
 
     Raises SourceError for an unknown class, for one in two files, and for a `val_fraction` without class-split files.
     """
-    classes, folders = list(classes), list(folders)
+    classes = list(classes)
+    known = {class_number(name): name for name in classes}
     splits: dict[str, str] = {}
-    found = False
-    for split in SPLITS:
-        paths = [os.path.join(folder, f"{split}classes.txt") for folder in folders]
-        path = next((p for p in paths if os.path.isfile(p)), None)
-        found |= path is not None
-        for name in read_lines(path) if path else ():
-            if name not in classes:
-                raise SourceError(f"{path} names the class {name!r}, which {listing} does not have.")
+    for split, path in files.items():
+        for written in filter(None, read_lines(path)):
+            name = written if written in classes else known.get(class_number(written))
+            if name is None:
+                raise SourceError(f"{path} names the class {written!r}, which {listing} does not have.")
             if splits.setdefault(name, split) != split:
                 raise SourceError(f"Class {name!r} is in {split}classes.txt and in {splits[name]}classes.txt.")
     if not 0 <= val_fraction < 1:
@@ -74,7 +93,7 @@ def class_splits(
         held_out = set(train[: max(1, round(val_fraction * len(train)))])  # a share by number: there are few classes
         renamed = {"train": "train", "val": "test"}
         return {n: "val" if n in held_out else renamed[s] for n, s in splits.items() if s in renamed}
-    return splits if found else {name: hash_split(name, fractions) for name in classes}
+    return splits if files else {name: hash_split(name, fractions) for name in classes}
 
 
 def held_out_counts(published: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:

@@ -66,11 +66,35 @@ def test_missing_captions_image_and_label(cub, tmp_path):
     assert "Bird_2_0" in missing and "No such file" in missing
 
 
-def test_without_split_files_a_hash_splits(cub):
+def test_without_split_files_a_hash_splits(cub, tmp_path):
     for name in ("trainclasses.txt", "valclasses.txt"):
         (cub / "CUB_200_2011" / name).unlink()
-    found = [(o.object_id, o.split) for o in CubSource(str(cub), {"all": 1.0}).objects()]
-    assert found == [(name, "all") for name in CLASSES]
+    source = CubSource(str(cub), {"all": 1.0})
+    assert [(o.object_id, o.split) for o in source.objects()] == [(name, "all") for name in CLASSES]
+    manifest = build_shards(source, str(tmp_path / "set"), BuildOptions(progress=False))
+    assert "no trainclasses.txt" in manifest["warnings"][0] and str(cub) in manifest["warnings"][0]
+    assert manifest["source"].endswith("classes split by a hash of their names")
+    assert "hash" not in CubSource.origin
+
+
+def test_the_captions_release_spells_some_species_differently(cub, tmp_path):
+    """As Reed's: `Sootys` for `Sooty`, in folders, images and class-split files."""
+    theirs = CLASSES[2].replace("Sooty", "Sootys")
+    (cub / "text_c10" / CLASSES[2]).rename(cub / "text_c10" / theirs)
+    folder, images = cub / "CUB_200_2011", cub / "text_c10" / theirs
+    (images / "Bird_2_1.txt").rename(images / "Birds_2_1.txt")
+    # and as the two archives unpack: the class-split files beside the captions; a blank line at the end of a list
+    (cub / "cvpr2016_cub").mkdir()
+    for path in (cub / "text_c10", folder / "trainclasses.txt", folder / "valclasses.txt"):
+        path.rename(cub / "cvpr2016_cub" / path.name)
+    (cub / "cvpr2016_cub" / "valclasses.txt").write_text(theirs + "\n\n")
+    with open(folder / "images.txt", "a") as listing:
+        listing.write("\n")
+    manifest = build_shards(CubSource(str(cub)), str(tmp_path / "set"), BuildOptions(progress=False))
+    counts = {split: (e["objects"], e["images"], e["captions"]) for split, e in manifest["splits"].items()}
+    assert counts == {"train": (1, 2, 20), "val": (1, 2, 20)} and manifest["skipped"]["count"] == 0
+    raw = SampleReader(ShardSet.open(str(tmp_path / "set")).index("val")).read(1)
+    assert raw.meta["object_id"] == CLASSES[2] and raw.meta["captions"][1] == "bird 2 of caption 1"
 
 
 @pytest.mark.parametrize(

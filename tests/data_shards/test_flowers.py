@@ -64,7 +64,17 @@ def test_left_out_are_images_without_captions_and_classes_without_a_split(flower
 def test_without_split_files_a_hash_splits(flowers):
     for split in ("train", "val", "test"):
         (flowers / f"{split}classes.txt").unlink()
-    assert [o.split for o in FlowersSource(str(flowers), {"all": 1.0}).objects()] == ["all"] * 3
+    source = FlowersSource(str(flowers), {"all": 1.0})
+    assert [o.split for o in source.objects()] == ["all"] * 3
+    assert "no trainclasses.txt" in source.warnings[0] and source.origin.endswith("hash of their names")
+
+
+def test_upper_case_endings(flowers):
+    for path in (flowers / "jpg").iterdir():
+        path.rename(path.with_suffix(".JPG"))
+    source = FlowersSource(str(flowers))
+    refs = [image.ref for o in source.objects() for image in o.images]
+    assert len(refs) == 6 and all(source.load(ref) for ref in refs) and source.skipped == []
 
 
 def test_wrong_folder_and_lists(flowers, tmp_path):

@@ -149,3 +149,51 @@ def test_images_without_an_image_folder_lie_in_the_root(make_tree):
     (root / "imgs").rmdir()
     source = make_source("ufine", root=str(root))
     assert source.load(next(iter(source.objects())).images[0].ref)
+
+
+def test_paths_that_name_their_folder_or_come_from_windows(make_tree, tmp_path):
+    def rewrite(entries):
+        for entry in entries:
+            entry["file_path"] = f"imgs/{entry['file_path']}".replace("/", "\\")
+            entry["split"] = entry["split"].upper()
+
+    root = make_tree("cuhk", rewrite)
+    file = root / "reid_raw.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as Windows' editors save UTF-8
+    manifest = build(make_source("cuhk", root=str(root)), tmp_path / "set")
+    assert manifest["skipped"]["count"] == 0 and manifest["splits"]["train"]["images"] == 12
+    assert ShardSet.open(str(tmp_path / "set")).index("test").image_ids[0].startswith("imgs/")
+
+
+def test_another_image_folder(make_tree, tmp_path):
+    root = make_tree("cuhk")
+    (root / "imgs").rename(root / "images")
+    assert build(make_source("cuhk", root=str(root)), tmp_path / "one")["skipped"]["count"] == 0
+    (root / "images").rename(tmp_path / "photographs")
+    with pytest.raises(SourceError, match=r"No such file in .*--images names another folder"):
+        build(make_source("cuhk", root=str(root)), tmp_path / "two")
+    named = make_source("cuhk", root=str(root), images=str(tmp_path / "photographs"))
+    assert build(named, tmp_path / "two")["skipped"]["count"] == 0
+
+
+def test_files_that_are_not_there_and_one_too_many(make_tree, tmp_path):
+    for options, said in (
+        ({"root": str(tmp_path / "none")}, "--root .*none is no folder"),
+        ({"root": str(tmp_path), "images": "nowhere"}, "--images nowhere is no folder"),
+        ({"root": str(tmp_path), "annotations": "none.json"}, r"--annotations .*none.json is no file"),
+    ):
+        with pytest.raises(SourceError, match=said):
+            make_source("cuhk", **options)
+    root = make_tree("ufine")
+    (root / "another.json").write_text("[]")
+    with pytest.raises(SourceError, match=r"2 files that may hold the annotations \(another.json, anything.json\)"):
+        make_source("ufine", root=str(root))
+    root = make_tree("cuhk", lambda entries: [entry.pop("split") for entry in entries])
+    (root / "reid_raw.json").rename(root / "caption_all.json")
+    with pytest.raises(SourceError, match=r"reid_raw.json is missing.*caption_all.json, which is there, has no splits"):
+        make_source("cuhk", root=str(root))
+    source = make_source("cuhk", root=str(root), annotations=str(root / "caption_all.json"))
+    with pytest.raises(
+        SourceError, match=r"entry 1 has no 'split'.*caption_all.json has no splits: give reid_raw.json"
+    ):
+        list(source.objects())

@@ -254,7 +254,10 @@ def test_signed(value, expected):
 def test_the_best_on_test_is_labelled_as_such():
     best = {"step": 1500, **block(60.0)["initial"], "chosen_on": "test"}
     metrics = some_metrics(best_on_test=best)
-    assert "best on test, chosen on test as some papers do (step 1,500): R@1 60.0, mAP 75.0" in format_table(metrics)
+    assert (
+        "best on test, chosen on test as some papers do (step 1,500, before refinement): R@1 60.0, mAP 75.0"
+        in format_table(metrics)
+    )
     assert "chosen on test" in render(metrics=metrics) and "chosen on test" not in render()
 
 

@@ -50,7 +50,8 @@ class RunDir:
             self.fs, self.root = fsspec.core.url_to_fs(self.path, **options)
         except (ImportError, ValueError) as error:
             raise RunDirectoryError(
-                f"run directory {path} needs a file system that is not installed: {error}. For s3:// install mmref[s3]."
+                f"run directory {path} needs a file system that is not installed: {error}. For s3:// "
+                "`pip install -e '.[s3]'` in mmref's folder."
             ) from None
 
         self._has_folders = path.split("://")[0] not in OBJECT_STORES

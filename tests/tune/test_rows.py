@@ -91,14 +91,17 @@ def test_mistakes_are_named(rows, text: str, said: str) -> None:  # type: ignore
         rows(text)
 
 
-@pytest.mark.parametrize(
-    "name, config, w_fuse",
-    [("default", "emoji", 0), ("robustness", "emoji", 1), ("emoji", "emoji", 1), ("cub", "cub_cpu", 1)],
-)
-def test_the_files_of_the_project(name: str, config: str, w_fuse: float) -> None:
+IRRA = {"IRRA objective": ("sdm", 1.0, 1.0, 0.0), "InfoNCE + IRRA's heads": ("infonce", 0.05, 0.05, 0.0)}
+
+
+@pytest.mark.parametrize("name, config, w_fuse, rival", [
+    ("default", "emoji", 0, "IRRA objective"), ("robustness", "emoji", 1, "InfoNCE + IRRA's heads"),
+    ("emoji", "emoji", 1, "InfoNCE + IRRA's heads"), ("cub", "cub_cpu", 1, "IRRA objective"),
+])  # fmt: skip
+def test_the_files_of_the_project(name: str, config: str, w_fuse: float, rival: str) -> None:
     base = load_config(["--config", str(ROOT / "configs" / f"{config}.yaml")])
     found = read_rows(str(Path(DEFAULT_ROWS).parent / f"{name}.yaml"), base)
     plain = found.config(base, found.baseline, found.points[-1], 0, "there")
     assert (plain.loss.w_fuse, plain.loss.w_guide, plain.loss.w_rec) == (w_fuse, 0, 0)
-    irra = found.config(base, "IRRA objective", found.points[-1], 0, "there").loss
-    assert (irra.align, irra.w_id, irra.w_mlm, irra.w_guide) == ("sdm", 1.0, 1.0, 0.0)
+    irra = found.config(base, rival, found.points[-1], 0, "there").loss
+    assert (irra.align, irra.w_id, irra.w_mlm, irra.w_guide) == IRRA[rival]

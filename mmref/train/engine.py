@@ -50,7 +50,8 @@ def parameter_groups(model: MMRef, config: TrainConfig) -> list[dict[str, Any]]:
 def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, Any]:
     """DeepSpeed's own config for a run."""
     t = config.train
-    bucket = min(int(5e7), max(parameters, 1))  # buffers of this many elements are allocated at once
+    # buffers of this many elements are allocated at once; DeepSpeed refuses an odd number
+    bucket = min(int(5e7), max(parameters + parameters % 2, 2))
     zero: dict[str, Any] = {"stage": t.zero_stage, "reduce_bucket_size": bucket, "overlap_comm": t.gpu}
     if t.zero_stage in (1, 2):
         zero["allgather_bucket_size"] = bucket

@@ -78,10 +78,10 @@ class Recorded:
         path, entry = self._found.get(config_hash(config), ("", None))
         if entry is None or (refined and "refined" not in entry):
             return None
-        if entry["data"] != data:
+        if entry.get("data") != data:
             raise ConfigError(
-                f"{path}: `{entry['row']}`, seed {entry['seed']}, was trained on shards with the fingerprint {entry['data']}, "
-                f"{config.data.root} has {data}. Give the same shard set, or leave that file out of `--results`."
+                f"{path}: `{entry['row']}`, seed {entry['seed']}, was trained on shards with the fingerprint "
+                f"{entry.get('data')}, {config.data.root} has {data}. Give the same shard set, or leave that file out of `--results`."
             )
         if otherwise := chosen_otherwise(entry["choices"], config):
             raise ConfigError(

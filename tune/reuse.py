@@ -81,7 +81,8 @@ class Recorded:
         if entry.get("data") != data:
             raise ConfigError(
                 f"{path}: `{entry['row']}`, seed {entry['seed']}, was trained on shards with the fingerprint "
-                f"{entry.get('data')}, {config.data.root} has {data}. Give the same shard set, or leave that file out of `--results`."
+                f"{entry.get('data')}, {config.data.root} has {data}. Give the same shard set, or leave that file out of "
+                "`--results`."
             )
         if otherwise := chosen_otherwise(entry["choices"], config):
             raise ConfigError(

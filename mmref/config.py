@@ -454,11 +454,11 @@ def check_config(config: Config) -> Config:
             f"`data.mix` gives each further shard set a share of the steps, from 0.001 up and below 1 in all (`data.root` "
             f"has the rest), found {mix}."
         )
-    for name, positive in (("loss.tau", config.loss.tau), ("reference.tau", config.reference.tau), ("train.lr", t.lr),
+    for name, positive in (("reference.tau", config.reference.tau), ("train.lr", t.lr),
                            ("train.lr_new", t.lr_new), ("train.eps", t.eps)):  # fmt: skip
         if not positive > 0:
             raise ConfigError(f"`{name}` must be above 0, found {positive}.")
-    if config.loss.tau < MIN_TAU:
+    if not config.loss.tau >= MIN_TAU:
         raise ConfigError(
             f"`loss.tau` must be at least {MIN_TAU} (CLIP's bound, learned or not), found {config.loss.tau}."
         )

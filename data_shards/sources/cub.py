@@ -21,7 +21,6 @@ from data_shards.sources.reed import (
     class_number,
     class_splits,
     first_folder,
-    hashed_warning,
     held_out_counts,
     read_captions,
     read_lines,
@@ -64,8 +63,7 @@ class CubSource:
         self.fractions, self.val_fraction = dict(fractions), val_fraction
         if val_fraction:
             self.origin, self.published = self.origin + HELD_OUT, held_out_counts(self.published)
-        self.class_files = class_files([*folders, self.text])
-        self.warnings = [] if self.class_files else [hashed_warning([*folders, self.text])]
+        self.class_files, self.warnings = class_files([*folders, self.text])
         self.origin += HASHED if self.warnings else ""
         self.caption_folders = {
             class_number(entry.name): entry.path for entry in os.scandir(self.text) if entry.is_dir()

@@ -17,7 +17,6 @@ from data_shards.sources.reed import (
     class_files,
     class_splits,
     first_folder,
-    hashed_warning,
     held_out_counts,
     read_captions,
 )
@@ -53,8 +52,7 @@ class FlowersSource:
         self.fractions, self.val_fraction = dict(fractions), val_fraction
         if val_fraction:
             self.origin, self.published = self.origin + HELD_OUT, held_out_counts(self.published)
-        self.class_files = class_files([*folders, self.text])
-        self.warnings = [] if self.class_files else [hashed_warning([*folders, self.text])]
+        self.class_files, self.warnings = class_files([*folders, self.text])
         self.origin += HASHED if self.warnings else ""
         self.files = {os.path.splitext(file)[0]: file for file in sorted(os.listdir(self.images))}
         self.skipped: list[str] = []

@@ -118,7 +118,7 @@ class PersonSource:
             )
         if found:
             return found[0]
-        other = form.without_splits if os.path.isfile(os.path.join(self.root, form.without_splits or "-")) else ""
+        other = form.without_splits if os.path.isfile(os.path.join(self.root, form.without_splits)) else ""
         raise SourceError(
             f"{os.path.join(self.root, form.annotations)} is missing: {form.origin} has {form.annotations} beside its image "
             "folder. Unpack the set and pass its folder with --root, or name the file with --annotations."

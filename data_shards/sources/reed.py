@@ -39,18 +39,21 @@ def class_number(name: str) -> str:
     return number if number.isdigit() else name
 
 
-def class_files(folders: Iterable[str]) -> dict[str, str]:
-    """Split -> its class-split file (`trainclasses.txt`, ...), in the first of the folders that has it."""
-    paths = {split: [os.path.join(folder, f"{split}classes.txt") for folder in folders] for split in SPLITS}
-    return {split: path for split in SPLITS for path in [next(filter(os.path.isfile, paths[split]), "")] if path}
-
-
-def hashed_warning(folders: Iterable[str]) -> str:
-    """What is said of a set without class-split files."""
-    return (
+def class_files(folders: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Split -> its class-split file (`trainclasses.txt`, ...), in the first of the folders that has it; and what the manifest
+    warns of where there is none."""
+    folders = list(dict.fromkeys(folders))
+    found: dict[str, str] = {}
+    for split in SPLITS:
+        paths = [os.path.join(folder, f"{split}classes.txt") for folder in folders]
+        if path := next(filter(os.path.isfile, paths), ""):
+            found[split] = path
+    if found:
+        return found, []
+    return {}, [
         "no trainclasses.txt, valclasses.txt or testclasses.txt, so that a hash of the names splits the classes: this is not the "
-        f"published split; looked in {', '.join(dict.fromkeys(folders))}"
-    )
+        f"published split; looked in {', '.join(folders)}"
+    ]
 
 
 def class_splits(

@@ -83,6 +83,14 @@ def held(path: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: str | os.PathLike[str]) -> Iterator[None]:
+    """One process of this node at a time, the others wait; the kernel lets go for a process that dies. Raises OSError."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _lock(file: TextIO) -> str:
     """Who holds the file; "" where it is this process now."""
     try:

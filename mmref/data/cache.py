@@ -8,16 +8,15 @@ go. One that is still open in some process can go too: its bytes stay readable u
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 
 from mmref.errors import ShardSetError
+from mmref.storage import one_at_a_time
 
 ATTEMPTS = 4  # of a read from storage; pauses of 0.5, 1 and 2 s between them
 FETCHES = "fetches.log"
@@ -110,12 +109,8 @@ class ShardCache:
             return False
         return True
 
-    @contextlib.contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        """Held by one process of the node; released by the system when it dies."""
-        with open(self.folder / f"{name}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return one_at_a_time(self.folder / f"{name}.lock")
 
 
 def _is_alive(part: Path) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmref.errors import StorageError
+from mmref.storage import one_at_a_time
 
 log = logging.getLogger("mmref")
 
@@ -96,9 +97,13 @@ class TokenFile:
         with self._named_errors():
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self.connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-            self.connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+            # SQLite does not wait for a process that is making the same file: it fails with "database is locked"
+            with one_at_a_time(f"{path}.lock"):
+                self.connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+                self.connection.execute(
+                    "CREATE TABLE IF NOT EXISTS tokens (key BLOB PRIMARY KEY, width INT, value BLOB)"
+                )
             self.connection.execute("PRAGMA synchronous=OFF")  # a lost entry is computed again
-            self.connection.execute("CREATE TABLE IF NOT EXISTS tokens (key BLOB PRIMARY KEY, width INT, value BLOB)")
             (page,) = self.connection.execute("PRAGMA page_size").fetchone()
             self.connection.execute(f"PRAGMA max_page_count={max(1, int(limit_gb * 1e9 / page))}")
 

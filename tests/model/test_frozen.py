@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sqlite3
 
+import numpy as np
 import pytest
 import torch
 
 from mmref.config import config_hash
 from mmref.errors import ConfigError, StorageError
-from mmref.model.frozen import FrozenTokens
+from mmref.model.frozen import FrozenTokens, TokenFile
 from mmref.model.mmref import Masked, build_model
 
 
@@ -133,6 +135,26 @@ def test_a_file_that_is_no_cache_is_a_named_error(tmp_path):
     file.write_bytes(b"no database" * 100)
     with pytest.raises(StorageError, match=rf"{file.name}.*Remove the file"):
         FrozenTokens(str(tmp_path), tower, 1.0)(x, None, lambda rows: tower(x[rows]))
+
+
+def _open_and_write(folder, barrier, n):
+    for i in range(n):
+        barrier.wait(10)
+        file = TokenFile(f"{folder}/{i}.sqlite", 1.0)
+        file.write({b"key": np.ones((2, 3), np.float16)})
+        assert file.read([b"key"])[b"key"].shape == (2, 3)
+
+
+def test_processes_that_make_the_same_file_at_once_wait_for_each_other(tmp_path):
+    """Without a lock, SQLite fails one of them about every tenth time."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=_open_and_write, args=(tmp_path, barrier, 60)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
 
 
 def test_a_full_file_keeps_what_it_has_and_nothing_stops(tmp_path, caplog):

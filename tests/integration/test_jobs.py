@@ -175,6 +175,7 @@ def test_ctrl_c_loses_no_step(undisturbed: Path, config_file: Path, tmp_path: Pa
     same_losses(undisturbed, run)
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_and_stage_goes_on(undisturbed: Path, config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = Job("train.py", "--config", str(config_file), "--run_dir", str(run))
@@ -197,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_file: Path, tmp_path: Pa
     assert not list(run.glob("checkpoints/step-*"))
 
 
-@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("allowed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_broken_images(own_set: Path, tmp_path: Path, allowed: bool) -> None:
     from tiny_set import damage_image, tiny_config
 

@@ -152,8 +152,10 @@ class StepRunner:
         if rows is None:
             return align, _values(loss=align, loss_align=align)
         assert targets is not None
-        guide = self._guidance(image, text, rows.detach(), targets, weights)
-        total, fuse = align + c.loss.w_guide * ramped * guide, guide
+        weight = c.loss.w_guide * ramped
+        with torch.set_grad_enabled(weight > 0):
+            guide = self._guidance(image, text, rows.detach(), targets, weights)
+        total, fuse = align + weight * guide, guide
         if rows.requires_grad:
             both = torch.cat([image, text]).detach()
             fuse = reference_loss(

@@ -154,7 +154,7 @@ def search_main(argv: list[str]) -> int:
         "--image-weight", type=float, default=0.5, help="share of the image beside a sentence (default: %(default)s)"
     )
     parser.add_argument("--batch", metavar="FILE", help="many sentences, one a line")
-    parser.add_argument("--top", type=int, default=10, help="results of each query (default: %(default)s)")
+    parser.add_argument("--top", type=int, help="results of each query (default: 10, or all of a smaller index)")
     parser.add_argument("--no-refine", action="store_true", help="do not compare by references")
     parser.add_argument(
         "--candidates",

@@ -58,7 +58,8 @@ class Judgements:
         if not self.path.exists():
             raise QueryError(f"{self.path} does not exist: judge results first (`mmref search ... --judge`).")
         found: dict[tuple[str, str], Judgement] = {}
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        # not splitlines: a sentence may hold one of Unicode's own line ends
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
             try:
                 judgement = Judgement(**json.loads(line))
             except (ValueError, TypeError) as error:

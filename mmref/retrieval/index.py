@@ -207,14 +207,19 @@ def add(
         listing = _listed(work, images, split, columns, known)
         name = f"{manifest.generation:06d}"
         skipped = _embed(work, listing, work / name, workers, manifest.next_uid, folder / "model")
-        if len(skipped) == len(listing.items):
+        again = set(listing.items["id"].to_pylist())
+        unreadable = len(skipped)
+        skipped = [s for s in read_skipped(folder) if s["id"] not in again] + skipped
+        if unreadable == len(listing.items):
+            _write_skipped(folder, skipped)
+            if len(skipped) != manifest.skipped:
+                manifest = _next(manifest, skipped=len(skipped))
+                _commit(folder, manifest)
             shutil.rmtree(work)
             return manifest
         _discard(folder / "segments" / name)
         os.rename(work / name, folder / "segments" / name)
         added = Segment(folder / "segments" / name)
-        again = set(listing.items["id"].to_pylist())
-        skipped = [s for s in read_skipped(folder) if s["id"] not in again] + skipped
         vectors = dict(manifest.vectors)
         if manifest.kind != "flat":
             approximate = open_vectors(folder, manifest)
@@ -354,7 +359,8 @@ def _embed(
 
 def read_skipped(index: Path) -> list[dict[str, str]]:
     """Images that could not be read: id, path, problem."""
-    return [json.loads(line) for line in (index / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
+    # not splitlines: it also breaks where a name has one of Unicode's own line ends
+    return [json.loads(line) for line in (index / "skipped.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def _write_skipped(index: Path, skipped: list[dict[str, str]]) -> None:

@@ -26,11 +26,13 @@ from mmref.retrieval import index as directory
 from mmref.retrieval.bundle import read_reference_captions
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.ranking import Encoded, Ranker
+from mmref.retrieval.segment import join_items
 from mmref.retrieval.vectors import Approximate, Floats, Rows
 
 if TYPE_CHECKING:
     from mmref.retrieval.explain import Explanation
 
+DEFAULT_TOP = 10
 SHARED = 3  # references named with each result
 CACHED_FILTERS = 16
 OPEN_ATTEMPTS = 3
@@ -129,7 +131,7 @@ class Searcher:
                 if unchanged or attempt == OPEN_ATTEMPTS - 1:
                     raise
         self._starts = np.cumsum([0, *(len(s) for s in self.segments)])
-        self.items: pa.Table = pa.concat_tables([s.items for s in self.segments], promote_options="permissive")
+        self.items: pa.Table = join_items([s.items for s in self.segments])
         return approximate
 
     def __len__(self) -> int:
@@ -151,7 +153,7 @@ class Searcher:
         self,
         text: str | None = None,
         image: ImageLike | None = None,
-        top: int = 10,
+        top: int | None = None,
         refine: bool = True,
         candidates: int | None = None,
         where: Mapping[str, Any] | None = None,
@@ -163,7 +165,7 @@ class Searcher:
     def search_many(
         self,
         queries: Sequence[Query | str],
-        top: int = 10,
+        top: int | None = None,
         refine: bool = True,
         candidates: int | None = None,
         where: Mapping[str, Any] | None = None,
@@ -171,7 +173,7 @@ class Searcher:
         """The best items of each query, the best first; of equal scores the item that was indexed first.
 
         Args:
-            top: results of each query. With `where`, fewer when fewer items match.
+            top: results of each query, by default 10, or all of a smaller index. With `where`, fewer when fewer items match.
             refine: compare the first candidates by references too.
             candidates: how many of the first pass are refined, by default as many as the evaluation of the model
                 refined; 0: all.
@@ -180,6 +182,7 @@ class Searcher:
         Raises:
             QueryError: an empty query, an unreadable image, more results than items, an unknown column.
         """
+        top = min(DEFAULT_TOP, len(self)) if top is None else top
         if not 1 <= top <= len(self):
             raise QueryError(f"top is {top}: give 1 to {len(self)}, the number of items in {self.index.name}.")
         among = self.matching(where) if where else None

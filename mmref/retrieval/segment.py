@@ -107,6 +107,31 @@ def write_segment(
     _write_rows(folder, pa.concat_tables(tables), np.arange(first_uid, first_uid + count), np.concatenate(spans))
 
 
+def join_items(tables: Sequence[pa.Table]) -> pa.Table:
+    """Items of several segments as one table; a metadata column of types that do not go together becomes text, as it does
+    within one source."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowTypeError:
+        kinds: dict[str, set[pa.DataType]] = {}
+        for table in tables:
+            for field in table.schema:
+                kinds.setdefault(field.name, set()).add(field.type)
+        mixed = {name for name, types in kinds.items() if not _go_together(types)}
+        as_text = [
+            pa.schema([f.with_type(pa.string()) if f.name in mixed else f for f in table.schema]) for table in tables
+        ]
+        return pa.concat_tables([t.cast(schema) for t, schema in zip(tables, as_text)], promote_options="permissive")
+
+
+def _go_together(types: Iterable[pa.DataType]) -> bool:
+    try:
+        pa.unify_schemas([pa.schema([("", kind)]) for kind in types], promote_options="permissive")
+    except pa.ArrowTypeError:
+        return False
+    return True
+
+
 def copy_rows(folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]]) -> None:
     """Write a segment of the chosen rows of others, in order. Nothing is embedded; one source's thumbnails are linked."""
     folder.mkdir(parents=True)
@@ -127,7 +152,7 @@ def copy_rows(folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]]) 
         end += segment.thumbnail_file_bytes
     packs = [segment.folder / "thumbnails.bin" for segment, _ in parts]
     _join_files(packs, folder / "thumbnails.bin")
-    tables = pa.concat_tables([s.items.take(pa.array(rows)) for s, rows in parts], promote_options="permissive")
+    tables = join_items([s.items.take(pa.array(rows)) for s, rows in parts])
     uids = np.concatenate([s.uids[rows] for s, rows in parts])
     _write_rows(folder, tables, uids, np.concatenate(spans))
 

@@ -26,13 +26,16 @@ def test_the_last_judgement_of_a_pair_counts(own_index):
     found = judgements.read()
     assert [(j.id, j.relevant) for j in found] == [(first, True), (second, False)]
     assert found[0].object_id == searcher.item(first)["object_id"]
+    pasted = "red\u2028circle"  # Unicode's own end of a line
+    judgements.save(searcher, pasted, first, True)
+    assert judgements.read()[-1].query == pasted
     with pytest.raises(QueryError, match="has no item 'nobody'"):
         judgements.save(searcher, "red", "nobody", True)
     with pytest.raises(QueryError, match="needs the sentence"):
         judgements.save(searcher, " ", first, True)
     with open(own_index / "judgements.jsonl", "a") as file:
         file.write('{"query": "half')
-    with pytest.raises(QueryError, match="line 4 is no judgement"):
+    with pytest.raises(QueryError, match="line 5 is no judgement"):
         judgements.read()
 
 

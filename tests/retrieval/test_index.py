@@ -190,6 +190,38 @@ def test_approximate_indexes_write_down_their_recall(folder, run, tmp_path, kind
     assert agree() >= 0.8
 
 
+def test_columns_of_two_sources_may_have_other_types(folder, run, tmp_path, monkeypatch):
+    """Cells of a CSV are text, those of JSON lines are not."""
+    (folder / "a.csv").write_text("image,year,price\n00.png,2020,1\n02.png,2021,2\n")
+    more = [{"image": f"{i:02d}.png", "year": 2020 + i, "price": i / 2, "new": bool(i)} for i in (4, 6)]
+    (folder / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    out = tmp_path / "out"
+    index.create(str(folder / "a.csv"), str(run), str(out), workers=0)
+    index.add(str(out), str(folder / "b.jsonl"), workers=0)
+    monkeypatch.setattr(index, "MOST_SEGMENTS", 2)
+    for joined in (False, True):
+        if joined:
+            index.add(str(out), str(folder / "deep"), workers=0)
+        searcher = Searcher(str(out))
+        years = searcher.items["year"].to_pylist()
+        assert years[:4] == ["2020", "2021", "2024", "2026"] and len(searcher.segments) == (1 if joined else 2)
+        assert [r.id for r in searcher.search("x", where={"year": 2024})] == ["04.png"]
+        assert [r.id for r in searcher.search("x", where={"new": True})] == ["04.png", "06.png"]
+
+
+def test_a_source_of_broken_images_is_listed(own_index, tmp_path):
+    """Names may hold what Unicode takes for the end of a line."""
+    before, name = index.Manifest.read(own_index), "line\u2028end.png"
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / name).write_bytes(b"no image")
+    for _ in range(2):
+        manifest = index.add(str(own_index), str(tmp_path / "broken"), workers=0)
+        assert (manifest.items, manifest.skipped) == (before.items, before.skipped + 1)
+        assert manifest.generation == before.generation + 1 == index.Manifest.read(own_index).generation
+        assert [s["id"] for s in index.read_skipped(own_index)] == [name]
+    assert len(Searcher(str(own_index))) == before.items
+
+
 def test_an_index_keeps_to_its_model(own_index, make_config, run, folder, tmp_path, monkeypatch):
     from tiny_run import make_run
 

@@ -154,6 +154,11 @@ def test_bad_queries_are_named(searcher):
         searcher.search("x", candidates=-1)
 
 
+def test_a_small_index_answers_with_all_it_has(folder, run, tmp_path):
+    index.create(str(folder / "deep"), str(run), str(tmp_path / "out"), workers=0)
+    assert len(mmref.Searcher(str(tmp_path / "out")).search("red circle")) == 5
+
+
 def test_three_lines(split_index):
     results = mmref.Searcher(str(split_index)).search("a small yellow bird", top=2)
     assert [r.rank for r in results] == [1, 2] and results[0].to_dict()["id"] == results[0].id

@@ -86,8 +86,10 @@ class Engine:
             try:
                 self.refresh()
                 problem = ""
-            except (MMRefError, OSError) as error:  # being replaced, or gone: what is open stays in use
-                problem = str(error)
+            except (
+                Exception
+            ) as error:  # being replaced, or gone: what is open stays in use, and the next look may succeed
+                problem = str(error) if isinstance(error, (MMRefError, OSError)) else repr(error)
             if problem and problem != said:
                 log.warning("%s is not opened again: %s", self._searcher.index, problem)
             said = problem

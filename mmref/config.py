@@ -411,6 +411,9 @@ def check_config(config: Config) -> Config:
         ("reference.per_object", config.reference.per_object),
         ("reference.memory_tokens", config.reference.memory_tokens),
         ("loss.mlm_layers", config.loss.mlm_layers),
+        ("eval.batch", config.eval.batch),
+        ("eval.workers", config.eval.workers),
+        ("eval.bootstrap", config.eval.bootstrap),
     ):
         if value < 1:
             raise ConfigError(f"`{name}` must be at least 1, found {value}.")
@@ -440,6 +443,8 @@ def check_config(config: Config) -> Config:
         ("loss.caption_weight", config.loss.caption_weight),
         ("loss.w_id", config.loss.w_id),
         ("loss.w_mlm", config.loss.w_mlm),
+        ("eval.examples", config.eval.examples),
+        ("eval.top_p", config.eval.top_p),
     ):
         if not weight >= 0:
             raise ConfigError(f"`{name}` must be at least 0, found {weight}.")

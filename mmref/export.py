@@ -35,6 +35,7 @@ from mmref.data.shards import ShardSet
 from mmref.data.tokens import Tokens, load_tokens
 from mmref.errors import ExportError
 from mmref.evaluate.choose import trained_space
+from mmref.evaluate.evaluate import chosen_before
 from mmref.evaluate.features import Floats, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.inference import FORMAT, load, pack_strings
@@ -74,6 +75,7 @@ def export_run(run_dir: str, out: str, data: str | None = None) -> Path:
     run = RunDir(run_dir)
     config, info = run.read_config(), best_checkpoint(run)
     metrics = _metrics_of(run, info)
+    settings, _ = chosen_before(run, info)
     shards = ShardSet.open(data or config.data.root)
     tokens = load_tokens(config)
     with fetched(run, info, "model", "references") as folder:
@@ -81,7 +83,6 @@ def export_run(run_dir: str, out: str, data: str | None = None) -> Path:
         load_model(folder, module)
         references, object_ids = load_references(folder, info.meta).numpy(), load_object_ids(folder, info.meta)
     space = trained_space(config, references)
-    settings = RefinementSettings(**{k: metrics["refinement"][k] for k in ("kind", "weight", "top_r", "tau", "top_p")})
 
     with _complete_or_absent(target) as folder_:
         portable = portable_config(config, module)
@@ -229,7 +230,7 @@ config `{config_hash}`.
 
 Percent. Every caption queries every image of the split ({n_queries} captions and {n_gallery} images on {split}); a hit is an
 image of the same object. 95 % interval of the last R@1: {low:.1f} to {high:.1f} (bootstrap over objects).
-The refinement ({kind}, weight {weight}) was chosen on {chosen_on}.
+{refinement}
 
 ## Use
 
@@ -282,6 +283,7 @@ def model_card(name: str, config: Config, info: CheckpointInfo, metrics: dict[st
         features=features.format(pool=config.model.pool, max_tokens=config.data.max_tokens),
     )
     low, high = metrics["ci95"]["R@1"]
+    chosen = metrics["refinement"]
     return CARD.format(
         name=name,
         version=__version__,
@@ -298,5 +300,7 @@ def model_card(name: str, config: Config, info: CheckpointInfo, metrics: dict[st
         max_tokens=config.data.max_tokens,
         plain=plain if is_plain(config) else NOT_PLAIN,
         **{k: metrics[k] for k in ("split", "n_queries", "n_gallery")},
-        **{k: metrics["refinement"][k] for k in ("kind", "weight", "chosen_on")},
+        refinement=f"The refinement ({chosen['kind']}, weight {chosen['weight']}) was chosen on {chosen['chosen_on']}."
+        if chosen["chosen_on"]
+        else "Without refinement: the set has no val split to choose one on.",
     )

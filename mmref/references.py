@@ -175,9 +175,10 @@ def remove_objects(run_dir: str, object_ids: Iterable[str]) -> Removed:
     found = [_remove(run, info, wanted) for info in complete]
     reports = [name for name in run.list("") if name.endswith(REPORTS) and _strike(run, name, wanted)]
     known = set().union(*found)
-    if run.exists(EXPLANATIONS):  # pictures, in which no name can be looked for
-        run.remove(EXPLANATIONS)
-        reports.append(f"{EXPLANATIONS}/")
+    for name in run.list(""):
+        if name.split("-")[0] == EXPLANATIONS:  # pictures, in which no name can be looked for
+            run.remove(name)
+            reports.append(f"{name}/")
     if missing := wanted - known:
         raise ReferencesError(
             f"{len(missing)} of {len(wanted)} objects have no references in any of the {len(complete)} checkpoints of "

@@ -19,14 +19,14 @@ from typing import Any
 from mmref.cli import run_command
 from mmref.cluster import SETTINGS
 from mmref.config import Config, config_hash, from_dict, load_config, to_dict, with_absolute_paths
-from mmref.data.shards import ShardSet
+from mmref.data.shards import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.rundir import RunDir
-from mmref.train.trainer import check_inputs
+from mmref.train.trainer import check_inputs, check_same_data
 from tune.ablation import Results, markdown, plot, summarise, table_csv
 from tune.capacity import TRIAL_CPUS, connected
 from tune.failure import reason
-from tune.reuse import Recorded, choices, chosen_otherwise, data_fingerprint, record
+from tune.reuse import Recorded, choices, chosen_otherwise, record
 from tune.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
 from tune.trials import median_step_seconds
 
@@ -152,7 +152,8 @@ def check_judged_alike(config: Config) -> None:
 
 
 def read_result(config: Config, split: str) -> dict[str, Any] | None:
-    """Metrics of a finished training, None where it is not finished. Raises RunDirectoryError for another config's."""
+    """Metrics of a finished training, None where it is not finished. Raises RunDirectoryError for one of another config or of
+    shards with other contents."""
     run = RunDir(config.run_dir)
     if not run.exists(result_name(split)):
         return None
@@ -161,6 +162,7 @@ def read_result(config: Config, split: str) -> dict[str, Any] | None:
         raise RunDirectoryError(
             f"{run.path} holds a training of another config. Give another `--run_dir`, or remove that folder."
         )
+    check_same_data(run, config)
     metrics["step_seconds"] = median_step_seconds(run)
     metrics.setdefault("machine", None)
     return metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -203,7 +204,11 @@ def plot(table: list[dict[str, Any]], baseline: str, over: str) -> bytes:
         names = [entry["name"] for entry in table]
         _points(axes, names, [entry["R@1"] for entry in table], "R@1, percent; 95 % over seeds")
         if compared:
-            values = [entry.get("delta_R@1", {"mean": 0.0, "ci95": None}) for entry in table]
+            # the baseline is at 0; a row that shares no seed with it has no point
+            values = [
+                entry.get("delta_R@1", {"mean": 0.0 if entry["name"] == baseline else math.nan, "ci95": None})
+                for entry in table
+            ]
             _points(others[0], names, values, f"points over {baseline}, paired by seed")
             others[0].axvline(0.0, color="grey", linewidth=0.8)
     out = io.BytesIO()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mmref.config import Config, config_hash
-from mmref.data.shards import ShardSet
 from mmref.errors import ConfigError
 from tune.ablation import METRICS
 from tune.rows import Training
@@ -30,12 +29,6 @@ def chosen_otherwise(before: dict[str, Any], config: Config) -> str:
         if before.get(name) != now:
             return f"was trained with `{name}` {before.get(name)}, and is now asked for with {now}"
     return ""
-
-
-def data_fingerprint(config: Config) -> str:
-    """Of the contents of the shard sets that a config trains on: the config itself knows them by their folders' names."""
-    roots = [config.data.root, *sorted(config.data.mix)]
-    return " ".join(ShardSet.open(root).fingerprint for root in roots)
 
 
 def record(training: Training, config: Config, metrics: dict[str, Any], data: str) -> dict[str, Any]:
@@ -66,30 +59,33 @@ class Recorded:
 
     def __init__(self, files: Sequence[str], split: str) -> None:
         """Raises ConfigError for a file that is no ablation.json, holds no trainings or is of another split."""
-        self._found: dict[str, tuple[str, dict[str, Any]]] = {}
+        # several of one hash: it does not say how checkpoint and refinement were chosen
+        self._found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for path in files:
             for entry in _read(path, split):
-                self._found[entry["config_hash"]] = (path, entry)
+                self._found.setdefault(entry["config_hash"], []).append((path, entry))
 
     def get(self, config: Config, data: str, refined: bool) -> dict[str, Any] | None:
         """Metrics of the training of this config; None where there is none, or none after refinement where `refined` asks
-        for them. Raises ConfigError where its shard set had other contents than `data` (as of `data_fingerprint`), or its
-        checkpoint or its refinement was chosen in another way."""
-        path, entry = self._found.get(config_hash(config), ("", None))
-        if entry is None or (refined and "refined" not in entry):
-            return None
-        if entry.get("data") != data:
-            raise ConfigError(
-                f"{path}: `{entry['row']}`, seed {entry['seed']}, was trained on shards with the fingerprint "
-                f"{entry.get('data')}, {config.data.root} has {data}. Give the same shard set, or leave that file out of "
-                "`--results`."
-            )
-        if otherwise := chosen_otherwise(entry["choices"], config):
-            raise ConfigError(
-                f"{path}: `{entry['row']}`, seed {entry['seed']}, {otherwise}. Give the same, or leave that file out of "
-                "`--results`."
-            )
-        return entry
+        for them. Raises ConfigError where there are, but their shard set had other contents than `data` (as of
+        `data_fingerprint`), or checkpoint or refinement were chosen in another way."""
+        wrong = ""
+        for path, entry in self._found.get(config_hash(config), []):
+            if refined and "refined" not in entry:
+                continue
+            found = f"{path}: `{entry['row']}`, seed {entry['seed']}, "
+            if entry.get("data") != data:
+                wrong = wrong or (
+                    f"{found}was trained on shards with the fingerprint {entry.get('data')}, {config.data.root} has {data}. "
+                    "Give the same shard set, or leave that file out of `--results`."
+                )
+            elif otherwise := chosen_otherwise(entry["choices"], config):
+                wrong = wrong or f"{found}{otherwise}. Give the same, or leave that file out of `--results`."
+            else:
+                return entry
+        if wrong:
+            raise ConfigError(wrong)
+        return None
 
 
 def _read(path: str, split: str) -> list[dict[str, Any]]:

@@ -114,6 +114,11 @@ def read_rows(path: str, base: Config) -> Rows:
     baseline = str(found.get("baseline", rows[0].name))
     _check_name(baseline, rows, f"{path}: baseline")
     over, points = _read_over(found.get("over"), path)
+    for row in rows:
+        if over in row.values:
+            raise ConfigError(
+                f"{path}: row `{row.name}` sets `{over}`, which `over` sets for every row: leave one of them out."
+            )
     result = Rows(rows, baseline, over, points)
     folders: dict[str, Training] = {}
     for training in trainings(result, [0]):
@@ -145,6 +150,10 @@ def _read_over(entry: Any, path: str) -> tuple[str, tuple[Any, ...]]:
     if not isinstance(entry, dict) or len(entry) != 1 or not all(isinstance(v, list) and v for v in entry.values()):
         raise ConfigError(f"{path}: `over` takes one field and its values, as {{data.caption_noise: [0.0, 0.2, 0.5]}}.")
     ((name, values),) = entry.items()
+    if any(isinstance(value, dict | list) for value in values):
+        raise ConfigError(
+            f"{path}: `over` takes single values of `{name}`, a point of the curve each; make rows of the others."
+        )
     return name, tuple(_value(name, value, path) for value in values)
 
 

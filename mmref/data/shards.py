@@ -179,7 +179,7 @@ class SplitIndex:
     def merge(parts: Sequence[SplitIndex], names: Sequence[str]) -> SplitIndex:
         """One index over several shard sets: objects, images and shards numbered through, held in memory.
 
-        Objects of the sets after the first are called `<name of the set>/<object id>`: the same id elsewhere is another
+        Objects of the sets after the first are called `<its name of names>/<object id>`: the same id elsewhere is another
         object.
         """
         objects = np.cumsum([0, *(p.n_objects for p in parts)])
@@ -467,13 +467,32 @@ class ShardSet:
 def train_index(config: Config) -> SplitIndex:
     """The training samples of a run: `data.root`'s, and those of `data.mix` after them. Raises ShardSetError."""
     parts, names = [], []
-    for root in (config.data.root, *config.data.mix):
+    roots = (config.data.root, *config.data.mix)
+    for root in roots:
         shards = ShardSet.open(root)
         if "train" not in shards.splits:
             raise ShardSetError(f"{root} has no train split, only {shards.splits}.")
         parts.append(shards.index("train"))
-        names.append(str(shards.manifest.get("name") or root.rstrip("/").rsplit("/", 1)[-1]))
+        names.append(str(shards.manifest.get("name") or _folder(root)))
+    added = names[1:]  # a name that several have says nothing: every set built of a table is called `table`
+    prefixes = [_folder(root) if added.count(name) > 1 else name for root, name in zip(roots[1:], added)]
+    if len(set(prefixes)) < len(prefixes):
+        raise ShardSetError(
+            f"`data.mix` has two sets of one name, {', '.join(prefixes)}, by which their objects are told apart: rename the "
+            "folder of one."
+        )
+    names[1:] = prefixes
     return parts[0] if len(parts) == 1 else SplitIndex.merge(parts, names)
+
+
+def data_fingerprint(config: Config) -> str:
+    """Of the contents of the shard sets that a config trains on: the config itself knows them by their folders' names."""
+    roots = [config.data.root, *sorted(config.data.mix)]
+    return " ".join(ShardSet.open(root).fingerprint for root in roots)
+
+
+def _folder(root: str) -> str:
+    return root.rstrip("/").rsplit("/", 1)[-1]
 
 
 def open_reader(config: Config, index: SplitIndex) -> SampleReader:

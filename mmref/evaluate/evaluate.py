@@ -19,7 +19,7 @@ from mmref.evaluate.class_protocol import class_metrics, class_queries
 from mmref.evaluate.embed import SplitFeatures, embed_splits
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
-from mmref.evaluate.report import format_table, render_report, section_path, with_section
+from mmref.evaluate.report import format_table, render_report, report_path, section_path, with_section
 from mmref.rundir import RunDir, read_jsonl
 from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, fetched, load_references
 
@@ -30,6 +30,28 @@ def open_run(run_dir: str) -> tuple[RunDir, Config, CheckpointInfo]:
     """A run, its config and its best checkpoint. Raises RunDirectoryError, CheckpointError where there is none."""
     run = RunDir(run_dir)
     return run, run.read_config(), best_checkpoint(run)
+
+
+def reported_split(shards: ShardSet) -> str | None:
+    """The split that a run reports at its end: test, val where there is no test, None where there is neither."""
+    return next((split for split in ("test", "val") if split in shards.splits), None)
+
+
+def is_own(config: Config, root: str) -> bool:
+    """Whether a shard set is the one that a run was trained on."""
+    return RunDir(root).path == RunDir(config.data.root).path
+
+
+def chosen_before(run: RunDir, checkpoint: CheckpointInfo) -> tuple[RefinementSettings, str]:
+    """The refinement that an evaluation of the run's own set chose for this checkpoint, and what it was chosen on.
+
+    None, of weight 0, and "" where there was no such evaluation.
+    """
+    metrics = json.loads(run.read_text("metrics.json")) if run.exists("metrics.json") else {}
+    if metrics.get("checkpoint") != checkpoint.folder:
+        return RefinementSettings(weight=0.0), ""
+    found = metrics["refinement"]
+    return RefinementSettings(**{k: found[k] for k in ("kind", "weight", "top_r", "tau", "top_p")}), found["chosen_on"]
 
 
 def run_features(
@@ -47,6 +69,9 @@ def evaluate_run(
     report: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate the best checkpoint of a run on a split; refinement is chosen on the set's val split.
+
+    A set without val has the refinement that was chosen on the val split of the run's own set, or none: never one that was
+    chosen on the split reported.
 
     Args:
         run_dir: run directory of `mmref train`.
@@ -68,12 +93,19 @@ def evaluate_run(
     if workers:
         config.eval.workers = workers
     began = time.perf_counter()
-    tuned_on = "val" if "val" in shards.splits else split
-    features, space = run_features(run, config, checkpoint, root, sorted({split, tuned_on}))
+    own = is_own(config, root)
+    features, space = run_features(run, config, checkpoint, root, sorted({split, "val"} & set(shards.splits)))
     embedded = time.perf_counter() - began
-    val = features[tuned_on]
-    chosen = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
-    evaluation = Evaluation(config, features[split], space, *chosen)
+    tried: list[dict[str, Any]] = []
+    if val := features.get("val"):
+        settings, tried = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
+        chosen_on = "val"
+    elif own or space is None:
+        settings, chosen_on = RefinementSettings(weight=0.0), ""
+    else:
+        settings, chosen_on = chosen_before(run, checkpoint)
+        chosen_on = chosen_on and f"{chosen_on} of {ShardSet.open(config.data.root).manifest['name']}"
+    evaluation = Evaluation(config, features[split], space, settings, tried)
     metrics = {
         "data": shards.manifest["name"],
         "split": split,
@@ -84,14 +116,13 @@ def evaluate_run(
         "checkpoint": checkpoint.folder,
         "checkpoint_step": checkpoint.step,
     }
-    metrics["refinement"]["chosen_on"] = tuned_on
+    metrics["refinement"]["chosen_on"] = chosen_on
     bad_training = json.loads(run.read_text("bad_samples.json")) if run.exists("bad_samples.json") else []
     metrics["bad_training_samples"] = bad_training
-    own = RunDir(root).path == RunDir(config.data.root).path
     if own and split == "test" and (best := best_on_test(read_jsonl(run))):
         metrics["best_on_test"] = best
     text = json.dumps(metrics, indent=1)
-    if own and (split == "test" or not run.exists("metrics.json")):
+    if own and (split == reported_split(shards) or not run.exists("metrics.json")):
         run.write_text("metrics.json", text)
     if out:
         folder, _, name = RunDir(out).path.rpartition("/")
@@ -104,9 +135,10 @@ def evaluate_run(
             title=f"{shards.manifest['name']} · {run.path.rsplit('/', 1)[-1]}",
             config=to_dict(config),
         )
-        if own and run.exists(section := section_path(checkpoint.folder)):
+        other = "" if own else shards.manifest["name"]
+        if run.exists(section := section_path(checkpoint.folder, other)):
             page = with_section(page, run.read_text(section))
-        run.write_text("report.html" if own else f"report-{shards.manifest['name']}.html", page)
+        run.write_text(report_path(other), page)
     print(format_table(metrics))
     return metrics
 
@@ -167,6 +199,8 @@ class Evaluation:
         kinds = {}
         for kind in sorted(set(q.kinds.tolist()) - {""}):
             at = np.flatnonzero(q.kinds == kind)
+            if not initial.valid[at].any():
+                continue  # none of its images could be read
             kinds[kind] = {
                 "n_queries": len(at),
                 "initial": summarize(initial, at),

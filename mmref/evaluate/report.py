@@ -35,7 +35,7 @@ _LOSSES = {  # key of a history line: (label, colour, line style)
 _VAL_STYLES = (("#010000", "o", "-"), ("#020000", "s", "--"), ("#030000", "^", "-."), ("#040000", "D", ":"))
 _SMOOTH_ABOVE = 60  # log lines from which a curve is drawn as a rolling mean
 _TRIED_SHOWN = 12
-EXPLANATIONS = "explain"  # folder of a run
+EXPLANATIONS = "explain"  # folder of a run; explain-<name> on another shard set than its own
 _OPEN, _CLOSE = "<!-- explanations -->", "<!-- end of explanations -->"  # around them in a report
 
 
@@ -57,9 +57,19 @@ def write_report(
     os.replace(temporary, path)
 
 
-def section_path(checkpoint: str) -> str:
-    """Where a run keeps the section that `mmref explain` wrote on a checkpoint (its folder)."""
-    return f"{EXPLANATIONS}/{checkpoint.rsplit('/', 1)[-1]}.html"
+def report_path(other: str = "") -> str:
+    """Where a run keeps its report, on its own shard set or on another of this name."""
+    return f"report-{other}.html" if other else "report.html"
+
+
+def explanations_folder(other: str = "") -> str:
+    """Where a run keeps what `mmref explain` wrote, on its own shard set or on another of this name."""
+    return f"{EXPLANATIONS}-{other}" if other else EXPLANATIONS
+
+
+def section_path(checkpoint: str, other: str = "") -> str:
+    """Where in that folder the section on a checkpoint (its folder) lies."""
+    return f"{explanations_folder(other)}/{checkpoint.rsplit('/', 1)[-1]}.html"
 
 
 def with_section(report: str, section: str) -> str:
@@ -198,6 +208,10 @@ def _describe_refinement(refinement: Mapping[str, Any], images: int) -> str:
         return "none"
     chosen_on = f"; chosen on {refinement['chosen_on']}" if refinement.get("chosen_on") else ""
     if not refinement.get("weight"):
+        if refinement.get("chosen_on") == "":
+            return "none: there is no val split to choose it on"
+        if not any(row["weight"] for row in refinement.get("tried", [{"weight": 1}])):
+            return "none: there was no setting to try"
         return f"declined: no setting beat the initial ranking{chosen_on}"
     if refinement.get("kind", "sparse") == "dense":
         code = "dense similarities to all references, centred per modality"

@@ -27,7 +27,7 @@ def draw(explanation: Explanation) -> bytes:
     view = explanation.views[0]
     ratio = view.pixels.shape[0] / view.pixels.shape[1]
     figure = Figure(figsize=(2.5 * columns, (2.5 * ratio + 0.5) * rows + 0.6), layout="constrained")
-    figure.suptitle(headline(explanation, width=28 * columns), fontsize=8.5, x=0.01, ha="left")
+    figure.suptitle(headline(explanation, width=28 * columns), fontsize=8.5, x=0.01, ha="left", parse_math=False)
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     for row, view in enumerate(explanation.views):
         picture = enlarged(view.pixels)
@@ -50,7 +50,7 @@ def headline(explanation: Explanation, width: int) -> str:
 
 def _show(axes: Any, picture: np.ndarray, title: str) -> None:
     axes.imshow(picture)
-    axes.set_title(title, fontsize=7.5, loc="left")
+    axes.set_title(title, fontsize=7.5, loc="left", parse_math=False)
     axes.axis("off")
 
 

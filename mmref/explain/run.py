@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +16,7 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import QueryError, SampleError, ShardSetError
 from mmref.evaluate.choose import trained_space
 from mmref.evaluate.embed import SplitFeatures
-from mmref.evaluate.evaluate import Evaluation, open_run
+from mmref.evaluate.evaluate import Evaluation, chosen_before, open_run
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.evaluate.refinement import (
     Codes,
@@ -128,10 +127,7 @@ class ExplainedRun:
 
     def _refinement(self) -> RefinementSettings:
         """What evaluation chose for this checkpoint; none where it has not been evaluated."""
-        metrics = json.loads(self.run.read_text("metrics.json")) if self.run.exists("metrics.json") else {}
-        if metrics.get("checkpoint") != self.checkpoint.folder or self.space is None:
-            return RefinementSettings(weight=0.0)
-        return RefinementSettings(**{k: metrics["refinement"][k] for k in ("kind", "weight", "top_r", "tau", "top_p")})
+        return RefinementSettings(weight=0.0) if self.space is None else chosen_before(self.run, self.checkpoint)[0]
 
     # -- the split -----------------------------------------------------------------------------------------------------
 

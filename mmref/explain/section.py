@@ -1,4 +1,5 @@
-"""Explanations as pictures, explain/<name>.png, and as a section of the run's report, kept as explain/<checkpoint>.html."""
+"""Explanations as pictures, explain/<name>.png, and as a section of the run's report, kept as explain/<checkpoint>.html; on
+another shard set than the run's own in explain-<set>/ and report-<set>.html."""
 
 from __future__ import annotations
 
@@ -9,28 +10,31 @@ from pathlib import Path
 
 import jinja2
 
-from mmref.evaluate.report import EXPLANATIONS, section_path, with_section
+from mmref.evaluate.report import explanations_folder, report_path, section_path, with_section
 from mmref.explain.figure import draw
 from mmref.explain.run import Explanation
 from mmref.rundir import RunDir
 
-REPORT = "report.html"
 CAPTIONS = 6  # of an object, shown beside the words of its reference
 
 
-def write(run: RunDir, checkpoint: str, explanations: Sequence[Explanation]) -> list[str]:
-    """Write pictures and section into the run directory, in place of earlier ones, and into its report. The files written."""
-    if run.exists(EXPLANATIONS):
-        run.remove(EXPLANATIONS)
+def write(run: RunDir, checkpoint: str, explanations: Sequence[Explanation], other: str = "") -> list[str]:
+    """Write pictures and section into the run directory, in place of earlier ones, and into its report. The files written.
+
+    other: name of the shard set explained, where it is not the run's own.
+    """
+    folder, report = explanations_folder(other), report_path(other)
     pictures = [draw(e) for e in explanations]
-    names = [f"{EXPLANATIONS}/{i}-{e.kind}-{slug(e.title)}.png" for i, e in enumerate(explanations, 1)]
+    if run.exists(folder):
+        run.remove(folder)
+    names = [f"{folder}/{i}-{e.kind}-{slug(e.title)}.png" for i, e in enumerate(explanations, 1)]
     for name, picture in zip(names, pictures):
         run.write_bytes(name, picture)
     section = render(explanations, pictures)
-    run.write_text(section_path(checkpoint), section)
-    if run.exists(REPORT):
-        run.write_text(REPORT, with_section(run.read_text(REPORT), section))
-        names.append(REPORT)
+    run.write_text(section_path(checkpoint, other), section)
+    if run.exists(report):
+        run.write_text(report, with_section(run.read_text(report), section))
+        names.append(report)
     return [run.join(name) for name in names]
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from mmref.cluster import SETTINGS, check_resources, connect, needed_cpus
 from mmref.config import Config, config_hash, dump_yaml, to_dict, with_absolute_paths
 from mmref.data.plan import build_plan
-from mmref.data.shards import ShardSet, train_index
+from mmref.data.shards import ShardSet, data_fingerprint, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import RunDirectoryError, ShardSetError
+from mmref.evaluate.choose import config_grid
 from mmref.model.backbone import check_towers
 from mmref.progress import Progress
 from mmref.reservations import take_place
@@ -26,6 +27,7 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 ELASTIC_START_TIMEOUT_S = "10"
 START_ATTEMPTS = 3
 RESIZE_CHECK_S = 30.0  # how often a group with fewer workers than asked for looks for places
+DATA = "data_fingerprint"  # file of a run
 LEFT = {
     DRAIN: "a node is being taken away: the workers checkpointed and left it",
     GROW: "there are places for more workers: they checkpointed to start again with more",
@@ -35,21 +37,29 @@ LEFT = {
 def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | None:
     """Train (or resume) a run, then evaluate its best checkpoint and write metrics.json and report.html.
 
-    Returns the final metrics, None without `final_evaluation`. Raises the errors of mmref.errors.
+    A set without test is reported on val, one with neither is not evaluated.
+
+    Returns the final metrics, None without an evaluation. Raises the errors of mmref.errors.
     """
+    from mmref.evaluate.evaluate import evaluate_run, reported_split
+
     run = RunDir(config.run_dir)
     config = with_absolute_paths(config)
     check_inputs(config)
+    split = reported_split(ShardSet.open(config.data.root)) if final_evaluation else None
+    if final_evaluation and split != "test":
+        what = (
+            ": val, which chooses checkpoint and refinement, is reported too"
+            if split
+            else " and no val: nothing is evaluated"
+        )
+        print(f"{config.data.root} has no test split{what}", flush=True)
     with run.held():
         prepare_run(config, run)
         with connect(needed_cpus(config), config.train.storage_gb), Termination(run) as termination:
             check_resources(config)
             fit(config, run, termination=termination)
-            if not final_evaluation:
-                return None
-            from mmref.evaluate.evaluate import evaluate_run
-
-            return evaluate_run(config.run_dir)
+            return evaluate_run(config.run_dir, split=split) if split else None
 
 
 def check_inputs(config: Config) -> None:
@@ -62,6 +72,7 @@ def check_inputs(config: Config) -> None:
             raise ShardSetError(f"{root} does not match its manifest: {problems[0]} ({len(problems)} problems in all). "
                                 f"`mmref shards verify {root}` lists them.")  # fmt: skip
     build_plan(config, index)
+    config_grid(config)
     if config.train.start_from:
         checkpoint.best_checkpoint(RunDir(config.train.start_from))
     tokens = load_tokens(config)
@@ -77,9 +88,24 @@ def prepare_run(config: Config, run: RunDir) -> None:
                 f"{run.path} holds checkpoints of another config: {_differences(before, config)}. Resume with the same "
                 "config, or give another `--run_dir`."
             )
+        if checkpoint.latest_checkpoint(run):
+            check_same_data(run, config)
     run.write_text("config.yaml", dump_yaml(config))
+    run.write_text(DATA, data_fingerprint(config))
     checkpoint.remove_uncommitted(run)
     checkpoint.repair_snapshot(run)
+
+
+def check_same_data(run: RunDir, config: Config) -> None:
+    """Raise RunDirectoryError where a run was trained on shards with other contents than those of `config`."""
+    if not run.exists(DATA):  # of an older version
+        return
+    before, now = run.read_text(DATA), data_fingerprint(config)
+    if before != now:
+        raise RunDirectoryError(
+            f"{run.path} was trained on shards with the fingerprint {before}, {config.data.root} has {now}: the set was built "
+            "anew. Give another `--run_dir` (`--train.start_from` takes the weights along), or the set as it was."
+        )
 
 
 def _differences(before: Config, now: Config) -> str:

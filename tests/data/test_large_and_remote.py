@@ -17,7 +17,7 @@ from mmref.config import Config
 from mmref.data import columns
 from mmref.data.cache import ShardCache
 from mmref.data.reader import Batch, StepReader, concatenate
-from mmref.data.shards import ShardSet
+from mmref.data.shards import ShardSet, train_index
 from mmref.errors import ConfigError, ShardSetError
 from mmref.train.trainer import check_inputs
 
@@ -68,6 +68,13 @@ def test_sets_take_turns(tiny_set: Path, tmp_path: Path, make_config: MakeConfig
         halves = [StepReader(config, rank, 2).read_step(step) for rank in (0, 1)] if step % 13 == 0 else [batch]
         assert same(concatenate(halves), batch)
     assert 4 <= from_other <= 16
+    # sets of one name, as all that are built of tables are, are told apart by their folders
+    twins = [build_tiny_set(tmp_path / name / "set", TinySource("table", first=500)) for name in ("a", "b")]
+    with pytest.raises(ShardSetError, match=r"two sets of one name, set, set"):
+        train_index(make_config({"data.mix": dict.fromkeys(map(str, twins), 0.25)}))
+    bags = str(twins[1].rename(tmp_path / "bags"))
+    ids = list(train_index(make_config({"data.mix": {str(twins[0]): 0.25, bags: 0.25}})).object_ids)
+    assert len(set(ids)) == len(ids) == 3 * SPLITS["train"] and ids[-1].startswith("bags/thing.")
     with pytest.raises(ConfigError, match=r"data\.mix"):
         make_config({"data.mix": {str(other): 1.0}})
     with pytest.raises(ShardSetError, match="No complete shard set"):
@@ -100,7 +107,7 @@ TEN_MILLION = """
 import resource, sys, time
 import numpy as np
 from mmref.data.plan import Plan, ShuffledOrder, WindowedOrder
-from mmref.data.shards import SplitIndex
+from mmref.data.shards import SplitIndex, train_index
 
 def private_mb():  # of its own: not what is mapped from files
     fields = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])

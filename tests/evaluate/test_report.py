@@ -175,6 +175,9 @@ def test_optional_parts_may_be_missing():
     [
         ({}, "none"),
         ({"weight": 0.0, "top_r": 8, "tau": 0.1, "chosen_on": "val"}, "declined.*chosen on val"),
+        ({"weight": 0.0, "chosen_on": "val", "tried": [{"weight": 0}, {"weight": 1.0}]}, "declined.*chosen on val"),
+        ({"weight": 0.0, "chosen_on": "val", "tried": []}, "none: there was no setting to try"),
+        ({"weight": 0.0, "chosen_on": "", "tried": []}, "none: there is no val split"),
         ({"weight": 0.2, "top_r": 32, "tau": 0.05, "chosen_on": "val"}, "32 nearest.*0.05.*0.2 on all.*on val"),
         ({"kind": "dense", "weight": 1.0, "top_p": 1000}, "dense.*weight 1 on the first 1,000 candidates$"),
         ({"kind": "dense", "weight": 1.0, "top_p": 3074}, "weight 1 on all candidates$"),
@@ -211,6 +214,10 @@ def test_figures_take_the_colours_of_the_page():
     html = render()
     assert not [colour for colour in CSS_COLOURS if colour in html]
     assert "var(--series-1)" in html and "var(--ink)" in html
+    html = render(history=[{"step": i, **dict.fromkeys(report._LOSSES, 1.0 + i)} for i in (1, 2)])
+    assert set(re.findall(r"var\((--[\w-]+)\)", html)) <= set(re.findall(r"(--[\w-]+):", html)), (
+        "a colour is not defined"
+    )
 
 
 def test_rolling_mean_is_centred_and_shrinks_at_the_ends():

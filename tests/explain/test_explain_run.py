@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_run import make_run
+from tiny_set import TinySource, build_tiny_set
 
 import mmref
 from mmref.cli import main
@@ -251,3 +252,25 @@ def test_a_picture_says_what_it_explains(run, objects):
     found = run.explain_object(objects[5])
     assert headline(found, 300) == f"{objects[5]} (train)\nreference of {objects[5]}: “{found.read}”"
     assert max(map(len, headline(found, 20).split("\n"))) <= 20
+
+
+def test_dollars_are_no_mathematics(run):
+    """Matplotlib takes what is between two of them for a formula, and ends where it is none."""
+    found = run.explain_query("was $20 (20% off), now $16")
+    found.views[0] = dataclasses.replace(found.views[0], note=found.title)
+    assert draw(found).startswith(b"\x89PNG")
+
+
+def test_another_set_has_pictures_and_a_section_of_its_own(run_dir, tmp_path, capsys):
+    import shutil
+
+    path, other = tmp_path / "run", build_tiny_set(tmp_path / "other", TinySource("other", first=100))
+    shutil.copytree(run_dir, path)
+    for name in ("report.html", "report-other.html"):
+        (path / name).write_text("<!-- explanations -->\n<!-- end of explanations -->")
+    argv = ["explain", str(path), "--grid", "1", "--query"]
+    assert main([*argv, "red circle"]) == 0 and main([*argv, "blue star", "--data", str(other)]) == 0
+    assert [p.name for p in (path / "explain").glob("*.png")] == ["1-query-red-circle.png"]
+    assert [p.name for p in (path / "explain-other").glob("*.png")] == ["1-query-blue-star.png"]
+    own, others = (path / "report.html").read_text(), (path / "report-other.html").read_text()
+    assert "red circle" in own and "blue star" not in own and "blue star" in others and "red circle" not in others

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from mmref.config import Config, config_hash, dump_yaml
+from mmref.data.shards import data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.rundir import RunDir
+from mmref.train.trainer import DATA
 from tune import ablate as module
 from tune.ablate import ablate, main, read_result, result_name
 from tune.failure import reason
@@ -159,6 +161,29 @@ def test_recorded_trainings_that_cannot_be_compared_are_refused(
         ConfigError, match=r"`plain`, seed 0, was trained on shards with the fingerprint 0123456789ab, .* has"
     ):
         ablate(base, ROWS, [0], files=[published])
+
+
+def test_the_entry_that_fits_is_taken_wherever_it_stands(base: Config, trained: list[str], tmp_path: Path) -> None:
+    ablate(base, ROWS, [0])
+    published = Path(base.run_dir, "ablation.json").rename(tmp_path / "published.json")
+    files = [str(tmp_path / name) for name in ("before.json", "published.json", "after.json")]
+    found = json.loads(published.read_text())
+    for path, changed in ((files[0], {"data": "0123456789ab"}), (files[2], {"choices": {}})):
+        entries = [entry | changed for entry in found["trainings"]]
+        Path(path).write_text(json.dumps(found | {"trainings": entries}))
+    base.run_dir = str(tmp_path / "elsewhere")
+    ablate(base, ROWS, [0], files=files)
+    assert trained == ["plain-seed0", "full-seed0"]
+
+
+def test_folders_of_shards_that_were_built_anew_are_refused(base: Config, trained: list[str]) -> None:
+    ablate(base, ROWS, [0])
+    run = RunDir(f"{base.run_dir}/full-seed0")
+    run.write_text(DATA, data_fingerprint(base))
+    ablate(base, ROWS, [0])
+    run.write_text(DATA, "0123456789ab")
+    with pytest.raises(RunDirectoryError, match="full-seed0 was trained on shards with the fingerprint 0123456789ab"):
+        ablate(base, ROWS, [0])
 
 
 def test_a_training_without_what_a_row_shows_is_trained(base: Config, trained: list[str], tmp_path: Path) -> None:

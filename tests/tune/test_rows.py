@@ -83,6 +83,8 @@ def test_folders_are_plain_names() -> None:
     ("rows: {a: {}, b: {of: a}, c: {of: b}}", "no training of its own"),
     ("rows: {a: {}}\nbaseline: b", "baseline: there is no row `b`"),
     ("rows: {a: {}}\nover: {data.flip: 1}", "one field and its values"),
+    ("rows: {a: {}}\nover: {eval.refine_weights: [[0.1], [0.2]]}", "takes single values"),
+    ("rows: {a: {set: {data.flip: 0.1}}}\nover: {data.flip: [0.0]}", "row `a` sets `data.flip`, which `over` sets"),
     ("rows: {a: {}}\nover: {data.flop: [1.0]}", "unknown config key `data.flop`"),
     ("rows: {a b: {}, a-b: {}}", "share a folder"),
 ])  # fmt: skip

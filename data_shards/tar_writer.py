@@ -11,7 +11,7 @@ import tarfile
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_shards.samples import Source, SourceImage, SourceObject, escape_key
 from mmref.data.shards import sha256_of
@@ -47,7 +47,7 @@ def image_ext(data: bytes) -> str | None:
 
 
 def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
-    """Bytes to store and their ending. Other formats, and all images with resize_to_px, are encoded again.
+    """Bytes to store and their ending. Other formats, and what is larger than resize_to_px, are encoded again, upright.
 
     Raises SampleError for an image that does not decode completely.
     """
@@ -59,9 +59,9 @@ def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
         image.load()  # reads to the end: a truncated file fails here
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SampleError(f"image does not decode: {error}") from error
-    if ext and not options.resize_to_px:
+    if ext and not (options.resize_to_px and min(image.size) > options.resize_to_px):
         return data, ext
-    return _encode(image, options)
+    return _encode(ImageOps.exif_transpose(image), options)  # the orientation is not written again
 
 
 def _encode(image: Image.Image, options: ImageOptions) -> tuple[bytes, str]:
@@ -101,7 +101,12 @@ def _prepare(
     if kinds is not None:
         meta["caption_kinds"] = kinds
     meta.update({name: value for name, value in image.extra.items() if name not in meta})
-    return data, ext, json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode(), len(captions)
+    try:
+        # what JSON has no type for (times, decimals of a Parquet column) as text
+        text = json.dumps(meta, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+    except ValueError as error:
+        raise SampleError(f"a text cannot be written: {error}") from error
+    return data, ext, text, len(captions)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:

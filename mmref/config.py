@@ -227,7 +227,7 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between evaluations on val (and checkpoints); 0: a tenth of training."""
     keep_checkpoints: int = 2
-    """Checkpoints kept: the best on val and the latest others."""
+    """The best on val so many are kept, and the latest."""
     async_checkpoints: bool = True
     """Write checkpoints in the background: training stops for the copy to host memory only."""
     max_failures: int = 3

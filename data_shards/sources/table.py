@@ -184,9 +184,23 @@ def read_table(path: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
     if ending not in readers:
         raise SourceError(f"{path}: the ending says what a table is; expected one of {', '.join(readers)}.")
     try:
-        return readers[ending](path)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error}.") from error
+        names, rows = readers[ending](path)
+    except (OSError, UnicodeError) as error:
+        raise _unreadable(path, error) from error
+
+    def named() -> Iterator[dict[str, Any]]:
+        try:
+            yield from rows
+        except (OSError, UnicodeError) as error:
+            raise _unreadable(path, error) from error
+
+    return names, named()
+
+
+def _unreadable(path: str, error: OSError | UnicodeError) -> SourceError:
+    if isinstance(error, UnicodeError):
+        return SourceError(f"{path} is not UTF-8: {error}. Save it as UTF-8 (in a spreadsheet: `CSV UTF-8`).")
+    return SourceError(f"{path} cannot be read: {error}.")
 
 
 def _open_text(path: str) -> Any:

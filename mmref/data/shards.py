@@ -7,6 +7,7 @@ object's images side by side. A set may travel packed (`.tar.gz` for every tar):
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -28,12 +29,14 @@ import pyarrow.parquet as pq
 from mmref.data.cache import ShardCache, with_retries
 from mmref.data.columns import Strings, read_columns
 from mmref.errors import SampleError, ShardSetError
+from mmref.storage import retry
 
 if TYPE_CHECKING:
     from mmref.config import Config
 
 VERSION = 1
 MAX_OPEN_FILES = 64  # a process may hold readers of several splits; stay far below the usual limit of 1024
+OPEN_ATTEMPTS = 3  # of a cached shard
 INDEX_ARRAYS = {  # column of <split>.index.parquet -> dtype in SplitIndex
     "object_row": np.int32,
     "shard": np.int32,
@@ -242,17 +245,32 @@ class SampleReader:
         if len(self._files) >= MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         path = self.index.shard_paths[shard]
-        self._files[shard] = os.open(self.cache.path(path) if self.cache and _is_url(path) else path, os.O_RDONLY)
+        self._files[shard] = self._open_cached(path) if self.cache and _is_url(path) else os.open(path, os.O_RDONLY)
         return self._files[shard]
 
+    def _open_cached(self, url: str) -> int:
+        assert self.cache is not None
+        cache = self.cache
+        for _ in range(OPEN_ATTEMPTS - 1):
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # another process of the node made room since it was downloaded
+                return retry(f"read {url}", lambda: os.open(cache.path(url), os.O_RDONLY))
+        return retry(f"read {url}", lambda: os.open(cache.path(url), os.O_RDONLY))
+
     def _range(self, shard: int, offset: int, size: int, what: str) -> bytes:
+        """Bytes of a shard. Raises SampleError, or StorageError where object storage does not answer: that says nothing of the
+        sample, and another in its place would change the run."""
         path = self.index.shard_paths[shard]
         try:
             if _is_url(path) and self.cache is None:
                 import fsspec
 
                 fs, inner = fsspec.core.url_to_fs(path)
-                data = with_retries(lambda: fs.cat_file(inner, start=offset, end=offset + size), path)
+                data = retry(
+                    f"read {path}",
+                    lambda: with_retries(lambda: fs.cat_file(inner, start=offset, end=offset + size), path),
+                )
             else:
                 data = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
@@ -262,7 +280,7 @@ class SampleReader:
         return data
 
     def read_meta(self, i: int) -> dict[str, Any]:
-        """The json of image i: captions and ids, without reading the image. Raises SampleError."""
+        """The json of image i: captions and ids, without reading the image. Raises SampleError, StorageError."""
         index, shard = self.index, int(self.index.shard[i])
         data = self._range(shard, int(index.json_offset[i]), int(index.json_size[i]), "json")
         try:
@@ -276,7 +294,8 @@ class SampleReader:
         return meta
 
     def read(self, i: int) -> RawSample:
-        """Image i of the split. Raises SampleError (file, offset, what) when bytes are short or the json is broken."""
+        """Image i of the split. Raises SampleError (file, offset, what) when bytes are short or the json is broken, StorageError
+        when storage does not answer."""
         index = self.index
         image = self._range(int(index.shard[i]), int(index.image_offset[i]), int(index.image_size[i]), "image")
         return RawSample(image, index.image_ext[i], self.read_meta(i))

@@ -40,6 +40,7 @@ def quiet_ray_data() -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # Ray Data's own around it would hide a named error
     if Breathe not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(Breathe)
     return context

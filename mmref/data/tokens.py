@@ -24,6 +24,7 @@ class Tokens:
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        tokenizer.padding_side = "right"  # a caption's tokens come first, wherever its padding is looked for
         if tokenizer.mask_token_id is None:  # CLIP has none: reconstruction adds one row to the word embedding
             tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
         if tokenizer.pad_token_id is None:

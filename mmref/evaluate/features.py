@@ -34,16 +34,16 @@ class Queries:
     skipped: list[str] = field(default_factory=list)  # samples without a caption or with a broken record
 
 
-def read_queries(index: SplitIndex) -> Queries:
-    """Every usable caption of a split, in index order."""
-    reader = SampleReader(index)
+def read_queries(index: SplitIndex, reader: SampleReader | None = None) -> Queries:
+    """Every usable caption of a split, in index order. `reader`: one of the split, such as with a cache."""
+    reader = reader or SampleReader(index)
     captions: list[str] = []
     kinds: list[str] = []
     images: list[int] = []
     skipped: list[str] = []
     for i in range(len(index)):
         try:
-            usable = usable_captions(reader.read(i).meta, f"image {index.image_ids[i]}")
+            usable = usable_captions(reader.read_meta(i), f"image {index.image_ids[i]}")
         except SampleError as error:
             skipped.append(str(error))
             continue

@@ -13,9 +13,6 @@ def build() -> None:
     from mmref.train.engine import prepare_node
 
     prepare_node()
-    from deepspeed.comm.torch import build_shm_op
-
-    build_shm_op()
 
 
 if __name__ == "__main__":

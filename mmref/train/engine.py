@@ -6,19 +6,20 @@ import hashlib
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmref.config import Config, TrainConfig
 from mmref.model.mmref import MMRef
+from mmref.storage import one_at_a_time
+from mmref.train import collectives
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STALE_LOCK_S = 600  # no build of one of these ops takes ten minutes: an older lock was left by a killed process
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -74,11 +75,12 @@ def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, A
 
 
 def prepare_node() -> None:
-    """Make DeepSpeed's just-in-time build of its CPU communication safe on this node.
+    """Build (or find) DeepSpeed's communication for CPUs, safely on this node; what follows in this process finds it loaded.
 
     The build needs ninja, which lies beside the interpreter and is not on PATH when a virtual environment is used
     without being activated. Each environment builds in a folder of its own: in a shared one, two would undo each other's
-    build at every start. And a lock file left by a killed build would block every later one for ever.
+    build at every start. And torch's own lock, a file, would block every later start for ever once a process is killed that
+    has it, in a build or in the seconds of loading: all of it is done under a lock that the kernel takes back.
     """
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
@@ -86,12 +88,25 @@ def prepare_node() -> None:
     environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:8]
     default = Path.home() / ".cache" / "mmref" / f"torch_extensions-{environment}"
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
-    for lock in folder.glob("**/lock"):
-        try:
-            if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
-                lock.unlink()
-        except OSError:
-            continue  # another worker of this node was faster
+    if os.environ.get("DS_ACCELERATOR") != "cpu":
+        return  # NCCL is used instead
+    from deepspeed.comm.torch import build_shm_op
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder / ".mmref.lock"):
+        for left in folder.glob("**/lock"):
+            left.unlink(missing_ok=True)
+        build_shm_op()
+
+
+@torch.no_grad()
+def average_statistics(model: torch.nn.Module) -> None:
+    """Give every rank the mean of all ranks' running statistics (BatchNorm): what is scored is what is saved (collective)."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
+            for statistic in (module.running_mean, module.running_var):
+                assert statistic is not None
+                statistic.copy_(collectives.sum_over_ranks(statistic.clone()) / collectives.world_size())
 
 
 def build_engine(model: MMRef, config: Config, world: int) -> Any:

@@ -24,7 +24,7 @@ from mmref.rundir import RunDir
 from mmref.train import collectives
 from mmref.train.checkpoint import latest_checkpoint
 
-FOLDER = "ledger"
+FOLDER, ENDING = "ledger", ".parquet"
 COLUMNS = ("step", "position", "image_index")
 
 
@@ -37,7 +37,8 @@ class Ledger:
         self._seen: list[NDArray[np.int64]] = []
         if collectives.rank() == 0:
             for name in run.list(FOLDER):
-                if _first_step(name) >= start:
+                # a name that begins with a point was left by a process that was killed as it wrote
+                if name.startswith(".") or (name.endswith(ENDING) and _first_step(name) >= start):
                     run.remove(f"{FOLDER}/{name}")
 
     def add(self, batch: Batch) -> None:
@@ -52,13 +53,13 @@ class Ledger:
             rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
             buffer = io.BytesIO()
             pq.write_table(pa.table(dict(zip(COLUMNS, rows.T))), buffer, compression="zstd")
-            self.run.write_bytes(f"{FOLDER}/{self.first:08d}-{end:08d}.parquet", buffer.getvalue())
+            self.run.write_bytes(f"{FOLDER}/{self.first:08d}-{end:08d}{ENDING}", buffer.getvalue())
         self._seen, self.first = [], end
 
 
 def read_ledger(run: RunDir) -> dict[str, NDArray[np.int64]]:
     """Columns step, position and image_index of a run's whole ledger, in order. Raises LedgerError."""
-    names = sorted(name for name in run.list(FOLDER) if name.endswith(".parquet"))
+    names = sorted(name for name in run.list(FOLDER) if name.endswith(ENDING))
     if not names:
         raise LedgerError(f"{run.join(FOLDER)} holds no segment: the run has not reached its first checkpoint, or "
                           "the path is no run directory.")  # fmt: skip

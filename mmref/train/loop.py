@@ -22,13 +22,15 @@ from mmref.rundir import RunDir
 from mmref.train import checkpoint, collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.elastic import accumulation_for
-from mmref.train.engine import build_engine, set_learning_rate
+from mmref.train.engine import average_statistics, build_engine, set_learning_rate
 from mmref.train.ledger import Ledger
 from mmref.train.logs import RunLog
 from mmref.train.saver import Saver
 from mmref.train.step import LOSSES, StepRunner
 from mmref.train.stop import StopNotice
 from mmref.train.validation import Validation, score_of
+
+BAD = "bad_samples.json"
 
 
 def train_worker(values: dict[str, Any]) -> int:
@@ -90,6 +92,8 @@ class Worker:
         self.ledger = Ledger(run, self.start, self.device)
         self.notice = StopNotice(run)
         self.bad: set[str] = set()
+        if self.start and run.exists(BAD):  # of the run so far
+            self.bad |= set(json.loads(run.read_text(BAD)))
         self.log: RunLog | None = None
 
     def train(self) -> int:
@@ -104,7 +108,7 @@ class Worker:
             for step in range(self.start, config.max_steps):
                 assert self.stream is not None
                 batch = next(self.stream)
-                self.bad |= {b for b in batch["bad"].tolist() if b}
+                self.bad |= {line for b in batch["bad"].tolist() for line in b.split("\n") if line}
                 lr = set_learning_rate(self.engine, step, config)
                 window.add(step, self.runner.run(step, batch))
                 self.ledger.add(batch)
@@ -158,6 +162,7 @@ class Worker:
         A checkpoint that was not scored is never the best.
         """
         began = time.perf_counter()
+        average_statistics(self.engine.module)
         metrics = self.validation(self.encoder, self.bank) if self.validation and evaluate else {}
         tested = self.testing(self.encoder, self.bank) if self.testing and evaluate else {}  # logged, decides nothing
         evaluated = time.perf_counter()
@@ -235,7 +240,7 @@ class Worker:
             yield
         finally:
             if self.bad:
-                self.run.write_text("bad_samples.json", json.dumps(sorted(self.bad), indent=1))
+                self.run.write_text(BAD, json.dumps(sorted(self.bad), indent=1))
             self.log.close()
 
 

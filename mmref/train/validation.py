@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmref.config import Config
-from mmref.data.shards import SampleReader, ShardSet
+from mmref.data.shards import ShardSet, open_reader
 from mmref.evaluate.choose import choose_on_val, gain_by_value, trained_space
 from mmref.evaluate.features import Encoder, Floats, read_pixels, read_queries
 from mmref.evaluate.metrics import METRIC_NAMES, evaluate_features, summarize
@@ -30,8 +30,8 @@ class Validation:
         self.refines = config.eval.refine_in_training and split == "val"  # refinement is never chosen on test
         index = ShardSet.open(config.data.root).index(split)
         self.objects = np.asarray(index.object_row).astype(np.int64)
-        self.reader = SampleReader(index)
-        self.queries = read_queries(index)
+        self.reader = open_reader(config, index)
+        self.queries = read_queries(index, self.reader)
 
     def __call__(self, encoder: Encoder, bank: ReferenceBank) -> dict[str, Any]:
         """R@1/5/10, mAP, mINP in percent, text to image, the same on every rank (collective).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from mmref import storage
 from mmref.data import cache as cache_module
 from mmref.data.cache import ShardCache
-from mmref.errors import ShardSetError
+from mmref.data.shards import SampleReader, ShardSet
+from mmref.errors import ShardSetError, StorageError
 
 
 @pytest.fixture
@@ -93,6 +96,37 @@ def test_storage_that_fails_for_a_moment_is_asked_again(
     monkeypatch.setattr(fs, "get_file", lambda *args: (_ for _ in ()).throw(OSError("down")))
     with pytest.raises(OSError, match=r"down.*after 4 attempts"):
         ShardCache(str(tmp_path / "cache"), 10_000).path(remote[5])
+
+
+def test_an_outage_is_no_broken_sample(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another image in its place would be another run; and a shard that makes room for others meanwhile is fetched again."""
+    monkeypatch.setattr(cache_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.0)
+    fs = fsspec.filesystem("memory")
+    index = ShardSet.open(str(tiny_set)).index("train")
+    urls = []
+    for path in index.shard_paths:
+        urls.append(f"memory://set/{Path(path).name}")
+        fs.pipe(urls[-1], Path(path).read_bytes())
+    remote = dataclasses.replace(index, shard_paths=urls)
+    expected = SampleReader(index).read(0)
+    assert SampleReader(remote).read(0) == expected
+    cache = ShardCache(str(tmp_path / "cache"), 10_000_000)
+    path, evicted = cache.path, []
+
+    def then_evicted(url: str) -> str:
+        found = path(url)
+        if not evicted:
+            evicted.append(os.unlink(found))
+        return found
+
+    monkeypatch.setattr(cache, "path", then_evicted)
+    assert SampleReader(remote, cache).read(0) == expected and evicted
+    monkeypatch.setattr(type(fs), "cat_file", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("down")))
+    monkeypatch.setattr(type(fs), "get_file", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("down")))
+    for reader in (SampleReader(remote), SampleReader(remote, ShardCache(str(tmp_path / "other"), 10_000_000))):
+        with pytest.raises(StorageError, match=r"cannot read memory://set/.*down"):
+            reader.read(0)
 
 
 def read_all(folder: str, urls: list[str], out) -> None:  # type: ignore[no-untyped-def]

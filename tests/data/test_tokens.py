@@ -31,6 +31,13 @@ def test_bundled_style_tokenizer(make_config):
     assert set(tokens.special_ids.tolist()) == special, "an unknown word is a word: it may be masked"
 
 
+def test_padding_comes_last(make_config):
+    tokenizer = load_tokens(make_config()).tokenizer
+    tokenizer.padding_side = "left"  # as language models have it
+    ids, mask = Tokens(tokenizer, 7)(["red circle", "grey"])
+    assert (np.diff(mask) <= 0).all() and (ids[:, 0] == ids[0, 0]).all() and mask[:, 0].all()
+
+
 def test_ids_are_cut_and_padded_to_a_fixed_length(make_config):
     tokens = load_tokens(make_config({"data.max_tokens": 7}))
     ids, mask = tokens(["red circle", "red circle " * 30, "grey"])

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -16,6 +17,7 @@ from data_shards.build import BuildOptions, build_shards, make_source
 from data_shards.samples import SourceImage, SourceObject, escape_key, hash_split, unescape_key
 from data_shards.sources.table import TableSource
 from data_shards.tar_writer import ImageOptions, prepare_image, write_shard
+from mmref.data.decode import decode_rgb
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import SampleError, ShardSetError, SourceError
 
@@ -130,6 +132,42 @@ def test_image_formats(encode):
     for mode in ("RGB", "L", "P", "RGBA", "1"):
         stored, _ = prepare_image(encode(0, "PNG", mode), ImageOptions(resize_to_px=6))
         assert Image.open(io.BytesIO(stored)).size == (6, 6)
+
+
+def test_resizing_keeps_what_is_small_and_turns_photographs_upright():
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20, 0] = 255  # the left half is red
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: the left side is the top
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "JPEG", exif=exif)
+    data = encoded.getvalue()
+    assert prepare_image(data, ImageOptions(resize_to_px=20)) == (data, "jpg"), "it is not larger"
+    stored, _ = prepare_image(data, ImageOptions(resize_to_px=10))
+    found = decode_rgb(stored)
+    assert found.shape == (20, 10, 3) and found[:8, :, 0].min() > 200 and found[12:, :, 0].max() < 50
+
+
+def test_values_that_json_has_no_type_for(tmp_path, encode):
+    """Times and decimals of a Parquet column are kept as text; a text that cannot be written costs its image alone."""
+    import pandas as pd
+
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encode(i))
+    rows = {"image": [f"{i}.png" for i in range(3)], "object_id": list("abc"), "caption": ["one", "two", "three"],
+            "split": ["train"] * 3, "made": pd.to_datetime(["2026-01-02"] * 3)}  # fmt: skip
+    pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
+    options = BuildOptions(workers=0, min_shards=1, progress=False)
+    build_shards(TableSource(str(tmp_path / "t.parquet"), keep=["made"]), str(tmp_path / "set"), options)
+    assert (
+        SampleReader(ShardSet.open(str(tmp_path / "set")).index("train")).read_meta(0)["made"].startswith("2026-01-02")
+    )
+    lines = [{k: str(v[i]) for k, v in rows.items()} for i in range(3)]
+    lines[1]["caption"] = "half of an emoji: \ud83d"
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = build_shards(TableSource(str(tmp_path / "t.jsonl")), str(tmp_path / "cut"), options)
+    assert manifest["splits"]["train"]["images"] == 2
+    assert "cannot be written" in manifest["skipped"]["first"][0]
 
 
 def test_shard_sizes(build_table, make_table):

@@ -102,6 +102,12 @@ def test_unreadable_tables(tmp_path):
             TableSource(str(tmp_path / name)).objects()
     with pytest.raises(SourceError, match="cannot be read"):
         TableSource(str(tmp_path / "nowhere.csv")).objects()
+    # as spreadsheets of Western Europe save: the first such letter may come in any row
+    for rows in (1, 5000):
+        text = "image,object_id,caption\n" + "a.png,a,plain\n" * rows + "b.png,b,Käse\n"
+        (tmp_path / "latin.csv").write_bytes(text.encode("latin-1"))
+        with pytest.raises(SourceError, match="is not UTF-8"):
+            list(TableSource(str(tmp_path / "latin.csv")).objects())
 
 
 def test_load_paths_and_urls(tmp_path, encode):

@@ -198,6 +198,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_file: Path, tmp_path: Pa
     assert not list(run.glob("checkpoints/step-*"))
 
 
+@pytest.mark.slow
+def test_a_named_error_of_a_reader_ends_the_run_by_its_name(own_set: Path, tmp_path: Path) -> None:
+    """It comes through Ray Data, from another process than the worker's, and the workers are not started again for it."""
+    from tiny_set import damage_image, tiny_config
+
+    damage_image(own_set, 0)  # the first object has one image
+    overrides = {"train.max_steps": 12, "train.storage_gb": 0.2, "data.max_bad_fraction": 1.0}
+    config = write_config(tiny_config(own_set, overrides), tmp_path)
+    status, output = Job("train.py", "--config", str(config), "--run_dir", str(tmp_path / "run")).wait()
+    assert status == 1
+    assert "no usable image left" in output.strip().splitlines()[-1], output
+
+
 @pytest.mark.parametrize("allowed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_broken_images(own_set: Path, tmp_path: Path, allowed: bool) -> None:
     from tiny_set import damage_image, tiny_config

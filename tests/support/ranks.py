@@ -20,6 +20,7 @@ from tiny_set import tiny_config
 from mmref.config import ReferenceConfig
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
+from mmref.train.engine import average_statistics
 
 OBJECTS, DIM, SAMPLES, STEPS = 10, 6, 8, 3
 
@@ -66,11 +67,27 @@ def bank(rank: int, world: int, update: str, per_object: int) -> dict[str, torch
     return out
 
 
+def statistics(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Running statistics of ranks that saw other samples, before and after they are averaged; frozen ones stay."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(DIM, momentum=1.0), torch.nn.BatchNorm1d(DIM, momentum=1.0))
+    x = torch.randn(SAMPLES, DIM, generator=torch.Generator().manual_seed(2))
+    for module in model:
+        module(slice_of(x, rank, world))
+    own = model[0].running_mean.clone()
+    model[1].eval()
+    average_statistics(model)
+    return {
+        "all": collectives.gather(own[None]),
+        "mean": collectives.gather(model[0].running_mean[None]),
+        "frozen": collectives.gather(model[1].running_mean[None]),
+    }
+
+
 def one_rank(rank: int, world: int, root: str, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=300))
-    found: dict[str, Any] = {"gather": gathered(rank, world)}
+    found: dict[str, Any] = {"gather": gathered(rank, world), "statistics": statistics(rank, world)}
     for update in ("moving_average", "gradient"):
         for per_object in (1, 2):
             found[f"bank {update} {per_object}"] = bank(rank, world, update, per_object)

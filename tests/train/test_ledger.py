@@ -34,6 +34,16 @@ def test_an_undisturbed_run_is_sound(tmp_path: Path) -> None:
     assert str(found).startswith("7 steps, 28 samples: 0 lost, 0 repeated")
 
 
+def test_what_a_killed_process_left_does_not_stop_the_next(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    steps(Ledger(run, 0), 0, 4)
+    run.write_text("ledger/.00000004-00000007.parquet-x1y2", "half")
+    run.write_text("ledger/notes.txt", "not ours")
+    steps(Ledger(run, 4), 4, 7)
+    assert audit(read_ledger(run), PLAN, 7).sound
+    assert run.list("ledger") == ["00000000-00000004.parquet", "00000004-00000007.parquet", "notes.txt"]
+
+
 def test_a_resumed_run_drops_what_its_checkpoint_does_not_hold(tmp_path: Path) -> None:
     run = RunDir(str(tmp_path))
     ledger = Ledger(run, 0)

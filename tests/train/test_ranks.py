@@ -34,6 +34,14 @@ def test_gather_with_gradient(found, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_running_statistics_are_averaged(found, world):
+    ranks = found[world]["statistics"]
+    assert not torch.allclose(ranks["all"][0], ranks["all"][1]), "each saw other samples"
+    torch.testing.assert_close(ranks["mean"], ranks["all"].mean(0).expand(world, -1), **CLOSE)
+    torch.testing.assert_close(ranks["frozen"], ranks["all"], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("update", ["moving_average", "gradient"])
 @pytest.mark.parametrize("per_object", [1, 2])
 def test_bank(found, world, update, per_object):

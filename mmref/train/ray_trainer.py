@@ -25,6 +25,7 @@ from mmref.train.stop import GROW, request_stop
 
 COORDINATOR_TIMEOUT_S = 10
 ANSWER_TIMEOUT_S = 3.0
+RETRIES = "\nFailed to apply UDF transform"  # begins what Ray Data adds to the text of an error
 
 
 class AllowedCounts(ElasticScalingPolicy):
@@ -87,8 +88,10 @@ def named_error(error: Exception) -> Exception:
     """Our own error inside Ray Train's, or Ray Train's."""
     for cause in getattr(error, "worker_failures", {}).values():
         while cause is not None:
-            if isinstance(cause, MMRefError):
-                return cause
+            # Ray's copy of an error of another process is one of ours too, but its text is a traceback
+            if isinstance(cause, MMRefError) and not isinstance(cause, ray.exceptions.RayTaskError):
+                text, of_ray_data, _ = str(cause).partition(RETRIES)
+                return type(cause)(text) if of_ray_data else cause
             cause = getattr(cause, "cause", None) or cause.__cause__
     return error
 

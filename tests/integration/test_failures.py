@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from scenarios import SCENARIOS, Chaos, Outcome, chaos_on, driver_terminated
+from scenarios import SCENARIOS, Chaos, Outcome, chaos_on
 
-pytestmark = pytest.mark.timeout(1800)  # several starts of a training each; a busy machine takes minutes for one
+# several starts of a training each; a busy machine takes minutes for one. tests/integration/test_jobs.py has the commonest faults
+# on one node in the fast suite
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +22,7 @@ def chaos(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield found
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [pytest.param(s, marks=() if s is driver_terminated else pytest.mark.slow, id=s.__name__) for s in SCENARIOS],
-)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_fault(chaos: Chaos, scenario: Callable[[Chaos], Outcome]) -> None:
     outcome = scenario(chaos)
     assert outcome.passed, outcome

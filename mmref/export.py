@@ -34,8 +34,7 @@ from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict
 from mmref.data.shards import ShardSet
 from mmref.data.tokens import Tokens, load_tokens
 from mmref.errors import ExportError
-from mmref.evaluate.choose import trained_space
-from mmref.evaluate.evaluate import chosen_before
+from mmref.evaluate.choose import settings_of, trained_space
 from mmref.evaluate.features import Floats, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.inference import FORMAT, load, pack_strings
@@ -75,7 +74,7 @@ def export_run(run_dir: str, out: str, data: str | None = None) -> Path:
     run = RunDir(run_dir)
     config, info = run.read_config(), best_checkpoint(run)
     metrics = _metrics_of(run, info)
-    settings, _ = chosen_before(run, info)
+    settings = settings_of(metrics)
     shards = ShardSet.open(data or config.data.root)
     tokens = load_tokens(config)
     with fetched(run, info, "model", "references") as folder:

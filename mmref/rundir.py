@@ -32,6 +32,7 @@ OBJECT_STORES = {
     "abfss",
 }  # have no folders to create; a wrong bucket is not created
 UPLOAD_EVERY_S = 5.0
+BAD_SAMPLES = "bad_samples.json"  # of a run: the broken training images that it met
 
 
 class RunDir:

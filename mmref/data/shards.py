@@ -251,12 +251,15 @@ class SampleReader:
     def _open_cached(self, url: str) -> int:
         assert self.cache is not None
         cache = self.cache
+
+        def fetch_and_open() -> int:
+            return os.open(cache.path(url), os.O_RDONLY)
+
         for _ in range(OPEN_ATTEMPTS - 1):
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # another process of the node made room since it was downloaded
-                return retry(f"read {url}", lambda: os.open(cache.path(url), os.O_RDONLY))
-        return retry(f"read {url}", lambda: os.open(cache.path(url), os.O_RDONLY))
+            # another process of the node may make room between the two
+            with contextlib.suppress(FileNotFoundError):
+                return retry(f"read {url}", fetch_and_open)
+        return retry(f"read {url}", fetch_and_open)
 
     def _range(self, shard: int, offset: int, size: int, what: str) -> bytes:
         """Bytes of a shard. Raises SampleError, or StorageError where object storage does not answer: that says nothing of the

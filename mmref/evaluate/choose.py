@@ -19,6 +19,11 @@ def trained_space(config: Config, references: Floats) -> ReferenceSpace | None:
     return ReferenceSpace(references[seen]) if trained and seen.any() else None
 
 
+def settings_of(metrics: dict[str, Any]) -> RefinementSettings:
+    """The refinement of metrics.json."""
+    return RefinementSettings(**{k: metrics["refinement"][k] for k in ("kind", "weight", "top_r", "tau", "top_p")})
+
+
 def config_grid(config: Config) -> list[RefinementSettings]:
     """The settings that `eval.refine_*` ask for."""
     e = config.eval

@@ -14,13 +14,13 @@ from mmref.config import Config, config_hash, to_dict
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import ShardSetError
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
-from mmref.evaluate.choose import choose_on_val, trained_space
+from mmref.evaluate.choose import choose_on_val, settings_of, trained_space
 from mmref.evaluate.class_protocol import class_metrics, class_queries
 from mmref.evaluate.embed import SplitFeatures, embed_splits
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.evaluate.report import format_table, render_report, report_path, section_path, with_section
-from mmref.rundir import RunDir, read_jsonl
+from mmref.rundir import BAD_SAMPLES, RunDir, read_jsonl
 from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, fetched, load_references
 
 SHOWN = 10  # results of an example in the report
@@ -50,8 +50,7 @@ def chosen_before(run: RunDir, checkpoint: CheckpointInfo) -> tuple[RefinementSe
     metrics = json.loads(run.read_text("metrics.json")) if run.exists("metrics.json") else {}
     if metrics.get("checkpoint") != checkpoint.folder:
         return RefinementSettings(weight=0.0), ""
-    found = metrics["refinement"]
-    return RefinementSettings(**{k: found[k] for k in ("kind", "weight", "top_r", "tau", "top_p")}), found["chosen_on"]
+    return settings_of(metrics), metrics["refinement"]["chosen_on"]
 
 
 def run_features(
@@ -117,7 +116,7 @@ def evaluate_run(
         "checkpoint_step": checkpoint.step,
     }
     metrics["refinement"]["chosen_on"] = chosen_on
-    bad_training = json.loads(run.read_text("bad_samples.json")) if run.exists("bad_samples.json") else []
+    bad_training = json.loads(run.read_text(BAD_SAMPLES)) if run.exists(BAD_SAMPLES) else []
     metrics["bad_training_samples"] = bad_training
     if own and split == "test" and (best := best_on_test(read_jsonl(run))):
         metrics["best_on_test"] = best

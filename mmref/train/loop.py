@@ -18,7 +18,7 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import NonFiniteLossError, TooManyBadSamplesError
 from mmref.evaluate.features import Encoder
 from mmref.model.mmref import build_model
-from mmref.rundir import RunDir
+from mmref.rundir import BAD_SAMPLES, RunDir
 from mmref.train import checkpoint, collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.elastic import accumulation_for
@@ -29,8 +29,6 @@ from mmref.train.saver import Saver
 from mmref.train.step import LOSSES, StepRunner
 from mmref.train.stop import StopNotice
 from mmref.train.validation import Validation, score_of
-
-BAD = "bad_samples.json"
 
 
 def train_worker(values: dict[str, Any]) -> int:
@@ -92,8 +90,8 @@ class Worker:
         self.ledger = Ledger(run, self.start, self.device)
         self.notice = StopNotice(run)
         self.bad: set[str] = set()
-        if self.start and run.exists(BAD):  # of the run so far
-            self.bad |= set(json.loads(run.read_text(BAD)))
+        if self.start and run.exists(BAD_SAMPLES):  # of the run so far
+            self.bad |= set(json.loads(run.read_text(BAD_SAMPLES)))
         self.log: RunLog | None = None
 
     def train(self) -> int:
@@ -240,7 +238,7 @@ class Worker:
             yield
         finally:
             if self.bad:
-                self.run.write_text(BAD, json.dumps(sorted(self.bad), indent=1))
+                self.run.write_text(BAD_SAMPLES, json.dumps(sorted(self.bad), indent=1))
             self.log.close()
 
 

@@ -83,12 +83,12 @@ def prepare_run(config: Config, run: RunDir) -> None:
     """Write the resolved config. Raises RunDirectoryError for another config's run."""
     if run.exists("config.yaml"):
         before = run.read_config()
-        if checkpoint.latest_checkpoint(run) and config_hash(before) != config_hash(config):
-            raise RunDirectoryError(
-                f"{run.path} holds checkpoints of another config: {_differences(before, config)}. Resume with the same "
-                "config, or give another `--run_dir`."
-            )
         if checkpoint.latest_checkpoint(run):
+            if config_hash(before) != config_hash(config):
+                raise RunDirectoryError(
+                    f"{run.path} holds checkpoints of another config: {_differences(before, config)}. Resume with the same "
+                    "config, or give another `--run_dir`."
+                )
             check_same_data(run, config)
     run.write_text("config.yaml", dump_yaml(config))
     run.write_text(DATA, data_fingerprint(config))

@@ -86,9 +86,8 @@ class Engine:
             try:
                 self.refresh()
                 problem = ""
-            except (
-                Exception
-            ) as error:  # being replaced, or gone: what is open stays in use, and the next look may succeed
+            # being replaced, or gone: what is open stays in use, and the next look may succeed
+            except Exception as error:
                 problem = str(error) if isinstance(error, (MMRefError, OSError)) else repr(error)
             if problem and problem != said:
                 log.warning("%s is not opened again: %s", self._searcher.index, problem)

@@ -21,7 +21,7 @@ LEASE_S, LOOK_S = 120.0, 2.0  # NFS gives up a lost client's locks after 90
 # answers rather than failures: trying again would get the same
 PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 # libraries below fsspec whose errors are not OSErrors
-CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "azure")
+CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")
 
 log = logging.getLogger("mmref")
 

@@ -10,33 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from pathlib import Path
 
 import fsspec
 
 from mmref.errors import ShardSetError
-from mmref.storage import one_at_a_time
+from mmref.storage import one_at_a_time, retry
 
-ATTEMPTS = 4  # of a read from storage; pauses of 0.5, 1 and 2 s between them
 FETCHES = "fetches.log"
-
-
-def with_retries(read, what: str):  # type: ignore[no-untyped-def]
-    """Value of `read()`, tried again on errors of the storage. Raises the last OSError.
-
-    A file that is not there is not waited for.
-    """
-    for attempt in range(ATTEMPTS):
-        try:
-            return read()
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # every file system has its own exceptions
-            if attempt == ATTEMPTS - 1:
-                raise OSError(f"{what}: {error} (after {ATTEMPTS} attempts)") from error
-            time.sleep(0.5 * 2**attempt)
-    raise AssertionError("unreachable")
 
 
 class ShardCache:
@@ -47,7 +28,7 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, url: str) -> str:
-        """Local path of a shard, downloaded when it is not here yet. Raises OSError, ShardSetError."""
+        """Local path of a shard, downloaded when it is not here yet. Raises OSError, StorageError, ShardSetError."""
         name = hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + url.rsplit("/", 1)[-1]
         target = self.folder / name
         if self._touch(target):
@@ -66,7 +47,7 @@ class ShardCache:
 
     def _fetch(self, url: str, target: Path) -> None:
         fs, inner = fsspec.core.url_to_fs(url)
-        size = int(with_retries(lambda: fs.size(inner), url))
+        size = int(retry(f"read {url}", lambda: fs.size(inner)))
         if size > self.limit:
             raise ShardSetError(
                 f"{url} has {size:,} bytes, the cache may hold {self.limit:,}: raise `data.cache_gb`, or set it to 0 to "
@@ -77,10 +58,13 @@ class ShardCache:
             self._make_room(size)
             with open(part, "wb") as file:
                 file.truncate(size)  # counts from now on
-        with_retries(lambda: fs.get_file(inner, str(part)), url)
-        if part.stat().st_size != size:
-            part.unlink()
-            raise OSError(f"{url}: {size} bytes expected, the download has another size")
+
+        def download() -> None:
+            fs.get_file(inner, str(part))
+            if (got := part.stat().st_size) != size:
+                raise OSError(f"{size} bytes expected, {got} came")
+
+        retry(f"read {url}", download)
         os.replace(part, target)
         with open(self.folder / FETCHES, "a") as log:
             log.write(target.name + "\n")

@@ -26,9 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmref.data.cache import ShardCache, with_retries
+from mmref.data.cache import ShardCache
 from mmref.data.columns import Strings, read_columns
-from mmref.errors import SampleError, ShardSetError
+from mmref.errors import SampleError, ShardSetError, StorageError
 from mmref.storage import retry
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _join(root: str, *parts: str) -> str:
 
 
 def _read_bytes(path: str) -> bytes:
-    """Whole file, local or any fsspec URL. Raises OSError."""
+    """Whole file, local or any fsspec URL. Raises OSError, StorageError."""
     if _is_url(path):
         import fsspec  # only sets on object storage need it
 
@@ -65,13 +65,13 @@ def _read_bytes(path: str) -> bytes:
             with fsspec.open(path, "rb") as file:
                 return file.read()
 
-        return with_retries(read, path)
+        return retry(f"read {path}", read)
     with open(path, "rb") as file:
         return file.read()
 
 
 def _open(path: str) -> Any:
-    """Binary file, local or URL. Raises OSError."""
+    """Binary file, local or URL. Raises OSError, StorageError."""
     return io.BytesIO(_read_bytes(path)) if _is_url(path) else open(path, "rb")
 
 
@@ -101,7 +101,7 @@ def _sizes(folder: str) -> dict[str, int]:
     import fsspec
 
     fs, inner = fsspec.core.url_to_fs(folder)
-    found = with_retries(lambda: fs.find(inner, detail=True), folder)
+    found = retry(f"list {folder}", lambda: fs.find(inner, detail=True))
     return {name.rsplit("/", 1)[-1]: int(entry["size"]) for name, entry in found.items()}
 
 
@@ -250,32 +250,28 @@ class SampleReader:
 
     def _open_cached(self, url: str) -> int:
         assert self.cache is not None
-        cache = self.cache
-
-        def fetch_and_open() -> int:
-            return os.open(cache.path(url), os.O_RDONLY)
-
         for _ in range(OPEN_ATTEMPTS - 1):
             # another process of the node may make room between the two
             with contextlib.suppress(FileNotFoundError):
-                return retry(f"read {url}", fetch_and_open)
-        return retry(f"read {url}", fetch_and_open)
+                return os.open(self.cache.path(url), os.O_RDONLY)
+        return os.open(self.cache.path(url), os.O_RDONLY)
 
     def _range(self, shard: int, offset: int, size: int, what: str) -> bytes:
-        """Bytes of a shard. Raises SampleError, or StorageError where object storage does not answer: that says nothing of the
-        sample, and another in its place would change the run."""
+        """Bytes of a shard. Raises SampleError, or StorageError where storage does not answer or permit it: that says nothing
+        of the sample, and another in its place would change the run."""
         path = self.index.shard_paths[shard]
         try:
             if _is_url(path) and self.cache is None:
                 import fsspec
 
                 fs, inner = fsspec.core.url_to_fs(path)
-                data = retry(
-                    f"read {path}",
-                    lambda: with_retries(lambda: fs.cat_file(inner, start=offset, end=offset + size), path),
-                )
+                data = retry(f"read {path}", lambda: fs.cat_file(inner, start=offset, end=offset + size))
             else:
                 data = os.pread(self._descriptor(shard), size, offset)
+        except PermissionError as error:  # so do credentials that have run out
+            raise StorageError(
+                f"cannot read {path}: {error}. Mend it, then start the same command: it resumes."
+            ) from error
         except OSError as error:
             raise SampleError(f"{path}: cannot read {what} at byte {offset}: {error}") from error
         if len(data) != size:
@@ -318,6 +314,8 @@ class ShardSet:
         path = _join(root, "manifest.json")
         try:
             manifest = json.loads(_read_bytes(path))
+        except (PermissionError, IsADirectoryError) as error:
+            raise ShardSetError(f"{path} cannot be read: {error}.") from error
         except OSError as error:
             raise ShardSetError(
                 f"No complete shard set in {root}: manifest.json is missing, so its build did not finish or the path "

@@ -6,15 +6,16 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmref.config import Config
-from mmref.data.cache import with_retries
 from mmref.errors import ModelError
 from mmref.packages import local_name
+from mmref.storage import retry
 
 MASK_TOKEN = "<|mask|>"
 
@@ -77,6 +78,6 @@ def _local(path: str) -> Iterator[str]:
 
     fs, inner = fsspec.core.url_to_fs(path)
     with tempfile.TemporaryDirectory(prefix="mmref-") as folder:
-        for name in with_retries(lambda: fs.ls(inner, detail=False), path):
-            fs.get_file(name, f"{folder}/{os.path.basename(name)}")
+        for name in retry(f"list {path}", lambda: fs.ls(inner, detail=False)):
+            retry(f"read {name}", partial(fs.get_file, name, f"{folder}/{os.path.basename(name)}"))
         yield folder

@@ -11,7 +11,6 @@ import fsspec
 import pytest
 
 from mmref import storage
-from mmref.data import cache as cache_module
 from mmref.data.cache import ShardCache
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import ShardSetError, StorageError
@@ -81,7 +80,7 @@ def test_a_shard_larger_than_the_cache_is_a_named_error(remote: list[str], tmp_p
 def test_storage_that_fails_for_a_moment_is_asked_again(
     remote: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     fs = fsspec.filesystem("file")
     failures = iter([True, True, False])
     get_file = fs.get_file
@@ -94,13 +93,14 @@ def test_storage_that_fails_for_a_moment_is_asked_again(
     monkeypatch.setattr(fs, "get_file", flaky)
     assert content(ShardCache(str(tmp_path / "cache"), 10_000).path(remote[4])) == bytes([4]) * 1000
     monkeypatch.setattr(fs, "get_file", lambda *args: (_ for _ in ()).throw(OSError("down")))
-    with pytest.raises(OSError, match=r"down.*after 4 attempts"):
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.0)
+    with pytest.raises(StorageError, match=r"cannot read .*down"):
         ShardCache(str(tmp_path / "cache"), 10_000).path(remote[5])
 
 
 def test_an_outage_is_no_broken_sample(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another image in its place would be another run; and a shard that makes room for others meanwhile is fetched again."""
-    monkeypatch.setattr(cache_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(storage, "PATIENCE_S", 0.0)
     fs = fsspec.filesystem("memory")
     index = ShardSet.open(str(tiny_set)).index("train")
@@ -127,6 +127,9 @@ def test_an_outage_is_no_broken_sample(tiny_set: Path, tmp_path: Path, monkeypat
     for reader in (SampleReader(remote), SampleReader(remote, ShardCache(str(tmp_path / "other"), 10_000_000))):
         with pytest.raises(StorageError, match=r"cannot read memory://set/.*down"):
             reader.read(0)
+    monkeypatch.setattr(type(fs), "cat_file", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("expired")))
+    with pytest.raises(StorageError, match=r"cannot read memory://set/.*expired.*resumes"):
+        SampleReader(remote).read(0)
 
 
 def read_all(folder: str, urls: list[str], out) -> None:  # type: ignore[no-untyped-def]

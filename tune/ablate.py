@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmref.cli import run_command
@@ -23,7 +23,7 @@ from mmref.data.shards import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.rundir import RunDir
 from mmref.train.trainer import check_inputs, check_same_data
-from tune.ablation import Results, markdown, plot, summarise, table_csv
+from tune.ablation import markdown, plot, summarise, table_csv
 from tune.capacity import TRIAL_CPUS, connected
 from tune.failure import reason
 from tune.reuse import Recorded, choices, chosen_otherwise, record
@@ -79,7 +79,8 @@ def ablate(
     only: list[str] | None = None,
     files: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Train and evaluate what is not there yet, write the tables, and return the rows as `ablation.summarise` does.
+    """Train and evaluate what is not there yet, write the tables whenever a training ends, and return the rows as
+    `ablation.summarise` does.
 
     Args:
         only: rows to train, with those they read and the baseline; of the others the tables have what is there. None: all.
@@ -103,14 +104,14 @@ def ablate(
     configs = {t: rows.config(base, t.row, t.point, t.seed, run.join(t.folder)) for t in trainings(rows, seeds)}
     wanted = rows.only(only, "--only") if only else rows
     planned = {t: configs[t] for t in trainings(wanted, seeds)}
-    recorded, data = Recorded(files, split), data_fingerprint(base)
+    recorded, data = Recorded(files, split), fingerprints(configs)
     refined_too = {row.training for row in rows.rows if row.refined}
     failures: dict[Training, str] = {}
     with run.held():
         for config in configs.values():
             check_judged_alike(config)
         found = {
-            t: read_result(config, split) or recorded.get(config, data, t.row in refined_too)
+            t: read_result(config, split, data[t]) or recorded.get(config, data[t], t.row in refined_too)
             for t, config in configs.items()
         }
         results = {t: metrics for t, metrics in found.items() if metrics}
@@ -119,14 +120,22 @@ def ablate(
             f"{len(planned)} trainings to {run.path}, {len(planned) - len(missing)} of them are there already",
             flush=True,
         )
-        if missing:
-            results |= _train(base, {t: planned[t] for t in missing}, split, max_concurrent, failures)
-        table = summarise(rows, results, seeds, kind)
-        if table:
-            about = {"split": split, "seeds": seeds, "steps": base.train.max_steps}
-            write_tables(
-                run, table, rows, {**about, "trainings": [record(t, configs[t], results[t], data) for t in results]}
-            )
+        about = {"split": split, "seeds": seeds, "steps": base.train.max_steps}
+        table: list[dict[str, Any]] = []
+
+        def tabulate() -> None:
+            table[:] = summarise(rows, results, seeds, kind)
+            if table:
+                done = [record(t, configs[t], metrics, data[t]) for t, metrics in results.items()]
+                write_tables(run, table, rows, {**about, "trainings": done})
+
+        tabulate()
+        for training, failure in _train(base, {t: planned[t] for t in missing}, split, max_concurrent):
+            if failure:
+                failures[training] = failure
+            elif metrics := read_result(configs[training], split, data[training]):
+                results[training] = metrics
+                tabulate()
     if failures:
         first = next(iter(failures))
         raise SweepError(
@@ -141,6 +150,16 @@ def result_name(split: str) -> str:
     return f"result-{split}.json"
 
 
+def fingerprints(configs: dict[Training, Config]) -> dict[Training, str]:
+    """Of the shards of each training, which a row may set; every set is opened once."""
+    found: dict[tuple[str, ...], str] = {}
+    for config in configs.values():
+        sets = (config.data.root, *config.data.mix)
+        if sets not in found:
+            found[sets] = data_fingerprint(config)
+    return {t: found[config.data.root, *config.data.mix] for t, config in configs.items()}
+
+
 def check_judged_alike(config: Config) -> None:
     """Raise RunDirectoryError where the config's run directory holds a training whose checkpoint or refinement was chosen in
     another way: its results are not comparable."""
@@ -151,9 +170,9 @@ def check_judged_alike(config: Config) -> None:
         raise RunDirectoryError(f"{run.path} {otherwise}. Give the same, another `--run_dir`, or remove that folder.")
 
 
-def read_result(config: Config, split: str) -> dict[str, Any] | None:
+def read_result(config: Config, split: str, data: str) -> dict[str, Any] | None:
     """Metrics of a finished training, None where it is not finished. Raises RunDirectoryError for one of another config or of
-    shards with other contents."""
+    shards with other contents than `data`, as of `data_fingerprint`."""
     run = RunDir(config.run_dir)
     if not run.exists(result_name(split)):
         return None
@@ -162,14 +181,15 @@ def read_result(config: Config, split: str) -> dict[str, Any] | None:
         raise RunDirectoryError(
             f"{run.path} holds a training of another config. Give another `--run_dir`, or remove that folder."
         )
-    check_same_data(run, config)
+    check_same_data(run, config, data)
     metrics["step_seconds"] = median_step_seconds(run)
     metrics.setdefault("machine", None)
     return metrics
 
 
-def train_and_evaluate(values: dict[str, Any], split: str) -> None:
-    """One training and its evaluation, in a task that Ray placed; leaves result-<split>.json in the run directory."""
+def train_and_evaluate(values: dict[str, Any], split: str) -> dict[str, float]:
+    """One training and its evaluation, in a task that Ray placed; leaves result-<split>.json in the run directory. Returns its
+    refined metrics."""
     from mmref.cluster import machine, named_address
     from mmref.evaluate.evaluate import evaluate_run
     from mmref.train.trainer import train
@@ -182,18 +202,21 @@ def train_and_evaluate(values: dict[str, Any], split: str) -> None:
         metrics = evaluate_run(config.run_dir, split=split)
         result = {**metrics, "machine": machine(config)}
         RunDir(config.run_dir).write_text(result_name(split), json.dumps(result, indent=1))
+    return metrics["refined"]
 
 
 def _train(
-    base: Config, planned: dict[Training, Config], split: str, wanted: int | None, failures: dict[Training, str]
-) -> Results:
-    """Run the trainings, as many at a time as fit; what ends one badly is noted in `failures`."""
+    base: Config, planned: dict[Training, Config], split: str, wanted: int | None
+) -> Iterator[tuple[Training, str]]:
+    """Run the trainings, as many at a time as fit; each as it ends, with the reason where it ended badly."""
+    if not planned:
+        return
     with connected(base, wanted, len(planned)) as fit_in:
         import ray
 
         at_once = min(len(planned), fit_in)
         task = ray.remote(num_cpus=TRIAL_CPUS, max_retries=0)(train_and_evaluate)
-        waiting, results = list(planned.items())[::-1], {}
+        waiting = list(planned.items())[::-1]
         running: dict[Any, tuple[Training, float]] = {}
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -201,15 +224,15 @@ def _train(
                 running[task.remote(to_dict(config), split)] = (training, time.monotonic())
             for done in ray.wait(list(running), num_returns=1)[0]:
                 training, began = running.pop(done)
+                failure = ""
                 try:
-                    ray.get(done)
-                    results[training] = read_result(planned[training], split) or {}
-                    text = ", ".join(f"{m} {results[training]['refined'][m]:.1f}" for m in ("R@1", "mAP"))
+                    refined = ray.get(done)
+                    text = ", ".join(f"{m} {refined[m]:.1f}" for m in ("R@1", "mAP"))
                 except ray.exceptions.RayError as error:
-                    failures[training] = text = reason(error)
+                    text = failure = reason(error)
                 left = len(waiting) + len(running)
                 print(f"[{left} left] {training}: {text} ({time.monotonic() - began:.0f} s)", flush=True)
-        return results
+                yield training, failure
 
 
 def write_tables(run: RunDir, table: list[dict[str, Any]], rows: Rows, about: dict[str, Any]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmref.config import Config, known_keys, read_yaml
+from mmref.config import Config, build_parser, read_yaml
 from mmref.errors import ConfigError
-from tune.space import cast_value, field_type, with_values
+from tune.space import annotation, cast_value, is_single, with_values
 
 TOP = {"baseline", "rows", "over"}
 SIZES = ("train.workers", "train.gpu", "train.cpus_per_worker", "data.readers")  # what a training takes of the cluster
@@ -165,9 +167,24 @@ def _value(name: str, value: Any, path: str) -> Any:
         raise ConfigError(
             f"{path}: `{name}` sizes the trainings before they start: set it for all, on the command line."
         )
-    if isinstance(value, dict | list) and name in known_keys():  # such as a tower's config
-        return value
-    return cast_value(name, value, field_type(name, path), path)
+    hint = annotation(name, path)
+    if is_single(hint):
+        return cast_value(name, value, hint, path)
+    if dataclasses.is_dataclass(hint):
+        raise ConfigError(
+            f"{path}: `{name}` is a section: set its fields, as `{name}.{dataclasses.fields(hint)[0].name}`."
+        )
+    return _checked(name, value, path)
+
+
+def _checked(name: str, value: Any, path: str) -> Any:
+    """A list or mapping, such as a tower's config, with the types of its parts. Raises ConfigError."""
+    import jsonargparse
+
+    try:
+        return build_parser().parse_args([f"--{name}={json.dumps(value)}"])[name]
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def _check_name(name: str, rows: tuple[Row, ...], where: str) -> None:

@@ -234,17 +234,30 @@ def cast_value(name: str, value: Any, hint: Any, path: str) -> Any:
     raise ConfigError(f"{path}: `{name}` takes {getattr(hint, '__name__', hint)}, found {value!r}.")
 
 
-def field_type(name: str, where: str) -> Any:
-    """Type of a field that holds one value. Raises ConfigError: an unknown field, a section, a list."""
+def annotation(name: str, where: str) -> Any:
+    """Type of a dotted field as it is annotated. Raises ConfigError for an unknown one."""
     cls: Any = Config
     for part in name.split("."):
         hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
         if part not in hints:
             raise unknown_key(name, where)
         cls = hints[part]
-    if dataclasses.is_dataclass(cls) or typing.get_origin(cls) in (list, dict, typing.Union, types.UnionType):
-        raise ConfigError(f"{where}: `{name}` is not a single value and cannot be searched.")
     return cls
+
+
+def is_single(hint: Any) -> bool:
+    """Whether a field of this annotation holds one value: no section, list or mapping."""
+    return not (
+        dataclasses.is_dataclass(hint) or typing.get_origin(hint) in (list, dict, typing.Union, types.UnionType)
+    )
+
+
+def field_type(name: str, where: str) -> Any:
+    """Type of a field that holds one value. Raises ConfigError: an unknown field, a section, a list."""
+    hint = annotation(name, where)
+    if not is_single(hint):
+        raise ConfigError(f"{where}: `{name}` is not a single value and cannot be searched.")
+    return hint
 
 
 def get_value(config: Config, name: str) -> Any:

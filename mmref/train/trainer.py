@@ -81,6 +81,7 @@ def check_inputs(config: Config) -> None:
 
 def prepare_run(config: Config, run: RunDir) -> None:
     """Write the resolved config. Raises RunDirectoryError for another config's run."""
+    data = data_fingerprint(config)
     if run.exists("config.yaml"):
         before = run.read_config()
         if checkpoint.latest_checkpoint(run):
@@ -89,19 +90,18 @@ def prepare_run(config: Config, run: RunDir) -> None:
                     f"{run.path} holds checkpoints of another config: {_differences(before, config)}. Resume with the same "
                     "config, or give another `--run_dir`."
                 )
-            check_same_data(run, config)
+            check_same_data(run, config, data)
     run.write_text("config.yaml", dump_yaml(config))
-    run.write_text(DATA, data_fingerprint(config))
+    run.write_text(DATA, data)
     checkpoint.remove_uncommitted(run)
     checkpoint.repair_snapshot(run)
 
 
-def check_same_data(run: RunDir, config: Config) -> None:
-    """Raise RunDirectoryError where a run was trained on shards with other contents than those of `config`."""
+def check_same_data(run: RunDir, config: Config, now: str) -> None:
+    """Raise RunDirectoryError where a run was trained on shards with other contents than `now`, as of `data_fingerprint`."""
     if not run.exists(DATA):  # of an older version
         return
-    before, now = run.read_text(DATA), data_fingerprint(config)
-    if before != now:
+    if (before := run.read_text(DATA)) != now:
         raise RunDirectoryError(
             f"{run.path} was trained on shards with the fingerprint {before}, {config.data.root} has {now}: the set was built "
             "anew. Give another `--run_dir` (`--train.start_from` takes the weights along), or the set as it was."

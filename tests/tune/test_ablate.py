@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepErr
 from mmref.rundir import RunDir
 from mmref.train.trainer import DATA
 from tune import ablate as module
-from tune.ablate import ablate, main, read_result, result_name
+from tune.ablate import ablate, main, result_name
 from tune.failure import reason
-from tune.rows import Row, Rows
+from tune.rows import Row, Rows, Training
 from tune.space import with_values
 
 ROWS = Rows((Row("plain", {"loss.w_guide": 0.0}), Row("full"), Row("full, refined", of="full", refined=True)), "plain")
@@ -36,12 +38,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Folders trained, in order. A training leaves a result at once; the first of full-seed1 fails below a folder `fail`."""
     done: list[str] = []
 
-    def fake(base: Config, planned: dict, split: str, wanted: int | None, failures: dict) -> dict:
-        found = {}
+    def fake(base: Config, planned: dict, split: str, wanted: int | None) -> Iterator[tuple[Training, str]]:
         for training, config in planned.items():
             done.append(training.folder)
             if training.folder == "full-seed1" and done.count("full-seed1") == 1 and "fail" in base.run_dir:
-                failures[training] = "RuntimeError: no."
+                yield training, "RuntimeError: no."
                 continue
             state = {"R@1": 40.0 + training.seed, "mAP": 30.0}
             metrics = {"initial": state, "refined": state, "by_caption_kind": {}, "config_hash": config_hash(config)}
@@ -51,8 +52,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             lines = [{"step": i, "step_seconds": s} for i, s in enumerate((9.0, 1.0, 1.0))]
             run.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             run.write_text("config.yaml", dump_yaml(config))
-            found[training] = read_result(config, split)
-        return found
+            yield training, ""
 
     monkeypatch.setattr(module, "_train", fake)
     return done
@@ -68,6 +68,30 @@ def test_the_same_command_does_only_what_is_missing(base: Config, trained: list[
     written = json.loads((out / "ablation.json").read_text())
     assert written["rows"] == again and written["seeds"] == [0, 1, 2] and written["split"] == "test"
     assert all((out / f"ablation.{kind}").stat().st_size for kind in ("md", "csv", "png"))
+
+
+def test_tables_are_there_as_soon_as_a_training_is(
+    base: Config, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, seen = module._train, []
+
+    def watch(*args: Any) -> Iterator[tuple[Training, str]]:
+        for training, failure in fake(*args):
+            yield training, failure
+            seen.append([row["name"] for row in json.loads(Path(base.run_dir, "ablation.json").read_text())["rows"]])
+
+    monkeypatch.setattr(module, "_train", watch)
+    ablate(base, ROWS, [0])
+    assert seen == [["plain"], ["plain", "full", "full, refined"]]
+
+
+def test_a_row_may_train_on_other_shards(base: Config, trained: list[str], tiny_set: Path, tmp_path: Path) -> None:
+    """What came of each training is noted with the fingerprint of its own shards."""
+    other = str(shutil.copytree(tiny_set, tmp_path / "other_set"))
+    rows = Rows((Row("plain"), Row("more", {"data.mix": {other: 0.5}})), "plain")
+    ablate(base, rows, [0])
+    plain, more = json.loads(Path(base.run_dir, "ablation.json").read_text())["trainings"]
+    assert plain["data"] == data_fingerprint(base) and more["data"] == f"{plain['data']} {plain['data']}"
 
 
 def test_a_failure_is_told_at_the_end_and_tried_again(base: Config, trained: list[str], tmp_path: Path) -> None:
@@ -221,9 +245,9 @@ def test_the_command_line(base: Config, trained: list[str], tmp_path: Path, caps
 def test_configs_reach_the_trainings(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Config] = {}
 
-    def note(base: Config, planned: dict, *rest: Any) -> dict:
+    def note(base: Config, planned: dict, *rest: Any) -> list:
         seen.update({str(training): config for training, config in planned.items()})
-        return {}
+        return []
 
     monkeypatch.setattr(module, "_train", note)
     ablate(base, ROWS, [3])

@@ -224,8 +224,11 @@ def test_training_starts_from_another_run(run, make_config, config, tmp_path):
     """Weights and the references of the objects that both have; optimizer state is new."""
     index = ShardSet.open(config.data.root).index("train")
     fresh = PlainTraining(
-        make_config({"train.seed": 5, "reference.update": config.reference.update, "reference.per_object": 2})
+        make_config(
+            {"train.seed": 5, "reference.update": config.reference.update, "reference.per_object": 2, "loss.tau": 0.03}
+        )
     )
+    tau = fresh.model.log_scale.clone()
     engine = SimpleNamespace(module=fresh.model, optimizer=torch.optim.AdamW(fresh.model.parameters()))
     object_ids = ["somebody", *list(index.object_ids)[1:]]
     bank = ReferenceBank(len(object_ids), fresh.model.embed_dim, config.reference, 5, object_ids=object_ids)
@@ -236,7 +239,8 @@ def test_training_starts_from_another_run(run, make_config, config, tmp_path):
         saved = load_file(f"{folder}/model-0.safetensors")
         rows = checkpoint.load_references(folder, info.meta)
     for name, parameter in fresh.model.named_parameters():
-        assert torch.equal(parameter, saved[name]), name
+        assert torch.equal(parameter, saved[name]) == (name != "log_scale"), name
+    assert torch.equal(fresh.model.log_scale, tau), "of this run's config"
     assert torch.equal(bank.rows[1:], rows[1:]) and torch.equal(bank.rows[0], before["rows"][0])
     assert rows[UNSEEN:].abs().sum() > 0
     for name, state in bank.state_dict().items():

@@ -70,8 +70,8 @@ class ReferenceSpace:
     """The references of m objects as a space of codes. An object's similarity is that of its best reference.
 
     Args:
-        references: (m, K, d) float32, or (m, d) for K = 1; rows are normalised here. A zero row (never
-            trained) has cosine 0 with everything.
+        references: (m, K, d) float32, or (m, d) for K = 1; rows are normalised here. A zero row was never set: it counts in
+            nothing, and an object that has no other has cosine 0 with everything.
     Raises:
         EvaluationError: a reference is not finite, or there are none.
     """
@@ -87,7 +87,13 @@ class ReferenceSpace:
         if not np.isfinite(references).all():
             raise EvaluationError("references are not finite: the checkpoint comes from a run that diverged.")
         self.n_objects, self.per_object, self.dim = references.shape
-        self._rows = np.ascontiguousarray(_unit(references).reshape(-1, self.dim))  # (m K, d)
+        rows: np.ndarray = _unit(references)
+        there = np.asarray(references.any(axis=2))
+        there |= ~there.any(axis=1, keepdims=True)
+        if not there.all():  # the object's first stands in: it changes no maximum over an object's references
+            rows = np.where(there[..., None], rows, rows[np.arange(len(rows)), there.argmax(axis=1)][:, None])
+        self._there = there  # (m, K)
+        self._rows = np.ascontiguousarray(rows.reshape(-1, self.dim))  # (m K, d)
 
     def nearest(self, features: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
         """The r nearest objects of each feature row: ids (N, r) int32 and cosines (N, r), descending. r <= m."""
@@ -138,7 +144,8 @@ class ReferenceSpace:
     @cached_property
     def centres(self) -> np.ndarray:
         """(m, d) mean of each object's unit references."""
-        return self._rows.reshape(self.n_objects, self.per_object, self.dim).mean(axis=1)
+        rows = self._rows.reshape(self.n_objects, self.per_object, self.dim)
+        return rows.mean(axis=1, where=self._there[..., None])
 
     def coordinates(self, features: np.ndarray) -> np.ndarray:
         """Features in coordinates (N, c) whose inner products are those of the similarities to all m objects."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,20 @@ class Output(NamedTuple):
     mlm_sum: Tensor | None  # the same, from images
     id_sum: Tensor | None  # scalar: summed cross-entropy of the objects over images and texts
     scale: Tensor  # (1,) inverse temperature of the alignment
+
+
+class AtMost(torch.autograd.Function):
+    """min(x, bound), with a gradient above the bound as well where it leads back: a clamp would stay there for ever."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(x >= bound)
+        return x.clamp(max=bound)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (above,) = ctx.saved_tensors
+        return torch.where(above & (grad < 0), 0, grad), None
 
 
 class MMRef(nn.Module):
@@ -168,7 +182,7 @@ class MMRef(nn.Module):
                 if self.image_words is not None:
                     seen, read = self.backbone.in_shared_space(image_tokens, states)
                     mlm_sum = reconstruction_loss(self.image_words(read, mask, seen, masked.at), words)
-        return Output(image, text, rec_sum, mlm_sum, id_sum, self.log_scale.float().exp().clamp(max=1 / MIN_TAU))
+        return Output(image, text, rec_sum, mlm_sum, id_sum, AtMost.apply(self.log_scale.float().exp(), 1 / MIN_TAU))
 
     def is_new(self, name: str) -> bool:
         """Whether a parameter starts from random weights beside pretrained towers (gets `train.lr_new`)."""

@@ -11,7 +11,7 @@ def initial_rows(
 ) -> Tensor:
     """Random unit references of objects first .. first + count - 1, the same whoever owns them: (count, K, d).
 
-    Each object has its own generator seed, so a row does not depend on how rows are shared out.
+    A row does not depend on how rows are shared out.
     """
     rows = torch.empty(count, per_object, dim, dtype=dtype)
     chunk = 4096  # one generator per chunk of objects, at fixed boundaries

@@ -150,13 +150,20 @@ class ReferenceBank:
         at = pc.fill_null(pc.index_in(object_ids, value_set=self.object_ids), -1)
         return torch.from_numpy(at.to_numpy(zero_copy_only=False).astype(np.int64))
 
-    def load_rows(self, at: Tensor, state: dict[str, Tensor]) -> None:
-        """Set the rows `at` (n,) of this rank's share, as `find` gives them, from saved ones; those at -1 are passed over."""
+    def load_rows(self, at: Tensor, state: dict[str, Tensor], keep_unset: bool = False) -> None:
+        """Set the rows `at` (n,) of this rank's share, as `find` gives them, from saved ones; those at -1 are passed over.
+
+        Args:
+            keep_unset: references that are saved as zeros, never set, stay what they are here.
+        """
         mine = (at >= 0).nonzero()[:, 0]
         own = at[mine].to(self.home)
         for name, saved in state.items():
             target = self.state_dict()[name]
-            target[own] = saved[mine].to(target)
+            new = saved[mine].to(target)
+            if keep_unset:
+                new = torch.where(new.abs().amax(-1, keepdim=True) > 0, new, target[own])
+            target[own] = new
 
     def describe(self) -> dict[str, Any]:
         return {"objects": self.objects, "per_object": self.config.per_object, "dim": self.dim}

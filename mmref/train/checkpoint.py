@@ -311,12 +311,14 @@ def load(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) ->
 
 def start_from(run: RunDir, engine: Any, bank: ReferenceBank) -> None:
     """Begin training with the weights of another run's best checkpoint, and its references of the objects both know
-    (collective). Optimizer state starts anew. Raises CheckpointError."""
+    (collective). Optimizer state starts anew, so does a temperature that is not learned: `loss.tau` of this run holds.
+    References that the other run never set stay as they are. Raises CheckpointError."""
     info = best_checkpoint(run)
     with fetched(run, info, "model", "references") as folder:
         tensors = TensorFolder(folder, "model")
         check_fits(tensors, {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in _parameters(engine)}, folder)
-        load_state(engine, lambda name: {"weight": tensors.get(name)}, 0)
+        fixed = {name for name, p in _parameters(engine) if name == "log_scale" and not p.requires_grad}
+        load_state(engine, lambda name: {} if name in fixed else {"weight": tensors.get(name)}, 0)
         for name, buffer in _buffers(engine):
             buffer.copy_(tensors.get(f"buffer:{name}"))
         load_bank(folder, bank, info.meta, ("rows",))
@@ -343,7 +345,8 @@ def load_bank(folder: str, bank: ReferenceBank, meta: dict[str, Any], names: tup
                 mine = at[start : start + CHUNK]
                 if (mine >= 0).any():
                     wanted = names or tuple(bank.state_dict())
-                    bank.load_rows(mine, {name: file.read(name, start, start + len(mine)) for name in wanted})
+                    found = {name: file.read(name, start, start + len(mine)) for name in wanted}
+                    bank.load_rows(mine, found, keep_unset=bool(names))
     if known < bank.count:
         log.warning(
             "%d of %d objects have no references in %s: theirs start anew", bank.count - known, bank.count, folder

@@ -35,7 +35,8 @@ def parameter_groups(model: MMRef, config: TrainConfig) -> list[dict[str, Any]]:
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() > 1 and "position_embedding" not in name
+            # ConvNeXt V2 has norms of shape (1, 1, 1, C)
+            decays = parameter.squeeze().dim() > 1 and "position_embedding" not in name
             groups.setdefault((model.is_new(name), decays), []).append(parameter)
     return [
         {
@@ -179,7 +180,7 @@ def _copy(tensor: Tensor) -> Tensor:
 def load_state(engine: Any, read: Any, updates: int) -> None:
     """Set weights and moments from `read(name) -> {"weight", ...}`, as saved by `iterate_state`.
 
-    `updates` is the number of optimizer steps taken, for Adam's bias correction.
+    `updates` is the number of optimizer steps taken, for Adam's bias correction. What `read` has nothing of stays as it is.
     """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -189,6 +190,8 @@ def load_state(engine: Any, read: Any, updates: int) -> None:
         _create_moments(engine, updates)
     for name, p in engine.module.named_parameters():
         saved = {k: v.to(p.device) for k, v in read(name).items()}
+        if not saved:
+            continue
         # modifier_rank=0: rank 0's value is broadcast back to the partitions of the others
         with GatheredParameters([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
             p.data.copy_(saved["weight"].to(p.dtype))

@@ -153,9 +153,11 @@ class StepRunner:
             return align, _values(loss=align, loss_align=align)
         assert targets is not None
         weight = c.loss.w_guide * ramped
-        with torch.set_grad_enabled(weight > 0):
-            guide = self._guidance(image, text, rows.detach(), targets, weights)
-        total, fuse = align + weight * guide, guide
+        guide = fuse = torch.zeros_like(align)  # what is switched off is logged as 0
+        if c.loss.w_guide > 0:
+            with torch.set_grad_enabled(weight > 0):
+                guide = self._guidance(image, text, rows.detach(), targets, weights)
+        total = align + weight * guide
         if rows.requires_grad:
             both = torch.cat([image, text]).detach()
             fuse = reference_loss(
@@ -266,7 +268,7 @@ class StepRunner:
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout depends on (seed, step, rank): a resumed run draws what the undisturbed one would have drawn."""
-        torch.manual_seed((self.config.train.seed * 7_000_003 + step) * 4096 + collectives.rank())
+        torch.manual_seed(((self.config.train.seed * 7_000_003 + step) * 4096 + collectives.rank()) % (1 << 62))
 
 
 def _values(**losses: Tensor) -> Tensor:

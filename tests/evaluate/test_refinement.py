@@ -284,6 +284,26 @@ def test_unknown_metric_names_the_known_ones():
         choose_refinement(ReferenceSpace(references), queries, gallery, np.zeros(17), np.zeros(23), metric="mAP+R@2")
 
 
+@pytest.mark.parametrize("kind", ["sparse", "dense", "expansion"])
+def test_a_reference_that_was_never_set_counts_in_nothing(kind):
+    """An object with one reference of two is the object with that one alone, also where its cosine is below 0."""
+    rng = np.random.default_rng(0)
+    one, queries, gallery = (rng.standard_normal((n, 6)).astype(np.float32) for n in (5, 4, 7))
+    queries, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, gallery))
+    references = np.zeros((5, 2, 6), np.float32)
+    references[np.arange(5), [0, 1, 0, 1, 0]] = one
+    both = np.stack([one, one], 1)  # no short cut of dense codes with K = 2
+    settings = RefinementSettings(kind=kind, weight=0.5, top_r=3)
+    found, expected = (
+        refined_scores(ReferenceSpace(r), settings, queries, gallery)(slice(0, 4), queries @ gallery.T)
+        for r in (references, both)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(
+        ReferenceSpace(references).centres, one / np.linalg.norm(one, axis=1)[:, None], atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("bad", [np.full((3, 2, 4), np.nan), np.zeros((0, 2, 4)), np.zeros(3)])
 def test_references_that_cannot_be_used(bad):
     with pytest.raises(EvaluationError, match="references"):

@@ -136,3 +136,13 @@ def test_captions_longer_than_the_text_tower_s_positions_are_a_named_error(make_
     longer = {**BERT, "max_position_embeddings": 20}
     model = build_model(make_config({"data.max_tokens": 20, "model.text_config": longer}), 80)
     assert model.backbone.max_positions == 20
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_temperature_at_its_bound_can_leave_it(make_config, sign):
+    """CLIP's start is its bound, 0.01: a gradient away from it is kept, one across it is not."""
+    model = build_model(make_config({"loss.tau": 0.01, "loss.learn_tau": True}), 80)
+    scale = model(*batch()).scale
+    assert scale.item() == pytest.approx(100, abs=1e-4) and scale <= 100
+    (sign * scale).backward()
+    assert model.log_scale.grad.item() == pytest.approx(100 if sign > 0 else 0, rel=1e-4)

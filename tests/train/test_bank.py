@@ -234,3 +234,16 @@ def test_rows_in_host_memory_are_the_same(update):
             for made in (near, far):
                 made.follow(image, text, objects, objects)
         torch.testing.assert_close(near.fetch(active), far.fetch(active))
+
+
+def test_references_that_were_never_set_do_not_replace_random_ones():
+    """Rows of zeros would get no gradient: `train.start_from` leaves those that it finds."""
+    config = ReferenceConfig(update="gradient", per_object=2)
+    bank = ReferenceBank(3, 4, config, seed=0)
+    before, saved = bank.rows.clone(), torch.ones(2, 2, 4)
+    saved[1, 1] = 0
+    bank.load_rows(torch.tensor([2, 0]), {"rows": saved}, keep_unset=True)
+    assert torch.equal(bank.rows[2], saved[0]) and torch.equal(bank.rows[1], before[1])
+    assert torch.equal(bank.rows[0, 0], saved[1, 0]) and torch.equal(bank.rows[0, 1], before[0, 1])
+    bank.load_rows(torch.tensor([-1, 0]), {"rows": saved})
+    assert (bank.rows[0, 1] == 0).all(), "a run that resumes has what it had"

@@ -310,6 +310,7 @@ def test_align_only_equals_references_that_do_not_guide_yet(make_config):
         for name in b:
             torch.testing.assert_close(a[name], b[name], **CLOSE)
     assert (later.losses[:4, 0] == later.losses[:4, 1]).all()
+    assert (later.losses[:, 2] == 0).all(), "references that follow are not fused by a loss"
     assert later.losses[4, 0].item() == pytest.approx((later.losses[4, 1] + 0.5 * later.losses[4, 4]).item(), rel=1e-5)
 
 
@@ -323,6 +324,14 @@ def test_fusion_by_gradient_alone_leaves_the_encoders_as_they_are(make_config):
         assert a.keys() == b.keys()
         for name in b:
             assert torch.equal(a[name], b[name]), name
+
+
+def test_what_is_switched_off_is_logged_as_0_and_any_seed_will_do(make_config):
+    for seed in (1_763_800_000, -322_000_000):
+        losses = PlainTraining(
+            make_config({"loss.w_guide": 0.0, "reference.update": "gradient", "train.seed": seed})
+        ).step(0)
+        assert losses[4] == 0 and losses[2] > 0
 
 
 def test_without_any_use_of_references_none_are_kept(make_config):

@@ -142,7 +142,8 @@ class LossConfig:
     learn_tau: bool = False
     """Learn the alignment's temperature, starting from `tau`."""
     w_fuse: float = 1.0
-    """Weight of global fusion (trains references only; no effect under moving_average)."""
+    """Weight of global fusion (trains references only). Under moving_average its size has no effect; above 0 it keeps references
+    also where nothing else uses them."""
     w_rec: float = 0.0
     """Weight of local reconstruction (masked words from references)."""
     w_guide: float = 0.5

@@ -35,6 +35,7 @@ def class_metrics(
     image: np.ndarray,
     image_objects: np.ndarray,
     score_fn: ScoreFn | None = None,
+    score_classes: ScoreFn | None = None,
 ) -> dict[str, Any]:
     """{"AP@50": percent, "image top-1": percent}; classes without an image count in neither.
 
@@ -42,18 +43,21 @@ def class_metrics(
         queries, classes: of `class_queries`.
         image: (g, d) L2-normalised features, with their classes (g,).
         score_fn: refines the scores of the queries, as in `metrics.evaluate_features`.
+        score_classes: the same for the direction of images, where every class is a candidate; by default `score_fn`.
     Raises:
         EvaluationError: no class has both captions and images.
     """
     with_images = np.isin(classes, image_objects)
     if not with_images.any():
         raise EvaluationError("no class has captions and images: check that both come from one split.")
-    scores = queries @ image.T  # (c, g)
-    if score_fn is not None:
-        scores = score_fn(slice(0, len(queries)), scores)
+    initial = queries @ image.T  # (c, g)
+    every = slice(0, len(queries))
+    scores = initial if score_fn is None else score_fn(every, initial.copy())
+    other = score_classes or score_fn
+    of_images = scores if other is score_fn or other is None else other(every, initial.copy())
     hit = classes[:, None] == image_objects[None, :]
     best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
     precision = np.take_along_axis(hit, best, axis=1).mean(1)
-    right = classes[scores.argmax(0)] == image_objects  # (g,)
+    right = classes[of_images.argmax(0)] == image_objects  # (g,)
     accuracy = [right[image_objects == c].mean() for c in classes[with_images]]
     return {f"AP@{TOP}": 100 * float(precision[with_images].mean()), "image top-1": 100 * float(np.mean(accuracy))}

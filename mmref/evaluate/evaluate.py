@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,14 @@ from mmref.evaluate.class_protocol import class_metrics, class_queries
 from mmref.evaluate.embed import SplitFeatures, embed_splits
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
-from mmref.evaluate.report import format_table, render_report, report_path, section_path, with_section
+from mmref.evaluate.report import (
+    format_table,
+    metrics_path,
+    render_report,
+    report_path,
+    section_path,
+    with_section,
+)
 from mmref.rundir import BAD_SAMPLES, RunDir, read_jsonl
 from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, fetched, load_references
 
@@ -42,12 +49,23 @@ def is_own(config: Config, root: str) -> bool:
     return RunDir(root).path == RunDir(config.data.root).path
 
 
-def chosen_before(run: RunDir, checkpoint: CheckpointInfo) -> tuple[RefinementSettings, str]:
-    """The refinement that an evaluation of the run's own set chose for this checkpoint, and what it was chosen on.
+def view_of(config: Config, shards: ShardSet, split: str) -> str:
+    """Name of what a run's files of an evaluation are of, "" for the reported split of the run's own set: of another set its
+    name, of another split the split."""
+    other = [] if is_own(config, shards.root) else [shards.manifest["name"]]
+    return "-".join([*other, *([] if split == reported_split(shards) else [split])])
+
+
+def chosen_before(run: RunDir, checkpoint: CheckpointInfo, view: str = "") -> tuple[RefinementSettings, str]:
+    """The refinement that an evaluation chose for this checkpoint, and what it was chosen on.
 
     None, of weight 0, and "" where there was no such evaluation.
+
+    Args:
+        view: of what, as of `view_of`; by default of the run's own set.
     """
-    metrics = json.loads(run.read_text("metrics.json")) if run.exists("metrics.json") else {}
+    name = metrics_path(view)
+    metrics = json.loads(run.read_text(name)) if run.exists(name) else {}
     if metrics.get("checkpoint") != checkpoint.folder:
         return RefinementSettings(weight=0.0), ""
     return settings_of(metrics), metrics["refinement"]["chosen_on"]
@@ -75,11 +93,12 @@ def evaluate_run(
     Args:
         run_dir: run directory of `mmref train`.
         data: shard set, by default the one it was trained on. The references stay those of training: they refine the
-            results on another set as well, with weights chosen on that set's val. Its metrics go to `out` alone.
+            results on another set as well, with weights chosen on that set's val.
         split: the split reported.
-        out: where metrics are written besides `metrics.json` of the run.
+        out: where metrics are written besides the run directory, which gets metrics.json of its own set, metrics-SET.json
+            of another set; of a split that is not the one reported at the end, metrics-SPLIT.json.
         workers: Ray actors, by default `eval.workers`.
-        report: write report.html into the run directory.
+        report: write report.html, named alike, into the run directory.
 
     Returns:
         The metrics, as in metrics.json.
@@ -121,7 +140,9 @@ def evaluate_run(
     if own and split == "test" and (best := best_on_test(read_jsonl(run))):
         metrics["best_on_test"] = best
     text = json.dumps(metrics, indent=1)
-    if own and (split == reported_split(shards) or not run.exists("metrics.json")):
+    view = view_of(config, shards, split)
+    run.write_text(metrics_path(view), text)
+    if own and not run.exists("metrics.json"):  # of a run that reported nothing so far, for `mmref export`
         run.write_text("metrics.json", text)
     if out:
         folder, _, name = RunDir(out).path.rpartition("/")
@@ -134,10 +155,9 @@ def evaluate_run(
             title=f"{shards.manifest['name']} · {run.path.rsplit('/', 1)[-1]}",
             config=to_dict(config),
         )
-        other = "" if own else shards.manifest["name"]
-        if run.exists(section := section_path(checkpoint.folder, other)):
+        if run.exists(section := section_path(checkpoint.folder, view)):
             page = with_section(page, run.read_text(section))
-        run.write_text(report_path(other), page)
+        run.write_text(report_path(view), page)
     print(format_table(metrics))
     return metrics
 
@@ -201,7 +221,7 @@ class Evaluation:
             if not initial.valid[at].any():
                 continue  # none of its images could be read
             kinds[kind] = {
-                "n_queries": len(at),
+                "n_queries": int(initial.valid[at].sum()),
                 "initial": summarize(initial, at),
                 "refined": summarize(refined, at),
                 "ci95": bootstrap_ci(refined.take(at), q.objects[at], n),
@@ -209,6 +229,7 @@ class Evaluation:
         s = asdict(self.settings)
         return {
             "n_queries": len(initial),
+            "n_excluded": initial.n_excluded,
             "n_gallery": len(f.image),
             "n_objects": len(np.unique(f.image_objects)),
             "initial": summarize(initial),
@@ -231,8 +252,15 @@ class Evaluation:
         """Reed's protocol with and without refinement."""
         f, q = self.features, self.features.queries
         queries, classes = class_queries(f.text[q.text], q.objects)
-        score_fns = {"initial": None, "refined": self._refiner(queries, f.image)}
-        return {state: class_metrics(queries, classes, f.image, f.image_objects, fn) for state, fn in score_fns.items()}
+        given = queries, classes, f.image, f.image_objects
+        refined = self._refiner(queries, f.image)
+        # an image's classes are all its candidates
+        everywhere = (
+            None
+            if self.space is None
+            else refined_scores(self.space, replace(self.settings, top_p=None), queries, f.image)
+        )
+        return {"initial": class_metrics(*given), "refined": class_metrics(*given, refined, everywhere)}
 
     def examples(self, count: int) -> list[dict[str, Any]]:
         """Queries with their first results before and after refinement: half where refinement moved the first hit."""

@@ -10,7 +10,6 @@
 import base64
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,41 +34,28 @@ _LOSSES = {  # key of a history line: (label, colour, line style)
 _VAL_STYLES = (("#010000", "o", "-"), ("#020000", "s", "--"), ("#030000", "^", "-."), ("#040000", "D", ":"))
 _SMOOTH_ABOVE = 60  # log lines from which a curve is drawn as a rolling mean
 _TRIED_SHOWN = 12
-EXPLANATIONS = "explain"  # folder of a run; explain-<name> on another shard set than its own
+EXPLANATIONS = "explain"  # folder of a run; explain-<view> of another set or split
 _OPEN, _CLOSE = "<!-- explanations -->", "<!-- end of explanations -->"  # around them in a report
 
 
-def write_report(
-    path: str | Path,
-    *,
-    metrics: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
-    examples: Sequence[Mapping[str, Any]],
-    title: str,
-    config: Mapping[str, Any],
-) -> None:
-    """Write `render_report(...)` to a local file, by way of a temporary name: a reader never sees half of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(
-        render_report(metrics=metrics, history=history, examples=examples, title=title, config=config), encoding="utf-8"
-    )
-    os.replace(temporary, path)
+def metrics_path(view: str = "") -> str:
+    """Where a run keeps the metrics of an evaluation, by `evaluate.view_of`."""
+    return f"metrics-{view}.json" if view else "metrics.json"
 
 
-def report_path(other: str = "") -> str:
-    """Where a run keeps its report, on its own shard set or on another of this name."""
-    return f"report-{other}.html" if other else "report.html"
+def report_path(view: str = "") -> str:
+    """Where a run keeps the report of an evaluation, by `evaluate.view_of`."""
+    return f"report-{view}.html" if view else "report.html"
 
 
-def explanations_folder(other: str = "") -> str:
-    """Where a run keeps what `mmref explain` wrote, on its own shard set or on another of this name."""
-    return f"{EXPLANATIONS}-{other}" if other else EXPLANATIONS
+def explanations_folder(view: str = "") -> str:
+    """Where a run keeps what `mmref explain` wrote, by `evaluate.view_of`."""
+    return f"{EXPLANATIONS}-{view}" if view else EXPLANATIONS
 
 
-def section_path(checkpoint: str, other: str = "") -> str:
+def section_path(checkpoint: str, view: str = "") -> str:
     """Where in that folder the section on a checkpoint (its folder) lies."""
-    return f"{explanations_folder(other)}/{checkpoint.rsplit('/', 1)[-1]}.html"
+    return f"{explanations_folder(view)}/{checkpoint.rsplit('/', 1)[-1]}.html"
 
 
 def with_section(report: str, section: str) -> str:
@@ -114,7 +100,8 @@ def render_report(
         names=METRIC_NAMES,
         directions=_directions(metrics),
         kinds=metrics.get("by_caption_kind") or {},
-        refinement=_describe_refinement(metrics.get("refinement") or {}, metrics["n_gallery"]),
+        refinement=_describe_refinement(metrics),
+        excluded=excluded(metrics),
         tried=_best_tried(metrics.get("refinement") or {}),
         loss_figure=_loss_figure(history),
         val_figure=_val_figure(history),
@@ -143,9 +130,9 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     table = [(f"{label:<{first}}" + "".join(f"{cell:>{width}}" for cell in row)).rstrip() for label, row in cells]
     table.append(
         f"{metrics['split']}: {_count(metrics['n_queries'])} queries, {_count(metrics['n_gallery'])} gallery images, "
-        f"{_count(metrics['n_objects'])} objects; percent"
+        f"{_count(metrics['n_objects'])} objects; percent{excluded(metrics)}"
     )
-    table.append("refinement: " + _describe_refinement(metrics.get("refinement") or {}, metrics["n_gallery"]))
+    table.append("refinement: " + _describe_refinement(metrics))
     if best := metrics.get("best_on_test"):
         chosen = ", ".join(f"{name} {_number(best[name])}" for name in ("R@1", "mAP"))
         table.append(
@@ -202,15 +189,25 @@ def _relation(initial: Mapping[str, float], refined: Mapping[str, float], name: 
     return "" if before is None or after is None else _signed(after - before)
 
 
-def _describe_refinement(refinement: Mapping[str, Any], images: int) -> str:
+def excluded(metrics: Mapping[str, Any]) -> str:
+    """Words on the queries that count in no mean, "" where there are none."""
+    count = metrics.get("n_excluded")
+    return f"; {_count(count)} of the queries have no image in the gallery and count in no mean" if count else ""
+
+
+def _describe_refinement(metrics: Mapping[str, Any]) -> str:
     """The settings in words."""
+    refinement, images = metrics.get("refinement") or {}, metrics["n_gallery"]
     if not refinement:
         return "none"
-    chosen_on = f"; chosen on {refinement['chosen_on']}" if refinement.get("chosen_on") else ""
+    on = refinement.get("chosen_on")
+    chosen_on = f"; chosen on {on}" if on else ""
+    if on and on == metrics["split"]:
+        chosen_on += ", the split reported: optimistic"
     if not refinement.get("weight"):
-        if refinement.get("chosen_on") == "":
+        if on == "":
             return "none: there is no val split to choose it on"
-        if not any(row["weight"] for row in refinement.get("tried", [{"weight": 1}])):
+        if on == "val" and not any(row["weight"] for row in refinement.get("tried", [{"weight": 1}])):
             return "none: there was no setting to try"
         return f"declined: no setting beat the initial ranking{chosen_on}"
     if refinement.get("kind", "sparse") == "dense":

@@ -12,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Explain queries and objects by a run's best checkpoint: where in an image caption, reference and image look, the words "
         "that the reconstruction head reads out of a reference beside the captions people wrote, and which references moved a "
-        "result. PNGs in RUN/explain, and a section of RUN/report.html (of another set: RUN/explain-SET, RUN/report-SET.html). "
+        "result. PNGs in RUN/explain, and a section of RUN/report.html (of another set: RUN/explain-SET, RUN/report-SET.html, of "
+        "another split -SPLIT). "
         "Without a query or object: the captions that refinement moved most, and the first training objects."
     )
     parser.add_argument("run_dir", metavar="RUN", help="run directory of `mmref train`, evaluated")
@@ -27,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def explain(args: argparse.Namespace) -> int:
     """Explain, write, and print what was found."""
-    from mmref.evaluate.evaluate import is_own
     from mmref.explain.run import ExplainedRun
     from mmref.explain.section import write
 
@@ -50,7 +50,6 @@ def explain(args: argparse.Namespace) -> int:
             print(
                 f"  {m.rank} (before {m.before}) {m.image_id}{' (right)' if m.right else ''}: {because or 'not refined'}"
             )
-    other = "" if is_own(run.config, run.shards.root) else run.shards.manifest["name"]
-    for path in write(run.run, run.checkpoint.folder, found, other):
+    for path in write(run.run, run.checkpoint.folder, found, run.view):
         print(f"written to {path}")
     return 0

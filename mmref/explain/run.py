@@ -16,7 +16,7 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import QueryError, SampleError, ShardSetError
 from mmref.evaluate.choose import trained_space
 from mmref.evaluate.embed import SplitFeatures
-from mmref.evaluate.evaluate import Evaluation, chosen_before, open_run
+from mmref.evaluate.evaluate import Evaluation, chosen_before, open_run, view_of
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.evaluate.refinement import (
     Codes,
@@ -110,7 +110,7 @@ class ExplainedRun:
         self.shards, self.grid = ShardSet.open(data or self.config.data.root), grid
         if split not in self.shards.splits:
             raise ShardSetError(f"{self.shards.manifest['name']} has no split `{split}`, only {self.shards.splits}.")
-        self.split = split
+        self.split, self.view = split, view_of(self.config, self.shards, split)
         self.device = torch.device("cuda" if self.config.train.gpu and torch.cuda.is_available() else "cpu")
         self.tokens = load_tokens(self.config)
         self.model = build_model(self.config, self.tokens.vocab_size)
@@ -126,8 +126,11 @@ class ExplainedRun:
         self.refinement = self._refinement()
 
     def _refinement(self) -> RefinementSettings:
-        """What evaluation chose for this checkpoint; none where it has not been evaluated."""
-        return RefinementSettings(weight=0.0) if self.space is None else chosen_before(self.run, self.checkpoint)[0]
+        """What evaluation of this view chose for this checkpoint, else that of the run's own set; none where there was none."""
+        if self.space is None:
+            return RefinementSettings(weight=0.0)
+        found, chosen_on = chosen_before(self.run, self.checkpoint, self.view)
+        return found if chosen_on or not self.view else chosen_before(self.run, self.checkpoint)[0]
 
     # -- the split -----------------------------------------------------------------------------------------------------
 
@@ -236,7 +239,7 @@ class ExplainedRun:
 
     def _move(self, query: Floats, at: int, rank: int, before: int, gain: float, owners: np.ndarray) -> Move:
         matched: list[tuple[str, float]] = []
-        if self.space is not None and self.refinement.weight > 0:
+        if self.space is not None and gain > 0:  # 0: no candidate of refinement
             means = self._means["query"], self._means["item"]
             parts = gains(self.space, self.refinement, query, self.gallery.features[at : at + 1], *means)[0]
             best = np.argsort(-parts, kind="stable")[:MATCHED]

@@ -1,5 +1,5 @@
-"""Explanations as pictures, explain/<name>.png, and as a section of the run's report, kept as explain/<checkpoint>.html; on
-another shard set than the run's own in explain-<set>/ and report-<set>.html."""
+"""Explanations as pictures, explain/<name>.png, and as a section of the run's report, kept as explain/<checkpoint>.html; of
+another shard set or split than the run's own in explain-<view>/ and report-<view>.html."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mmref.rundir import RunDir
 CAPTIONS = 6  # of an object, shown beside the words of its reference
 
 
-def write(run: RunDir, checkpoint: str, explanations: Sequence[Explanation], other: str = "") -> list[str]:
+def write(run: RunDir, checkpoint: str, explanations: Sequence[Explanation], view: str = "") -> list[str]:
     """Write pictures and section into the run directory, in place of earlier ones, and into its report. The files written.
 
-    other: name of the shard set explained, where it is not the run's own.
+    view: what is explained, as of `evaluate.view_of`.
     """
-    folder, report = explanations_folder(other), report_path(other)
+    folder, report = explanations_folder(view), report_path(view)
     pictures = [draw(e) for e in explanations]
     if run.exists(folder):
         run.remove(folder)
@@ -31,7 +31,7 @@ def write(run: RunDir, checkpoint: str, explanations: Sequence[Explanation], oth
     for name, picture in zip(names, pictures):
         run.write_bytes(name, picture)
     section = render(explanations, pictures)
-    run.write_text(section_path(checkpoint, other), section)
+    run.write_text(section_path(checkpoint, view), section)
     if run.exists(report):
         run.write_text(report, with_section(run.read_text(report), section))
         names.append(report)

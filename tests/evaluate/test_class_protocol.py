@@ -7,6 +7,7 @@ import pytest
 
 from mmref.errors import EvaluationError
 from mmref.evaluate.class_protocol import TOP, class_metrics, class_queries
+from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 
 
 def features(seed: int, n: int, dim: int = 6) -> np.ndarray:
@@ -40,6 +41,19 @@ def test_refinement_changes_the_scores_and_classes_without_images_do_not_count()
     assert plain == {"AP@50": pytest.approx(50.0), "image top-1": 100.0}  # 2 of 3 and 1 of 3 images
     turned = class_metrics(queries, classes, image, np.array([0, 0, 1]), lambda rows, scores: -scores)
     assert turned["image top-1"] == 0.0
+
+
+def test_candidates_bound_the_images_of_a_class_and_not_the_classes_of_an_image():
+    image, text, references = features(2, 300), features(1, 90), features(3, 12)
+    text_objects, image_objects = np.arange(90) % 5, np.arange(300) % 5
+    queries, classes = class_queries(text, text_objects)
+    found = {}
+    for top_p in (None, 60):
+        fn = refined_scores(ReferenceSpace(references), RefinementSettings(weight=2.0, top_p=top_p), queries, image)
+        found[top_p] = fn, class_metrics(queries, classes, image, image_objects, fn)
+    both = class_metrics(queries, classes, image, image_objects, found[60][0], found[None][0])
+    assert both["image top-1"] == found[None][1]["image top-1"] != found[60][1]["image top-1"]
+    assert both["AP@50"] == found[60][1]["AP@50"]
 
 
 def test_nothing_in_common():

@@ -87,6 +87,21 @@ def test_without_test_val_is_reported_and_kept(run_on, tmp_path):
     assert json.loads(Path(path, "metrics.json").read_text())["split"] == "val"
 
 
+def test_an_evaluation_of_another_split_or_set_has_files_of_its_own(run_on, tiny_set, tmp_path):
+    path = run_on(tiny_set)
+    files = {
+        ("test", ""): "", ("val", ""): "-val", ("test", "other"): "-other", ("val", "other"): "-other-val"
+    }  # fmt: skip
+    other = build_tiny_set(tmp_path / "other", TinySource("other"))
+    for split, name in files:
+        evaluate_run(path, str(other) if name else None, split)
+    for (split, name), view in files.items():
+        metrics = json.loads(Path(path, f"metrics{view}.json").read_text())
+        assert (metrics["split"], metrics["data"]) == (split, name or "tiny")
+        page = Path(path, f"report{view}.html").read_text()
+        assert f"{split}: {metrics['n_queries']}" in page and ("optimistic" in page) == (split == "val")
+
+
 def test_a_kind_whose_images_cannot_be_read_is_left_out(run_on, tiny_set, monkeypatch):
     features = module.run_features
 
@@ -100,4 +115,8 @@ def test_a_kind_whose_images_cannot_be_read_is_left_out(run_on, tiny_set, monkey
         return found, space
 
     monkeypatch.setattr(module, "run_features", with_a_lost_kind)
-    assert set(evaluate_run(run_on(tiny_set))["by_caption_kind"]) == {"name", "sentence"}
+    metrics = evaluate_run(run_on(tiny_set))
+    assert set(metrics["by_caption_kind"]) == {"name", "sentence"} and metrics["n_excluded"] > 0
+    assert (
+        metrics["n_excluded"] + sum(k["n_queries"] for k in metrics["by_caption_kind"].values()) == metrics["n_queries"]
+    )

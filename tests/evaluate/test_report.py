@@ -11,7 +11,7 @@ import pytest
 from mmref.evaluate import report
 from mmref.evaluate.figures import CSS_COLOURS
 from mmref.evaluate.metrics import METRIC_NAMES
-from mmref.evaluate.report import format_table, render_report, write_report
+from mmref.evaluate.report import format_table, render_report
 
 IMAGE = b"\x89PNG pretend"
 
@@ -184,7 +184,7 @@ def test_optional_parts_may_be_missing():
     ],
 )
 def test_refinement_in_words(settings, expected):
-    assert re.search(expected, report._describe_refinement(settings, 3074))
+    assert re.search(expected, report._describe_refinement({"refinement": settings, "n_gallery": 3074, "split": "test"}))
 
 
 def test_settings_tried_end_with_the_initial_ranking_wherever_it_came():
@@ -230,12 +230,15 @@ def test_config_may_hold_anything_printable():
     assert "path: runs/a" in render(config={"data": {"path": Path("runs/a")}})
 
 
-def test_write_report_replaces_the_file_in_one_step(tmp_path):
-    path = tmp_path / "report.html"
-    path.write_text("old")
-    write_report(path, metrics=some_metrics(), history=HISTORY, examples=[], title="Ünïcode", config={})
-    assert "Ünïcode" in path.read_text(encoding="utf-8")
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+def test_what_was_chosen_on_the_split_reported_is_said_to_be_optimistic():
+    for split, said in (("val", True), ("test", False)):
+        metrics = some_metrics(split=split, n_excluded=3)
+        assert ("chosen on val, the split reported: optimistic" in render(metrics=metrics)) == said
+        assert ("optimistic" in format_table(metrics)) == said
+        assert "3 of the queries have no image in the gallery" in format_table(metrics)
+        assert "3 of the queries have no image in the gallery" in render(metrics=metrics)
+    named = some_metrics(refinement={"weight": 0.0, "chosen_on": "val of ICFG-PEDES", "tried": []})
+    assert "Declined: no setting beat the initial ranking; chosen on val of ICFG-PEDES." in render(metrics=named)
 
 
 def test_terminal_table_is_aligned():

@@ -18,6 +18,7 @@ from mmref.data.shards import sha256_of
 from mmref.errors import SampleError
 
 MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png"}  # stored as they are; WebP is told by two places, see image_ext
+LOSSLESS = {"BMP", "PPM", "TIFF"}  # stored as PNG: what others evaluate on, to the last bit
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -61,21 +62,23 @@ def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
         raise SampleError(f"image does not decode: {error}") from error
     if ext and not (options.resize_to_px and min(image.size) > options.resize_to_px):
         return data, ext
-    return _encode(ImageOps.exif_transpose(image), options)  # the orientation is not written again
+    lossless = image.format in LOSSLESS
+    return _encode(ImageOps.exif_transpose(image), options, lossless)  # the orientation is not written again
 
 
-def _encode(image: Image.Image, options: ImageOptions) -> tuple[bytes, str]:
-    """Lossless PNG where transparency or a palette would suffer from JPEG, JPEG otherwise."""
+def _encode(image: Image.Image, options: ImageOptions, lossless: bool) -> tuple[bytes, str]:
+    """PNG where the image was kept without loss and stays as large, and where transparency or a palette would suffer from JPEG;
+    JPEG otherwise."""
     if options.resize_to_px and min(image.size) > options.resize_to_px:
         scale = options.resize_to_px / min(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.convert("RGBA" if "transparency" in image.info else "RGB") if image.mode == "P" else image
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image, lossless = image.resize(size, Image.Resampling.BICUBIC), False
     encoded = io.BytesIO()
-    if image.mode in ("RGB", "L", "CMYK"):
+    if not (lossless and image.mode != "CMYK") and image.mode in ("RGB", "L", "CMYK"):
         image.save(encoded, "JPEG", quality=options.quality)
         return encoded.getvalue(), "jpg"
-    (image if image.mode in ("P", "RGBA", "LA", "1") else image.convert("RGB")).save(encoded, "PNG")
+    (image if image.mode in ("P", "RGBA", "LA", "L", "1") else image.convert("RGB")).save(encoded, "PNG")
     return encoded.getvalue(), "png"
 
 

@@ -57,7 +57,7 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
         if need_cpus > cpus:
             raise ClusterTooSmallError(
                 f"the run needs {need_cpus:g} CPUs and this machine offers {cpus} (logical); start it on a cluster "
-                "(`ray job submit`), or lower the workers."
+                "(`ray job submit`), or lower `--train.workers` or `--data.readers` (CPUs that read for each worker)."
             )
         _start_local(cpus, storage_gb)
     try:
@@ -175,10 +175,12 @@ def check_resources(config: Config) -> None:
     workers = t.min_workers or t.workers
     need = workers * (t.cpus_per_worker + config.data.readers)
     if have.get("CPU", 0) + 1e-6 < need:
+        cpus = have.get("CPU", 0)
+        readers = math.floor(cpus / workers - t.cpus_per_worker)
         raise ClusterTooSmallError(
             f"{workers} workers x ({t.cpus_per_worker:g} CPU + {config.data.readers} readers) = {need:g} CPUs, the cluster "
-            f"has {have.get('CPU', 0):g}: Ray Data would starve. Lower `--train.workers` to at most "
-            f"{max(1, math.floor(have.get('CPU', 0) / (t.cpus_per_worker + config.data.readers)))}, or add nodes."
+            f"has {cpus:g}: Ray Data would starve. Lower {f'`--data.readers` to at most {readers}, or ' if readers > 0 else ''}"
+            f"`--train.workers` to at most {max(1, math.floor(cpus / (t.cpus_per_worker + config.data.readers)))}, or add nodes."
         )
     if t.gpu and have.get("GPU", 0) < workers:
         raise ClusterTooSmallError(

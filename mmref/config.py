@@ -472,6 +472,13 @@ def check_config(config: Config) -> Config:
         raise ConfigError(
             f"`loss.guide_full` ({config.loss.guide_full}) comes before `loss.guide_from` ({config.loss.guide_from})."
         )
+    loss, reference = config.loss, config.reference
+    random = reference.update == "gradient" and reference.init == "random" and not t.start_from
+    if random and loss.w_guide > 0 and not (loss.w_fuse or loss.w_rec):
+        raise ConfigError(
+            "`reference.update: gradient` learns references by fusion, and `loss.w_fuse` is 0: guidance would follow random "
+            "references. Set `loss.w_fuse` to 1, `reference.init: mean` or `reference.update: moving_average`."
+        )
     if config.reference.assign == "modality" and config.reference.per_object % 2:
         raise ConfigError(
             "`reference.assign: modality` needs an even `reference.per_object` (image and text references)."
@@ -494,6 +501,11 @@ def check_config(config: Config) -> Config:
         )
     duals = bool(m.dual) + bool(m.dual_config)
     pair = bool(m.vision or m.vision_config), bool(m.text or m.text_config)
+    if m.dual and all(pair):
+        raise ConfigError(
+            f"the model is `model.dual` {m.dual} and a pair of towers as well: for the pair over a config that names the other, "
+            "add `--model.dual ''`."
+        )
     if duals + any(pair) != 1 or (any(pair) and not all(pair)):
         raise ConfigError(
             "the model needs either one of `model.dual` / `model.dual_config`, or both a vision tower "

@@ -162,7 +162,7 @@ def test_combinations_that_cannot_work():
     with pytest.raises(ConfigError, match=r"even `reference.per_object`"):
         from_dict({"model": MODEL, "reference": {"assign": "modality", "per_object": 3}})
     tower = MODEL["vision_config"]
-    for model in ({}, {"dual": "a", "dual_config": tower}, {"vision": "a"}, {"text": "a"}, {**MODEL, "dual": "a"}):
+    for model in ({}, {"dual": "a", "dual_config": tower}, {"vision": "a"}, {"text": "a"}, {**MODEL, "dual_config": tower}):
         with pytest.raises(ConfigError, match=r"either one of `model.dual`"):
             from_dict({"model": model})
     for model in ({"dual": "a"}, {"dual_config": tower}, {"vision": "a", "text_config": tower}):
@@ -253,3 +253,24 @@ def test_the_configs_of_the_project_load(path):
     config = load_config(["--config", str(path)])
     assert config.train.warmup_steps < config.train.max_steps
     assert config.run_dir == f"runs/{path.stem}"
+
+
+def test_references_that_nothing_teaches_do_not_guide(file):
+    random = ["--reference.update", "gradient", "--loss.w_fuse", "0"]
+    with pytest.raises(ConfigError, match=r"guidance would follow random references. Set `loss.w_fuse`"):
+        load_config(["--config", file(), *random])
+    for also in (
+        ["--loss.w_guide", "0"],
+        ["--loss.w_rec", "0.1"],
+        ["--reference.init", "mean"],
+        ["--train.start_from", "runs/one"],
+    ):
+        load_config(["--config", file(), *random, *also])
+
+
+def test_a_pair_of_towers_over_a_config_that_names_a_dual_one(file):
+    path = file(model={"dual": "openai/clip-vit-base-patch16"})
+    pair = ["--model.vision", "facebook/dinov2-small", "--model.text", "sentence-transformers/all-MiniLM-L6-v2"]
+    with pytest.raises(ConfigError, match=r"openai/clip-vit-base-patch16 and a pair .* add `--model.dual ''`"):
+        load_config(["--config", path, *pair])
+    assert load_config(["--config", path, *pair, "--model.dual", ""]).model.vision == "facebook/dinov2-small"

@@ -50,7 +50,8 @@ def summarise(rows: Rows, results: Results, seeds: list[int], kind: str = "") ->
     "against", "contribution_R@1": difference to the row it names, ..., "step_ratio": time of a step over the baseline's, of
     seeds that the same machine trained}; with
     `over`, "lost_R@1": what the row has less than at the first value, and "lost_ratio_R@1": that over what the baseline loses.
-    `kind`: a caption kind that is reported besides all captions, as "<kind> R@1".
+    `kind`: a caption kind that is reported besides all captions, as "<kind> R@1". With `eval.class_protocol` "AP@50" and
+    "image top-1" beside them.
     """
     table = []
     for point in rows.points:
@@ -103,6 +104,7 @@ def _per_seed(row: Row, point: Any, results: Results, seeds: list[int], kind: st
             found[seed] = {m: float(metrics[state][m]) for m in METRICS}
             if kind in metrics["by_caption_kind"]:
                 found[seed] |= {f"{kind} {m}": float(metrics["by_caption_kind"][kind][state][m]) for m in METRICS}
+            found[seed] |= metrics.get("class_protocol", {}).get(state, {})
     return found
 
 
@@ -131,7 +133,8 @@ def _step_ratio(row: Row, rows: Rows, point: Any, results: Results, seeds: list[
 
 
 def markdown(table: list[dict[str, Any]], baseline: str) -> str:
-    """The table as Markdown; differences are in points of all captions, those of a kind are in the other files."""
+    """The table as Markdown; differences are in points of all captions, those of a kind and by class are in the other
+    files."""
     keys = dict.fromkeys(key for entry in table for key, value in entry.items() if isinstance(value, dict))
     metrics = [key for key in keys if not key.startswith(DIFFERENCES)]
     over = any(entry["at"] is not None for entry in table)

@@ -65,7 +65,7 @@ def concurrency(have: dict[str, float], config: Config, wanted: int | None, core
     if fit_in < (wanted or 1):
         raise ClusterTooSmallError(
             f"{wanted or 1} trials at a time do not fit, only {max(0, fit_in)}: {text}. Lower `--max-concurrent` or "
-            "`--workers-per-trial`, or add nodes."
+            "`--train.workers`, or add nodes."
         )
     if wanted:
         return wanted

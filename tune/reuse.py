@@ -32,9 +32,12 @@ def chosen_otherwise(before: dict[str, Any], config: Config) -> str:
 
 
 def record(training: Training, config: Config, metrics: dict[str, Any], data: str) -> dict[str, Any]:
-    """{"row", "at", "seed", "config_hash", "data", "choices", "machine", "step_seconds", "initial", "refined",
-    "by_caption_kind"}: what the tables take from a training, so that they can be made again, and compared with other rows,
-    without it. Of one that was itself read from such a file, what the file has. `data`: as of `data_fingerprint`."""
+    """What the tables take from a training, so that they can be made again, and compared with other rows, without it:
+
+    {"row", "at", "seed", "config_hash", "data", "choices", "machine", "step_seconds", "initial", "refined", "by_caption_kind",
+    "class_protocol" where it was evaluated}. Of one that was itself read from such a file, what the file has. `data`: as of
+    `data_fingerprint`.
+    """
     kinds = metrics["by_caption_kind"].items()
     return {
         "row": training.row,
@@ -47,6 +50,7 @@ def record(training: Training, config: Config, metrics: dict[str, Any], data: st
         "step_seconds": metrics["step_seconds"],
         **_scores(metrics),
         "by_caption_kind": {kind: _scores(scores) for kind, scores in kinds},
+        **({"class_protocol": metrics["class_protocol"]} if "class_protocol" in metrics else {}),
     }
 
 

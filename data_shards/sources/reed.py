@@ -41,13 +41,24 @@ def class_number(name: str) -> str:
 
 def class_files(folders: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Split -> its class-split file (`trainclasses.txt`, ...), in the first of the folders that has it; and what the manifest
-    warns of where there is none."""
+    warns of where there is none. Raises SourceError where there are some, and none of train."""
     folders = list(dict.fromkeys(folders))
     found: dict[str, str] = {}
     for split in SPLITS:
         paths = [os.path.join(folder, f"{split}classes.txt") for folder in folders]
         if path := next(filter(os.path.isfile, paths), ""):
             found[split] = path
+    if found and "train" not in found:
+        both = next(filter(os.path.isfile, (os.path.join(folder, "trainvalclasses.txt") for folder in folders)), "")
+        raise SourceError(
+            f"There is {', '.join(sorted(os.path.basename(path) for path in found.values()))} but no trainclasses.txt in "
+            f"{', '.join(folders)}: no class would be left to train on."
+            + (
+                f" {both} does not say which of its classes are val: write trainclasses.txt and valclasses.txt."
+                if both
+                else ""
+            )
+        )
     if found:
         return found, []
     return {}, [

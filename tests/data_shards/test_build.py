@@ -128,7 +128,9 @@ def test_image_formats(encode):
             prepare_image(data[: len(data) // 2], ImageOptions())
         assert prepare_image(data[: len(data) // 2], ImageOptions(check=False)) == (data[: len(data) // 2], ext)
     stored, ext = prepare_image(encode(0, "BMP"), ImageOptions())
-    assert ext == "jpg" and Image.open(io.BytesIO(stored)).size == (12, 12)
+    assert ext == "png" and np.array_equal(decode_rgb(stored), decode_rgb(encode(0, "BMP"))), "nothing is lost"
+    stored, ext = prepare_image(encode(0, "BMP"), ImageOptions(resize_to_px=6))
+    assert ext == "jpg" and Image.open(io.BytesIO(stored)).size == (6, 6)
     for mode in ("RGB", "L", "P", "RGBA", "1"):
         stored, _ = prepare_image(encode(0, "PNG", mode), ImageOptions(resize_to_px=6))
         assert Image.open(io.BytesIO(stored)).size == (6, 6)

@@ -69,6 +69,24 @@ def test_without_split_files_a_hash_splits(flowers):
     assert "no trainclasses.txt" in source.warnings[0] and source.origin.endswith("hash of their names")
 
 
+def test_without_train_classes_nothing_is_built(flowers):
+    """Of the usual pair one is not looked for, and nothing says which of its classes are val."""
+    for split in ("train", "val"):
+        (flowers / f"{split}classes.txt").unlink()
+    with pytest.raises(SourceError, match=r"testclasses.txt but no trainclasses.txt.*left to train on\.$"):
+        FlowersSource(str(flowers))
+    (flowers / "trainvalclasses.txt").write_text("\n".join(CLASSES[:2]))
+    with pytest.raises(SourceError, match=r"trainvalclasses.txt does not say which .* are val"):
+        FlowersSource(str(flowers))
+
+
+def test_classes_without_captions_have_no_images(flowers):
+    for path in (flowers / "text_c10").glob("*/*.txt"):
+        path.rename(path.with_suffix(".t7"))
+    with pytest.raises(SourceError, match="no objects with images"):
+        build_shards(FlowersSource(str(flowers)), str(flowers / "set"))
+
+
 def test_upper_case_endings(flowers):
     for path in (flowers / "jpg").iterdir():
         path.rename(path.with_suffix(".JPG"))

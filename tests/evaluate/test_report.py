@@ -184,7 +184,9 @@ def test_optional_parts_may_be_missing():
     ],
 )
 def test_refinement_in_words(settings, expected):
-    assert re.search(expected, report._describe_refinement({"refinement": settings, "n_gallery": 3074, "split": "test"}))
+    assert re.search(
+        expected, report._describe_refinement({"refinement": settings, "n_gallery": 3074, "split": "test"})
+    )
 
 
 def test_settings_tried_end_with_the_initial_ranking_wherever_it_came():

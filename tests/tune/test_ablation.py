@@ -68,6 +68,20 @@ def test_kinds_of_captions_that_some_trainings_have_not_on_record() -> None:
     assert len({line.count("|") for line in markdown(table, "plain").splitlines()}) == 1
 
 
+def test_the_protocol_of_classes_where_it_was_evaluated() -> None:
+    found = results()
+    for seed in range(3):
+        for row, value in (("plain", 50.0), ("full", 51.0 + seed)):
+            by_class = {state: {"AP@50": value, "image top-1": 2 * value} for state in ("initial", "refined")}
+            found[Training(row, None, seed)]["class_protocol"] = by_class
+    plain, full, _ = table = summarise(ROWS, found, [0, 1, 2])
+    assert plain["AP@50"]["mean"] == 50 and full["delta_AP@50"]["mean"] == pytest.approx(2)
+    assert full["delta_image top-1"]["mean"] == pytest.approx(4)
+    assert "| AP@50 | image top-1 |" in markdown(table, "plain")
+    del found[Training("full", None, 1)]["class_protocol"]
+    assert "AP@50" not in summarise(ROWS, found, [0, 1, 2])[1]
+
+
 def test_one_value_has_no_interval() -> None:
     import numpy as np
 

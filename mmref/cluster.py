@@ -57,7 +57,8 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
         if need_cpus > cpus:
             raise ClusterTooSmallError(
                 f"the run needs {need_cpus:g} CPUs and this machine offers {cpus} (logical); start it on a cluster "
-                "(`ray job submit`), or lower `--train.workers` or `--data.readers` (CPUs that read for each worker)."
+                "(`ray job submit`), or lower `--train.workers` or `--data.readers` (CPUs that read for each worker), of an "
+                "evaluation `--workers`."
             )
         _start_local(cpus, storage_gb)
     try:

@@ -601,7 +601,10 @@ def config_hash(config: Config) -> str:
                 "eval_every", "keep_checkpoints", "async_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing",
                 "compile"):  # fmt: skip
         values["train"].pop(key)
-    values["data"]["mix"] = {root.rstrip("/").rsplit("/", 1)[-1]: share for root, share in config.data.mix.items()}
+    # their order numbers objects and images
+    mix = [[root.rstrip("/").rsplit("/", 1)[-1], share] for root, share in config.data.mix.items()]
+    values["data"]["mix"] = mix or {}
+    values["data"]["max_bad_fraction"] = DataConfig.max_bad_fraction  # when a run ends, not what it learns
     values["train"]["start_from"] = _absolute(config.train.start_from) if config.train.start_from else ""
     for key in ("readers", "steps_per_task", "cache_gb", "cache_dir"):
         values["data"].pop(key)

@@ -96,6 +96,17 @@ def test_run_directory_of_another_config(attempt: Callable[..., str], tmp_path: 
     assert "RunDirectoryError" in error and "train.lr 0.5 -> 0.001" in error
 
 
+def test_checkpoints_scored_in_another_way(
+    attempt: Callable[..., str], tmp_path: Path, make_config: MakeConfig
+) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "step-00000004-abc"
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text('{"step": 4, "world": 1, "files": {}}')
+    shutil.copy(write_config(make_config({"eval.metric": "mINP"}), tmp_path), tmp_path / "run" / "config.yaml")
+    error = attempt()
+    assert "RunDirectoryError" in error and "scored with `eval.metric` mINP, and is to go on with" in error
+
+
 def test_evaluating_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--checkpoint", str(tmp_path)]) == 1
     assert "RunDirectoryError" in (error := capsys.readouterr().err) and "config.yaml" in error

@@ -162,7 +162,13 @@ def test_combinations_that_cannot_work():
     with pytest.raises(ConfigError, match=r"even `reference.per_object`"):
         from_dict({"model": MODEL, "reference": {"assign": "modality", "per_object": 3}})
     tower = MODEL["vision_config"]
-    for model in ({}, {"dual": "a", "dual_config": tower}, {"vision": "a"}, {"text": "a"}, {**MODEL, "dual_config": tower}):
+    for model in (
+        {},
+        {"dual": "a", "dual_config": tower},
+        {"vision": "a"},
+        {"text": "a"},
+        {**MODEL, "dual_config": tower},
+    ):
         with pytest.raises(ConfigError, match=r"either one of `model.dual`"):
             from_dict({"model": model})
     for model in ({"dual": "a"}, {"dual_config": tower}, {"vision": "a", "text_config": tower}):
@@ -220,7 +226,8 @@ def test_from_dict_refuses_unknown_keys():
 
 SCALE = {"run_dir": "x", "train.workers": 2, "train.accumulation": 2, "train.zero_stage": 3, "train.threads": 4,
          "train.log_every": 1, "train.eval_every": 7, "train.gradient_checkpointing": True, "data.readers": 3,
-         "train.compile": True, "data.steps_per_task": 9, "eval.batch": 3, "train.max_failures": 0}  # fmt: skip
+         "train.compile": True, "data.steps_per_task": 9, "eval.batch": 3, "train.max_failures": 0,
+         "data.max_bad_fraction": 0.5}  # fmt: skip
 RESULT = {"train.lr": 2e-3, "train.seed": 1, "train.global_batch": 64, "train.max_steps": 7, "loss.w_rec": 0.5,
           "reference.per_object": 2, "data.max_tokens": 9, "model.embed_dim": 4, "data.root": "other",
           "train.precision": "bf16"}  # fmt: skip
@@ -238,7 +245,15 @@ def test_hash_covers_what_changes_results_alone():
     assert re.fullmatch(r"[0-9a-f]{12}", base)
     assert [n for n, v in SCALE.items() if changed(n, v) != base] == []
     hashes = [changed(n, v) for n, v in RESULT.items()]
+    mixes = (
+        {"/a/one": 0.2, "/b/two": 0.1},
+        {"/b/two": 0.1, "/a/one": 0.2},
+        {"/a/one": 0.2, "/b/one": 0.1},
+        {"/b/one": 0.1},
+    )
+    hashes += [changed("data.mix", mix) for mix in mixes]
     assert base not in hashes and len(set(hashes)) == len(hashes)
+    assert changed("data.mix", {"/c/one": 0.1}) == hashes[-1], "a set may be moved"
 
 
 def test_ramp():

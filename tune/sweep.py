@@ -19,11 +19,11 @@ from pathlib import Path
 
 from mmref.cli import run_command
 from mmref.config import Config, dump_yaml, load_config, to_dict, with_absolute_paths
-from mmref.data.shards import ShardSet
+from mmref.data.shards import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError, SweepInterruptedError
 from mmref.rundir import RunDir, read_jsonl
 from mmref.train.ray_storage import ray_filesystem
-from mmref.train.trainer import check_inputs
+from mmref.train.trainer import DATA, check_inputs, check_same_data
 from tune.asha import Asha, grace_steps, judged_at, share_of_steps
 from tune.capacity import TRIAL_CPUS, connected
 from tune.display import Display
@@ -164,6 +164,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
         run.write_text("config.yaml", dump_yaml(base))
         run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
         run.write_text("space.yaml", space.text)
+        run.write_text(DATA, data_fingerprint(base))
         return _run(base, prepared, space, options, run)
 
 
@@ -193,6 +194,7 @@ def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None
     check_options(options, space)
     own = run.read_config()
     prepared = prepare(own, space, options, run)
+    check_same_data(run, own, data_fingerprint(own))
     with run.held():
         run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
         if retry_failed:
@@ -230,8 +232,14 @@ def prepare(base: Config, space: Space, options: Options, run: RunDir) -> Config
         )
     base = with_values(space.prepare(base), {"run_dir": run.path})
     check_inputs(base)
-    if "val" not in ShardSet.open(base.data.root).splits:
+    splits = ShardSet.open(base.data.root).splits
+    if "val" not in splits:
         raise ShardSetError(f"{base.data.root} has no val split: trials are compared on it. Build the set with one.")
+    if options.final_seeds and "test" not in splits:
+        raise ShardSetError(
+            f"{base.data.root} has no test split to compare the best config and the default on at the end: add "
+            "`--final-seeds 0`, or build the set with one."
+        )
     return base
 
 

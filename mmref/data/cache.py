@@ -27,9 +27,13 @@ class ShardCache:
         self.folder, self.limit = Path(folder).expanduser(), limit
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, url: str) -> str:
-        """Local path of a shard, downloaded when it is not here yet. Raises OSError, StorageError, ShardSetError."""
-        name = hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + url.rsplit("/", 1)[-1]
+    def path(self, url: str, content: str = "") -> str:
+        """Local path of a shard, downloaded when it is not here yet. Raises OSError, StorageError, ShardSetError.
+
+        Args:
+            content: its sha256 in the manifest, by which a shard that was built anew at the same place is another one.
+        """
+        name = hashlib.sha256(f"{url} {content}".encode()).hexdigest()[:16] + "-" + url.rsplit("/", 1)[-1]
         target = self.folder / name
         if self._touch(target):
             return str(target)

@@ -16,10 +16,11 @@ import os
 import shutil
 import tarfile
 import tempfile
+import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,6 +146,7 @@ class SplitIndex:
     n_captions: np.ndarray  # (images,) int32
     object_start: np.ndarray = field(repr=False)  # (objects + 1,) int64
     first_objects: tuple[int, ...] = (0,)  # first object row of each shard set; more than one after `merge`
+    shard_sha256: tuple[str, ...] = ()  # of each shard, as the manifests have it
 
     def __len__(self) -> int:
         return len(self.object_row)
@@ -214,6 +216,7 @@ class SplitIndex:
             n_captions=joined("n_captions"),
             object_start=np.concatenate([*(p.object_start[:-1] + i for p, i in zip(parts, images)), images[-1:]]),
             first_objects=tuple(objects[:-1].tolist()),
+            shard_sha256=tuple(digest for p in parts for digest in p.shard_sha256),
         )
 
 
@@ -226,9 +229,10 @@ class SampleReader:
     def __init__(self, index: SplitIndex, cache: ShardCache | None = None) -> None:
         self.index, self.cache = index, cache
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        self._lock = threading.Lock()  # of _files: evaluation reads with several threads
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "cache": self.cache, "_files": OrderedDict()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleReader, (self.index, self.cache)
 
     def __del__(self) -> None:
         self.close()
@@ -238,23 +242,39 @@ class SampleReader:
         while getattr(self, "_files", None):
             os.close(self._files.popitem()[1])
 
-    def _descriptor(self, shard: int) -> int:
+    @contextlib.contextmanager
+    def _opened(self, shard: int) -> Iterator[int]:
+        """A descriptor of the caller's own: another thread may close the one that is held."""
+        if shard not in self._files:
+            self._local_path(shard)  # threads fetch side by side
+        with self._lock:
+            own = os.dup(self._held(shard))
+        try:
+            yield own
+        finally:
+            os.close(own)
+
+    def _held(self, shard: int) -> int:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
         if len(self._files) >= MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
-        path = self.index.shard_paths[shard]
-        self._files[shard] = self._open_cached(path) if self.cache and _is_url(path) else os.open(path, os.O_RDONLY)
+        for attempt in range(OPEN_ATTEMPTS):
+            try:
+                self._files[shard] = os.open(self._local_path(shard), os.O_RDONLY)
+                break
+            except FileNotFoundError:  # another process of the node may make room in the cache between the two
+                if self.cache is None or attempt == OPEN_ATTEMPTS - 1:
+                    raise
         return self._files[shard]
 
-    def _open_cached(self, url: str) -> int:
-        assert self.cache is not None
-        for _ in range(OPEN_ATTEMPTS - 1):
-            # another process of the node may make room between the two
-            with contextlib.suppress(FileNotFoundError):
-                return os.open(self.cache.path(url), os.O_RDONLY)
-        return os.open(self.cache.path(url), os.O_RDONLY)
+    def _local_path(self, shard: int) -> str:
+        """Where a shard lies on this node, fetched into the cache where it lies on object storage."""
+        path, digests = self.index.shard_paths[shard], self.index.shard_sha256
+        if self.cache is None or not _is_url(path):
+            return path
+        return self.cache.path(path, digests[shard] if digests else "")
 
     def _range(self, shard: int, offset: int, size: int, what: str) -> bytes:
         """Bytes of a shard. Raises SampleError, or StorageError where storage does not answer or permit it: that says nothing
@@ -267,7 +287,8 @@ class SampleReader:
                 fs, inner = fsspec.core.url_to_fs(path)
                 data = retry(f"read {path}", lambda: fs.cat_file(inner, start=offset, end=offset + size))
             else:
-                data = os.pread(self._descriptor(shard), size, offset)
+                with self._opened(shard) as file:
+                    data = os.pread(file, size, offset)
         except PermissionError as error:  # so do credentials that have run out
             raise StorageError(
                 f"cannot read {path}: {error}. Mend it, then start the same command: it resumes."
@@ -402,9 +423,10 @@ class ShardSet:
     def _load_index(self, split: str) -> SplitIndex:
         path = _join(self.root, split, f"{split}.index.parquet")
         try:
-            return SplitIndex.from_parquet(path, split, self.shard_paths(split))
+            index = SplitIndex.from_parquet(path, split, self.shard_paths(split))
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
             raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error
+        return replace(index, shard_sha256=tuple(shard["sha256"] for shard in self._split(split)["shards"]))
 
     def train_object_ids(self) -> list[str]:
         """Ids of the training objects by row. Raises ShardSetError when objects.parquet is missing or out of order."""
@@ -507,7 +529,7 @@ def train_index(config: Config) -> SplitIndex:
 
 def data_fingerprint(config: Config) -> str:
     """Of the contents of the shard sets that a config trains on: the config itself knows them by their folders' names."""
-    roots = [config.data.root, *sorted(config.data.mix)]
+    roots = [config.data.root, *config.data.mix]
     return " ".join(ShardSet.open(root).fingerprint for root in roots)
 
 

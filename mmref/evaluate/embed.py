@@ -86,12 +86,14 @@ def embed_splits(
                 texts = queries[s].texts[start:stop] if kind == "text" else []
                 jobs.append({"job": len(jobs), "split": s, "kind": kind, "start": start, "stop": stop, "texts": texts})
     quiet_ray_data()
+    # of a run that was trained on GPUs elsewhere; Ray Data would wait for one without a word
+    gpu = config.train.gpu and ray.cluster_resources().get("GPU", 0) >= 1
     dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
         Embedder,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=config.eval.workers),
         num_cpus=1,
-        num_gpus=1 if config.train.gpu else 0,
+        num_gpus=int(gpu),
         fn_constructor_args=(run.path, checkpoint, config, root, splits),
     )
     parts: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}

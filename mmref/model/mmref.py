@@ -18,6 +18,7 @@ from mmref.model.backbone import Backbone, PairBackbone, build_backbone
 from mmref.model.reconstruction import ImageWordHead, ReconstructionHead
 
 TRAINING_ONLY = ("classify.",)  # parameters that a model which only encodes is built without
+HEADS = ("reconstruct.", "image_words.")  # of losses that a run may have or not
 
 
 class Masked(NamedTuple):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mmref import __version__
 from mmref.errors import CheckpointError
-from mmref.model.mmref import TRAINING_ONLY
+from mmref.model.mmref import HEADS, TRAINING_ONLY
 from mmref.rundir import RunDir
 from mmref.tensorfile import Hashing, sha256_of, write_tensors
 from mmref.train import collectives
@@ -311,14 +311,23 @@ def load(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) ->
 
 def start_from(run: RunDir, engine: Any, bank: ReferenceBank) -> None:
     """Begin training with the weights of another run's best checkpoint, and its references of the objects both know
-    (collective). Optimizer state starts anew, so does a temperature that is not learned: `loss.tau` of this run holds.
-    References that the other run never set stay as they are. Raises CheckpointError."""
+    (collective).
+
+    Optimizer state starts anew; so do the classifier of `loss.w_id`, which has a row for each object, heads that the other run
+    had not, and a temperature that is not learned: `loss.tau` of this run holds. References that the other run never set stay
+    as they are. Raises CheckpointError.
+    """
     info = best_checkpoint(run)
     with fetched(run, info, "model", "references") as folder:
         tensors = TensorFolder(folder, "model")
-        check_fits(tensors, {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in _parameters(engine)}, folder)
-        fixed = {name for name, p in _parameters(engine) if name == "log_scale" and not p.requires_grad}
-        load_state(engine, lambda name: {} if name in fixed else {"weight": tensors.get(name)}, 0)
+        fresh = {
+            n for n, p in _parameters(engine)
+            if n.startswith(TRAINING_ONLY) or (n.startswith(HEADS) and n not in tensors.files)
+        }  # fmt: skip
+        fixed = {n for n, p in _parameters(engine) if n == "log_scale" and not p.requires_grad}
+        shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in _parameters(engine) if n not in fresh}
+        check_fits(tensors, shapes, folder, (*TRAINING_ONLY, *HEADS))
+        load_state(engine, lambda name: {} if name in fresh | fixed else {"weight": tensors.get(name)}, 0)
         for name, buffer in _buffers(engine):
             buffer.copy_(tensors.get(f"buffer:{name}"))
         load_bank(folder, bank, info.meta, ("rows",))

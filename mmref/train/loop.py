@@ -89,9 +89,10 @@ class Worker:
         self.testing = Validation(config, "test") if config.eval.test_in_training and "test" in shards.splits else None
         self.ledger = Ledger(run, self.start, self.device)
         self.notice = StopNotice(run)
-        self.bad: set[str] = set()
-        if self.start and run.exists(BAD_SAMPLES):  # of the run so far
-            self.bad |= set(json.loads(run.read_text(BAD_SAMPLES)))
+        self.bad: set[str] = set()  # since this start: shards may have been mended before it
+        self.bad_before: set[str] = set()
+        if self.start and run.exists(BAD_SAMPLES):
+            self.bad_before = set(json.loads(run.read_text(BAD_SAMPLES)))
         self.log: RunLog | None = None
 
     def train(self) -> int:
@@ -149,7 +150,7 @@ class Worker:
             "step_seconds": seconds / window.steps,
             "data_wait": self.stream.waited_s / seconds,  # share of the time spent waiting for samples
             "memory_gb": _peak_memory_gb(self.device),
-            "bad_samples": len(self.bad),
+            "bad_samples": len(self.bad | self.bad_before),
         }
         return record
 
@@ -174,6 +175,7 @@ class Worker:
         }
         named = {f"val_{k}": v for k, v in metrics.items()}
         self.ledger.write(done)
+        self._write_bad()
         blocked = saver.save(meta, {"step": done, "score": score, **named})
         tested = {f"test_{k}": v for k, v in tested.items()}
         return {
@@ -237,9 +239,16 @@ class Worker:
         try:
             yield
         finally:
-            if self.bad:
-                self.run.write_text(BAD_SAMPLES, json.dumps(sorted(self.bad), indent=1))
+            self._write_bad()
             self.log.close()
+
+    def _write_bad(self) -> None:
+        """The broken images that the run has met, for its report; none of an attempt that it does not go on from."""
+        if self.rank:
+            return
+        found = sorted(self.bad | self.bad_before)
+        if found or self.run.exists(BAD_SAMPLES):
+            self.run.write_text(BAD_SAMPLES, json.dumps(found, indent=1))
 
 
 class Window:

@@ -91,6 +91,7 @@ def prepare_run(config: Config, run: RunDir) -> None:
                     "config, or give another `--run_dir`."
                 )
             check_same_data(run, config, data)
+            _check_same_scores(before, config, run)
     run.write_text("config.yaml", dump_yaml(config))
     run.write_text(DATA, data)
     checkpoint.remove_uncommitted(run)
@@ -106,6 +107,19 @@ def check_same_data(run: RunDir, config: Config, now: str) -> None:
             f"{run.path} was trained on shards with the fingerprint {before}, {config.data.root} has {now}: the set was built "
             "anew. Give another `--run_dir` (`--train.start_from` takes the weights along), or the set as it was."
         )
+
+
+def _check_same_scores(before: Config, config: Config, run: RunDir) -> None:
+    """Raise RunDirectoryError where the checkpoints of an unfinished run were scored in another way than the next would be."""
+    if _latest_step(run) >= config.train.max_steps:
+        return
+    for name in ("metric", "refine_in_training"):
+        was, now = getattr(before.eval, name), getattr(config.eval, name)
+        if was != now:
+            raise RunDirectoryError(
+                f"{run.path} holds checkpoints scored with `eval.{name}` {was}, and is to go on with {now}: the best could not "
+                "be told. Go on with the same, and evaluate with another afterwards, or give another `--run_dir`."
+            )
 
 
 def _differences(before: Config, now: Config) -> str:
@@ -154,6 +168,8 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = (), termination:
             step = _latest_step(run)
             if reason in LEFT:
                 progress.say(f"{LEFT[reason]}; going on from the checkpoint at step {step}")
+    if termination.received:  # in the last step, or while the last checkpoint was written
+        raise termination.error(step)
     checkpoint.remove_uncommitted(run)
 
 

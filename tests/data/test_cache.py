@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from mmref import storage
+from mmref.data import shards
 from mmref.data.cache import ShardCache
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import ShardSetError, StorageError
@@ -114,8 +116,8 @@ def test_an_outage_is_no_broken_sample(tiny_set: Path, tmp_path: Path, monkeypat
     cache = ShardCache(str(tmp_path / "cache"), 10_000_000)
     path, evicted = cache.path, []
 
-    def then_evicted(url: str) -> str:
-        found = path(url)
+    def then_evicted(*args: str) -> str:
+        found = path(*args)
         if not evicted:
             evicted.append(os.unlink(found))
         return found
@@ -130,6 +132,38 @@ def test_an_outage_is_no_broken_sample(tiny_set: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(type(fs), "cat_file", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("expired")))
     with pytest.raises(StorageError, match=r"cannot read memory://set/.*expired.*resumes"):
         SampleReader(remote).read(0)
+
+
+def test_a_shard_that_was_built_anew_is_fetched_again(tiny_set: Path, tmp_path: Path) -> None:
+    """By its digest in the manifest: the place is the same."""
+    index = ShardSet.open(str(tiny_set)).index("train")
+    assert len(index.shard_sha256) == len(index.shard_paths)
+    fs = fsspec.filesystem("memory")
+    urls = [f"memory://anew/{Path(path).name}" for path in index.shard_paths]
+    remote = dataclasses.replace(index, shard_paths=urls)
+    cache = ShardCache(str(tmp_path / "cache"), 10_000_000)
+    for url in urls:
+        fs.pipe(url, b"an older version")
+        cache.path(url, "its digest")
+    for url, path in zip(urls, index.shard_paths, strict=True):
+        fs.pipe(url, Path(path).read_bytes())
+    assert SampleReader(remote, cache).read(0) == SampleReader(index).read(0)
+
+
+def test_threads_share_a_reader_of_more_shards_than_it_holds_open(
+    tiny_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither does one close what another reads, nor are files left open."""
+    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 1)
+    index = ShardSet.open(str(tiny_set)).index("train")
+    assert len(index.shard_paths) > 1
+    reader, expected = SampleReader(index), [SampleReader(index).read(i) for i in range(len(index))]
+    before = len(os.listdir("/proc/self/fd"))
+    order = [i for _ in range(20) for i in range(len(index))]
+    with ThreadPoolExecutor(8) as pool:
+        for i, found in zip(order, pool.map(reader.read, order)):
+            assert found == expected[i]
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 def read_all(folder: str, urls: list[str], out) -> None:  # type: ignore[no-untyped-def]

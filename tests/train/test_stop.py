@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from mmref.config import Config
 from mmref.errors import TrainingStoppedError
 from mmref.rundir import RunDir
-from mmref.train import stop
+from mmref.train import stop, trainer
 
 STEPS = 500
 
@@ -102,3 +104,24 @@ def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path, requests: list[int]) ->
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_in_the_last_step_ends_the_job_too(
+    tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loop is left to see it, and the evaluation would take its time."""
+    run, config = RunDir(str(tmp_path / "run")), make_config()
+    termination, done = stop.Termination(run), [0]
+
+    def fit() -> SimpleNamespace:
+        done[0], termination.received = config.train.max_steps, signal.SIGTERM
+        return SimpleNamespace(return_value=0)
+
+    job = SimpleNamespace(fit=fit, train_run_context=SimpleNamespace(run_id="one"))
+    monkeypatch.setattr(trainer, "_trainer", lambda *args: job)
+    monkeypatch.setattr(trainer, "_latest_step", lambda run: done[0])
+    for name in ("withdraw_request", "take_place"):
+        monkeypatch.setattr(trainer, name, lambda *args: None)
+    with pytest.raises(TrainingStoppedError, match=f"after step {config.train.max_steps}") as found:
+        trainer.fit(config, run, termination=termination)
+    assert found.value.exit_status == 143

@@ -13,11 +13,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from tiny_set import TinySource, build_tiny_set
 
 from mmref.cluster import connect
 from mmref.config import Config, dump_yaml, load_config, to_dict
-from mmref.errors import ClusterTooSmallError, ConfigError, RunDirectoryError, SweepError
+from mmref.data.shards import data_fingerprint
+from mmref.errors import ClusterTooSmallError, ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.rundir import RunDir
+from mmref.train.trainer import DATA
 from tune import recorder as recorder_module
 from tune import sweep as sweep_module
 from tune import trial as trial_module
@@ -97,6 +100,32 @@ def test_asha_needs_evaluations_as_often_as_it_judges(
         sweep(with_values(config, {"loss.w_guide": 0.0}), space, Options(trials=1))
     prepare(config, space, Options(1, scheduler="none"), RunDir(config.run_dir))
     prepare(config, space, Options(1, grace_steps=40), RunDir(config.run_dir))
+
+
+def test_trials_are_compared_on_the_same_shards(
+    tmp_path: Path, space: Space, make_config: Callable[..., Config]
+) -> None:
+    run = RunDir(str(tmp_path / "sweep"))
+    config = make_config({"run_dir": run.path, "train.workers": 8})
+    with pytest.raises(ClusterTooSmallError):
+        sweep(config, space, Options(trials=1))
+    assert run.read_text(DATA) == data_fingerprint(config)
+    run.write_text(DATA, "0123456789ab")
+    with pytest.raises(RunDirectoryError, match="trained on shards with the fingerprint 0123456789ab"):
+        resume(run.path)
+
+
+def test_without_test_there_is_no_comparison_at_the_end(
+    tmp_path: Path, space: Space, make_config: Callable[..., Config]
+) -> None:
+    class WithoutTest(TinySource):
+        def objects(self):  # type: ignore[no-untyped-def]
+            return (o for o in super().objects() if o.split != "test")
+
+    config = make_config({"data.root": str(build_tiny_set(tmp_path / "set", WithoutTest("no-test")))})
+    with pytest.raises(ShardSetError, match=r"no test split to compare .*add `--final-seeds 0`"):
+        prepare(config, space, Options(1, scheduler="none", final_seeds=3), RunDir(str(tmp_path / "sweep")))
+    prepare(config, space, Options(1, scheduler="none"), RunDir(str(tmp_path / "sweep")))
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,8 @@ def _collect(source: Source) -> dict[str, list[SourceObject]]:
                     f"{item.object_id!r}). Give every image an id of its own."
                 )
             image_objects[image.image_id] = item.object_id
-        splits.setdefault(item.split, []).append(item)
+        if item.images:
+            splits.setdefault(item.split, []).append(item)
     if not splits:
         raise SourceError(f"Source {source.name!r} has no objects with images. Check its path and options.")
     known = [split for split in SPLIT_ORDER if split in splits]

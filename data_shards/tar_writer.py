@@ -75,7 +75,7 @@ def _encode(image: Image.Image, options: ImageOptions, lossless: bool) -> tuple[
         image = image.convert("RGBA" if "transparency" in image.info else "RGB") if image.mode == "P" else image
         image, lossless = image.resize(size, Image.Resampling.BICUBIC), False
     encoded = io.BytesIO()
-    if not (lossless and image.mode != "CMYK") and image.mode in ("RGB", "L", "CMYK"):
+    if image.mode == "CMYK" or (image.mode in ("RGB", "L") and not lossless):
         image.save(encoded, "JPEG", quality=options.quality)
         return encoded.getvalue(), "jpg"
     (image if image.mode in ("P", "RGBA", "LA", "L", "1") else image.convert("RGB")).save(encoded, "PNG")

@@ -159,6 +159,13 @@ def machine(config: Config) -> str:
     return f"{processor}, workers: {config.train.workers} of {threads}"
 
 
+def has_gpu() -> bool:
+    """Whether the cluster that Ray is connected to has a GPU: Ray Data would wait for one without a word."""
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) >= 1
+
+
 def needed_cpus(config: Config) -> float:
     """CPUs of a training run: its workers, and the readers of each beside them."""
     return config.train.workers * (config.train.cpus_per_worker + config.data.readers)

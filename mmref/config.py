@@ -596,14 +596,13 @@ def config_hash(config: Config) -> str:
     """12 hex digits of everything that changes results: not the run directory, scale or logging."""
     values = to_dict(config)
     values.pop("run_dir")
-    values["data"]["root"] = values["data"]["root"].rstrip("/").rsplit("/", 1)[-1]  # a set may be moved
+    values["data"]["root"] = folder_name(config.data.root)  # a set may be moved
     for key in ("workers", "min_workers", "gpu", "cpus_per_worker", "threads", "zero_stage", "accumulation", "log_every",
                 "eval_every", "keep_checkpoints", "async_checkpoints", "max_failures", "storage_gb", "gradient_checkpointing",
                 "compile"):  # fmt: skip
         values["train"].pop(key)
-    # their order numbers objects and images
-    mix = [[root.rstrip("/").rsplit("/", 1)[-1], share] for root, share in config.data.mix.items()]
-    values["data"]["mix"] = mix or {}
+    if config.data.mix:  # in order, which numbers objects and images
+        values["data"]["mix"] = [[folder_name(root), share] for root, share in config.data.mix.items()]
     values["data"]["max_bad_fraction"] = DataConfig.max_bad_fraction  # when a run ends, not what it learns
     values["train"]["start_from"] = _absolute(config.train.start_from) if config.train.start_from else ""
     for key in ("readers", "steps_per_task", "cache_gb", "cache_dir"):
@@ -623,6 +622,11 @@ def with_absolute_paths(config: Config) -> Config:
     if config.train.start_from:
         config.train.start_from = _absolute(config.train.start_from)
     return config
+
+
+def folder_name(path: str) -> str:
+    """The last part of a folder's path or URL."""
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _absolute(path: str) -> str:

@@ -121,21 +121,21 @@ def ablate(
             flush=True,
         )
         about = {"split": split, "seeds": seeds, "steps": base.train.max_steps}
-        table: list[dict[str, Any]] = []
 
-        def tabulate() -> None:
-            table[:] = summarise(rows, results, seeds, kind)
+        def tabulate() -> list[dict[str, Any]]:
+            table = summarise(rows, results, seeds, kind)
             if table:
                 done = [record(t, configs[t], metrics, data[t]) for t, metrics in results.items()]
                 write_tables(run, table, rows, {**about, "trainings": done})
+            return table
 
-        tabulate()
+        table = tabulate()
         for training, failure in _train(base, {t: planned[t] for t in missing}, split, max_concurrent):
             if failure:
                 failures[training] = failure
             elif metrics := read_result(configs[training], split, data[training]):
                 results[training] = metrics
-                tabulate()
+                table = tabulate()
     if failures:
         first = next(iter(failures))
         raise SweepError(

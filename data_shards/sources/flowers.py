@@ -66,7 +66,7 @@ class FlowersSource:
             folder = os.path.join(self.text, name)
             stems = sorted(file.removesuffix(".txt") for file in os.listdir(folder) if file.endswith(".txt"))
             known.update(stems)
-            if name in splits and stems:
+            if name in splits:
                 images = [self._image(folder, stem) for stem in stems]
                 yield SourceObject(splits[name], name, images)
         stray = [file for stem, file in self.files.items() if stem not in known and file.lower().endswith(".jpg")]

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmref.config import folder_name
 from mmref.data.cache import ShardCache
 from mmref.data.columns import Strings, read_columns
 from mmref.errors import SampleError, ShardSetError, StorageError
@@ -515,9 +516,9 @@ def train_index(config: Config) -> SplitIndex:
         if "train" not in shards.splits:
             raise ShardSetError(f"{root} has no train split, only {shards.splits}.")
         parts.append(shards.index("train"))
-        names.append(str(shards.manifest.get("name") or _folder(root)))
+        names.append(str(shards.manifest.get("name") or folder_name(root)))
     added = names[1:]  # a name that several have says nothing: every set built of a table is called `table`
-    prefixes = [_folder(root) if added.count(name) > 1 else name for root, name in zip(roots[1:], added)]
+    prefixes = [folder_name(root) if added.count(name) > 1 else name for root, name in zip(roots[1:], added)]
     if len(set(prefixes)) < len(prefixes):
         raise ShardSetError(
             f"`data.mix` has two sets of one name, {', '.join(prefixes)}, by which their objects are told apart: rename the "
@@ -531,10 +532,6 @@ def data_fingerprint(config: Config) -> str:
     """Of the contents of the shard sets that a config trains on: the config itself knows them by their folders' names."""
     roots = [config.data.root, *config.data.mix]
     return " ".join(ShardSet.open(root).fingerprint for root in roots)
-
-
-def _folder(root: str) -> str:
-    return root.rstrip("/").rsplit("/", 1)[-1]
 
 
 def open_reader(config: Config, index: SplitIndex) -> SampleReader:

@@ -50,11 +50,9 @@ def class_metrics(
     with_images = np.isin(classes, image_objects)
     if not with_images.any():
         raise EvaluationError("no class has captions and images: check that both come from one split.")
-    initial = queries @ image.T  # (c, g)
-    every = slice(0, len(queries))
+    initial, every = queries @ image.T, slice(0, len(queries))  # (c, g)
     scores = initial if score_fn is None else score_fn(every, initial.copy())
-    other = score_classes or score_fn
-    of_images = scores if other is score_fn or other is None else other(every, initial.copy())
+    of_images = scores if score_classes is None else score_classes(every, initial)
     hit = classes[:, None] == image_objects[None, :]
     best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
     precision = np.take_along_axis(hit, best, axis=1).mean(1)

@@ -75,6 +75,8 @@ def embed_splits(
     import ray
     import ray.data
 
+    from mmref.cluster import has_gpu
+
     shards = ShardSet.open(root)
     indices = {s: shards.index(s) for s in splits}
     queries = {s: read_queries(indices[s]) for s in splits}
@@ -86,14 +88,12 @@ def embed_splits(
                 texts = queries[s].texts[start:stop] if kind == "text" else []
                 jobs.append({"job": len(jobs), "split": s, "kind": kind, "start": start, "stop": stop, "texts": texts})
     quiet_ray_data()
-    # of a run that was trained on GPUs elsewhere; Ray Data would wait for one without a word
-    gpu = config.train.gpu and ray.cluster_resources().get("GPU", 0) >= 1
     dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
         Embedder,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=config.eval.workers),
         num_cpus=1,
-        num_gpus=int(gpu),
+        num_gpus=int(config.train.gpu and has_gpu()),  # the run may have been trained on GPUs elsewhere
         fn_constructor_args=(run.path, checkpoint, config, root, splits),
     )
     parts: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}

@@ -194,8 +194,10 @@ class Evaluation:
         self.pair_features, self.pair_objects = features.text[pairs[:, 0]], pairs[:, 1]
         self.refine_images = self._refiner(self.pair_features, features.image)
 
-    def _refiner(self, queries: np.ndarray, gallery: np.ndarray) -> ScoreFn | None:
-        return None if self.space is None else refined_scores(self.space, self.settings, queries, gallery)
+    def _refiner(
+        self, queries: np.ndarray, gallery: np.ndarray, settings: RefinementSettings | None = None
+    ) -> ScoreFn | None:
+        return None if self.space is None else refined_scores(self.space, settings or self.settings, queries, gallery)
 
     def text_to_image(self, score_fn: ScoreFn | None) -> PerQuery:
         """Every caption queries every image."""
@@ -255,11 +257,7 @@ class Evaluation:
         given = queries, classes, f.image, f.image_objects
         refined = self._refiner(queries, f.image)
         # an image's classes are all its candidates
-        everywhere = (
-            None
-            if self.space is None
-            else refined_scores(self.space, replace(self.settings, top_p=None), queries, f.image)
-        )
+        everywhere = self._refiner(queries, f.image, replace(self.settings, top_p=None))
         return {"initial": class_metrics(*given), "refined": class_metrics(*given, refined, everywhere)}
 
     def examples(self, count: int) -> list[dict[str, Any]]:

@@ -188,7 +188,7 @@ class MMRef(nn.Module):
     def is_new(self, name: str) -> bool:
         """Whether a parameter starts from random weights beside pretrained towers (gets `train.lr_new`)."""
         prefixes = tuple(f"backbone.{p}" for p in self.backbone.new_parameter_prefixes())
-        return name.startswith(("reconstruct.", "image_words.", "classify.", "log_scale", *prefixes))
+        return name.startswith((*HEADS, *TRAINING_ONLY, "log_scale", *prefixes))
 
 
 def computes_in_bf16(gpu: bool) -> bool:

@@ -169,7 +169,7 @@ def _embedded(chunks: Chunks, pending: list[int], model: str, workers: int) -> I
         for number in pending:
             yield number, embedder.embed(chunks.locations(number))
         return
-    from mmref.cluster import connect
+    from mmref.cluster import connect, has_gpu
 
     with connect(workers):
         import ray
@@ -178,7 +178,7 @@ def _embedded(chunks: Chunks, pending: list[int], model: str, workers: int) -> I
         from mmref.data.stream import quiet_ray_data
 
         quiet_ray_data()
-        gpu = ray.cluster_resources().get("GPU", 0) >= 1
+        gpu = has_gpu()
         jobs = [{"chunk": n, "locations": json.dumps(chunks.locations(n))} for n in pending]
         dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
             ImageEmbedder,

@@ -302,7 +302,7 @@ class ResumePoint:
 def load(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> None:
     """Restore engine and bank from a local folder, whatever number of workers wrote it. Raises CheckpointError."""
     tensors = TensorFolder(folder, "model", "optimizer")
-    check_fits(tensors, {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in _parameters(engine)}, folder)
+    check_fits(tensors, _shapes(engine), folder)
     load_state(engine, tensors.state_of, int(meta["step"]))
     for name, buffer in _buffers(engine):
         buffer.copy_(tensors.get(f"buffer:{name}"))
@@ -320,14 +320,13 @@ def start_from(run: RunDir, engine: Any, bank: ReferenceBank) -> None:
     info = best_checkpoint(run)
     with fetched(run, info, "model", "references") as folder:
         tensors = TensorFolder(folder, "model")
-        fresh = {
-            n for n, p in _parameters(engine)
-            if n.startswith(TRAINING_ONLY) or (n.startswith(HEADS) and n not in tensors.files)
-        }  # fmt: skip
-        fixed = {n for n, p in _parameters(engine) if n == "log_scale" and not p.requires_grad}
-        shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in _parameters(engine) if n not in fresh}
-        check_fits(tensors, shapes, folder, (*TRAINING_ONLY, *HEADS))
-        load_state(engine, lambda name: {} if name in fresh | fixed else {"weight": tensors.get(name)}, 0)
+        shapes = _shapes(engine)
+        fresh = {n for n in shapes if n.startswith(TRAINING_ONLY) or (n.startswith(HEADS) and n not in tensors.files)}
+        wanted = {n: shape for n, shape in shapes.items() if n not in fresh}
+        check_fits(tensors, wanted, folder, (*TRAINING_ONLY, *HEADS))
+        if not engine.module.log_scale.requires_grad:
+            fresh.add("log_scale")
+        load_state(engine, lambda name: {} if name in fresh else {"weight": tensors.get(name)}, 0)
         for name, buffer in _buffers(engine):
             buffer.copy_(tensors.get(f"buffer:{name}"))
         load_bank(folder, bank, info.meta, ("rows",))
@@ -426,6 +425,11 @@ def check_fits(
 
 def _parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return list(engine.module.named_parameters())
+
+
+def _shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of the parameters, also where ZeRO-3 has partitioned them."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in _parameters(engine)}
 
 
 def _buffers(engine: Any) -> list[tuple[str, Tensor]]:

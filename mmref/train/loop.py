@@ -93,6 +93,8 @@ class Worker:
         self.bad_before: set[str] = set()
         if self.start and run.exists(BAD_SAMPLES):
             self.bad_before = set(json.loads(run.read_text(BAD_SAMPLES)))
+        elif not self.rank and run.exists(BAD_SAMPLES):  # of an attempt that this one does not go on from
+            run.remove(BAD_SAMPLES)
         self.log: RunLog | None = None
 
     def train(self) -> int:
@@ -243,12 +245,9 @@ class Worker:
             self.log.close()
 
     def _write_bad(self) -> None:
-        """The broken images that the run has met, for its report; none of an attempt that it does not go on from."""
-        if self.rank:
-            return
-        found = sorted(self.bad | self.bad_before)
-        if found or self.run.exists(BAD_SAMPLES):
-            self.run.write_text(BAD_SAMPLES, json.dumps(found, indent=1))
+        """The broken images that the run has met, for its report."""
+        if not self.rank and (found := self.bad | self.bad_before):
+            self.run.write_text(BAD_SAMPLES, json.dumps(sorted(found), indent=1))
 
 
 class Window:

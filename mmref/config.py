@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -18,6 +17,7 @@ from typing import Any, Literal, Optional
 import yaml
 
 from mmref.errors import BatchArithmeticError, ConfigError
+from mmref.locations import absolute, folder_name
 
 MIN_TAU = 0.01
 """Of the alignment, as in CLIP: training keeps a learned temperature above it."""
@@ -604,7 +604,7 @@ def config_hash(config: Config) -> str:
     if config.data.mix:  # in order, which numbers objects and images
         values["data"]["mix"] = [[folder_name(root), share] for root, share in config.data.mix.items()]
     values["data"]["max_bad_fraction"] = DataConfig.max_bad_fraction  # when a run ends, not what it learns
-    values["train"]["start_from"] = _absolute(config.train.start_from) if config.train.start_from else ""
+    values["train"]["start_from"] = absolute(config.train.start_from) if config.train.start_from else ""
     for key in ("readers", "steps_per_task", "cache_gb", "cache_dir"):
         values["data"].pop(key)
     values["reference"].pop("rows_on")
@@ -616,21 +616,12 @@ def config_hash(config: Config) -> str:
 
 def with_absolute_paths(config: Config) -> Config:
     """A copy that means the same in another directory, as Ray's workers run in."""
-    config = from_dict({**to_dict(config), "run_dir": _absolute(config.run_dir)})
-    config.data.root = _absolute(config.data.root)
-    config.data.mix = {_absolute(root): share for root, share in config.data.mix.items()}
+    config = from_dict({**to_dict(config), "run_dir": absolute(config.run_dir)})
+    config.data.root = absolute(config.data.root)
+    config.data.mix = {absolute(root): share for root, share in config.data.mix.items()}
     if config.train.start_from:
-        config.train.start_from = _absolute(config.train.start_from)
+        config.train.start_from = absolute(config.train.start_from)
     return config
-
-
-def folder_name(path: str) -> str:
-    """The last part of a folder's path or URL."""
-    return path.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _absolute(path: str) -> str:
-    return path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def ramp(step: int, max_steps: int, start: float, full: float) -> float:

@@ -55,6 +55,10 @@ class StorageError(MMRefError):
     """The storage of a run keeps failing: full, unreachable, or not shared between the nodes."""
 
 
+class FileSystemMissingError(StorageError):
+    """A URL is of a kind that nothing installed here opens."""
+
+
 class TrainingStoppedError(MMRefError):
     """Training was asked to stop (SIGTERM, Ctrl-C) and did so at a checkpoint; the same command resumes it."""
 

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import fsspec
 import yaml
 
 from mmref.config import Config, from_dict
-from mmref.errors import RunDirectoryError, StorageError
+from mmref.errors import FileSystemMissingError, RunDirectoryError, StorageError
+from mmref.locations import absolute, file_system, is_url
 from mmref.storage import held, retry
 
 T = TypeVar("T")
@@ -42,19 +42,15 @@ class RunDir:
     """
 
     def __init__(self, path: str) -> None:
-        self.local = "://" not in path
+        self.local = not is_url(path)
         # absolute: `ray job submit` runs in a copy of the working directory that is deleted afterwards
-        self.path = os.path.abspath(os.path.expanduser(path)) if self.local else path.rstrip("/")
+        self.path = absolute(path)
         # no cached listings: other processes write here as well
         options = {} if self.local else {"use_listings_cache": False}
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.path, **options)
-        except (ImportError, ValueError) as error:
-            raise RunDirectoryError(
-                f"run directory {path} needs a file system that is not installed: {error}. For s3:// "
-                "`pip install -e '.[s3]'` in mmref's folder."
-            ) from None
-
+            self.fs, self.root = file_system(self.path, **options)
+        except FileSystemMissingError as error:
+            raise RunDirectoryError(f"run directory {error}") from None
         self._has_folders = path.split("://")[0] not in OBJECT_STORES
 
     def join(self, *parts: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -20,6 +21,7 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
 LEASE_S, LOOK_S = 120.0, 2.0  # NFS gives up a lost client's locks after 90
 # answers rather than failures: trying again would get the same
 PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+PERMANENT_CODES = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EROFS, errno.ENOTSUP, errno.ENXIO}
 # libraries below fsspec whose errors are not OSErrors
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")
 
@@ -29,7 +31,7 @@ log = logging.getLogger("mmref")
 def is_transient(error: BaseException) -> bool:
     """Whether the same operation may succeed later."""
     if isinstance(error, OSError):
-        return not isinstance(error, PERMANENT)
+        return not isinstance(error, PERMANENT) and error.errno not in PERMANENT_CODES
     return type(error).__module__.split(".")[0] in CLIENTS
 
 
@@ -52,7 +54,7 @@ def retry(what: str, action: Callable[[], T]) -> T:
             if time.monotonic() - began + delay > PATIENCE_S:
                 raise StorageError(
                     f"cannot {what}: {type(error).__name__}: {error}. Tried for {time.monotonic() - began:.0f} s. Free "
-                    "space or mend the storage, then start the same command: it resumes from the last checkpoint."
+                    "space or mend the storage, then start the same command: it resumes."
                 ) from error
             log.warning("cannot %s: %s: %s; trying again in %.1f s", what, type(error).__name__, error, delay)
         time.sleep(delay)

@@ -26,6 +26,7 @@ from data_shards.sources.reed import (
     read_lines,
 )
 from mmref.errors import SourceError
+from mmref.locations import read_bytes
 
 
 class CubSource:
@@ -111,8 +112,7 @@ class CubSource:
 
     def load(self, ref: str) -> bytes:
         """The photograph's bytes as they are on disk."""
-        with open(os.path.join(self.folder, "images", ref), "rb") as file:
-            return file.read()
+        return read_bytes(os.path.join(self.folder, "images", ref))
 
     def write_extras(self, root: str) -> None:
         """Nothing to add: the licence forbids passing the set on."""

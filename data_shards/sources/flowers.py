@@ -21,6 +21,7 @@ from data_shards.sources.reed import (
     read_captions,
 )
 from mmref.errors import SourceError
+from mmref.locations import read_bytes
 
 
 class FlowersSource:
@@ -78,8 +79,7 @@ class FlowersSource:
 
     def load(self, ref: str) -> bytes:
         """The photograph's bytes as they are on disk."""
-        with open(os.path.join(self.images, ref), "rb") as file:
-            return file.read()
+        return read_bytes(os.path.join(self.images, ref))
 
     def write_extras(self, root: str) -> None:
         """Nothing to add: the licence forbids passing the set on."""

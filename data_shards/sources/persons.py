@@ -17,6 +17,7 @@ from typing import Any
 
 from data_shards.samples import SourceImage, SourceObject, hash_fraction
 from mmref.errors import SourceError
+from mmref.locations import read_bytes, size_of
 
 SPLITS = ("train", "val", "test")
 IMAGE_FOLDERS = ("imgs", "images", "")  # below the root, in the order in which an image is looked for
@@ -192,13 +193,12 @@ class PersonSource:
     def load(self, ref: str) -> bytes:
         """The photograph's bytes as they are on disk. Raises FileNotFoundError."""
         paths = [os.path.join(folder, ref) for folder in self.folders]
-        path = next(filter(os.path.isfile, paths), None)
+        path = next((path for path in paths if size_of(path) is not None), None)
         if path is None:
             raise FileNotFoundError(
                 errno.ENOENT, f"No such file in {', '.join(self.folders)} (--images names another folder)", ref
             )
-        with open(path, "rb") as file:
-            return file.read()
+        return read_bytes(path)
 
     def write_extras(self, root: str) -> None:
         """Nothing to add: the licence forbids passing the set on."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, hash_split
 from mmref.errors import SourceError
+from mmref.locations import absolute, is_url, join, read_bytes
 
 SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 TIMEOUT_S = 30  # of one download
@@ -49,7 +50,7 @@ class TableSource:
         to carry in the sample's json. min_images: objects with fewer usable images are left out."""
         self.path, self.image, self.object_id, self.captions, self.split = path, image, object_id, captions, split
         root = os.path.dirname(path) if image_root is None else image_root
-        self.image_root = root if "://" in root else os.path.abspath(root)  # workers may run in another directory
+        self.image_root = absolute(root)  # workers may run in another directory
         self.fractions, self.keep, self.licence, self.min_images = dict(fractions), list(keep), licence, min_images
         self.origin = os.path.basename(path)  # the full path says more of your machine than of the data
         self.skipped: list[str] = []
@@ -127,24 +128,14 @@ class TableSource:
 
 def locate(ref: str, root: str) -> str:
     """Path or URL of an image cell: absolute, or relative to `root`."""
-    return ref if "://" in ref or os.path.isabs(ref) else _join(root, ref)
+    return ref if is_url(ref) or os.path.isabs(ref) else join(root, ref)
 
 
 def read_location(path: str) -> bytes:
     """Bytes of a file, an http(s) URL, or whatever fsspec opens. Raises OSError."""
     if path.startswith(("http://", "https://")):
         return _download(path)
-    if "://" in path:
-        import fsspec  # only tables that name remote files need it
-
-        with fsspec.open(path, "rb") as file:
-            return file.read()
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def _join(root: str, name: str) -> str:
-    return f"{root.rstrip('/')}/{name}" if "://" in root else os.path.join(root, name)
+    return read_bytes(path)
 
 
 def _download(url: str) -> bytes:

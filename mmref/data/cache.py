@@ -12,9 +12,8 @@ import hashlib
 import os
 from pathlib import Path
 
-import fsspec
-
 from mmref.errors import ShardSetError
+from mmref.locations import file_system
 from mmref.storage import one_at_a_time, retry
 
 FETCHES = "fetches.log"
@@ -50,7 +49,7 @@ class ShardCache:
         return log.read_text().split() if log.exists() else []
 
     def _fetch(self, url: str, target: Path) -> None:
-        fs, inner = fsspec.core.url_to_fs(url)
+        fs, inner = file_system(url)
         size = int(retry(f"read {url}", lambda: fs.size(inner)))
         if size > self.limit:
             raise ShardSetError(

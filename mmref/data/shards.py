@@ -27,10 +27,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmref.config import folder_name
 from mmref.data.cache import ShardCache
 from mmref.data.columns import Strings, read_columns
 from mmref.errors import SampleError, ShardSetError, StorageError
+from mmref.locations import absolute, file_system, folder_name, is_url, join, read_bytes, size_of
 from mmref.storage import retry
 
 if TYPE_CHECKING:
@@ -50,69 +50,37 @@ INDEX_ARRAYS = {  # column of <split>.index.parquet -> dtype in SplitIndex
 }
 
 
-def _is_url(path: str) -> bool:
-    return "://" in path
-
-
-def _join(root: str, *parts: str) -> str:
-    return "/".join([root.rstrip("/"), *parts]) if _is_url(root) else os.path.join(root, *parts)
-
-
-def _read_bytes(path: str) -> bytes:
-    """Whole file, local or any fsspec URL. Raises OSError, StorageError."""
-    if _is_url(path):
-        import fsspec  # only sets on object storage need it
-
-        def read() -> bytes:
-            with fsspec.open(path, "rb") as file:
-                return file.read()
-
-        return retry(f"read {path}", read)
-    with open(path, "rb") as file:
-        return file.read()
-
-
 def _open(path: str) -> Any:
     """Binary file, local or URL. Raises OSError, StorageError."""
-    return io.BytesIO(_read_bytes(path)) if _is_url(path) else open(path, "rb")
+    return io.BytesIO(read_bytes(path)) if is_url(path) else open(path, "rb")
 
 
 def _stamp(path: str) -> str:
     """Changes when the file does."""
-    if _is_url(path):
-        import fsspec
-
-        fs, inner = fsspec.core.url_to_fs(path)
+    if is_url(path):
+        fs, inner = file_system(path)
         return f"{path} {fs.ukey(inner)}"
     stat = os.stat(path)
     return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def _size(path: str) -> int | None:
-    """Bytes of a file, None when there is none."""
-    if _is_url(path):
-        import fsspec
-
-        fs, inner = fsspec.core.url_to_fs(path)
-        return fs.size(inner) if fs.exists(inner) else None
-    return os.path.getsize(path) if os.path.isfile(path) else None
-
-
 def _sizes(folder: str) -> dict[str, int]:
     """Bytes of the files in a folder of object storage, by name."""
-    import fsspec
-
-    fs, inner = fsspec.core.url_to_fs(folder)
+    fs, inner = file_system(folder)
     found = retry(f"list {folder}", lambda: fs.find(inner, detail=True))
     return {name.rsplit("/", 1)[-1]: int(entry["size"]) for name, entry in found.items()}
 
 
 def sha256_of(path: str) -> str:
     """Hex digest of a local file or URL, read in 1 MiB pieces."""
-    if _is_url(path):
-        return hashlib.sha256(_read_bytes(path)).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if is_url(path):
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+
+    def digest() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return retry(f"read {path}", digest)
 
 
 @dataclass(frozen=True)
@@ -273,29 +241,32 @@ class SampleReader:
     def _local_path(self, shard: int) -> str:
         """Where a shard lies on this node, fetched into the cache where it lies on object storage."""
         path, digests = self.index.shard_paths[shard], self.index.shard_sha256
-        if self.cache is None or not _is_url(path):
+        if self.cache is None or not is_url(path):
             return path
         return self.cache.path(path, digests[shard] if digests else "")
+
+    def _pread(self, shard: int, offset: int, size: int) -> bytes:
+        try:
+            with self._opened(shard) as file:
+                return os.pread(file, size, offset)
+        except OSError:  # what is held may be what has gone stale, or what there is too much of
+            with self._lock:
+                self.close()
+            raise
 
     def _range(self, shard: int, offset: int, size: int, what: str) -> bytes:
         """Bytes of a shard. Raises SampleError, or StorageError where storage does not answer or permit it: that says nothing
         of the sample, and another in its place would change the run."""
         path = self.index.shard_paths[shard]
         try:
-            if _is_url(path) and self.cache is None:
-                import fsspec
-
-                fs, inner = fsspec.core.url_to_fs(path)
-                data = retry(f"read {path}", lambda: fs.cat_file(inner, start=offset, end=offset + size))
+            if is_url(path) and self.cache is None:
+                data = read_bytes(path, offset, size)
             else:
-                with self._opened(shard) as file:
-                    data = os.pread(file, size, offset)
-        except PermissionError as error:  # so do credentials that have run out
+                data = retry(f"read {path}", lambda: self._pread(shard, offset, size))
+        except OSError as error:  # no such file any more, no permission: so do credentials that have run out
             raise StorageError(
                 f"cannot read {path}: {error}. Mend it, then start the same command: it resumes."
             ) from error
-        except OSError as error:
-            raise SampleError(f"{path}: cannot read {what} at byte {offset}: {error}") from error
         if len(data) != size:
             raise SampleError(f"{path}: {what} at byte {offset} is short: {len(data)} of {size} bytes.")
         return data
@@ -332,10 +303,10 @@ class ShardSet:
     @classmethod
     def open(cls, root: str) -> ShardSet:
         """Raises ShardSetError when the set is missing, incomplete or of an unknown version."""
-        root = root if _is_url(root) else os.path.abspath(root)
-        path = _join(root, "manifest.json")
+        root = absolute(root)
+        path = join(root, "manifest.json")
         try:
-            manifest = json.loads(_read_bytes(path))
+            manifest = json.loads(read_bytes(path))
         except (PermissionError, IsADirectoryError) as error:
             raise ShardSetError(f"{path} cannot be read: {error}.") from error
         except OSError as error:
@@ -369,9 +340,9 @@ class ShardSet:
     def _unpack(self) -> None:
         """Unpacks what travels as .tar.gz. Safe beside other processes: each moves its own file into place."""
         for shard in (s for split in self.manifest["splits"].values() for s in split["shards"]):
-            path = _join(self.root, shard["file"])
-            packed = _join(self.root, shard["packed"]) if "packed" in shard else None
-            if packed is None or _is_url(self.root) or not os.path.exists(packed):
+            path = join(self.root, shard["file"])
+            packed = join(self.root, shard["packed"]) if "packed" in shard else None
+            if packed is None or is_url(self.root) or not os.path.exists(packed):
                 continue  # a shard that is missing altogether is reported by index() and verify()
             if os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(packed):
                 continue  # an older one was unpacked from another version of the set
@@ -403,14 +374,14 @@ class ShardSet:
         return self.manifest["splits"][split]
 
     def shard_paths(self, split: str) -> list[str]:
-        return [_join(self.root, shard["file"]) for shard in self._split(split)["shards"]]
+        return [join(self.root, shard["file"]) for shard in self._split(split)["shards"]]
 
     def index(self, split: str) -> SplitIndex:
         """Loads the index of a split. Raises ShardSetError for an unknown split, or shards unlike the manifest."""
         entry = self._split(split)
-        sizes = _sizes(_join(self.root, split)) if _is_url(self.root) else None  # one listing, not a request a shard
+        sizes = _sizes(join(self.root, split)) if is_url(self.root) else None  # one listing, not a request a shard
         for path, shard in zip(self.shard_paths(split), entry["shards"], strict=True):
-            size = _size(path) if sizes is None else sizes.get(path.rsplit("/", 1)[-1])
+            size = size_of(path) if sizes is None else sizes.get(path.rsplit("/", 1)[-1])
             if problem := _size_problem(path, size, shard["bytes"]):
                 raise ShardSetError(f"{problem}. Copy or build the set again; `mmref shards verify` says more.")
         index = self._load_index(split)
@@ -422,7 +393,7 @@ class ShardSet:
         return index
 
     def _load_index(self, split: str) -> SplitIndex:
-        path = _join(self.root, split, f"{split}.index.parquet")
+        path = join(self.root, split, f"{split}.index.parquet")
         try:
             index = SplitIndex.from_parquet(path, split, self.shard_paths(split))
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
@@ -431,9 +402,9 @@ class ShardSet:
 
     def train_object_ids(self) -> list[str]:
         """Ids of the training objects by row. Raises ShardSetError when objects.parquet is missing or out of order."""
-        path = _join(self.root, "objects.parquet")
+        path = join(self.root, "objects.parquet")
         try:
-            table = pq.read_table(io.BytesIO(_read_bytes(path)), columns=["object_id", "row"])
+            table = pq.read_table(io.BytesIO(read_bytes(path)), columns=["object_id", "row"])
         except (OSError, ValueError, KeyError) as error:
             raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error
         if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))):
@@ -484,14 +455,14 @@ class ShardSet:
 
     def _verify_shard(self, index: SplitIndex, number: int, shard: dict[str, Any], checksums: bool) -> list[str]:
         path = index.shard_paths[number]
-        problem = _size_problem(path, _size(path), shard["bytes"])
+        problem = _size_problem(path, size_of(path), shard["bytes"])
         problems = [problem] if problem else []
         if problem and problem.startswith("missing_shard"):
             return problems
         if checksums and sha256_of(path) != shard["sha256"]:
             problems.append(f"wrong_checksum: {path}: its sha256 is not the one in the manifest")
         try:
-            with tarfile.open(fileobj=io.BytesIO(_read_bytes(path)) if _is_url(path) else open(path, "rb")) as tar:
+            with tarfile.open(fileobj=io.BytesIO(read_bytes(path)) if is_url(path) else open(path, "rb")) as tar:
                 members = {member.name: (member.offset_data, member.size) for member in tar}
         except (tarfile.TarError, EOFError) as error:
             return [*problems, f"broken_tar: {path}: {error}"]

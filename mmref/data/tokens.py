@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mmref.config import Config
 from mmref.errors import ModelError
+from mmref.locations import file_system, is_url
 from mmref.packages import local_name
 from mmref.storage import retry
 
@@ -71,12 +72,10 @@ def load_tokens(config: Config) -> Tokens:
 @contextlib.contextmanager
 def _local(path: str) -> Iterator[str]:
     """A hub id or folder as it is; the folder of a URL (a shard set on object storage) as a copy."""
-    if "://" not in path:
+    if not is_url(path):
         yield path
         return
-    import fsspec
-
-    fs, inner = fsspec.core.url_to_fs(path)
+    fs, inner = file_system(path)
     with tempfile.TemporaryDirectory(prefix="mmref-") as folder:
         for name in retry(f"list {path}", lambda: fs.ls(inner, detail=False)):
             retry(f"read {name}", partial(fs.get_file, name, f"{folder}/{os.path.basename(name)}"))

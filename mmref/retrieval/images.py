@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from data_shards.sources.table import ROW_NUMBER, locate, read_location, read_table
 from mmref.data.shards import SampleReader, ShardSet
-from mmref.errors import SampleError, SearchIndexError
+from mmref.errors import SampleError, SearchIndexError, StorageError
+from mmref.locations import absolute, file_system, is_url, join, read_bytes, size_of
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -54,12 +55,10 @@ def list_images(source: str, split: str | None = None, columns: TableColumns = D
         SearchIndexError: there is nothing there, or no image in it.
         ShardSetError, SourceError: a damaged shard set or table.
     """
-    remote = "://" in source
-    if not remote:
-        source = os.path.abspath(os.path.expanduser(source))
+    source = absolute(source)
     if source.lower().endswith(TABLE_ENDINGS):
         listing = _list_table(source, columns)
-    elif _exists(f"{source.rstrip('/')}/manifest.json"):
+    elif size_of(join(source, "manifest.json")) is not None:
         listing = _list_shards(ShardSet.open(source), split)
     else:
         listing = _list_folder(source)
@@ -69,32 +68,16 @@ def list_images(source: str, split: str | None = None, columns: TableColumns = D
 
 
 def read_image_bytes(path: str, offset: int = 0, length: int = 0) -> bytes:
-    """Encoded bytes of one image of a listing. Raises SampleError."""
+    """Encoded bytes of one image of a listing. Raises SampleError, or StorageError where storage does not answer."""
     try:
-        if not length:
-            return read_location(path)
-        if "://" in path:
-            import fsspec
-
-            fs, inner = fsspec.core.url_to_fs(path)
-            data = fs.cat_file(inner, start=offset, end=offset + length)
-        else:
-            with open(path, "rb") as file:
-                data = os.pread(file.fileno(), length, offset)
+        data = read_bytes(path, offset, length) if length else read_location(path)
+    except StorageError:  # says nothing of the image: leaving it out would be wrong
+        raise
     except Exception as error:  # every file system has its own
         raise SampleError(f"{path} cannot be read: {error}.") from None
-    if len(data) != length:
+    if length and len(data) != length:
         raise SampleError(f"{path}: short at byte {offset}: {len(data)} of {length} bytes.")
     return data
-
-
-def _exists(path: str) -> bool:
-    if "://" not in path:
-        return os.path.isfile(path)
-    import fsspec
-
-    fs, inner = fsspec.core.url_to_fs(path)
-    return bool(fs.exists(inner))
 
 
 def _as_table(rows: list[dict[str, Any]], extra: list[str]) -> pa.Table:
@@ -133,7 +116,7 @@ def _list_folder(source: str) -> Listing:
     """Image files below a folder or URL prefix, hidden ones left out; ids are paths relative to it."""
     rows = [
         _row(name, path, 0, 0, None, {})
-        for name, path in sorted(_walk_url(source) if "://" in source else _walk(source))
+        for name, path in sorted(_walk_url(source) if is_url(source) else _walk(source))
         if name.lower().endswith(IMAGE_ENDINGS)
     ]
     return Listing(_as_table(rows, []), [])
@@ -151,17 +134,15 @@ def _walk(root: str) -> Iterator[tuple[str, str]]:
 
 
 def _walk_url(root: str) -> Iterator[tuple[str, str]]:
-    import fsspec
-
+    fs, inner = file_system(root)
     try:
-        fs, inner = fsspec.core.url_to_fs(root)
         found = fs.find(inner)
     except Exception as error:  # every file system has its own
         raise SearchIndexError(f"{root} cannot be listed: {error}.") from None
     for path in found:
         name = path.removeprefix(inner).lstrip("/") or path.rsplit("/", 1)[-1]
         if not any(part.startswith(".") for part in name.split("/")):
-            yield name, path if "://" in path else fs.unstrip_protocol(path)
+            yield name, path if is_url(path) else fs.unstrip_protocol(path)
 
 
 def _list_shards(shards: ShardSet, split: str | None) -> Listing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import io
 import json
@@ -20,9 +21,10 @@ from PIL import Image
 
 from data_shards.build import BuildOptions, build_shards
 from data_shards.sources.table import TableSource
+from mmref import storage
 from mmref.data import shards as shards_module
 from mmref.data.shards import SampleReader, ShardSet
-from mmref.errors import SampleError, ShardSetError
+from mmref.errors import SampleError, ShardSetError, StorageError
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +234,7 @@ def test_sample_errors_name_file_and_offset(root):
         file.write(data[: index.image_offset[1] + 3])
     with pytest.raises(SampleError, match=rf"image at byte {index.image_offset[1]} is short: 3 of"):
         SampleReader(index).read(1)
-    with pytest.raises(SampleError, match="cannot read image"):
+    with pytest.raises(StorageError, match=r"cannot read /no/such.tar.*resumes"):  # that says nothing of the sample
         SampleReader(dataclasses.replace(index, shard_paths=["/no/such.tar"] * 3)).read(0)
 
 
@@ -298,3 +300,58 @@ def test_tars_are_plain_webdataset(built):
         for image, meta in zip(members[::2], members[1::2], strict=True):
             assert image.name.endswith(".png") and meta.name == image.name.removesuffix("png") + "json"
             assert image.name.count(".") == 1 and "/" not in image.name
+
+
+def failing(call, code: int, times: int):
+    """`call`, failing with an error code at first."""
+    left = [times]
+
+    def attempt(*args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code))
+        return call(*args, **kwargs)
+
+    return attempt
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EMFILE])
+@pytest.mark.parametrize("name", ["pread", "open", "dup"])
+def test_a_mounted_file_system_that_fails_for_a_moment_costs_no_sample(root, monkeypatch, code, name):
+    index = ShardSet.open(str(root)).index("train")
+    expected = SampleReader(index).read(1)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    reader = SampleReader(index)
+    reader.read(0)
+    if name == "open":
+        reader.close()
+    monkeypatch.setattr(os, name, failing(getattr(os, name), code, 3))
+    assert reader.read(1) == expected
+    monkeypatch.setattr(os, name, failing(getattr(os, name), code, 10**9))
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.01)
+    with pytest.raises(StorageError, match=rf"cannot read {index.shard_paths[0]}.*resumes"):
+        SampleReader(index).read(1)
+
+
+def test_a_stale_descriptor_is_opened_again(root, monkeypatch):
+    """As after an NFS server has come back: the old handle stays stale for ever, a new one works."""
+    index = ShardSet.open(str(root)).index("train")
+    expected = SampleReader(index).read(1)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    reader, pread = SampleReader(index), os.pread
+    reader.read(0)
+    stale = {os.fstat(descriptor).st_ino for descriptor in reader._files.values()}
+    opened = os.open
+
+    def again(*args, **kwargs):
+        stale.clear()
+        return opened(*args, **kwargs)
+
+    def read(descriptor, *args):
+        if os.fstat(descriptor).st_ino in stale:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return pread(descriptor, *args)
+
+    monkeypatch.setattr(os, "open", again)
+    monkeypatch.setattr(os, "pread", read)
+    assert reader.read(1) == expected

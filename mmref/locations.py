@@ -1,0 +1,85 @@
+"""Paths and URLs: what a text that names a place means, and reading what lies there.
+
+A URL is whatever fsspec opens (s3://, gs://, http://, ...); anything else is a path of this machine, or of a file system
+that is mounted on it. Both are read with the same patience: mounted storage fails for a moment as a network does.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any
+
+from mmref.errors import FileSystemMissingError
+from mmref.storage import retry
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is a URL rather than a path."""
+    return "://" in place
+
+
+def absolute(place: str) -> str:
+    """What means the same place in another directory: a path with `~` and `..` resolved, a URL as it is."""
+    return place.rstrip("/") if is_url(place) else os.path.abspath(os.path.expanduser(place))
+
+
+def join(root: str, *parts: str) -> str:
+    """A place below another."""
+    return "/".join([root.rstrip("/"), *parts]) if is_url(root) else os.path.join(root, *parts)
+
+
+def folder_name(place: str) -> str:
+    """The last part of a folder's path or URL."""
+    return place.rstrip("/").rsplit("/", 1)[-1]
+
+
+def file_system(place: str, **options: Any) -> tuple[Any, str]:
+    """fsspec's file system of a place, and the path of the place on it.
+
+    Raises:
+        FileSystemMissingError: nothing here opens such URLs, or its package is not installed.
+    """
+    import fsspec  # takes a moment to import, which most runs need not spend
+
+    try:
+        return fsspec.core.url_to_fs(place, **options)
+    except (ImportError, ValueError) as error:
+        raise FileSystemMissingError(
+            f"{place} needs a file system that is not installed: {error}. Install its package with pip on every node (s3://: "
+            "`pip install -e '.[s3]'` in mmref's folder, gs://: gcsfs, az:// and abfs://: adlfs)."
+        ) from None
+
+
+def read_bytes(place: str, start: int = 0, size: int | None = None) -> bytes:
+    """A file, or `size` bytes of it from `start` (fewer where it ends before).
+
+    Raises:
+        StorageError: the storage keeps failing.
+        OSError: there is no such file, or it may not be read.
+        FileSystemMissingError: as `file_system`.
+    """
+    if is_url(place):
+        fs, path = file_system(place)
+        part = {} if size is None and not start else {"start": start, "end": None if size is None else start + size}
+        return retry(f"read {place}", lambda: fs.cat_file(path, **part))
+
+    def read() -> bytes:
+        with open(place, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if size is None else size)
+
+    return retry(f"read {place}", read)
+
+
+def size_of(place: str) -> int | None:
+    """Bytes of a file; None where there is none. Raises StorageError, FileSystemMissingError, OSError."""
+    try:
+        if is_url(place):
+            fs, path = file_system(place)
+            info = retry(f"look at {place}", lambda: fs.info(path))
+            return int(info["size"]) if info["type"] == "file" else None
+        found = retry(f"look at {place}", lambda: os.stat(place))
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None

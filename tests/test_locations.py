@@ -1,0 +1,76 @@
+"""What a place means, and reading from it: see mmref/locations.py."""
+
+import errno
+import os
+
+import fsspec
+import pytest
+
+from mmref import storage
+from mmref.errors import FileSystemMissingError, StorageError
+from mmref.locations import absolute, file_system, folder_name, join, read_bytes, size_of
+
+
+def test_places_mean_the_same_in_another_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert absolute("~/set") == str(tmp_path / "home" / "set")
+    assert absolute("a/../set/") == str(tmp_path / "set")
+    assert absolute("s3://bucket/set/") == "s3://bucket/set"
+    assert join("s3://bucket/set/", "a", "b") == "s3://bucket/set/a/b" and join("/set", "a") == "/set/a"
+    assert folder_name("s3://bucket/set/") == folder_name("/x/set") == "set"
+
+
+@pytest.mark.parametrize("kind", ["file", "url"])
+def test_whole_files_and_parts(tmp_path, kind):
+    place = str(tmp_path / "x.bin") if kind == "file" else "memory://locations/x.bin"
+    with fsspec.open(place, "wb") as file:
+        file.write(b"0123456789")
+    assert (read_bytes(place), read_bytes(place, 3), read_bytes(place, 3, 4)) == (b"0123456789", b"3456789", b"3456")
+    assert (read_bytes(place, 0, 2), read_bytes(place, 8, 9), read_bytes(place, 0, 0)) == (b"01", b"89", b"")
+    assert size_of(place) == 10 and size_of(place + ".not") is None and size_of(os.path.dirname(place)) is None
+    with pytest.raises(FileNotFoundError):
+        read_bytes(place + ".not")
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOSPC])
+def test_mounted_storage_is_waited_for_as_a_network_is(tmp_path, monkeypatch, code):
+    (tmp_path / "x").write_bytes(b"whole")
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    failures = [3, 3]
+
+    def failing(call, number):
+        def attempt(*args, **kwargs):
+            if failures[number]:
+                failures[number] -= 1
+                raise OSError(code, os.strerror(code))
+            return call(*args, **kwargs)
+
+        return attempt
+
+    monkeypatch.setattr("builtins.open", failing(open, 0))
+    monkeypatch.setattr(os, "stat", failing(os.stat, 1))
+    assert size_of(str(tmp_path / "x")) == 5 and read_bytes(str(tmp_path / "x")) == b"whole" and failures == [0, 0]
+    failures[:] = [10**9, 0]
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.01)
+    with pytest.raises(StorageError, match=f"cannot read {tmp_path}/x: "):
+        read_bytes(str(tmp_path / "x"))
+
+
+def test_answers_are_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("waited"))
+    os.symlink("loop", tmp_path / "loop")
+    for name in ("no-such-file", "n" * 300, "loop"):
+        with pytest.raises(OSError):
+            read_bytes(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("url", "package"), [("gs://bucket/x", "gcsfs"), ("abfs://a@b/x", "adlfs"), ("nosuch://x", "nosuch")]
+)
+def test_a_file_system_that_is_not_installed_is_named(url, package):
+    for use in (file_system, read_bytes, size_of):
+        with pytest.raises(
+            FileSystemMissingError, match=rf"{url} needs a file system that is not installed: .*{package}"
+        ):
+            use(url)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mmref.data.decode import decode_rgb
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import SampleError
 
@@ -70,8 +70,8 @@ def contact_sheet(shards: ShardSet, split: str, path: str, objects: int = 12) ->
         for column, i in enumerate(range(start, min(stop, start + SHEET_COLUMNS))):
             try:
                 sample = reader.read(i)
-                image = Image.open(io.BytesIO(sample.image_bytes)).convert("RGB")
-            except (SampleError, OSError):
+                image = Image.fromarray(decode_rgb(sample.image_bytes))
+            except SampleError:
                 continue  # an empty cell shows it
             image.thumbnail((CELL_PX, CELL_PX))
             sheet.paste(image, (column * (CELL_PX + GAP_PX), line * height + TITLE_PX))

@@ -11,14 +11,15 @@ import tarfile
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_shards.samples import Source, SourceImage, SourceObject, escape_key
+from mmref.data.container import image_ext
+from mmref.data.decode import decode_pixels, image_format
 from mmref.data.shards import sha256_of
 from mmref.errors import SampleError
 
-MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png"}  # stored as they are; WebP is told by two places, see image_ext
-LOSSLESS = {"BMP", "PPM", "TIFF"}  # stored as PNG: what others evaluate on, to the last bit
+LOSSY = {"AVIF", "HEIF", "JPEG2000"}  # stored as JPEG, any other as PNG: what others evaluate on, to the last bit
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -40,46 +41,38 @@ class ShardResult:
     skipped: list[str] = field(default_factory=list)  # "image id: reason"
 
 
-def image_ext(data: bytes) -> str | None:
-    """jpg, png or webp by the first bytes; None for anything else."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((ext for magic, ext in MAGIC.items() if data.startswith(magic)), None)
-
-
 def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
-    """Bytes to store and their ending. Other formats, and what is larger than resize_to_px, are encoded again, upright.
+    """Bytes to store and their ending. Other formats, and what is larger than resize_to_px, are encoded again, upright, in
+    8 bits and sRGB: they decode to the same picture.
 
-    Raises SampleError for an image that does not decode completely.
+    Raises SampleError for an image that does not decode completely, or is too large to (`MAX_PIXELS`).
     """
     ext = image_ext(data)
     if ext and not options.check and not options.resize_to_px:
         return data, ext
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()  # reads to the end: a truncated file fails here
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SampleError(f"image does not decode: {error}") from error
-    if ext and not (options.resize_to_px and min(image.size) > options.resize_to_px):
+    pixels = decode_pixels(data)
+    shrinks = options.resize_to_px is not None and min(pixels.shape[:2]) > options.resize_to_px
+    if ext and not shrinks:
         return data, ext
-    lossless = image.format in LOSSLESS
-    return _encode(ImageOps.exif_transpose(image), options, lossless)  # the orientation is not written again
+    lossless = not shrinks and image_format(data) not in LOSSY
+    try:
+        return _encode(Image.fromarray(pixels), options.resize_to_px if shrinks else None, options.quality, lossless)
+    except Exception as error:  # sides that a format does not hold, memory
+        raise SampleError(f"the image cannot be encoded again: {str(error) or type(error).__name__}") from error
 
 
-def _encode(image: Image.Image, options: ImageOptions, lossless: bool) -> tuple[bytes, str]:
-    """PNG where the image was kept without loss and stays as large, and where transparency or a palette would suffer from JPEG;
-    JPEG otherwise."""
-    if options.resize_to_px and min(image.size) > options.resize_to_px:
-        scale = options.resize_to_px / min(image.size)
+def _encode(image: Image.Image, resize_to_px: int | None, quality: int, lossless: bool) -> tuple[bytes, str]:
+    """PNG where the image was kept without loss and stays as large, and where it is transparent; JPEG otherwise."""
+    if resize_to_px:
+        scale = resize_to_px / min(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB") if image.mode == "P" else image
-        image, lossless = image.resize(size, Image.Resampling.BICUBIC), False
+        image = image.resize(size, Image.Resampling.BICUBIC)
     encoded = io.BytesIO()
-    if image.mode == "CMYK" or (image.mode in ("RGB", "L") and not lossless):
-        image.save(encoded, "JPEG", quality=options.quality)
-        return encoded.getvalue(), "jpg"
-    (image if image.mode in ("P", "RGBA", "LA", "L", "1") else image.convert("RGB")).save(encoded, "PNG")
-    return encoded.getvalue(), "png"
+    if lossless or image.mode == "RGBA":
+        image.save(encoded, "PNG")
+        return encoded.getvalue(), "png"
+    image.save(encoded, "JPEG", quality=quality)
+    return encoded.getvalue(), "jpg"
 
 
 def _clean_captions(image: SourceImage) -> tuple[list[str], list[str] | None]:

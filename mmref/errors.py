@@ -35,6 +35,10 @@ class SampleError(MMRefError):
     """One sample cannot be used: broken image, no caption. Counted and replaced in training, listed in evaluation."""
 
 
+class PixelLimitError(SampleError):
+    """An image has more pixels than are decoded."""
+
+
 class TooManyBadSamplesError(MMRefError):
     """More samples are broken than `data.max_bad_fraction` allows."""
 

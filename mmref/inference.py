@@ -11,7 +11,6 @@ Needs no Ray, DeepSpeed or shard set.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
 from mmref.config import Config, from_dict
-from mmref.data.decode import decode_image, resize_rgb
+from mmref.data.decode import decode_image, pillow_rgb, resize_rgb
 from mmref.data.tokens import Tokens
 from mmref.errors import ModelError, SampleError
 from mmref.evaluate.features import Encoder, Floats
@@ -136,9 +135,7 @@ def read_image(image: ImageLike, height: int, width: int, name: str) -> NDArray[
             raise SampleError(f"{name}: an array must be RGB (H, W, 3) uint8, found {image.shape} {image.dtype}.")
         return resize_rgb(image, height, width)
     if isinstance(image, Image.Image):
-        file = io.BytesIO()
-        image.convert("RGBA").save(file, "PNG", compress_level=0)
-        return decode_image(file.getvalue(), height, width, name)
+        return resize_rgb(pillow_rgb(image, name), height, width)
     if isinstance(image, bytes):
         return decode_image(image, height, width, name)
     try:

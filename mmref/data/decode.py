@@ -1,18 +1,48 @@
-"""Image bytes -> RGB pixels."""
+"""Image bytes -> RGB pixels: the one decoder of shards, indexes and queries.
+
+JPEG, PNG and WebP are decoded by OpenCV, the quickest; everything else, and what OpenCV refuses, by Pillow. Whichever it is,
+depth, transparency, color profile and orientation are dealt with here, so that a picture looks the same in every container.
+"""
 
 from __future__ import annotations
 
 import io
+import re
+import warnings
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageCms, TiffImagePlugin
 
-from mmref.errors import SampleError
+from mmref.data.colors import on_white, to_8_bit, to_srgb, upright
+from mmref.data.container import Container, take_apart
+from mmref.errors import PixelLimitError, SampleError
+
+MAX_PIXELS = 200_000_000  # the largest photographs of phones; as RGB 600 MB
+NO_PICTURES = {"EPS"}  # Pillow would run Ghostscript for it
+FOREIGN = (  # beginnings of files that hold pictures for others: what they are, what to do
+    (
+        re.compile(rb"....ftyp(hei[cxms]|hev[cmxs]|mif1|msf1)", re.DOTALL),
+        "HEIC (of phones), which nothing here decodes",
+    ),
+    (re.compile(rb"\xff\n|\0\0\0\x0cJXL "), "JPEG XL, which nothing here decodes"),
+    (re.compile(rb"%PDF|%!PS|\s*<(svg|\?xml|!)"), "a drawing or a page, not pixels"),
+)
+# The name of a list entry in an AVIF: its orientation lies elsewhere, and a broken Exif would lose the picture.
+AVIF_EXIF = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)
+OPENCV_SIZES = (  # width and height in formats that OpenCV reads too
+    re.compile(rb"PF\s(?P<width>\d+)\s(?P<height>\d+)\s"),
+    re.compile(rb"P7\nWIDTH (?P<width>\d+)\nHEIGHT (?P<height>\d+)\n"),
+    re.compile(rb"#\?R.{0,4000}?\n[-+]Y (?P<height>\d+) [-+]X (?P<width>\d+)\n", re.DOTALL),
+)
 
 cv2.setNumThreads(0)  # readers are processes: OpenCV's own threads would fight over their cores
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken images are named by SampleError
+# Sizes are checked here, before anything is decoded; Pillow's own check stays for images inside of images (icons).
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.filterwarnings("ignore", module=r"PIL\b")  # of broken Exif and the like: what is broken is named
 
 
 def decode_image(data: bytes, height: int, width: int, name: str = "image") -> NDArray[np.uint8]:
@@ -20,33 +50,46 @@ def decode_image(data: bytes, height: int, width: int, name: str = "image") -> N
     return resize_rgb(decode_rgb(data, name), height, width)
 
 
-def decode_rgb(data: bytes, name: str = "image") -> NDArray[np.uint8]:
-    """Decode JPEG, PNG or WebP to RGB in its own size: (H, W, 3) uint8.
+def decode_rgb(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode an image to RGB in its own size, transparent parts on white: (H, W, 3) uint8. See `decode_pixels`."""
+    return on_white(decode_pixels(data, name, max_pixels))
 
-    Grey, palette, CMYK and 16-bit images become RGB; transparent ones are laid on white; photographs are turned upright
-    as their Exif orientation says.
+
+def decode_pixels(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode an image of any format that OpenCV or Pillow reads: (H, W) gray, (H, W, 3) RGB, or (H, W, 4) RGBA; uint8.
+
+    Of several pictures in a file (animations, pages) the first is taken. Exif's orientation is applied. Colors of an embedded
+    profile become sRGB. Values of 16 bits are divided by 257; see `to_8_bit` for floats and 32 bits. What a broken profile
+    or broken Exif says is not known, and costs nothing.
 
     Raises:
+        PixelLimitError: more than `max_pixels` pixels; nothing has been decoded.
         SampleError: the bytes are not a whole image.
     """
     if not data:
         raise SampleError(f"{name}: the image is empty (0 bytes).")
-    jpeg = data[:2] == b"\xff\xd8"
-    if jpeg and b"\xff\xd9" not in data[-64:]:
-        # OpenCV decodes a truncated JPEG to a picture with a grey rest; Pillow refuses it, and takes one whose maker
-        # appended something behind the end marker
-        pixels: Any = _decode_pillow(data, name)
-    else:
-        try:
-            flags = cv2.IMREAD_COLOR if jpeg else cv2.IMREAD_UNCHANGED  # unchanged would ignore the orientation
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        except cv2.error:
-            pixels = None
-        if pixels is None:
-            pixels = _decode_pillow(data, name)
-    if pixels.dtype != np.uint8:
-        pixels = (pixels // 257).astype(np.uint8) if pixels.dtype == np.uint16 else pixels.astype(np.uint8)
-    return _to_rgb(pixels)
+    try:
+        return _decode(data, name, max_pixels)
+    except SampleError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _bomb(error, name) from None
+    except Exception as error:  # decoders raise every kind for broken bytes
+        raise SampleError(f"{name}: does not decode ({len(data)} bytes): {_reason(error, data)}.") from None
+
+
+def image_format(data: bytes) -> str | None:
+    """Pillow's name of the format by the file's header, as JPEG; None for what it does not know. Raises PixelLimitError."""
+    container = take_apart(data)
+    if container is not None:
+        return {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[container.kind]
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.format
+    except Image.DecompressionBombError as error:
+        raise _bomb(error, "image") from None
+    except Exception:  # Pillow raises many kinds; decoding says what is wrong
+        return None
 
 
 def resize_rgb(rgb: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -58,28 +101,148 @@ def resize_rgb(rgb: NDArray[np.uint8], height: int, width: int) -> NDArray[np.ui
     return resized
 
 
-def _decode_pillow(data: bytes, name: str) -> Any:
-    """What OpenCV cannot read (some CMYK, odd palettes), in OpenCV's channel order."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
+def pillow_rgb(image: Image.Image, name: str = "image") -> NDArray[np.uint8]:
+    """RGB of an image that Pillow opened, as `decode_rgb` gives it of the file: (H, W, 3) uint8. Raises SampleError."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            rgba = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
-    except UnidentifiedImageError:  # its message holds a memory address: one broken image would count as many
-        raise SampleError(f"{name}: not an image of a known format ({len(data)} bytes).") from None
-    except Exception as error:  # Pillow raises many kinds for broken bytes
-        raise SampleError(f"{name}: not a readable image ({len(data)} bytes): {error}") from None
-    return cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA)
+        return on_white(_pillow_pixels(image))
+    except Exception as error:  # Pillow decodes now, and raises many kinds for broken bytes
+        raise SampleError(f"{name}: does not decode: {_reason(error)}.") from None
 
 
-def _to_rgb(pixels: Any) -> Any:
-    """OpenCV's channels (grey, grey + alpha, BGR, BGRA) to RGB."""
+def _pillow_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Upright 8-bit sRGB pixels of an image that Pillow opened: gray, RGB or RGBA."""
+    image.load()  # turns a TIFF upright, and reads what lies behind the pixels
+    icc, exif, mode = image.info.get("icc_profile"), image.info.get("exif"), image.mode
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        values: NDArray[Any] = np.asarray(image)
+        if mode == "I" and image.format == "PPM":  # Pillow's mode for 16 bits, scaled to them
+            values = values.astype(np.uint16)
+        pixels = to_8_bit(values)
+    elif mode == "LAB":
+        to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        pixels, icc = np.asarray(ImageCms.applyTransform(image, to_rgb)), None
+    elif mode == "CMYK" and icc and (shown := to_srgb(np.asarray(image), icc, mode)).shape[2] == 3:
+        pixels, icc = shown, None
+    else:
+        flat = "RGBA" if image.has_transparency_data else "L" if mode in ("1", "L") else "RGB"
+        pixels = np.asarray(image.convert(flat))
+    return upright(to_srgb(pixels, icc), exif)
+
+
+def _decode(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8]:
+    container = take_apart(data)
+    if container is None:
+        data = AVIF_EXIF.sub(rb"\1free", data) if data[4:8] == b"ftyp" else data
+    elif container.size is not None:
+        _check_size(*container.size, name, max_pixels)
+        pixels = _opencv_container(container)
+        if pixels is not None:
+            return upright(to_srgb(pixels, container.icc), container.exif)
+    try:
+        with Image.open(io.BytesIO(data if container is None else container.data)) as image:
+            _check_size(*image.size, name, max_pixels)
+            if image.format in NO_PICTURES:
+                raise ValueError(f"{image.format} holds a drawing, not pixels")
+            if container is not None:
+                image.info.update(icc_profile=container.icc, exif=container.exif)
+            # Pillow 13 wraps the brightest colors of a JPEG 2000 of 16 bits around to black
+            wraps = image.format == "JPEG2000" and image.mode in ("LA", "RGB", "RGBA")
+            pixels = _opencv(data, cv2.IMREAD_UNCHANGED) if wraps else None
+            return _pillow_pixels(image) if pixels is None else to_srgb(pixels, image.info.get("icc_profile"))
+    except PixelLimitError:
+        raise
+    except Exception:
+        pixels = None if container is not None else _opencv_alone(data, name, max_pixels)
+        if pixels is None:
+            raise
+        return pixels
+
+
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        limit = f"more than the {max_pixels:,} that are decoded: make it smaller."
+        raise PixelLimitError(f"{name}: {width} x {height} pixels, {limit}")
+
+
+def _bomb(error: Image.DecompressionBombError, name: str) -> PixelLimitError:
+    """Of Pillow's own limit, which is twice MAX_PIXELS: it tells how many pixels there are, not the sides."""
+    (pixels, *_) = re.findall(r"\d+", str(error))
+    return PixelLimitError(f"{name}: {int(pixels):,} pixels, more than are decoded: make it smaller.")
+
+
+def _opencv_container(container: Container) -> NDArray[np.uint8] | None:
+    """Pixels of a JPEG, PNG or WebP as it lies in the file; None for what only Pillow gets right."""
+    flags = cv2.IMREAD_UNCHANGED  # transparency and 16 bits
+    if container.kind == "jpg":
+        if b"\xff\xd9" not in container.data[-64:]:
+            # OpenCV decodes a truncated JPEG to a picture with a gray rest; Pillow refuses it, and takes one whose maker
+            # appended something behind the end marker
+            return None
+        if container.channels == 4 and container.icc:
+            return None  # the profile is one of CMYK
+        flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    return _opencv(container.data, flags, container.gray_key)
+
+
+def _opencv(data: bytes, flags: int, gray_key: tuple[int, int] | None = None) -> NDArray[np.uint8] | None:
+    """What OpenCV decodes, in 8 bits and RGB order; None where it refuses.
+
+    Args:
+        gray_key: the value of a gray image that is transparent, and the largest value of its depth.
+    """
+    try:
+        read: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None
+    if read is None:
+        return None
+    pixels = to_8_bit(read)
+    if pixels.ndim == 2 and gray_key is not None:
+        value, largest = gray_key
+        shown = (read != value * (np.iinfo(read.dtype).max // largest)).astype(np.uint8) * 255
+        pixels = np.dstack([pixels, shown])
     if pixels.ndim == 2:
-        return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
-    if pixels.shape[2] == 2:  # grey + alpha
-        pixels = np.dstack([pixels[..., :1]] * 3 + [pixels[..., 1:]])
-    if pixels.shape[2] == 4:
-        alpha = pixels[..., 3:].astype(np.float32) / 255
-        flat = pixels[..., :3] * alpha + 255 * (1 - alpha)
-        pixels = np.round(flat).astype(np.uint8)
-    return cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_BGR2RGB)
+        return pixels
+    if pixels.shape[2] == 2:  # gray + alpha
+        return np.dstack([pixels[..., :1]] * 3 + [pixels[..., 1:]])
+    order = cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA
+    for top in range(0, len(pixels), 256):  # in place: a copy of a large picture is large
+        cv2.cvtColor(pixels[top : top + 256], order, dst=pixels[top : top + 256])
+    return pixels
+
+
+def _opencv_alone(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8] | None:
+    """Pixels of what Pillow does not read and OpenCV may; None where it refuses too."""
+    try:
+        size = _declared_size(data)
+    except Exception:  # a header that Pillow stumbled over before
+        size = None
+    if size is None:
+        return None
+    _check_size(*size, name, max_pixels)
+    return _opencv(data, cv2.IMREAD_UNCHANGED)
+
+
+def _declared_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) that a file which Pillow cannot read says of itself, where OpenCV may: floats in color, Radiance, PAM."""
+    for pattern in OPENCV_SIZES:
+        if found := pattern.match(data):
+            return int(found["width"]), int(found["height"])
+    if data[:4] not in (b"II*\0", b"MM\0*"):
+        return None
+    directory = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+    file = io.BytesIO(data)
+    file.seek(directory.next)
+    directory.load(file)
+    return int(directory[TiffImagePlugin.IMAGEWIDTH]), int(directory[TiffImagePlugin.IMAGELENGTH])
+
+
+def _reason(error: Exception, data: bytes = b"") -> str:
+    """What is wrong, in the same words every time: descriptions of broken images are counted as a set."""
+    for begin, what in FOREIGN:
+        if begin.match(data):
+            return f"it is {what}: convert it to JPEG or PNG"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image of a known format"
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip().rstrip(".")
+    return text or type(error).__name__

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from data_shards.tar_writer import image_ext
+from mmref.data.container import image_ext
 from mmref.errors import QueryError, SampleError
 from mmref.retrieval.searcher import Searcher
 

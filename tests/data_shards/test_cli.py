@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -38,6 +39,14 @@ def test_build_inspect_verify(shards, make_table, tmp_path):
     code, text = shards("verify", out)
     assert code == 1 and "wrong_checksum" in text and text.endswith("1 problems\n")
     assert shards("verify", out, "--fast")[0] == 0
+
+
+def test_the_sheet_shows_pictures_as_they_are_decoded(shards, tmp_path):
+    Image.fromarray(np.full((40, 40), 150 * 257, np.uint16)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("image,object_id,caption\na.png,x,text\n")
+    shards("build", "table", tmp_path / "t.csv", "--out", tmp_path / "set", "--workers", 0, "--fractions", "train=1")
+    shards("inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").getpixel((20, 34)) == (150, 150, 150)
 
 
 def test_left_out_samples_are_printed(shards, tmp_path, encode):

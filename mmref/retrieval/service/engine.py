@@ -8,7 +8,6 @@ import logging
 import math
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,8 +17,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmref.data.decode import decode_rgb
-from mmref.errors import MMRefError, QueryError, SampleError
+from mmref.data.decode import decode_rgb, image_format
+from mmref.errors import MMRefError, PixelLimitError, QueryError, SampleError
 from mmref.retrieval.explain import explain
 from mmref.retrieval.searcher import Query, Result, Searcher
 from mmref.retrieval.service.limits import Limits
@@ -28,9 +27,11 @@ from mmref.retrieval.service.problems import Problem, Refused, refuse
 log = logging.getLogger(__name__)
 
 WATCH_S = 2.0  # between looks at the index on disk
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # of images that are searched with
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # of images that are searched with
 LISTED_VALUES = 100  # columns with at most as many distinct values are offered as filters
-SHOWN = {"JPEG": "image/jpeg", "MPO": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
+SHOWN = {  # by browsers
+    "JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif", "AVIF": "image/avif",
+}  # fmt: skip
 
 Reply = tuple[Any, Problem | None]  # an answer, or why there is none
 
@@ -227,7 +228,7 @@ class Engine:
         _row(searcher, item_id)
         try:
             data = searcher.image_bytes(item_id)
-            kind = SHOWN.get(_format(data) or "")
+            kind = SHOWN.get(image_format(data) or "")
             if kind:
                 return data, kind
             file = io.BytesIO()
@@ -256,25 +257,13 @@ def decode_query(data: bytes, most_pixels: int) -> NDArray[np.uint8]:
     unpacks to a huge image is refused. Raises Refused."""
     fix = f"Send a whole {', '.join(FORMATS)} file."
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about sizes; the limit is ours
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-    except Image.DecompressionBombError:
-        raise refuse(413, "ImageTooLarge", "the image has too many pixels.", _shrink(most_pixels)) from None
-    except Exception:  # Pillow raises many kinds for broken bytes
-        raise refuse(400, "UnreadableImage", "the image cannot be read.", fix) from None
-    if width * height > most_pixels:
-        message = f"the image has {width} x {height} pixels."
-        raise refuse(413, "ImageTooLarge", message, _shrink(most_pixels))
-    try:
-        return decode_rgb(data, "the image")
+        if image_format(data) not in FORMATS:
+            raise SampleError("the image cannot be read.")
+        return decode_rgb(data, "the image", most_pixels)
+    except PixelLimitError as error:
+        raise refuse(413, "ImageTooLarge", str(error), f"Shrink it to at most {most_pixels:,} pixels.") from None
     except SampleError as error:
         raise refuse(400, "UnreadableImage", str(error), fix) from None
-
-
-def _shrink(most_pixels: int) -> str:
-    return f"Shrink it to at most {most_pixels:,} pixels."
 
 
 def describe(result: Result) -> dict[str, Any]:
@@ -290,14 +279,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, bool)) else str(value)
-
-
-def _format(data: bytes) -> str | None:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.format
-    except Exception:  # Pillow raises many kinds; decoding says what is wrong
-        return None
 
 
 def _row(searcher: Searcher, item_id: str) -> int:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,9 +24,11 @@ from tqdm import tqdm
 
 from data_shards.samples import Source, SourceObject, count_warnings, hash_fraction
 from data_shards.tar_writer import ImageOptions, ShardResult, write_shard
+from data_shards.tokenizer import check_vocab, train_captions, train_tokenizer
 from mmref.cluster import connect
 from mmref.data.shards import VERSION
-from mmref.errors import ShardSetError, SourceError
+from mmref.errors import ConfigError, ShardSetError, SourceError
+from mmref.wholefolder import strangers, whole_folder, write_whole
 
 SOURCES = {  # name on the command line -> what makes the source
     "emoji": "data_shards.sources.emoji:EmojiSource",
@@ -39,6 +42,7 @@ SOURCES = {  # name on the command line -> what makes the source
 }
 SPLIT_ORDER = ("train", "val", "test")
 NAMED_SKIPS = 100  # of what was left out, the manifest names this many
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SIZE_PROBES = 32  # images read to estimate the mean size
 HEADER_BYTES = 2048  # headers, padding and json of a sample, for the estimate
 INDEX_SCHEMA = pa.schema([
@@ -72,14 +76,36 @@ def make_source(name: str, **options: Any) -> Source:
 
 
 def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions()) -> dict[str, Any]:
-    """Builds the set in folder `out` and returns its manifest.
+    """Builds the set in folder `out` and returns its manifest. The folder appears, or is replaced, when the set is complete.
 
-    Raises ShardSetError when `out` holds a complete set (unless overwrite) or cannot be written, SourceError for bad
-    input.
+    Files in it that no build made stay where they are.
+
+    Raises ShardSetError when `out` holds a complete set (unless overwrite) or other files, is being written by another process or
+    cannot be written, SourceError for bad input, ConfigError for options that cannot work, StorageError when the disk is full.
     """
-    out = os.path.abspath(out)  # workers may run in another directory
-    _prepare_folder(out, options.overwrite)
-    splits = _collect(source)
+    _check_options(options)
+    extras: set[str] = set()
+
+    def replaced(root: Path) -> set[str]:
+        return _files_of_set(root, options.overwrite, source.name, extras)
+
+    with whole_folder(out, ShardSetError, "manifest.json", replaced) as work:
+        splits = _collect(source)
+        _check_usable(source, splits, options.tokenizer_vocab)
+        manifest = _write_shards(source, splits, str(work), options)
+        if options.tokenizer_vocab:
+            train_tokenizer(train_captions(str(work), manifest), str(work / "tokenizer"), options.tokenizer_vocab)
+        written = _names(work)
+        source.write_extras(str(work))
+        extras |= _names(work) - written
+        write_whole(work / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def _write_shards(
+    source: Source, splits: dict[str, list[SourceObject]], out: str, options: BuildOptions
+) -> dict[str, Any]:
+    """Writes tars, indexes and objects.parquet, and returns the manifest."""
     plan = {split: _cut(source, objects, options) for split, objects in splits.items()}
     tasks = [
         (split, f"{split}/{split}-{number:06d}.tar", objects)
@@ -92,45 +118,52 @@ def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions(
     jobs = [(source, objects, out, file, options.images, options.pack) for _, file, objects in tasks]
     for (split, _, _), result in zip(tasks, _run(jobs, options), strict=True):
         results[split].append(result)
-    manifest = _finish(source, out, results)
-    if options.tokenizer_vocab:
-        from data_shards.tokenizer import train_captions, train_tokenizer
-
-        train_tokenizer(train_captions(out, manifest), os.path.join(out, "tokenizer"), options.tokenizer_vocab)
-    source.write_extras(out)
-    _write_json(manifest, os.path.join(out, "manifest.json"))
-    return manifest
+    for left in Path(out).rglob("*.tmp"):  # by a worker that was killed, and whose task Ray ran again
+        left.unlink()
+    return _finish(source, out, results)
 
 
-def _prepare_folder(out: str, overwrite: bool) -> None:
-    """Makes the folder and takes away an old manifest first: a set that is being replaced is not complete."""
-    manifest = os.path.join(out, "manifest.json")
-    if os.path.exists(manifest) and not overwrite:
-        raise ShardSetError(f"{out} already holds a complete shard set. Choose another folder, or pass --overwrite.")
+def _names(root: Path) -> set[str]:
+    return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+
+
+def _check_options(options: BuildOptions) -> None:
+    """Raises ConfigError."""
+    images = options.images
+    for name, value in (
+        ("--target-mb", options.target_mb),
+        ("--samples-per-shard", options.samples_per_shard),
+        ("--resize-to-px", images.resize_to_px),
+        ("--tokenizer-vocab", options.tokenizer_vocab),
+    ):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} must be above 0, found {value}.")
+
+
+def _files_of_set(root: Path, overwrite: bool, source: str, extras: set[str]) -> set[str]:
+    """What a build wrote into a folder; `extras` are those of a source. Raises ShardSetError where the set is to stay, or the
+    folder holds no set."""
+    path = root / "manifest.json"
+    if not path.exists():
+        if found := strangers(root):
+            raise ShardSetError(
+                f"{root} holds files and no complete shard set ({', '.join(found[:3])}{', ...' if found[3:] else ''}): give "
+                "an empty or a new folder with --out, or remove what a build left there that was killed."
+            )
+        return set()
     try:
-        os.makedirs(out, exist_ok=True)
-        if os.path.exists(manifest):
-            for entry in (s for split in _read_json(manifest).get("splits", {}).values() for s in split["shards"]):
-                for name in (entry["file"], entry.get("packed", entry["file"])):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(os.path.join(out, name))
-            os.unlink(manifest)
-    except OSError as error:
-        raise ShardSetError(f"Cannot write to {out}: {error}. Choose another folder with --out.") from error
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def _write_json(data: dict[str, Any], path: str) -> None:
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())  # the rename must not reach the disk before the content
-    os.replace(f"{path}.tmp", path)
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        names = {shard[kind] for shard in shards for kind in ("file", "packed") if kind in shard}
+        names |= {f"{split}/{split}.index.parquet" for split in manifest["splits"]}
+        names |= {*_extras_of(manifest["name"]), *(extras if manifest["name"] == source else ())}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise ShardSetError(
+            f"{path} is damaged or of something else than a shard set: choose another folder with --out, or remove this one."
+        ) from None
+    if not overwrite:
+        raise ShardSetError(f"{root} already holds a complete shard set. Choose another folder, or pass --overwrite.")
+    return names | {"manifest.json", "objects.parquet", *(f"tokenizer/{name}" for name in TOKENIZER_FILES)}
 
 
 def _collect(source: Source) -> dict[str, list[SourceObject]]:
@@ -159,6 +192,33 @@ def _collect(source: Source) -> dict[str, list[SourceObject]]:
     known = [split for split in SPLIT_ORDER if split in splits]
     order = known + sorted(set(splits) - set(known))
     return {split: sorted(splits[split], key=lambda o: (hash_fraction(o.object_id), o.object_id)) for split in order}
+
+
+def _extras_of(name: str) -> Iterable[str]:
+    """What another source writes beside its shards."""
+    if name not in SOURCES:
+        return ()
+    module, make = SOURCES[name].split(":")
+    return getattr(getattr(importlib.import_module(module), make), "extras", ())
+
+
+def _check_usable(source: Source, splits: dict[str, list[SourceObject]], vocab: int | None) -> None:
+    """Raises SourceError for what is known before anything is written: a split without captions, none for the tokenizer."""
+    for split, objects in splits.items():
+        told = [sum(any(c.strip() for c in image.captions) for image in item.images) for item in objects]
+        if max(told) < source.min_images:
+            raise SourceError(
+                f"No usable sample in split {split!r}: none of its {len(objects)} objects has {source.min_images} or more "
+                "images with a caption."
+            )
+    if not vocab:
+        return
+    if "train" not in splits:
+        raise SourceError(
+            f"--tokenizer-vocab trains on the captions of train, and source {source.name!r} has no such split, only "
+            f"{', '.join(splits)}: leave it out, or put objects into train."
+        )
+    check_vocab((c for item in splits["train"] for image in item.images for c in image.captions), vocab)
 
 
 def _cut(source: Source, objects: list[SourceObject], options: BuildOptions) -> list[list[SourceObject]]:
@@ -239,10 +299,11 @@ def _finish(source: Source, out: str, results: dict[str, list[ShardResult]]) -> 
                 rows.append({**row, "shard": number, "object_row": object_row})
         if not rows:
             raise SourceError(f"No usable sample in split {split!r}. The first that were left out: {skipped[:3]}")
-        _write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), os.path.join(out, split, f"{split}.index.parquet"))
+        table = pa.Table.from_pylist(rows, INDEX_SCHEMA)
+        pq.write_table(table, os.path.join(out, split, f"{split}.index.parquet"), compression="zstd")
         if split == "train":
             table = pa.table({"object_id": list(object_rows), "row": pa.array(range(len(object_rows)), pa.int32())})
-            _write_table(table, os.path.join(out, "objects.parquet"))
+            pq.write_table(table, os.path.join(out, "objects.parquet"), compression="zstd")
         manifest["splits"][split] = {
             "objects": len(object_rows),
             "images": len(rows),
@@ -252,8 +313,3 @@ def _finish(source: Source, out: str, results: dict[str, list[ShardResult]]) -> 
     manifest["warnings"] = [*getattr(source, "warnings", []), *count_warnings(source, manifest["splits"])]
     manifest["skipped"] = {"count": len(skipped), "first": skipped[:NAMED_SKIPS]}
     return manifest
-
-
-def _write_table(table: pa.Table, path: str) -> None:
-    pq.write_table(table, f"{path}.tmp", compression="zstd")
-    os.replace(f"{path}.tmp", path)

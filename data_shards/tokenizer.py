@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from mmref.data.shards import SampleReader, SplitIndex
+from mmref.errors import SourceError
 
 SPECIAL = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
@@ -24,13 +25,44 @@ def train_captions(root: str, manifest: dict[str, Any]) -> Iterator[str]:
         yield from reader.read_meta(i)["captions"]
 
 
+def characters(word: str) -> list[str]:
+    """The pieces of a word that every vocabulary has."""
+    return [word[0], *(CONTINUES + c for c in word[1:])]
+
+
+def _steps() -> tuple[Any, Any]:
+    """What makes words of a text: lower-casing, and cutting at spaces and punctuation."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    return normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+
+
+def count_words(captions: Iterable[str]) -> Counter[str]:
+    """Words of captions, lower-cased, with their counts."""
+    normalizer, pre_tokenizer = _steps()
+    words: Counter[str] = Counter()
+    for caption in captions:
+        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)))
+    return words
+
+
+def check_vocab(captions: Iterable[str], size: int) -> None:
+    """Raises SourceError where not even the characters of the captions fit."""
+    pieces = {piece for word in count_words(captions) for piece in characters(word)}
+    if (least := len(SPECIAL) + len(pieces)) > size:
+        raise SourceError(
+            f"--tokenizer-vocab {size} is too small: the captions of train need {least}, {len(SPECIAL)} special tokens and "
+            "each character at the beginning of a word and inside one. Words that are whole need more: a few thousand."
+        )
+
+
 def wordpiece_vocab(words: Counter[str], size: int) -> list[str]:
     """At most `size` pieces for counted words: all characters, then merges by frequency; ties go to the smaller pair.
 
     The trainers of the tokenizers library break ties by the order of a randomly seeded hash map, so two runs on the
     same text give different vocabularies; a committed tokenizer must be reproducible.
     """
-    split = {word: [word[0], *(CONTINUES + c for c in word[1:])] for word in words}
+    split = {word: characters(word) for word in words}
     vocab = dict.fromkeys(sorted({piece for pieces in split.values() for piece in pieces}))
     pairs: Counter[tuple[str, str]] = Counter()
     where: dict[tuple[str, str], set[str]] = {}
@@ -66,16 +98,14 @@ def _merge(pieces: list[str], pair: tuple[str, str], merged: str) -> list[str]:
 
 def train_tokenizer(captions: Iterable[str], out: str, vocab_size: int) -> None:
     """Lower-casing WordPiece with `[CLS] x [SEP]`, saved in `out` for AutoTokenizer. Same captions, same files."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
-    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    words: Counter[str] = Counter()
-    for caption in captions:
-        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)))
+    words = count_words(captions)
     pieces = [*SPECIAL.values(), *wordpiece_vocab(words, vocab_size - len(SPECIAL))]  # special tokens are ids 0..4
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, pre_tokenizer, decoders.WordPiece()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _steps()
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

@@ -69,20 +69,28 @@ def held(path: str) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it; the text says which.
+        FileNotFoundError: its folder is not there.
     """
     host, until, waiting = socket.gethostname(), time.monotonic() + LEASE_S, False
-    with open(path, "a+") as file:
-        while holder := _lock(file):
-            if f" on {host} " in holder or time.monotonic() > until:
-                raise BlockingIOError(holder)
-            if not waiting:
-                log.warning("%s is in use: %s, or its machine was lost; waiting up to %.0f s", path, holder, LEASE_S)
-                waiting = True
-            time.sleep(LOOK_S)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {host} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
-        yield
+    while True:
+        with open(path, "a+") as file:
+            while holder := _lock(file):
+                if f" on {host} " in holder or time.monotonic() > until:
+                    raise BlockingIOError(holder)
+                if not waiting:
+                    log.warning(
+                        "%s is in use: %s, or its machine was lost; waiting up to %.0f s", path, holder, LEASE_S
+                    )
+                    waiting = True
+                time.sleep(LOOK_S)
+            if not _is_at(file, path):
+                continue  # who held it has removed it, and another may hold the one that is there now
+            file.truncate(0)
+            text = f"process {os.getpid()} on {host} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            with contextlib.suppress(OSError):  # a full disk; unbuffered, so that closing does not try again
+                os.write(file.fileno(), text.encode())
+            yield
+            return
 
 
 @contextlib.contextmanager
@@ -91,6 +99,13 @@ def one_at_a_time(path: str | os.PathLike[str]) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _is_at(file: TextIO, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(file: TextIO) -> str:

@@ -84,6 +84,7 @@ class EmojiSource:
     name = "emoji"
     licence = "CC-BY-4.0, Apache-2.0 and MIT (drawings, by set); MIT and Unicode-3.0 (text): see LICENSES/"
     min_images = 3
+    extras = ("README.md", *(f"LICENSES/{name}" for name in sorted(os.listdir(LICENSES))))
 
     def __init__(
         self, packages: str | None = None, size_px: int = 64, quality: int = 72, sets: list[str] | None = None
@@ -153,8 +154,7 @@ class EmojiSource:
         target = os.path.join(root, "LICENSES")
         os.makedirs(target, exist_ok=True)
         for name in sorted(os.listdir(LICENSES)):
-            if not os.path.exists(os.path.join(target, name)):  # building the bundled set itself: they are there
-                shutil.copy(os.path.join(LICENSES, name), target)
+            shutil.copy(os.path.join(LICENSES, name), target)
         lines = []
         for artist_set, folder in self.folders.items():
             info = npm.read_json(folder, "info.json")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -19,7 +22,7 @@ from data_shards.sources.table import TableSource
 from data_shards.tar_writer import ImageOptions, prepare_image, write_shard
 from mmref.data.decode import decode_rgb
 from mmref.data.shards import SampleReader, ShardSet
-from mmref.errors import SampleError, ShardSetError, SourceError
+from mmref.errors import ConfigError, SampleError, ShardSetError, SourceError, StorageError
 
 
 def contents(root):
@@ -198,19 +201,113 @@ def test_complete_set_is_not_overwritten(build_table, make_table):
     assert ShardSet.open(str(root)).verify() == []
 
 
-def test_failed_build_leaves_no_manifest(build_table, make_table, monkeypatch):
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("at", ["write_shard", "_finish", "train_tokenizer", "write_whole"])
+def test_a_build_that_fails_leaves_what_was_there(build_table, make_table, tmp_path, monkeypatch, at):
     table = make_table()
     root = build_table("set", table)
+    before = contents(tmp_path)
+    monkeypatch.setattr(build_module, at, full_disk)
+    for out, overwrite in (("set", True), ("new", False)):
+        with pytest.raises(StorageError, match=f"no space left for {tmp_path / out}"):
+            build_table(out, table, overwrite=overwrite, tokenizer_vocab=60)
+        assert contents(tmp_path) == before and not (tmp_path / "new").exists(), "the old set, and nothing else"
+    assert ShardSet.open(str(root)).verify() == []
 
-    def fail(*args):
-        raise RuntimeError("the disk is full")
 
-    monkeypatch.setattr(build_module, "_write_table", fail)
-    with pytest.raises(RuntimeError):
-        build_table("set", table, overwrite=True)
-    with pytest.raises(ShardSetError, match="did not finish"):
-        ShardSet.open(str(root))
-    assert not list(root.rglob("*.tmp"))
+def test_a_wrong_input_costs_no_set(build_table, make_table, tmp_path):
+    """Whatever is known before anything is written is said before."""
+    table = make_table()
+    build_table("set", table)
+    (tmp_path / "test.jsonl").write_text(table.read_text().replace('"colour": "red"', '"split": "test", "kind": ""'))
+    before = contents(tmp_path)
+    for path, options, captions, message in [
+        (tmp_path / "nowhere.csv", {}, "name", "cannot be read"),
+        (table, {}, "nam", "no column 'nam'. Did you mean 'name'"),
+        (tmp_path / "test.jsonl", {"tokenizer_vocab": 60}, "name", "no such split, only test"),
+        (tmp_path / "test.jsonl", {}, "kind", "No usable sample in split 'test': none of its 20 objects"),
+        (
+            table,
+            {"tokenizer_vocab": 24},
+            "name",
+            r"--tokenizer-vocab 24 is too small: the captions of train need \d\d,",
+        ),
+        (table, {"tokenizer_vocab": -1}, "name", "--tokenizer-vocab must be above 0, found -1"),
+        (table, {"target_mb": 0.0}, "name", "--target-mb must be above 0"),
+        (table, {"images": ImageOptions(resize_to_px=-5)}, "name", "--resize-to-px must be above 0"),
+    ]:
+        source = TableSource(str(path), captions=[captions], image_root=str(table.parent))
+        with pytest.raises((SourceError, ConfigError), match=message):
+            build_shards(source, str(tmp_path / "set"), BuildOptions(overwrite=True, progress=False, **options))
+        assert contents(tmp_path) == before
+    source = TableSource(str(table), captions=["name"])
+    build_shards(source, str(tmp_path / "fits"), BuildOptions(progress=False, tokenizer_vocab=60))
+
+
+def test_nothing_of_the_old_set_is_left_and_what_is_the_user_s_stays(build_table, make_table, tmp_path):
+    class WithLicence(TableSource):
+        def write_extras(self, root):
+            with open(f"{root}/LICENCE", "w") as file:
+                file.write(self.text)
+
+    table = make_table()
+    plain = contents(build_table("plain", table, min_shards=1))
+    root = build_table("set", table, min_shards=9, pack=True, tokenizer_vocab=60)
+    user = {"README.md": b"mine", "train/notes.txt": b"too", ".git/config": b"[core]", "tokenizer/other.json": b"{}"}
+    for name, data in user.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(data)
+    build_table("set", table, min_shards=1, overwrite=True)
+    assert contents(root) == plain | user
+    source = WithLicence(str(table), captions=["name", "detail"], keep=["colour"])
+    for source.text in ("first", "second"):
+        build_shards(source, str(root), BuildOptions(min_shards=1, overwrite=True, progress=False))
+        assert contents(root)["LICENCE"] == source.text.encode()
+    (root / "LICENCE").unlink()
+    source.name = "other"
+    build_table("set", table, min_shards=1, overwrite=True)
+    (root / "LICENCE").write_text("my own")
+    with pytest.raises(ShardSetError, match="'LICENCE', which this command did not make"):
+        build_shards(source, str(root), BuildOptions(min_shards=1, overwrite=True, progress=False))
+    assert contents(root) == plain | user | {"LICENCE": b"my own"}
+
+
+def test_a_set_is_not_built_among_other_files(build_table, make_table, tmp_path):
+    table = make_table()
+    for name, content, message in [
+        ("photo.jpg", "x", r"holds files and no complete shard set \(photo.jpg\)"),
+        ("manifest.json", '{"name": "an app"}', "of something else than a shard set"),
+        ("manifest.json", '{"version": 1, "segments": []}', "of something else than a shard set"),
+    ]:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / name).write_text(content)
+        for overwrite in (False, True):
+            with pytest.raises(ShardSetError, match=message):
+                build_table("mine", table, overwrite=overwrite)
+        assert contents(tmp_path / "mine") == {name: content.encode()}
+        shutil.rmtree(tmp_path / "mine")
+    (tmp_path / "empty" / "lost+found").mkdir(parents=True)
+    (tmp_path / "empty" / ".gitkeep").write_text("")
+    assert ShardSet.open(str(build_table("empty", table))).verify() == []
+
+
+def test_a_second_build_into_one_folder_is_refused(build_table, make_table, tmp_path):
+    table = make_table()
+
+    class Meanwhile(TableSource):
+        def objects(self):
+            with pytest.raises(ShardSetError, match=rf"set is in use: process {os.getpid()} on .* since 20"):
+                build_table("set", table, overwrite=True)
+            return super().objects()
+
+    for overwrite in (False, True):
+        source = Meanwhile(str(table), captions=["name"])
+        build_shards(source, str(tmp_path / "set"), BuildOptions(progress=False, overwrite=overwrite))
+        assert ShardSet.open(str(tmp_path / "set")).verify() == []
+    assert {p.name for p in tmp_path.iterdir()} == {"set", "table"}
 
 
 def test_errors_of_the_builder(tmp_path):

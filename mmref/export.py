@@ -12,12 +12,8 @@ Every weight is a safetensors file; nothing is pickled. The folder appears as a 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,6 +45,7 @@ from mmref.train.checkpoint import (
     load_object_ids,
     load_references,
 )
+from mmref.wholefolder import whole_folder
 
 MEAN_TEXTS = 4096  # captions of val whose mean centres dense codes of single queries
 
@@ -65,11 +62,21 @@ def export_run(run_dir: str, out: str, data: str | None = None) -> Path:
         The folder's path.
 
     Raises:
-        ExportError: `out` exists, or the run's best checkpoint has not been evaluated.
+        ExportError: `out` exists, is being written by another process or cannot be written, or the run's best checkpoint has not
+            been evaluated. StorageError when the disk is full.
     """
     target = Path(out).absolute()
-    if target.exists():
-        raise ExportError(f"{target} exists already: give another `--out`, or remove it.")
+    with whole_folder(out, ExportError, "README.md", _no_other) as folder:
+        _write(run_dir, data, folder, target.name)
+    return target
+
+
+def _no_other(target: Path) -> Iterable[str]:
+    raise ExportError(f"{target} exists already: give another `--out`, or remove it.")
+
+
+def _write(run_dir: str, data: str | None, target: Path, name: str) -> None:
+    """Write the files of an export into an empty folder, `name` on its card."""
     disable_progress_bar()
     run = RunDir(run_dir)
     config, info = run.read_config(), best_checkpoint(run)
@@ -83,28 +90,26 @@ def export_run(run_dir: str, out: str, data: str | None = None) -> Path:
         references, object_ids = load_references(folder, info.meta).numpy(), load_object_ids(folder, info.meta)
     space = trained_space(config, references)
 
-    with _complete_or_absent(target) as folder_:
-        portable = portable_config(config, module)
-        _write_model(folder_, portable, module, tokens)
-        _write_references(folder_, references if space else None, object_ids)
-        card = {
-            "format": FORMAT,
-            "mmref": __version__,
-            "step": info.step,
-            "config_hash": config_hash(config),
-            "embed_dim": module.embed_dim,
-            "objects": len(references) if space else 0,
-            "refinement": asdict(settings if space else RefinementSettings(weight=0.0)),
-            "val": info.meta.get("val", {}),
-            metrics["split"]: {k: metrics[k] for k in ("initial", "refined", "ci95", "n_queries", "n_gallery")},
-        }
-        (folder_ / "config.json").write_text(json.dumps(card, indent=1))
-        if is_plain(config):
-            write_transformers(folder_ / "transformers", config, module, tokens)
-        (folder_ / "README.md").write_text(model_card(target.name, config, info, metrics, shards))
-        if space and settings.kind == "dense" and settings.weight > 0:
-            _add_text_mean(folder_, space, shards)
-    return target
+    portable = portable_config(config, module)
+    _write_model(target, portable, module, tokens)
+    _write_references(target, references if space else None, object_ids)
+    card = {
+        "format": FORMAT,
+        "mmref": __version__,
+        "step": info.step,
+        "config_hash": config_hash(config),
+        "embed_dim": module.embed_dim,
+        "objects": len(references) if space else 0,
+        "refinement": asdict(settings if space else RefinementSettings(weight=0.0)),
+        "val": info.meta.get("val", {}),
+        metrics["split"]: {k: metrics[k] for k in ("initial", "refined", "ci95", "n_queries", "n_gallery")},
+    }
+    (target / "config.json").write_text(json.dumps(card, indent=1))
+    if is_plain(config):
+        write_transformers(target / "transformers", config, module, tokens)
+    (target / "README.md").write_text(model_card(name, config, info, metrics, shards))
+    if space and settings.kind == "dense" and settings.weight > 0:
+        _add_text_mean(target, space, shards)
 
 
 def _metrics_of(run: RunDir, info: CheckpointInfo) -> dict[str, Any]:
@@ -117,20 +122,6 @@ def _metrics_of(run: RunDir, info: CheckpointInfo) -> dict[str, Any]:
             f"`mmref evaluate --checkpoint {run.path}` first."
         )
     return metrics
-
-
-@contextlib.contextmanager
-def _complete_or_absent(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target that takes its name when everything is written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        os.rename(folder, target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def portable_config(config: Config, module: MMRef) -> Config:

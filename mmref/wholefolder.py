@@ -158,9 +158,9 @@ def _full_disk_named(target: Path) -> Iterator[None]:
         where = next(p for p in (target, *target.parents) if p.exists())
         disk = shutil.disk_usage(where)
         raise StorageError(
-            f"no space left for {target}: the disk of {where} is full, or a quota is used up ({disk.total / 1e6:,.1f} MB in all, "
-            f"{disk.free / 1e6:,.1f} MB free now that what was written is removed again). What was there before is as it was. "
-            "Free space or give another --out, then start the same command again."
+            f"no space left for {target} ({problem}): the disk of {where} has {disk.total / 1e6:,.1f} MB, of which "
+            f"{disk.free / 1e6:,.1f} MB are free now that what was written is removed again, unless a quota says less. What was "
+            "there before is as it was. Free space or give another --out, then start the same command again."
         ) from problem
 
 

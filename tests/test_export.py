@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_run import UNSEEN, make_run
 from tiny_set import BERT, VIT
@@ -21,7 +22,7 @@ from mmref import export as exporting
 from mmref.cli import main
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.data.tokens import load_tokens
-from mmref.errors import ExportError, ModelError, SampleError
+from mmref.errors import ExportError, ModelError, SampleError, StorageError
 from mmref.evaluate.features import Encoder, read_pixels, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.inference import pack_strings, unpack_strings
@@ -202,15 +203,32 @@ def test_the_card_holds_the_metrics_and_its_three_lines_work(exported, tmp_path,
 
 
 def test_an_export_is_whole_or_absent(make_config, tmp_path, monkeypatch):
-    make_run(make_config(), str(tmp_path / "run"), {})
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    make_run(make_config(), run, {})
 
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporting, "write_transformers", crash)
-    with pytest.raises(KeyboardInterrupt):
-        exporting.export_run(str(tmp_path / "run"), str(tmp_path / "out"))
-    assert os.listdir(tmp_path) == ["run"]
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def second(*_):
+        exporting.export_run(run, out)
+
+    for fault, error, message in [
+        (crash, KeyboardInterrupt, ""),
+        (full, StorageError, f"no space left for {out}"),
+        (second, ExportError, f"{out} is in use: process {os.getpid()} on "),
+    ]:
+        monkeypatch.setattr(exporting, "write_transformers", fault)
+        with pytest.raises(error, match=message):
+            exporting.export_run(run, out)
+        assert os.listdir(tmp_path) == ["run"]
+    monkeypatch.setattr(exporting, "write_transformers", lambda *_: None)
+    (tmp_path / "out.partial" / "new").mkdir(parents=True)  # as a killed export leaves them
+    (tmp_path / "out.partial" / ".lock").touch()
+    exporting.export_run(run, out)
+    assert sorted(os.listdir(tmp_path)) == ["out", "run"]
 
 
 def test_what_cannot_be_exported_is_said(make_config, tmp_path, capsys):

@@ -15,7 +15,9 @@ from pathlib import Path
 from mmref.data.container import image_ext
 from mmref.errors import QueryError, SampleError
 from mmref.retrieval.searcher import Searcher
+from mmref.wholefolder import strangers, whole_folder
 
+TABLE = "table.jsonl"  # of an export
 FILE = "judgements.jsonl"  # in the index, where no other is named
 
 
@@ -78,19 +80,38 @@ def export_table(
     Items without an object id that are relevant to the same sentence become one object.
 
     Args:
-        out: folder, made where it is missing.
+        out: folder, made where it is missing; an earlier table in it is replaced, other files of yours stay.
         split: split of every row, such as `test` for an evaluation split; by default the builder deals objects to splits.
 
     Returns:
         Rows written, and what was left out.
 
     Raises:
-        QueryError: nothing could be written.
+        QueryError: nothing could be written, or the folder holds something else. StorageError when the disk is full.
     """
-    judged = list(judgements)
+    with whole_folder(out, QueryError, TABLE, _files_of_table) as folder:
+        return _write_table(searcher, list(judgements), folder, split)
+
+
+def _files_of_table(root: Path) -> set[str]:
+    """What an earlier export wrote into a folder. Raises QueryError where it holds something else."""
+    try:
+        # not splitlines: it also breaks where a sentence has one of Unicode's own line ends
+        lines = (root / TABLE).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        return {TABLE, *(row["image"] for row in rows if row["item"])} if rows else set()
+    except (OSError, ValueError, TypeError, KeyError):
+        if found := strangers(root):
+            raise QueryError(
+                f"{root} holds files that are no table of judgements ({', '.join(found[:3])}): give an empty or a new folder "
+                "with --out."
+            ) from None
+        return set()
+
+
+def _write_table(searcher: Searcher, judged: list[Judgement], folder: Path, split: str | None) -> tuple[int, list[str]]:
     objects = _objects(judged)
-    folder = Path(out)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir()
     relevant = {j.id for j in judged if j.relevant}
     captions: dict[str, list[str]] = {}
     for judgement in judged:
@@ -116,7 +137,7 @@ def export_table(
     if not rows:
         raise QueryError(f"no judged item can be exported: {left_out[:3] or 'there are no judgements'}.")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "table.jsonl").write_text(text, encoding="utf-8")
+    (folder / TABLE).write_text(text, encoding="utf-8")
     return len(rows), left_out
 
 

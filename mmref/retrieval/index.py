@@ -26,13 +26,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmref.errors import ModelMismatchError, SearchIndexError
+from mmref.errors import MMRefError, ModelMismatchError, SearchIndexError
 from mmref.retrieval import bundle
 from mmref.retrieval.embed import Chunks, embed
 from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, list_images
 from mmref.retrieval.segment import Segment, copy_rows, write_segment
 from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
 from mmref.storage import held
+from mmref.wholefolder import held_folder, sync, write_whole
 
 VERSION = 1
 MOST_SEGMENTS = 8  # more are joined: every search looks into each
@@ -90,16 +91,6 @@ def stamp(index: Path) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file; after a crash it is the old or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Only one writer at a time. Raises SearchIndexError when there is another."""
@@ -136,12 +127,13 @@ def create(
     Raises:
         SearchIndexError, ModelError, ExportError, ShardSetError, SourceError.
     """
-    target = Path(out).expanduser().absolute()
-    if target.exists():
-        raise SearchIndexError(f"{target} exists already: `mmref index add` adds to an index; else give another --out.")
+    if "://" in out:
+        raise SearchIndexError(f"{out} is a URL, and an index is a local folder: give one with --out.")
+    target = Path(os.path.realpath(os.path.expanduser(out)))
+    _check_free(target)
     work = target.with_name(f"{target.name}.partial")
-    work.mkdir(parents=True, exist_ok=True)
-    with locked(work):
+    with held_folder(work, target, SearchIndexError), _kept_if_begun(work):
+        _check_free(target)  # who held it has made the index meanwhile
         # what makes the same command the same: another one starts over
         plan = {"images": images, "model": os.path.abspath(model) if "://" not in model else model, "split": split}
         plan |= asdict(columns)
@@ -151,6 +143,7 @@ def create(
             bundle.bundle_model(model, work / "model")
         skipped = _embed(work, listing, work / "segments" / "000000", workers, 0, work / "model")
         if len(skipped) == len(listing.items):
+            _discard(work / "chunks")  # the next start looks again
             raise SearchIndexError(f"none of {len(skipped)} images can be read, the first: {skipped[0]['problem']}")
         _write_skipped(work, skipped)
         segment = Segment(work / "segments" / "000000")
@@ -170,9 +163,10 @@ def create(
             sources=[images],
             skipped=len(skipped),
         )
-        _clean_work(work)
         manifest.write(work)
+        sync(work)
         os.rename(work, target)
+        _tidy(target)
     return manifest
 
 
@@ -194,14 +188,15 @@ def add(
     """
     folder = Path(index).expanduser().absolute()
     Manifest.read(folder)
-    with locked(folder):
+    with locked(folder), contextlib.ExitStack() as stack:
         manifest = Manifest.read(folder)
         check_model(folder, manifest)
-        if model is not None:
-            _check_same_model(folder, manifest, model)
         work = folder / ".adding"
+        stack.enter_context(_kept_if_begun(work))
         work.mkdir(exist_ok=True)
         _start(work, {"images": images, "split": split, "generation": manifest.generation, **asdict(columns)})
+        if model is not None:
+            _check_same_model(folder, work / "given", manifest, model)
         segments = open_segments(folder, manifest)
         known = {name for s in segments for name in s.items["id"].to_pylist()}
         listing = _listed(work, images, split, columns, known)
@@ -308,6 +303,22 @@ def open_vectors(index: Path, manifest: Manifest) -> Approximate | None:
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
+def _check_free(target: Path) -> None:
+    if target.exists():
+        raise SearchIndexError(f"{target} exists already: `mmref index add` adds to an index; else give another --out.")
+
+
+@contextlib.contextmanager
+def _kept_if_begun(work: Path) -> Iterator[None]:
+    """An error leaves the work folder for the next start where something is embedded; else nothing of it stays."""
+    try:
+        yield
+    except MMRefError:
+        if not any(work.glob("chunks/*.npz")):
+            _discard(work)
+        raise
+
+
 def _start(work: Path, plan: dict[str, Any]) -> None:
     """Keep what an interrupted call with the same plan has done, remove what another one left."""
     path = work / "plan.json"
@@ -410,16 +421,31 @@ def _commit(index: Path, manifest: Manifest) -> None:
     for entry in index.glob("vectors-*"):
         if entry.name != manifest.vectors.get("file"):
             _discard(entry)
+    _tidy(index)
 
 
-def _check_same_model(index: Path, manifest: Manifest, model: str) -> None:
-    other = index / ".adding-model"
+def _tidy(index: Path) -> None:
+    """Delete what making the index needed, and what a killed writer left."""
+    for name in (
+        "chunks",
+        "plan.json",
+        LISTING,
+        f".{LISTING}.tmp",
+        ".*.json*.tmp",
+        ".export-*",
+        "model.partial",
+        "new",
+    ):
+        for entry in index.glob(name):
+            _discard(entry)
+
+
+def _check_same_model(index: Path, other: Path, manifest: Manifest, model: str) -> None:
+    """`other` is where the model is copied for a moment."""
     _discard(other)
-    try:
-        bundle.bundle_model(model, other)
-        found = bundle.fingerprint(other)
-    finally:
-        _discard(other)
+    bundle.bundle_model(model, other)
+    found = bundle.fingerprint(other)
+    _discard(other)
     if found != manifest.model:
         raise ModelMismatchError(
             f"{model} (fingerprint {found[:12]}) is not the model of {index} ({manifest.model[:12]}): features of two "
@@ -431,11 +457,6 @@ def _load(model: Path) -> Any:
     from mmref.inference import load
 
     return load(model)
-
-
-def _clean_work(work: Path) -> None:
-    for name in ("chunks", "plan.json", LISTING):
-        _discard(work / name)
 
 
 def _discard(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,35 @@ def test_nothing_to_export_is_said(own_index, tmp_path):
         Judgements.of(searcher).read()
     with pytest.raises(QueryError, match="no judged item can be exported"):
         export_table(searcher, [], str(tmp_path / "table"))
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(own_index, tmp_path):
+    searcher, out = Searcher(str(own_index)), tmp_path / "table"
+    judgements = Judgements.of(searcher)
+    ids = searcher.items["id"].to_pylist()
+
+    def contents() -> dict[str, bytes]:
+        return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    for item in ids[:3]:
+        judgements.save(searcher, "a red\u2028circle", item, True)
+    export_table(searcher, judgements.read(), str(out))
+    (out / "images" / "mine.png").write_bytes(b"mine")
+    before = contents()
+    assert len(before) == 5
+    with pytest.raises(QueryError, match="no judged item can be exported"):
+        export_table(searcher, [], str(out))
+    assert contents() == before, "an export that fails leaves the one before"
+    export_table(searcher, judgements.read()[:1], str(out))
+    assert {n for n in contents() if "000000" not in n} == {"table.jsonl", "images/mine.png"}, (
+        "nothing of the old is left"
+    )
+
+    shutil.rmtree(out)
+    (out / "images").mkdir(parents=True)
+    for name, text in (("images/000000.png", "mine"), ("table.jsonl", '{"image": "images/000000.png"}\n')):
+        (out / name).write_text(text)
+        mine = contents()
+        with pytest.raises(QueryError, match="holds files that are no table of judgements"):
+            export_table(searcher, judgements.read(), str(out))
+        assert contents() == mine

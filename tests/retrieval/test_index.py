@@ -263,6 +263,54 @@ def test_what_cannot_be_indexed_is_said(folder, run, own_index, tmp_path):
         index.remove(str(own_index), ids(own_index)[:1])
 
 
+def test_a_start_that_fails_leaves_nothing_and_touches_nothing(folder, run, own_index, tmp_path, monkeypatch):
+    out, broken = tmp_path / "out", tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.jpg").write_bytes(b"x")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    inside = sorted(str(p) for p in own_index.rglob("*") if p.name != ".lock")
+    for images, model in [("nowhere", run), (folder, tmp_path / "nothing"), (broken, run)]:
+        with pytest.raises((SearchIndexError, ModelError)):
+            index.create(str(images), str(model), str(out), workers=0)
+        with pytest.raises((SearchIndexError, ModelError)):
+            index.add(str(own_index), "nowhere", model=str(model), workers=0)
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
+        assert sorted(str(p) for p in own_index.rglob("*") if p.name != ".lock") == inside
+    (broken / "a.jpg").write_bytes((folder / "00.png").read_bytes())
+    index.create(str(broken), str(run), str(out), workers=0)
+    assert ids(out) == ["a.jpg"], "what was mended is looked at again"
+
+    partial = tmp_path / "another.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("mine")
+    with pytest.raises(SearchIndexError, match=r"was not made by mmref \(it holds 'mine.txt'\)"):
+        index.create(str(folder), str(run), str(tmp_path / "another"), workers=0)
+    assert (partial / "mine.txt").read_text() == "mine"
+    with pytest.raises(SearchIndexError, match="is a URL"):
+        index.create(str(folder), str(run), "s3://bucket/index", workers=0)
+
+
+def test_what_a_killed_writer_left_is_cleared(folder, run, tmp_path, monkeypatch):
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(index, "_embed", dies)
+        index.create(str(folder / "deep"), str(run), str(out), workers=0)
+    work = tmp_path / "out.partial"
+    (work / ".export-x").mkdir()  # killed while the run was exported
+    index.create(str(folder / "deep"), str(run), str(out), workers=0)
+    parts = {".lock", "manifest.json", "model", "segments", "skipped.jsonl"}
+    assert {p.name for p in out.iterdir()} == parts
+    for name in (".export-y", "chunks"):
+        (out / name).mkdir()
+    (out / ".manifest.json.123.tmp").write_text("{")
+    (out / "mine.txt").write_text("mine")
+    index.add(str(out), str(folder), workers=0)
+    assert {p.name for p in out.iterdir()} == parts | {"mine.txt"}
+
+
 def test_a_damaged_index_is_named(own_index):
     features = own_index / "segments" / "000000" / "features.npy"
     features.write_bytes(features.read_bytes()[:-8])

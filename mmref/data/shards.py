@@ -49,6 +49,8 @@ INDEX_ARRAYS = {  # column of <split>.index.parquet -> dtype in SplitIndex
     "n_captions": np.int32,
 }
 
+_known_digests: dict[str, tuple[tuple[int, int, int], dict[str, str]]] = {}  # manifest -> its stamp, and what it says
+
 
 def _open(path: str) -> Any:
     """Binary file, local or URL. Raises OSError, StorageError."""
@@ -69,6 +71,21 @@ def _sizes(folder: str) -> dict[str, int]:
     fs, inner = file_system(folder)
     found = retry(f"list {folder}", lambda: fs.find(inner, detail=True))
     return {name.rsplit("/", 1)[-1]: int(entry["size"]) for name, entry in found.items()}
+
+
+def _digests(manifest: str) -> dict[str, str]:
+    """SHA-256 of the shards that a local manifest names now; {} where there is none."""
+    try:
+        stat = os.stat(manifest)
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        known = _known_digests.get(manifest)
+        if known is None or known[0] != stamp:
+            splits = json.loads(_read_bytes(manifest))["splits"]
+            found = {shard["file"]: shard["sha256"] for split in splits.values() for shard in split["shards"]}
+            _known_digests[manifest] = known = stamp, found
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+    return known[1]
 
 
 def sha256_of(path: str) -> str:
@@ -231,12 +248,33 @@ class SampleReader:
             os.close(self._files.popitem(last=False)[1])
         for attempt in range(OPEN_ATTEMPTS):
             try:
-                self._files[shard] = os.open(self._local_path(shard), os.O_RDONLY)
+                file = os.open(self._local_path(shard), os.O_RDONLY)
                 break
             except FileNotFoundError:  # another process of the node may make room in the cache between the two
                 if self.cache is None or attempt == OPEN_ATTEMPTS - 1:
+                    self._check_unreplaced(shard, found=False)
                     raise
-        return self._files[shard]
+        try:
+            self._check_unreplaced(shard)
+        except ShardSetError:
+            os.close(file)
+            raise
+        self._files[shard] = file
+        return file
+
+    def _check_unreplaced(self, shard: int, found: bool = True) -> None:
+        """Raise ShardSetError where another set has taken the place of this one since its index was read: offsets of the one say
+        nothing of the other. To be called when a file is open: the manifest goes first and comes last."""
+        path, digests = self.index.shard_paths[shard], self.index.shard_sha256
+        if not digests or _is_url(path):
+            return
+        root, name = os.path.dirname(os.path.dirname(path)), "/".join(path.split(os.sep)[-2:])
+        listed = _digests(os.path.join(root, "manifest.json"))
+        if (listed or found) and listed.get(name) != digests[shard]:
+            raise ShardSetError(
+                f"{root} was replaced by another shard set while it was read: {name} is no longer what it was. Start the same "
+                "command again; a run takes the set that it began with alone."
+            )
 
     def _local_path(self, shard: int) -> str:
         """Where a shard lies on this node, fetched into the cache where it lies on object storage."""
@@ -272,7 +310,7 @@ class SampleReader:
         return data
 
     def read_meta(self, i: int) -> dict[str, Any]:
-        """The json of image i: captions and ids, without reading the image. Raises SampleError, StorageError."""
+        """The json of image i: captions and ids, without reading the image. Raises SampleError, StorageError, ShardSetError."""
         index, shard = self.index, int(self.index.shard[i])
         data = self._range(shard, int(index.json_offset[i]), int(index.json_size[i]), "json")
         try:
@@ -287,7 +325,7 @@ class SampleReader:
 
     def read(self, i: int) -> RawSample:
         """Image i of the split. Raises SampleError (file, offset, what) when bytes are short or the json is broken, StorageError
-        when storage does not answer."""
+        when storage does not answer, ShardSetError when another set has taken the place of this one."""
         index = self.index
         image = self._range(int(index.shard[i]), int(index.image_offset[i]), int(index.image_size[i]), "image")
         return RawSample(image, index.image_ext[i], self.read_meta(i))

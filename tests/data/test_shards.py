@@ -90,6 +90,39 @@ def test_reader_survives_pickling_and_many_shards(built, monkeypatch):
         assert Image.open(io.BytesIO(raw.image_bytes)).size == (8, 8)
 
 
+def test_a_set_that_is_replaced_is_not_read_half(built, tmp_path):
+    """What a reader has open it reads on; it does not take the offsets of one set for those of another."""
+
+    def build(word):
+        lines = (built.parent / "t.jsonl").read_text().replace('"one"', f'"{word}"')
+        (tmp_path / "t.jsonl").write_text(lines)
+        source = TableSource(str(tmp_path / "t.jsonl"), image_root=str(built.parent), fractions={"train": 1.0})
+        build_shards(source, str(tmp_path / "set"), BuildOptions(min_shards=3, overwrite=True, progress=False))
+        return SampleReader(ShardSet.open(str(tmp_path / "set")).index("train"))
+
+    reader = build("one")
+    sizes = [os.path.getsize(path) for path in reader.index.shard_paths]
+    last = len(reader.index) - 1
+    first = reader.read(0)
+    build("one")  # the same set again
+    assert reader.read(last).meta["captions"][0] == "one"
+    reader.close()
+    assert reader.read(0) == first
+    replaced = build("two")
+    assert [os.path.getsize(path) for path in reader.index.shard_paths] == sizes, "nothing but the contents has changed"
+    assert reader.read(0) == first
+    with pytest.raises(
+        ShardSetError, match=r"was replaced by another shard set while it was read: train/train-000002.tar"
+    ):
+        reader.read(last)
+    with pytest.raises(ShardSetError, match="was replaced"):
+        pickle.loads(pickle.dumps(reader)).read(0)
+    assert replaced.read(0).meta["captions"][0] == "two"
+    shutil.rmtree(tmp_path / "set" / "train")
+    with pytest.raises(ShardSetError, match="was replaced"):
+        reader.read(last)
+
+
 def test_set_is_readable_by_url(built):
     local, remote = ShardSet.open(str(built)), ShardSet.open(f"file://{built}")
     index = remote.index("test")

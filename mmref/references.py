@@ -28,7 +28,15 @@ from mmref.evaluate.evaluate import open_run
 from mmref.evaluate.report import EXPLANATIONS
 from mmref.model.reference import warm_rows
 from mmref.rundir import RunDir
-from mmref.train.checkpoint import FOLDER, CheckpointInfo, fetched, list_checkpoints, load_references, write_file
+from mmref.train.checkpoint import (
+    FOLDER,
+    CheckpointInfo,
+    best_checkpoint,
+    fetched,
+    list_checkpoints,
+    load_references,
+    write_file,
+)
 from mmref.train.rowfile import RowFile, pack_ids, row_files
 
 REPORTS = (".json", ".html")
@@ -78,11 +86,18 @@ def add_objects(run_dir: str, data: str, split: str = "train", workers: int | No
 
     Raises:
         ReferencesError: no object is new, or the run trains no references.
+        RunDirectoryError: the run is being trained, or another command changes its references.
     """
-    run, config, info = open_run(run_dir)
+    run, config, _ = open_run(run_dir)
     shards = ShardSet.open(data)
     if split not in shards.splits:
         raise ShardSetError(f"{data} has no split `{split}`, only {shards.splits}.")
+    with run.held():
+        return _add(run, config, shards, split, workers or config.eval.workers)
+
+
+def _add(run: RunDir, config: Config, shards: ShardSet, split: str, workers: int) -> Added:
+    info = best_checkpoint(run)
     object_ids = list(shards.index(split).object_ids)
     with fetched(run, info, "references") as folder, row_files(folder, info.meta) as files:
         known = {name for file in files for name in file.object_ids.to_pylist()}
@@ -93,15 +108,15 @@ def add_objects(run_dir: str, data: str, split: str = "train", workers: int | No
             "all have references" if not new else "this run trains none (`loss.w_guide`, `w_fuse` and `w_rec` are 0)"
         )
         raise ReferencesError(
-            f"{len(object_ids)} objects in {split} of {data}, and {found}: nothing to add to {run.path}."
+            f"{len(object_ids)} objects in {split} of {shards.root}, and {found}: nothing to add to {run.path}."
         )
-    with connect(workers or config.eval.workers):
-        config.eval.workers = workers or config.eval.workers
-        features = embed_splits(config, run, info, data, [split])[split]
+    with connect(workers):
+        config.eval.workers = workers
+        features = embed_splits(config, run, info, shards.root, [split])[split]
     rows = rows_of(features, new, config)
     usable = (rows.abs().amax((1, 2)) > 0).nonzero()[:, 0].tolist()
     if not usable:
-        raise ReferencesError(f"none of the {len(new)} new objects in {data} has a usable image or caption.")
+        raise ReferencesError(f"none of the {len(new)} new objects in {shards.root} has a usable image or caption.")
     append_rows(run, info, [object_ids[new[i]] for i in usable], rows[usable])
     return Added(info.folder, len(usable), len(object_ids) - len(new), len(new) - len(usable))
 
@@ -138,8 +153,9 @@ def append_rows(run: RunDir, info: CheckpointInfo, object_ids: list[str], rows: 
     tensors["rows"] = rows.to(like["rows"].dtype).contiguous()
     ids = pack_ids(pa.array(object_ids, pa.large_string()))
     name = _new_name()
-    file = write_file(run, f"{info.folder}/{name}", tensors | ids, first)
-    _replace_meta(run, info, {**info.meta["files"], name: file}, len(object_ids))
+    listed = {**info.meta["files"], name: write_file(run, f"{info.folder}/{name}", tensors | ids, first)}
+    _replace_meta(run, info, listed, len(object_ids))
+    _clear(run, info, listed)
 
 
 # -- removing --------------------------------------------------------------------------------------------------------
@@ -163,10 +179,18 @@ def remove_objects(run_dir: str, object_ids: Iterable[str]) -> Removed:
     Raises:
         ReferencesError: some object is in no checkpoint (the others are removed), or no reference would be left.
         CheckpointError: a checkpoint is damaged; remove its folder and repeat.
+        RunDirectoryError: the run is being trained, or another command changes its references.
     """
-    run, wanted = RunDir(run_dir), set(object_ids)
+    run = RunDir(run_dir)
     run.read_config()
+    with run.held():
+        return _remove_everywhere(run, set(object_ids))
+
+
+def _remove_everywhere(run: RunDir, wanted: set[str]) -> Removed:
     complete = list_checkpoints(run)
+    for info in complete:  # all before the first is changed
+        _check_some_left(run, info, wanted)
     unfinished = {n for n in run.list(FOLDER) if n.startswith("step-")} - {
         i.folder.rsplit("/", 1)[-1] for i in complete
     }
@@ -194,8 +218,6 @@ def _remove(run: RunDir, info: CheckpointInfo, wanted: set[str]) -> set[str]:
     with fetched(run, info, "references") as folder, row_files(folder, info.meta) as files:
         masks = [pc.is_in(file.object_ids, value_set=unwanted) for file in files]
         gone = sum(pc.sum(mask).as_py() or 0 for mask in masks)
-        if gone == sum(map(len, files)):
-            raise ReferencesError(f"no reference would be left in {run.join(info.folder)}: delete the run instead.")
         for file, mask in zip(files, masks):
             if not pc.any(mask).as_py():
                 continue
@@ -205,10 +227,22 @@ def _remove(run: RunDir, info: CheckpointInfo, wanted: set[str]) -> set[str]:
             del listed[file.name]
     if found:
         _replace_meta(run, info, listed, -gone)
-    # also what an interrupted removal left; a rank's own list of files serves nothing once meta.json is there
+    _clear(run, info, listed)
+    return found
+
+
+def _check_some_left(run: RunDir, info: CheckpointInfo, wanted: set[str]) -> None:
+    unwanted = pa.array(sorted(wanted), pa.large_string())
+    with fetched(run, info, "references") as folder, row_files(folder, info.meta) as files:
+        if all(pc.all(pc.is_in(file.object_ids, value_set=unwanted)).as_py() for file in files):
+            raise ReferencesError(f"no reference would be left in {run.join(info.folder)}: delete the run instead.")
+
+
+def _clear(run: RunDir, info: CheckpointInfo, listed: Iterable[str]) -> None:
+    """Delete files that count no longer, also those of an interrupted change; a rank's own list of files serves nothing once
+    meta.json is there."""
     for name in set(run.list(info.folder)) - set(listed) - {"meta.json"}:
         run.remove(f"{info.folder}/{name}")
-    return found
 
 
 def _kept(file: RowFile, keep: pa.BooleanArray) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from tiny_run import UNSEEN, make_run
 from mmref import references
 from mmref.cli import main
 from mmref.data.shards import ShardSet
-from mmref.errors import CheckpointError, ReferencesError
+from mmref.errors import CheckpointError, ReferencesError, RunDirectoryError
 from mmref.model.reference import group_means, warm_rows
 from mmref.rundir import RunDir
 from mmref.train import checkpoint
@@ -160,6 +160,28 @@ def test_a_removal_that_is_interrupted_leaves_sound_checkpoints_and_can_be_repea
     for folder, rows in contents(run, config).items():
         assert rows.keys() == before[folder].keys() - {"thing.3", "thing.12"}
     assert not any(b"thing.3" in data or b"thing.12" in data for data in every_byte(run).values())
+
+
+def test_a_removal_that_cannot_be_done_everywhere_is_done_nowhere(run, config):
+    """One checkpoint has objects that the others have not; what an interrupted addition left is cleared by the next."""
+    info = checkpoint.latest_checkpoint(run)
+    run.write_bytes(f"{info.folder}/references-half.safetensors", b"half")
+    references.append_rows(run, info, ["new.1"], torch.ones(1, 2, info.meta["bank"]["dim"]))
+    assert "references-half.safetensors" not in run.list(info.folder)
+    before = every_byte(run)
+    with pytest.raises(ReferencesError, match="no reference would be left"):
+        references.remove_objects(run.path, [f"thing.{i}" for i in range(14)])
+    assert {n: b for n, b in every_byte(run).items() if not n.endswith(".lock")} == before
+
+
+def test_references_are_changed_by_one_command_at_a_time(run, tiny_set):
+    if not run.local:
+        pytest.skip("behind a URL nobody can tell")
+    with run.held():
+        with pytest.raises(RunDirectoryError, match="is in use: process"):
+            references.remove_objects(run.path, ["thing.3"])
+        with pytest.raises(RunDirectoryError, match="is in use: process"):
+            references.add_objects(run.path, str(tiny_set))
 
 
 def test_a_damaged_checkpoint_stops_a_removal(run):

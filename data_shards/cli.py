@@ -10,6 +10,7 @@ from data_shards.build import SOURCES, BuildOptions, build_shards, make_source
 from data_shards.tar_writer import ImageOptions
 from mmref.data.shards import ShardSet
 from mmref.errors import SourceError
+from mmref.wholefolder import check_output
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,7 +35,9 @@ def _common_options() -> argparse.ArgumentParser:
     """Options of every source. A new parser each time: `parents` share their actions, so a default would leak."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", required=True, metavar="DIR", help="folder of the new set")
-    common.add_argument("--overwrite", action="store_true", help="replace a complete set in --out")
+    common.add_argument(
+        "--overwrite", action="store_true", help="replace a complete set in --out when the new one is whole"
+    )
     common.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1,
         help="parallel Ray tasks; 0: in this process (default: %(default)s)",
@@ -159,6 +162,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     """Prints a table of the set and samples of every split. Returns the exit code."""
     from data_shards.inspect import contact_sheet, split_summary
 
+    if args.sheet:
+        check_output("--sheet", args.sheet)
     shards = ShardSet.open(args.root)
     manifest = shards.manifest
     print(f"{manifest['name']}: {manifest['source']}\nlicence: {manifest['licence']}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections import Counter
 from typing import Any
 
@@ -11,6 +13,7 @@ from PIL import Image, ImageDraw
 from mmref.data.decode import decode_rgb
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import SampleError
+from mmref.wholefolder import write_output
 
 READ_AT_MOST = 2000  # samples of a split that are read for the caption statistics
 CELL_PX, GAP_PX, TITLE_PX = 96, 4, 14
@@ -58,7 +61,8 @@ def split_summary(shards: ShardSet, split: str, samples: int = 3) -> dict[str, A
 
 
 def contact_sheet(shards: ShardSet, split: str, path: str, objects: int = 12) -> None:
-    """Writes a PNG: a row for each of some objects: its images, and above them its id and first caption."""
+    """Writes a picture, PNG unless the ending says another format: a row for each of some objects, its images and above them its
+    id and first caption. Raises StorageError."""
     index = shards.index(split)
     reader = SampleReader(index)
     rows = np.unique(np.linspace(0, index.n_objects - 1, min(index.n_objects, objects)).astype(int))
@@ -79,4 +83,6 @@ def contact_sheet(shards: ShardSet, split: str, path: str, objects: int = 12) ->
                 title = f"{index.object_ids[row]}: {sample.meta['captions'][0]}".encode("latin-1", "replace")
                 draw.text((2, line * height + 1), title.decode("latin-1")[:130], fill="black")
     reader.close()
-    sheet.save(path)
+    encoded = io.BytesIO()
+    sheet.save(encoded, Image.registered_extensions().get(os.path.splitext(path)[1].lower(), "PNG"))
+    write_output("--sheet", path, encoded.getvalue())

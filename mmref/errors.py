@@ -56,7 +56,7 @@ class CheckpointError(MMRefError):
 
 
 class StorageError(MMRefError):
-    """The storage of a run keeps failing: full, unreachable, or not shared between the nodes."""
+    """Storage keeps failing: full, unreachable, or not shared between the nodes; or an output cannot be written."""
 
 
 class FileSystemMissingError(StorageError):

@@ -16,6 +16,7 @@ from typing import Any
 
 from mmref.config import Config, ModelConfig, from_dict, load_config, to_dict
 from mmref.livebytes import LiveBytes
+from mmref.wholefolder import check_output, write_output
 
 FP32, INT64 = 4, 8
 GB = 1e9
@@ -258,6 +259,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", metavar="FILE", help="also write the numbers as JSON, in bytes")
     args, rest = parser.parse_known_args(argv)
+    if args.out:
+        check_output("--out", args.out)
     config = load_config(rest)
     batch = args.batch or config.train.global_batch // config.train.workers
     configs = [scaled(config, workers, batch) for workers in args.workers]
@@ -269,6 +272,6 @@ def main(argv: list[str]) -> int:
     )
     print(format_table(sizings))
     if args.out:
-        with open(args.out, "w") as file:
-            json.dump([{**dataclasses.asdict(s), "device": s.device, "sent": s.sent} for s in sizings], file, indent=1)
+        numbers = [{**dataclasses.asdict(s), "device": s.device, "sent": s.sent} for s in sizings]
+        write_output("--out", args.out, json.dumps(numbers, indent=1))
     return 0

@@ -98,10 +98,10 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:
     A link stays a link, and what is no plain file (a terminal, a pipe) is written to.
     """
     data = data.encode() if isinstance(data, str) else data
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        target.write_bytes(data)
+    if _is_device(path):
+        Path(path).write_bytes(data)
         return
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.tmp")  # a name may have 255 bytes
     try:
         with open(temporary, "wb") as file:
@@ -113,6 +113,36 @@ def write_whole(path: str | os.PathLike[str], data: bytes | str) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(option: str, path: str) -> None:
+    """Raise StorageError where a file cannot be written: to be called before the work that it is to hold."""
+    target = Path(os.path.realpath(path))
+    problem = ""
+    if "://" in path:
+        problem = "it is a URL: give a local file, and copy it there"
+    elif target.is_dir():
+        problem = "it is a folder: name a file"
+    elif not target.parent.is_dir() and not _is_device(path):
+        problem = f"there is no folder {target.parent}"
+    elif not os.access(path if _is_device(path) else target.parent, os.W_OK):
+        problem = "no permission"
+    if problem:
+        raise StorageError(f"{option} {path} cannot be written: {problem}.")
+
+
+def write_output(option: str, path: str, data: bytes | str) -> None:
+    """Replace the file that an option of the command line names, as `write_whole`. Raises StorageError."""
+    check_output(option, path)
+    try:
+        write_whole(path, data)
+    except OSError as problem:
+        raise StorageError(f"{option} {path} cannot be written: {problem}. What was there is as it was.") from problem
+
+
+def _is_device(path: str | os.PathLike[str]) -> bool:
+    """/dev/stdout is one also where the shell has sent it to a file."""
+    return os.path.exists(path) and (not os.path.isfile(path) or os.fspath(path).startswith(("/dev/", "/proc/")))
 
 
 def sync(folder: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from mmref import storage, wholefolder
 from mmref.errors import ExportError, StorageError
-from mmref.wholefolder import exchange, whole_folder, write_whole
+from mmref.wholefolder import check_output, exchange, whole_folder, write_output, write_whole
 
 OLD = {"last": "old", "a/one": "old", "a/gone": "old"}
 NEW = {"last": "new", "a/one": "new", "b/two": "new"}
@@ -228,3 +228,25 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     write_whole(tmp_path / "pipe", "through")
     assert os.read(reader, 100) == b"through" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "page.html").write_text("old")
+    for path, message in [
+        (tmp_path, "it is a folder"),
+        (tmp_path / "no" / "page.html", "there is no folder"),
+        ("s3://bucket/page.html", "it is a URL"),
+    ]:
+        with pytest.raises(StorageError, match=f"--html .* cannot be written: {message}"):
+            check_output("--html", str(path))
+    check_output("--html", "/dev/null")
+    write_output("--html", "/dev/null", "text")
+    assert not Path("/dev/null").is_file()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"--html .*page.html cannot be written: .*No space left"):
+        write_output("--html", str(tmp_path / "page.html"), "new")
+    assert (tmp_path / "page.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

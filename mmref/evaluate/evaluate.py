@@ -12,7 +12,7 @@ import numpy as np
 from mmref.cluster import connect
 from mmref.config import Config, config_hash, to_dict
 from mmref.data.shards import SampleReader, ShardSet
-from mmref.errors import ShardSetError
+from mmref.errors import RunDirectoryError, ShardSetError, StorageError
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
 from mmref.evaluate.choose import choose_on_val, settings_of, trained_space
 from mmref.evaluate.class_protocol import class_metrics, class_queries
@@ -29,6 +29,7 @@ from mmref.evaluate.report import (
 )
 from mmref.rundir import BAD_SAMPLES, RunDir, read_jsonl
 from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, fetched, load_references
+from mmref.wholefolder import check_output, write_output
 
 SHOWN = 10  # results of an example in the report
 
@@ -104,6 +105,8 @@ def evaluate_run(
         The metrics, as in metrics.json.
     """
     run, config, checkpoint = open_run(run_dir)
+    if out:
+        _check_copy(out)
     root = data or config.data.root
     shards = ShardSet.open(root)
     if split not in shards.splits:
@@ -145,8 +148,7 @@ def evaluate_run(
     if own and not run.exists("metrics.json"):  # of a run that reported nothing so far, for `mmref export`
         run.write_text("metrics.json", text)
     if out:
-        folder, _, name = RunDir(out).path.rpartition("/")
-        RunDir(folder).write_text(name, text)
+        _write_copy(out, text)
     if report:
         page = render_report(
             metrics=metrics,
@@ -160,6 +162,31 @@ def evaluate_run(
         run.write_text(report_path(view), page)
     print(format_table(metrics))
     return metrics
+
+
+def _check_copy(out: str) -> None:
+    """Raise StorageError where the metrics cannot be written, before they are computed."""
+    run, name = _parent(out)
+    try:
+        run.check_writable()
+    except RunDirectoryError as error:
+        raise StorageError(f"--out {out} cannot be written: {error.__context__}.") from None
+    if run.local:
+        check_output("--out", run.join(name))
+
+
+def _write_copy(out: str, text: str) -> None:
+    run, name = _parent(out)
+    if run.local:
+        write_output("--out", run.join(name), text)
+    else:
+        run.write_text(name, text)
+
+
+def _parent(out: str) -> tuple[RunDir, str]:
+    """The folder or URL that holds a file, and its name there."""
+    folder, _, name = RunDir(out).path.rpartition("/")
+    return RunDir(folder or "/"), name
 
 
 def best_on_test(history: list[dict[str, Any]]) -> dict[str, Any] | None:

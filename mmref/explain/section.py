@@ -15,23 +15,28 @@ from mmref.explain.figure import draw
 from mmref.explain.run import Explanation
 from mmref.rundir import RunDir
 
+OWN = re.compile(r"\d+-(query|object)-[\w-]+\.png|step-[\w-]+\.html")  # names of pictures and sections
 CAPTIONS = 6  # of an object, shown beside the words of its reference
 
 
 def write(run: RunDir, checkpoint: str, explanations: Sequence[Explanation], view: str = "") -> list[str]:
-    """Write pictures and section into the run directory, in place of earlier ones, and into its report. The files written.
+    """Write pictures and section into the run directory, in place of earlier ones, and into its report. The files written; others
+    in that folder stay.
 
     view: what is explained, as of `evaluate.view_of`.
     """
     folder, report = explanations_folder(view), report_path(view)
     pictures = [draw(e) for e in explanations]
-    if run.exists(folder):
-        run.remove(folder)
     names = [f"{folder}/{i}-{e.kind}-{slug(e.title)}.png" for i, e in enumerate(explanations, 1)]
     for name, picture in zip(names, pictures):
         run.write_bytes(name, picture)
     section = render(explanations, pictures)
     run.write_text(section_path(checkpoint, view), section)
+    for name in {f"{folder}/{n}" for n in run.list(folder) if OWN.fullmatch(n)} - {
+        *names,
+        section_path(checkpoint, view),
+    }:
+        run.remove(name)  # when the new ones are there
     if run.exists(report):
         run.write_text(report, with_section(run.read_text(report), section))
         names.append(report)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mmref.errors import QueryError
+from mmref.wholefolder import check_output, write_output
 
 INDEX_VERBS = ("add", "remove", "info")
 
@@ -178,6 +179,8 @@ def search_main(argv: list[str]) -> int:
     queries = [Query(line) for line in _lines(args.batch)] if args.batch else []
     queries = queries or [Query(args.text, args.image, args.image_weight)]
     where = _where(args.where)
+    if args.html:
+        check_output("--html", args.html)
     searcher = Searcher(args.index)
     answers = searcher.search_many(queries, args.top, not args.no_refine, args.candidates, where)
     names = [query.text or str(query.image) for query in queries]
@@ -187,7 +190,7 @@ def search_main(argv: list[str]) -> int:
         elif not args.html:
             print(name if len(names) > 1 else "", format_results(results), sep="\n" if len(names) > 1 else "")
     if args.html:
-        Path(args.html).write_text(render_page(searcher, list(zip(names, answers))), encoding="utf-8")
+        write_output("--html", args.html, render_page(searcher, list(zip(names, answers))))
         print(f"written to {args.html}")
     if args.judge:
         _ask(searcher, queries, answers, args.judgements)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data_shards.cli import add_parser, parse_fractions
-from mmref.errors import SourceError
+from mmref.errors import SourceError, StorageError
 
 
 @pytest.fixture
@@ -33,6 +33,8 @@ def test_build_inspect_verify(shards, make_table, tmp_path):
     assert code == 0 and "20" not in text.split("objects")[0]
     assert "kinds: name 50 %, detail 50 %" in text and "thing " in text
     assert Image.open(sheet).size[0] > 200
+    with pytest.raises(StorageError, match=r"--sheet .* cannot be written: it is a folder"):
+        shards("inspect", out, "--sheet", tmp_path)
     assert shards("verify", out) == (0, f"{out}: sound\n")
     tar = next(out.rglob("*.tar"))
     tar.write_bytes(tar.read_bytes().replace(b"thing", b"thong", 1))

@@ -12,6 +12,7 @@ from tiny_run import make_run
 from tiny_set import TinySource, build_tiny_set, tiny_config
 
 from mmref.data.shards import ShardSet
+from mmref.errors import StorageError
 from mmref.evaluate import evaluate as module
 from mmref.evaluate.embed import SplitFeatures
 from mmref.evaluate.evaluate import evaluate_run, reported_split
@@ -120,3 +121,13 @@ def test_a_kind_whose_images_cannot_be_read_is_left_out(run_on, tiny_set, monkey
     assert (
         metrics["n_excluded"] + sum(k["n_queries"] for k in metrics["by_caption_kind"].values()) == metrics["n_queries"]
     )
+
+
+def test_a_copy_that_cannot_be_written_is_named_before_anything_is_computed(run_on, tiny_set, tmp_path, monkeypatch):
+    path, computed = run_on(tiny_set), tmp_path / "deep" / "metrics.json"
+    evaluate_run(path, out=str(computed), report=False)
+    assert json.loads(computed.read_text())["split"] == "test"
+    monkeypatch.setattr(module, "run_features", None)
+    for out, message in [(tmp_path, "it is a folder"), (f"{computed}/below.json", "Not a directory|File exists")]:
+        with pytest.raises(StorageError, match=f"--out .* cannot be written: .*({message})"):
+            evaluate_run(path, out=str(out))

@@ -22,6 +22,7 @@ from mmref.explain.run import ExplainedRun
 from mmref.explain.section import distinct, render, slug
 from mmref.export import export_run
 from mmref.retrieval.explain import hidden
+from mmref.rundir import RunDir
 
 QUERY = "grey square 19"  # a caption of the test split
 
@@ -178,7 +179,11 @@ def test_a_run_without_references_has_maps_of_caption_and_image(make_config, tmp
         assert "has set no references" in render([found], [b"png"])
 
 
-def test_pictures_and_section_are_written_and_replaced(run_dir, objects, tmp_path, capsys):
+def full_disk(*_):
+    raise OSError("the disk is full")
+
+
+def test_pictures_and_section_are_written_and_replaced(run_dir, objects, tmp_path, capsys, monkeypatch):
     import shutil
 
     trained, number = objects[5], objects[5].split(".")[1]
@@ -198,12 +203,19 @@ def test_pictures_and_section_are_written_and_replaced(run_dir, objects, tmp_pat
     assert page.count("<h2>Explained</h2>") == 1 and page.endswith("<p>rest</p></html>")
     assert f" {number}”" in page and f"<div>{trained}</div>" in page
     assert 'src="data:image/png;base64,' in page and "http" not in page.replace("http-equiv", "")
+    (path / "explain" / "mine.txt").write_text("mine")
+    before = {p.name for p in (path / "explain").iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(RunDir, "write_bytes", full_disk)
+        main(["explain", str(path), "--query", "<b>red</b>", "--grid", "2"])
+    assert {p.name for p in (path / "explain").iterdir()} == before, "the old ones go when the new are there"
     assert main(["explain", str(path), "--query", "<b>red</b>", "--grid", "2"]) == 0
     page = (path / "report.html").read_text()
     assert page.count("<h2>Explained</h2>") == 1 and "&lt;b&gt;red" in page and f" {number}”" not in page
     checkpoint = json.loads((path / "metrics.json").read_text())["checkpoint"]
     assert (path / section_path(checkpoint)).read_text() in page
-    assert len(list((path / "explain").iterdir())) == 2, "earlier pictures are gone"
+    left = {p.name for p in (path / "explain").iterdir()}
+    assert "mine.txt" in left and len(left) == 3, "earlier pictures are gone, and nothing else"
 
 
 def test_without_arguments_it_chooses(run_dir, tmp_path, capsys):

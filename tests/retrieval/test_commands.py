@@ -82,6 +82,7 @@ def test_judging_on_the_terminal_and_by_command(own_index, tmp_path, capsys, mon
         (["search", "{index}", "x", "--where", "size=3"], "has no column 'size'"),
         (["search", "{index}", "--batch", "/nowhere.txt"], "/nowhere.txt cannot be read"),
         (["search", "{index}", "x", "--batch", "/nowhere.txt"], "not both"),
+        (["search", "{index}", "x", "--html", "/"], "--html / cannot be written: it is a folder"),
         (["search", "/nowhere", "x"], "is no index"),
         (["index", "info", "/nowhere"], "is no index"),
         (["index", "remove", "{index}"], "name the items to remove"),

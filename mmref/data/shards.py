@@ -80,7 +80,7 @@ def _digests(manifest: str) -> dict[str, str]:
         stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         known = _known_digests.get(manifest)
         if known is None or known[0] != stamp:
-            splits = json.loads(_read_bytes(manifest))["splits"]
+            splits = json.loads(read_bytes(manifest))["splits"]
             found = {shard["file"]: shard["sha256"] for split in splits.values() for shard in split["shards"]}
             _known_digests[manifest] = known = stamp, found
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -266,7 +266,7 @@ class SampleReader:
         """Raise ShardSetError where another set has taken the place of this one since its index was read: offsets of the one say
         nothing of the other. To be called when a file is open: the manifest goes first and comes last."""
         path, digests = self.index.shard_paths[shard], self.index.shard_sha256
-        if not digests or _is_url(path):
+        if not digests or is_url(path):
             return
         root, name = os.path.dirname(os.path.dirname(path)), "/".join(path.split(os.sep)[-2:])
         listed = _digests(os.path.join(root, "manifest.json"))

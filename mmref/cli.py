@@ -163,8 +163,10 @@ def references_add(args: argparse.Namespace) -> int:
 def references_remove(args: argparse.Namespace) -> int:
     """`mmref references remove`."""
     from mmref.references import remove_objects
+    from mmref.texts import read_lines
 
-    named = [*args.object, *_lines(args.file)]
+    listed = read_lines(args.file, ReferencesError) if args.file else []
+    named = [*args.object, *filter(None, listed)]
     if not named:
         raise ReferencesError("no object named: give `--object ID ...` or `--file FILE` with an id a line.")
     removed = remove_objects(args.run_dir, named)
@@ -174,17 +176,6 @@ def references_remove(args: argparse.Namespace) -> int:
         f"deleted){also}. What this does not cover: docs/references.md."
     )
     return 0
-
-
-def _lines(path: str | None) -> list[str]:
-    """Lines of a text file that are not empty. Raises ReferencesError."""
-    if path is None:
-        return []
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [line.strip() for line in file if line.strip()]
-    except OSError as error:
-        raise ReferencesError(f"{path} cannot be read: {error}.") from None
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:

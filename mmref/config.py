@@ -11,13 +11,13 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Optional
 
 import yaml
 
 from mmref.errors import BatchArithmeticError, ConfigError
 from mmref.locations import absolute, folder_name
+from mmref.texts import parse_yaml, read_text
 
 MIN_TAU = 0.01
 """Of the alignment, as in CLIP: training keeps a learned temperature above it."""
@@ -355,8 +355,7 @@ def load_config(argv: list[str]) -> Config:
     """Config from flags (and the YAML files they name). Raises ConfigError; `--help` prints and exits."""
     import jsonargparse
 
-    for path in _config_files(argv):
-        _check_keys(read_yaml(path), Config, path)
+    argv = _with_values(argv)
     for word in argv:
         name = word[2:].split("=")[0].removesuffix("+")
         if word.startswith("--") and name not in {"config", "help", "print_config"} and not _is_key(name):
@@ -367,8 +366,7 @@ def load_config(argv: list[str]) -> Config:
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"config: {error}") from None
     config = parser.instantiate_classes(parsed)
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
-    return check_config(Config(**values))
+    return check_config(Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}))
 
 
 def _is_key(name: str) -> bool:
@@ -376,22 +374,38 @@ def _is_key(name: str) -> bool:
     return name in keys or any(name.startswith(k + ".") for k in keys if k.endswith("_config"))
 
 
-def _config_files(argv: list[str]) -> list[str]:
-    files = [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
-    return files + [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
+class _Plain(yaml.SafeDumper):
+    """YAML in ASCII with every text in quotation marks, so that none is read as a number."""
+
+
+_Plain.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+
+
+def _with_values(argv: list[str]) -> list[str]:
+    """The command line with the values of its config files, their keys checked, in place of the names. Raises ConfigError.
+
+    jsonargparse takes either, and would read a file in the encoding of the terminal.
+    """
+    import jsonargparse
+
+    load, flag, words = jsonargparse.get_loader("yaml"), "--config=", []
+    rest = iter(argv)
+    for word in rest:
+        path = next(rest, None) if word == "--config" else word.removeprefix(flag) if word.startswith(flag) else None
+        if path is None:
+            words.append(word)
+            continue
+        text = read_text(path, ConfigError)
+        if not (values := parse_yaml(text, path, ConfigError)):
+            raise ConfigError(f"{path} is empty: leave it out to train with the defaults.")
+        _check_keys(values, Config, path)
+        words.append(flag + yaml.dump(load(text), Dumper=_Plain, sort_keys=False))  # as it reads numbers itself
+    return words
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """A YAML mapping from a file. Raises ConfigError that names the file."""
-    try:
-        loaded = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not YAML: {error}") from None
-    if not isinstance(loaded or {}, dict):
-        raise ConfigError(f"config file {path} must hold keys and values, found a {type(loaded).__name__}.")
-    return loaded or {}
+    """Keys and values of a YAML file. Raises ConfigError that names the file, and the line where there is one."""
+    return parse_yaml(read_text(path, ConfigError), path, ConfigError)
 
 
 def check_config(config: Config) -> Config:

@@ -107,7 +107,7 @@ def _write(run_dir: str, data: str | None, target: Path, name: str) -> None:
     (target / "config.json").write_text(json.dumps(card, indent=1))
     if is_plain(config):
         write_transformers(target / "transformers", config, module, tokens)
-    (target / "README.md").write_text(model_card(name, config, info, metrics, shards))
+    (target / "README.md").write_text(model_card(name, config, info, metrics, shards), "utf-8")
     if space and settings.kind == "dense" and settings.weight > 0:
         _add_text_mean(target, space, shards)
 

@@ -148,12 +148,12 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mo
     """The model of a folder written by `mmref export`. Raises ModelError."""
     folder = Path(path)
     try:
-        card = json.loads((folder / "config.json").read_text())
+        card = json.loads((folder / "config.json").read_text("utf-8"))
         if card.get("format") != FORMAT:
             raise ModelError(
                 f"{folder} has export format {card.get('format')}, this version of mmref reads {FORMAT}: export the run again."
             )
-        config = from_dict(yaml.safe_load((folder / "config.yaml").read_text()), str(folder / "config.yaml"))
+        config = from_dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), str(folder / "config.yaml"))
         weights = load_file(folder / "model.safetensors")
         arrays = load_arrays(folder / "references.safetensors")
     except OSError as error:

@@ -66,7 +66,8 @@ def read_bytes(place: str, start: int = 0, size: int | None = None) -> bytes:
 
     def read() -> bytes:
         with open(place, "rb") as file:
-            file.seek(start)
+            if start:  # a pipe, as the shell's <(...) makes, cannot be moved in
+                file.seek(start)
             return file.read(-1 if size is None else size)
 
     return retry(f"read {place}", read)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mmref.config import Config, config_hash
 from mmref.errors import ConfigError
+from mmref.texts import read_text
 from tune.ablation import METRICS
 from tune.rows import Training
 from tune.space import REFINEMENT, get_value
@@ -94,8 +94,8 @@ class Recorded:
 
 def _read(path: str, split: str) -> list[dict[str, Any]]:
     try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(read_text(path, ConfigError))
+    except ValueError as error:
         raise ConfigError(f"`--results {path}`: {error}. It takes the ablation.json of an ablation.") from None
     if not isinstance(found, dict) or not isinstance(found.get("trainings"), list):
         raise ConfigError(f"`--results {path}` holds no `trainings`: it takes the ablation.json of an ablation.")

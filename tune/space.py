@@ -10,14 +10,13 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
-from mmref.config import Config, EvalConfig, check_config, from_dict, read_yaml, to_dict, unknown_key
+from mmref.config import Config, EvalConfig, check_config, from_dict, to_dict, unknown_key
 from mmref.errors import ConfigError
+from mmref.texts import parse_yaml, read_text
 
 KEYS = {
     "choice": {"values"},
@@ -141,13 +140,12 @@ def _check(config: Config, values: dict[str, Any]) -> None:
 
 def read_space(path: str) -> Space:
     """A space from a YAML file. Raises ConfigError that names the file, the field, and what would be right."""
-    read_yaml(path)  # can it be read?
-    return parse_space(Path(path).read_text(), path)
+    return parse_space(read_text(path, ConfigError), path)
 
 
 def parse_space(text: str, path: str) -> Space:
     """As `read_space`, from the text of the file."""
-    entries = yaml.safe_load(text)
+    entries = parse_yaml(text, path, ConfigError)
     if not entries:
         raise ConfigError(f"{path} is empty: it needs at least one field to search, for example "
                           "`loss.w_guide: {type: uniform, low: 0.0, high: 1.0}`.")  # fmt: skip

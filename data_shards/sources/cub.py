@@ -23,10 +23,10 @@ from data_shards.sources.reed import (
     first_folder,
     held_out_counts,
     read_captions,
-    read_lines,
 )
 from mmref.errors import SourceError
 from mmref.locations import read_bytes
+from mmref.texts import read_lines
 
 
 class CubSource:
@@ -75,7 +75,7 @@ class CubSource:
         """`<id> <value>` lines of a CUB text file."""
         path = os.path.join(self.folder, name)
         found = {}
-        for number, line in enumerate(read_lines(path), 1):
+        for number, line in enumerate(read_lines(path, SourceError), 1):
             if not line:
                 continue
             parts = line.split(maxsplit=1)

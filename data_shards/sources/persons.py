@@ -18,6 +18,7 @@ from typing import Any
 from data_shards.samples import SourceImage, SourceObject, hash_fraction
 from mmref.errors import SourceError
 from mmref.locations import read_bytes, size_of
+from mmref.texts import read_text
 
 SPLITS = ("train", "val", "test")
 IMAGE_FOLDERS = ("imgs", "images", "")  # below the root, in the order in which an image is looked for
@@ -161,9 +162,8 @@ class PersonSource:
 
     def _read(self) -> list[Any]:
         try:
-            with open(self.file, encoding="utf-8-sig") as file:
-                entries = json.load(file)
-        except (OSError, ValueError) as error:
+            entries = json.loads(read_text(self.file, SourceError))
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"{self.file} cannot be read: {error}. Was the set unpacked completely?") from error
         if not isinstance(entries, list):
             raise SourceError(f"{self.file}: expected a list with an entry an image, found a {type(entries).__name__}.")

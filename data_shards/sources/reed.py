@@ -7,25 +7,26 @@ from collections.abc import Iterable, Mapping
 
 from data_shards.samples import hash_fraction, hash_split
 from mmref.errors import SourceError
+from mmref.texts import read_lines
 
 SPLITS = ("train", "val", "test")
 HASHED = "; classes split by a hash of their names"
 HELD_OUT = "; val: train classes held out, test: the published val classes, without the published test classes"
 
 
-def read_lines(path: str) -> list[str]:
-    """Lines without white space at the ends. The captions hold a few bytes that are not UTF-8. Raises SourceError."""
+def read_captions(folder: str, stem: str) -> list[str]:
+    """The captions of an image, a line each; none where it has no file. As published, they hold a few bytes that are not UTF-8.
+
+    Raises SourceError."""
+    path = os.path.join(folder, f"{stem}.txt")
+    if not os.path.exists(path):
+        return []
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            return [line.strip() for line in file.read().splitlines()]
+            lines = [line.strip() for line in file.read().splitlines()]
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error}. Was the data set unpacked completely?") from error
-
-
-def read_captions(folder: str, stem: str) -> list[str]:
-    """The captions of an image, a line each; none where it has no file."""
-    path = os.path.join(folder, f"{stem}.txt")
-    return [line for line in read_lines(path) if line] if os.path.exists(path) else []
+    return [line for line in lines if line]
 
 
 def first_folder(name: str, folders: Iterable[str]) -> str:
@@ -89,7 +90,7 @@ def class_splits(
     known = {class_number(name): name for name in classes}
     splits: dict[str, str] = {}
     for split, path in files.items():
-        for written in filter(None, read_lines(path)):
+        for written in filter(None, read_lines(path, SourceError)):
             name = written if written in classes else known.get(class_number(written))
             if name is None:
                 raise SourceError(f"{path} names the class {written!r}, which {listing} does not have.")

@@ -74,10 +74,10 @@ def write_reference_captions(model: Path, config: Config, object_ids: list[str])
             continue
         if texts and isinstance(texts[0], str):
             captions[object_id] = texts[0].strip()
-    (model / CAPTIONS).write_text(json.dumps(captions, ensure_ascii=False))
+    (model / CAPTIONS).write_text(json.dumps(captions, ensure_ascii=False), "utf-8")
 
 
 def read_reference_captions(model: Path) -> dict[str, str]:
     """Object id -> a caption of it, {} where none were kept."""
     path = model / CAPTIONS
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mmref.errors import QueryError
+from mmref.texts import read_lines
 from mmref.wholefolder import check_output, write_output
 
 INDEX_VERBS = ("add", "remove", "info")
@@ -205,13 +206,9 @@ def _where(pairs: Sequence[str]) -> dict[str, str] | None:
 
 def _lines(path: str) -> list[str]:
     """Lines of a file that are not empty. Raises QueryError."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise QueryError(f"{path} cannot be read: {error}.") from None
-    if not any(lines):
+    if not (lines := list(filter(None, read_lines(path, QueryError)))):
         raise QueryError(f"{path} is empty: one entry a line.")
-    return [line for line in lines if line]
+    return lines
 
 
 # -- judgements ------------------------------------------------------------------------------------------------------

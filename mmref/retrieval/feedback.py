@@ -15,6 +15,7 @@ from pathlib import Path
 from mmref.data.container import image_ext
 from mmref.errors import QueryError, SampleError
 from mmref.retrieval.searcher import Searcher
+from mmref.texts import read_lines
 from mmref.wholefolder import strangers, whole_folder
 
 TABLE = "table.jsonl"  # of an export
@@ -60,8 +61,7 @@ class Judgements:
         if not self.path.exists():
             raise QueryError(f"{self.path} does not exist: judge results first (`mmref search ... --judge`).")
         found: dict[tuple[str, str], Judgement] = {}
-        # not splitlines: a sentence may hold one of Unicode's own line ends
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+        for number, line in enumerate(read_lines(str(self.path), QueryError), 1):
             try:
                 judgement = Judgement(**json.loads(line))
             except (ValueError, TypeError) as error:

@@ -19,6 +19,7 @@ from mmref.retrieval.service.backend import Backend, Local, deploy
 from mmref.retrieval.service.engine import Engine
 from mmref.retrieval.service.guard import LOOPBACK, Access
 from mmref.retrieval.service.limits import Limits
+from mmref.texts import read_text
 
 TOKEN = "MMREF_TOKEN"
 SHORTEST_TOKEN = 16
@@ -67,9 +68,9 @@ def read_token(path: str | None) -> str | None:
     """The token of a file or of the environment, None where there is none. Raises ServeError."""
     if path:
         try:
-            token = Path(path).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ServeError(f"the token cannot be read: {error}.") from None
+            token = read_text(path, ServeError).strip()
+        except ServeError as error:
+            raise ServeError(f"the token cannot be read: {error}") from None
         source = path
     else:
         token, source = os.environ.get(TOKEN, "").strip(), f"${TOKEN}"

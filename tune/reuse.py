@@ -95,8 +95,8 @@ class Recorded:
 def _read(path: str, split: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(read_text(path, ConfigError))
-    except ValueError as error:
-        raise ConfigError(f"`--results {path}`: {error}. It takes the ablation.json of an ablation.") from None
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"`--results {path}`: {str(error).rstrip('.')}. It takes the ablation.json of an ablation.") from None
     if not isinstance(found, dict) or not isinstance(found.get("trainings"), list):
         raise ConfigError(f"`--results {path}` holds no `trainings`: it takes the ablation.json of an ablation.")
     if found.get("split") != split:

@@ -132,10 +132,10 @@ def test_the_terminal_does_not_say_how_a_config_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argv", [
-    ["train", "--config", "{}"], ["tune", "--config", "configs/smoke.yaml", "--space", "{}"],
+    ["train", "--config", "{}"],
     ["ablate", "--config", "configs/smoke.yaml", "--rows", "{}"], ["search", "nowhere", "--batch", "{}"],
     ["index", "remove", "nowhere", "--ids-file", "{}"], ["references", "remove", "nowhere", "--file", "{}"],
-    ["serve", "nowhere", "--token-file", "{}"],
+    ["shards", "build", "table", "{}.csv", "--out", "{}.set"], ["serve", "nowhere", "--token-file", "{}"],
     ["ablate", "--config", "configs/smoke.yaml", "--results", "{}"],
 ])  # fmt: skip
 def test_every_command_names_the_line(tmp_path: Path, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,9 @@ from functools import partial
 from typing import Any
 
 from data_shards.samples import SourceImage, SourceObject, hash_fraction
-from mmref.errors import SourceError
+from mmref.errors import SampleError, SourceError
 from mmref.locations import read_bytes, size_of
+from mmref.tables import Row
 from mmref.texts import read_text
 
 SPLITS = ("train", "val", "test")
@@ -137,7 +138,11 @@ class PersonSource:
         images: dict[str, SourceImage] = {}
         owner: dict[str, str] = {}
         for number, entry in enumerate(self._read(), 1):
-            split, person, path, captions = self._fields(number, entry)
+            try:
+                split, person, path, captions = self._fields(number, entry)
+            except SampleError as error:
+                self.skipped.append(f"entry {number}: {error}")
+                continue
             object_id = f"{split}-{person}"
             if owner.setdefault(path, object_id) != object_id:
                 raise SourceError(
@@ -170,7 +175,8 @@ class PersonSource:
         return entries
 
     def _fields(self, number: int, entry: Any) -> tuple[str, str, str, list[str]]:
-        """Split, person's number, image path and captions of an entry. Raises SourceError."""
+        """Split, person's number, image path and captions of an entry. Raises SourceError where it is not as the format says,
+        SampleError for a value that is missing or no text."""
         keys = ("split", "id", self.form.path_key, "captions")
         lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if lacking:
@@ -182,13 +188,16 @@ class PersonSource:
                     else ""
                 )
             )
-        split, person, path, captions = (entry[key] for key in keys)
-        split, path = str(split).lower(), str(path).replace("\\", "/")
+        row = Row(number, entry)
+        split, person, path = (row.text(key) for key in keys[:3])
+        split, path, captions = split.lower(), path.replace("\\", "/"), entry["captions"]
         if split not in SPLITS:
             raise SourceError(f"{self.file}, entry {number}: split {split!r} is none of {', '.join(SPLITS)}.")
         if not isinstance(captions, list):
             raise SourceError(f"{self.file}, entry {number}: captions must be a list, found {captions!r}.")
-        return split, str(person), path, [text for text in (str(c).strip() for c in captions) if text]
+        if not person or not path:
+            raise SampleError(f"no {self.form.path_key if person else 'id'}")
+        return split, person, path, row.texts("captions")
 
     def load(self, ref: str) -> bytes:
         """The photograph's bytes as they are on disk. Raises FileNotFoundError."""

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from data_shards.sources.table import ROW_NUMBER, locate, read_location, read_table
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import SampleError, SearchIndexError, StorageError
+from mmref.fetch import locate, read_location
 from mmref.locations import absolute, file_system, is_url, join, read_bytes, size_of
+from mmref.tables import TABLE_ENDINGS, Row, read_table
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 COLUMNS = {  # of every listing, before metadata columns
     "id": pa.string(), "path": pa.string(), "offset": pa.int64(), "length": pa.int64(), "object_id": pa.string(),
 }  # fmt: skip
@@ -34,6 +34,7 @@ class Listing:
 
     items: pa.Table
     captions: list[str]  # at most QUERIES of the source's captions
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # what was left out (a row, a file), and why
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,12 @@ def list_images(source: str, split: str | None = None, columns: TableColumns = D
     else:
         listing = _list_folder(source)
     if not len(listing.items):
-        raise SearchIndexError(f"{source} holds no image ({', '.join(IMAGE_ENDINGS)}).")
+        first = (
+            f" {len(listing.skipped)} were left out, the first: {': '.join(listing.skipped[0])}."
+            if listing.skipped
+            else ""
+        )
+        raise SearchIndexError(f"{source} holds no image ({', '.join(IMAGE_ENDINGS)}).{first}")
     return listing
 
 
@@ -87,7 +93,7 @@ def _as_table(rows: list[dict[str, Any]], extra: list[str]) -> pa.Table:
         values = [row["extra"].get(name) for row in rows]
         try:
             arrays[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             arrays[name] = pa.array([None if value is None else str(value) for value in values])
         if pa.types.is_null(arrays[name].type):
             arrays[name] = arrays[name].cast(pa.string())
@@ -170,28 +176,45 @@ def _list_shards(shards: ShardSet, split: str | None) -> Listing:
 
 
 def _list_table(source: str, columns: TableColumns) -> Listing:
-    """Distinct images of a table in its order; ids are the cells of the image column, other scalar columns metadata."""
-    names, table = read_table(source)
-    if columns.image not in names:
-        raise SearchIndexError(
-            f"{source} has no column {columns.image!r}, only {', '.join(names)}. Name yours with --image-column."
-        )
-    root = os.path.dirname(source) if columns.image_root is None else columns.image_root
+    """Distinct images of a table in its order; ids are the cells of the image column, other single values metadata. The first
+    row of an image counts; rows that cannot be used, or give it another object, are listed."""
+    table = read_table(source)
+    options = {columns.image: "--image-column"}
+    if columns.object_id != TableColumns.object_id:
+        options[columns.object_id] = "--object-column"
+    table.require(options, SearchIndexError)
+    root = absolute(os.path.dirname(source) if columns.image_root is None else columns.image_root)
+    kept = [name for name in table.names if name and name not in {columns.image, columns.object_id, *RESERVED}]
+    of_object = [columns.object_id] if columns.object_id in table.names else []
+    of_captions = table.caption_columns()
     rows: dict[str, dict[str, Any]] = {}
     captions: list[str] = []
-    kept = [name for name in names if name not in {columns.image, columns.object_id, *RESERVED}]
+    skipped: list[tuple[str, str]] = []
     extra: dict[str, None] = {}
-    for number, row in enumerate(table):
-        name = str(row.get(columns.image) or "").strip()
-        if not name:
-            raise SearchIndexError(f"{source}, row {row.get(ROW_NUMBER, number)}: no {columns.image}.")
-        several = row.get("captions")
-        texts = [row.get("caption"), *(several if isinstance(several, list) else [several])]
-        captions += [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-        if name in rows:
+    for row in table.rows(list(dict.fromkeys([columns.image, *of_object, *of_captions, *kept]))):
+        try:
+            if not (name := row.text(columns.image)):
+                raise SampleError(f"no {columns.image}")
+            object_id = (row.text(columns.object_id) or None) if of_object else None
+            known = rows[name]["object_id"] if name in rows else None
+            if known and object_id and object_id != known:
+                raise SampleError(
+                    f"image {name!r} belongs to the object {known!r} in an earlier row, here to {object_id!r}"
+                )
+            texts = [text for column in of_captions for text in row.texts(column)]
+            fields = {k: v for k in kept if (v := _metadata(row, k)) is not None}
+        except SampleError as error:
+            skipped.append((f"row {row.number}", str(error)))
             continue
-        object_id = row.get(columns.object_id)
-        fields = {k: row[k] for k in kept if row.get(k) is not None and _is_scalar(row[k])}
-        extra |= dict.fromkeys(fields)
-        rows[name] = _row(name, locate(name, root), 0, 0, None if object_id is None else str(object_id), fields)
-    return Listing(_as_table(list(rows.values()), list(extra)), _sample(captions))
+        captions += texts
+        if name not in rows:
+            extra |= dict.fromkeys(fields)
+            rows[name] = _row(name, locate(name, root), 0, 0, object_id, fields)
+        rows[name]["object_id"] = known or object_id
+    return Listing(_as_table(list(rows.values()), list(extra)), _sample(captions), skipped)
+
+
+def _metadata(row: Row, column: str) -> Any:
+    """A single value; times and decimals as text, None for lists and mappings."""
+    value = row.value(column)
+    return value if _is_scalar(value) else None if isinstance(value, list | dict) else str(value)

@@ -128,6 +128,20 @@ def test_entries_that_are_not_as_the_format_says(make_tree, change, said):
         list(make_source("cuhk", root=str(make_tree("cuhk", change))).objects())
 
 
+def test_values_that_are_missing_or_no_text_are_listed(make_tree):
+    def change(entries):
+        entries[0].update(captions=["one", None, float("nan"), " "], id=1.0)
+        entries[1].update(captions=[{"text": "one"}])
+        entries[2].update(id=None)
+        entries[4].update(file_path=None)
+
+    source = make_source("cuhk", root=str(make_tree("cuhk", change)))
+    found = {item.object_id: [image.captions for image in item.images] for item in source.objects()}
+    assert found["train-1"] == [["one"]] and len(found["train-2"]) == len(found["train-3"]) == 1
+    assert [line.partition(":")[0] for line in source.skipped] == ["entry 2", "entry 3", "entry 5"]
+    assert source.skipped[1:] == ["entry 3: no id", "entry 5: no file_path"] and "captions is" in source.skipped[0]
+
+
 def test_wrong_folder_file_and_fraction(make_tree, tmp_path):
     with pytest.raises(SourceError, match=r"reid_raw.json is missing.*--annotations"):
         make_source("cuhk", root=str(tmp_path))

@@ -46,6 +46,22 @@ def test_values_take_the_type_of_their_field(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"loss.tau: {type: choice, values: [1]}\nloss.tau: {type: choice, values: [2]}\n", "in line 1 and in line 2"),
+        (b"loss.tau: {type: choice, values: [1], values: [2]}\n", "`values` is given twice"),
+        ("# Größe\nloss.tau: {}\n".encode("latin-1"), "is not UTF-8: in line 1"),
+        (b"- loss.tau\n", "must hold keys and values"),
+    ],
+)
+def test_a_file_that_is_no_space_is_named(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"space\.yaml.*{message}"):
+        read_space(str(path))
+
+
+@pytest.mark.parametrize(
     ("entries", "message"),
     [
         ({"loss.w_gide": {"type": "uniform", "low": 0, "high": 1}}, "Did you mean `loss.w_guide`"),

@@ -188,7 +188,8 @@ def _collect(source: Source) -> dict[str, list[SourceObject]]:
         if item.images:
             splits.setdefault(item.split, []).append(item)
     if not splits:
-        raise SourceError(f"Source {source.name!r} has no objects with images. Check its path and options.")
+        left_out = f" The first that were left out: {source.skipped[:3]}" if source.skipped else ""
+        raise SourceError(f"Source {source.name!r} has no objects with images. Check its path and options.{left_out}")
     known = [split for split in SPLIT_ORDER if split in splits]
     order = known + sorted(set(splits) - set(known))
     return {split: sorted(splits[split], key=lambda o: (hash_fraction(o.object_id), o.object_id)) for split in order}

@@ -47,12 +47,12 @@ class Row(NamedTuple):
         value = self.cells.get(column)
         if isinstance(value, _Unread):
             raise SampleError(f"{column}: {value.reason}")
-        return None if isinstance(value, float | Decimal) and math.isnan(value) else value
+        return None if isinstance(value, (float, Decimal)) and math.isnan(value) else value
 
     def text(self, column: str) -> str:
         """A name, id or place, "" where it is missing. Raises SampleError."""
         value = self.cell(column)
-        return str(value) if isinstance(value, date | uuid.UUID) else _text(column, value)
+        return str(value) if isinstance(value, (date, uuid.UUID)) else _text(column, value)
 
     def texts(self, column: str) -> list[str]:
         """Captions: a text, or a list of them. Raises SampleError."""
@@ -111,19 +111,19 @@ class _Unread(NamedTuple):
 
 def _text(column: str, value: Any) -> str:
     """A text or number as text, "" where it is missing. Raises SampleError."""
-    if isinstance(value, bytes):  # a binary column of Parquet
-        try:
-            value = value.decode()
-        except UnicodeDecodeError:
-            raise SampleError(f"{column} holds {len(value):,} bytes that are no text in UTF-8") from None
     if isinstance(value, str):
         if "\0" in value:
             raise SampleError(f"{column} holds a NUL character: {value[:80]!r}")
         text = _encodable(column, value).strip()
-        return text if text.strip(INVISIBLE) else ""
+        return text if text.isascii() or text.strip(INVISIBLE) else ""
+    if isinstance(value, bytes):  # a binary column of Parquet
+        try:
+            return _text(column, value.decode())
+        except UnicodeDecodeError:
+            raise SampleError(f"{column} holds {len(value):,} bytes that are no text in UTF-8") from None
     if value is None or (isinstance(value, Integral) and not isinstance(value, bool)):
         return "" if value is None else str(value)
-    number = isinstance(value, Real | Decimal) and not isinstance(value, bool)
+    number = isinstance(value, (Real, Decimal)) and not isinstance(value, bool)
     if number and math.isnan(value):
         return ""
     if number and not isinstance(value, Decimal) and float(value).is_integer():
@@ -137,7 +137,7 @@ def _text(column: str, value: Any) -> str:
 
 def _encodable(column: str, text: str) -> str:
     try:
-        text.encode()
+        text.isascii() or text.encode()
     except UnicodeEncodeError:
         raise SampleError(f"{column} cannot be written, it holds half a character: {text[:80]!a}") from None
     return text

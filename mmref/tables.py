@@ -114,7 +114,7 @@ def _text(column: str, value: Any) -> str:
     if isinstance(value, str):
         if "\0" in value:
             raise SampleError(f"{column} holds a NUL character: {value[:80]!r}")
-        text = _encodable(column, value).strip()
+        text = _encodable(column, value).strip().strip("\ufeff")  # of files with a mark, joined into one
         return text if text.isascii() or text.strip(INVISIBLE) else ""
     if isinstance(value, bytes):  # a binary column of Parquet
         try:

@@ -131,7 +131,7 @@ def test_columns_without_a_name(tmp_path: Path) -> None:
 # -- cells -----------------------------------------------------------------------------------------------------------
 
 TEXTS: list[tuple[Any, str | None]] = [
-    ("a", "a"), (" \u00a0a b\u3000\n", "a b"), ("", ""), (" \u00a0\t", ""), ("\u200b\ufeff", ""), ("nan", "nan"),
+    ("a", "a"), (" \u00a0a b\u3000\n", "a b"), ("", ""), (" \u00a0\t", ""), ("\ufeffa", "a"), ("\u200b\ufeff", ""), ("nan", "nan"),
     ("NULL", "NULL"), (None, ""), (math.nan, ""), (7, "7"), (10**30, "1" + "0" * 30), (2.0, "2"), (-3.0, "-3"), (0.1, "0.1"),
     (2.0**53, str(2**53)),
     (2.0**54, None), (math.inf, None), (True, None), ({"a": 1}, None), (["a"], None), ("a\0b", None), ("half \ud83d", None),

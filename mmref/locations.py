@@ -7,11 +7,14 @@ that is mounted on it. Both are read with the same patience: mounted storage fai
 from __future__ import annotations
 
 import os
+import re
 import stat
 from typing import Any
 
 from mmref.errors import FileSystemMissingError
 from mmref.storage import retry
+
+ODD_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
 
 
 def is_url(place: str) -> bool:
@@ -32,6 +35,30 @@ def join(root: str, *parts: str) -> str:
 def folder_name(place: str) -> str:
     """The last part of a folder's path or URL."""
     return place.rstrip("/").rsplit("/", 1)[-1]
+
+
+def to_text(place: str) -> str:
+    """A path, or a name of a file, as text that a table, JSON, a page or a terminal can hold; `from_text` gives the path back.
+
+    Names are bytes: those that are no UTF-8 (out of an old zip) become `\\xNN`. Backslashes of such a name, and of one that
+    looks like such a text, are doubled, so that no two names share a text. All other names stay as they are.
+    """
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        pass
+    else:
+        if not ODD_BYTE.search(place):
+            return place
+    return place.replace("\\", "\\\\").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def from_text(text: str) -> str:
+    """The path or name that `to_text` made a text of."""
+    if not ODD_BYTE.search(text):
+        return text
+    escapes = re.compile(rb"\\(?:x([89a-f][0-9a-f])|\\)")
+    return os.fsdecode(escapes.sub(lambda m: bytes.fromhex(m[1].decode()) if m[1] else b"\\", text.encode()))
 
 
 def file_system(place: str, **options: Any) -> tuple[Any, str]:

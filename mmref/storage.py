@@ -1,4 +1,5 @@
-"""Storage that fails for a moment (a full disk, a network, a busy object store) does not end a run; files one process holds."""
+"""Storage that fails for a moment (a full disk, a network, a busy object store) does not end a run; files one process holds;
+a full disk told by its name."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TextIO, TypeVar
 
-from mmref.errors import StorageError
+from mmref.errors import MMRefError, StorageError
 
 T = TypeVar("T")
 
@@ -22,6 +25,7 @@ LEASE_S, LOOK_S = 120.0, 2.0  # NFS gives up a lost client's locks after 90
 # answers rather than failures: trying again would get the same
 PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 PERMANENT_CODES = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EROFS, errno.ENOTSUP, errno.ENXIO}
+FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the limit on a file's size
 # libraries below fsspec whose errors are not OSErrors
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")
 
@@ -59,6 +63,48 @@ def retry(what: str, action: Callable[[], T]) -> T:
             log.warning("cannot %s: %s: %s; trying again in %.1f s", what, type(error).__name__, error, delay)
         time.sleep(delay)
         delay = min(2 * delay, LONGEST_DELAY_S)
+
+
+@contextlib.contextmanager
+def told_when_full(place: str | os.PathLike[str], needed: int | None = None) -> Iterator[None]:
+    """Turn the full disk that something inside meets into a StorageError.
+
+    Args:
+        place: what is written, for the message; it need not exist yet.
+        needed: bytes that it takes, where that is known.
+
+    Raises:
+        StorageError: the disk, a quota or the limit on a file's size is reached.
+    """
+    try:
+        yield
+    except MMRefError:
+        raise
+    except Exception as error:  # safetensors and faiss have errors of their own, with the system's words in them
+        if not is_full(error):
+            raise
+        known = next((folder for folder in (Path(place), *Path(place).absolute().parents) if folder.exists()), Path("/"))
+        need = "" if needed is None else f"{needed:,} bytes are needed, "
+        raise StorageError(
+            f"no space left for {place}: {need}{shutil.disk_usage(known).free:,} bytes are free ({error}). Free space (or raise "
+            "the quota), then start the same command: what is whole already is kept."
+        ) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, a quota or the limit on a file's size is reached."""
+    codes = {os.strerror(code): code for code in FULL_CODES}
+    return getattr(error, "errno", None) in codes.values() or any(words in str(error) for words in codes)
+
+
+def sync_files(folder: Path) -> None:
+    """Have the disk hold all files below a folder, and their names, before anything that names them is written."""
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmref.arrayfile import ArrayFile
+from mmref.storage import told_when_full
+
 IN_MEMORY_ROWS = 500_000  # up to about 100 MB
 CACHE = "~/.cache/mmref/indexes"
 
@@ -75,7 +78,8 @@ def read_columns(source: Any, stamp: str, numbers: dict[str, Any], strings: list
         return found | {name: Strings(table[name]) for name in strings}
     folder = Path(CACHE).expanduser() / hashlib.sha256(stamp.encode()).hexdigest()[:24]
     if not folder.exists():
-        _write_out(file, folder, numbers, strings)
+        with told_when_full(folder):
+            _write_out(file, folder, numbers, strings)
     found = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in numbers}
     with pa.memory_map(str(folder / "strings.arrow")) as mapped:
         table = pa.ipc.open_file(mapped).read_all()  # maps, does not read
@@ -88,20 +92,18 @@ def _write_out(file: pq.ParquetFile, folder: Path, numbers: dict[str, Any], stri
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".index-"))
     try:
         rows = file.metadata.num_rows
-        arrays = {
-            name: np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=(rows,))
-            for name, dtype in numbers.items()
-        }
         schema = pa.schema([(name, pa.string()) for name in strings])
-        first = 0
-        with pa.OSFile(str(temporary / "strings.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with contextlib.ExitStack() as stack:
+            arrays = {
+                name: stack.enter_context(ArrayFile(temporary / f"{name}.npy", (rows,), dtype))
+                for name, dtype in numbers.items()
+            }
+            sink = stack.enter_context(pa.OSFile(str(temporary / "strings.arrow"), "wb"))
+            writer = stack.enter_context(pa.ipc.new_file(sink, schema))
             for batch in file.iter_batches(1 << 17, columns=[*numbers, *strings]):
                 for name, array in arrays.items():
-                    array[first : first + len(batch)] = batch[name].to_numpy(zero_copy_only=False)
+                    array.write(batch[name].to_numpy(zero_copy_only=False))
                 writer.write_batch(pa.record_batch([batch[name].cast(pa.string()) for name in strings], schema))
-                first += len(batch)
-        for array in arrays.values():
-            array.flush()
         with contextlib.suppress(OSError):  # another process was first
             os.rename(temporary, folder)
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mmref.config import Config
 from mmref.data.shards import SampleReader, ShardSet, sha256_of
 from mmref.errors import ModelError, SampleError, ShardSetError
+from mmref.storage import is_full, sync_files
 
 # what a search needs of an export; the copy for plain transformers stays behind
 FILES = ("config.json", "config.yaml", "model.safetensors", "references.safetensors", "README.md")
@@ -41,7 +42,10 @@ def _copy(source: Path, target: Path) -> None:
         for name in FILES:
             shutil.copyfile(source / name, partial / name)
         shutil.copytree(source / "tokenizer", partial / "tokenizer")
+        sync_files(partial)
     except OSError as error:
+        if is_full(error):  # says nothing of the export
+            raise
         raise ModelError(f"{source} is no whole export: {error}. Write it again with `mmref export`.") from None
     os.rename(partial, target)
 

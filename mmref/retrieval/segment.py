@@ -22,8 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mmref.arrayfile import ArrayFile, save_array
 from mmref.errors import SearchIndexError
 from mmref.retrieval.embed import Arrays
+from mmref.storage import sync_files
 
 CODES = ("near", "weights")
 COPIED_ROWS = 65_536  # at a time
@@ -71,25 +73,30 @@ class Segment:
 def write_segment(
     folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first_uid: int, count: int, dim: int
 ) -> None:
-    """Write the embedded chunks of a listing, `count` readable images. Raises SearchIndexError when they are not as many."""
+    """Write the embedded chunks of a listing, `count` readable images.
+
+    Raises:
+        SearchIndexError: they are not as many. StorageError: no space is left.
+    """
     folder.mkdir(parents=True)
-    features = _create(folder / "features.npy", (count, dim), np.float32)
-    codes: dict[str, Any] = {}
+    codes: dict[str, ArrayFile] = {}
     tables, spans, done, end = [], [], 0, 0
-    with open(folder / "thumbnails.bin", "wb") as file:
+    with contextlib.ExitStack() as stack:
+        features = stack.enter_context(ArrayFile(folder / "features.npy", (count, dim), np.float32))
+        file = stack.enter_context(open(folder / "thumbnails.bin", "wb"))
         for rows, arrays in chunks:
             n = len(arrays["position"])
             if not n:
                 continue
-            at = slice(done, done + n)
-            features[at] = arrays["features"]
+            features.write(arrays["features"])
             for name in CODES:
                 if name in arrays:
                     if name not in codes:
-                        codes[name] = _create(
-                            folder / f"{name}.npy", (count, arrays[name].shape[1]), arrays[name].dtype
+                        shape = (count, arrays[name].shape[1])
+                        codes[name] = stack.enter_context(
+                            ArrayFile(folder / f"{name}.npy", shape, arrays[name].dtype)
                         )
-                    codes[name][at] = arrays[name]
+                    codes[name].write(arrays[name])
             table = rows.take(pa.array(arrays["position"]))
             for column, name in enumerate(("height", "width")):
                 table = table.append_column(name, pa.array(arrays["size"][:, column], pa.int32()))
@@ -98,12 +105,8 @@ def write_segment(
             spans.append(np.stack([end + np.cumsum(sizes) - sizes, sizes], 1))
             file.write(arrays["thumbnails"].tobytes())
             done, end = done + n, end + int(sizes.sum())
-        file.flush()
-        os.fsync(file.fileno())
     if done != count:
         raise SearchIndexError(f"{folder}: {done} of {count} images arrived. Start the same command again.")
-    for array in (features, *codes.values()):
-        array.flush()
     _write_rows(folder, pa.concat_tables(tables), np.arange(first_uid, first_uid + count), np.concatenate(spans))
 
 
@@ -139,13 +142,10 @@ def copy_rows(folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]]) 
     first = parts[0][0]
     arrays = {"features": [s.features for s, _ in parts]} | {n: [s.codes[n] for s, _ in parts] for n in first.codes}
     for name, sources in arrays.items():
-        target, done = _create(folder / f"{name}.npy", (count, sources[0].shape[1]), sources[0].dtype), 0
-        for source, (_, rows) in zip(sources, parts):
-            for start in range(0, len(rows), COPIED_ROWS):
-                chosen = rows[start : start + COPIED_ROWS]
-                target[done : done + len(chosen)] = source[chosen]
-                done += len(chosen)
-        target.flush()
+        with ArrayFile(folder / f"{name}.npy", (count, sources[0].shape[1]), sources[0].dtype) as target:
+            for source, (_, rows) in zip(sources, parts):
+                for start in range(0, len(rows), COPIED_ROWS):
+                    target.write(source[rows[start : start + COPIED_ROWS]])
     spans, end = [], 0
     for segment, rows in parts:
         spans.append(segment.spans[rows] + np.array([end, 0]))
@@ -168,15 +168,10 @@ def _join_files(sources: Sequence[Path], target: Path) -> None:
         for source in sources:
             with open(source, "rb") as part:
                 shutil.copyfileobj(part, file, 1 << 24)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _create(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 
 def _write_rows(folder: Path, items: pa.Table, uids: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
     pq.write_table(items, folder / "items.parquet", compression="zstd")
-    np.save(folder / "uids.npy", uids.astype(np.int64))
-    np.save(folder / "thumbnails.npy", spans.astype(np.int64))
+    save_array(folder / "uids.npy", uids.astype(np.int64))
+    save_array(folder / "thumbnails.npy", spans.astype(np.int64))
+    sync_files(folder)

@@ -61,6 +61,11 @@ def from_text(text: str) -> str:
     return os.fsdecode(escapes.sub(lambda m: bytes.fromhex(m[1].decode()) if m[1] else b"\\", text.encode()))
 
 
+def one_line(text: str) -> str:
+    """A text as a terminal shows it on one line: control characters of a file's name, which may hold any, as `\\n`, `\\x1b`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def file_system(place: str, **options: Any) -> tuple[Any, str]:
     """fsspec's file system of a place, and the path of the place on it.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mmref.errors import MMRefError, StorageError
-from mmref.storage import held
+from mmref.storage import held, is_full, sync, sync_files, told_when_full
 
 LOCK, NEW, MOVE = ".lock", "new", "move.json"  # inside <name>.partial
 LOST_AND_FOUND = "lost+found"  # at the root of every ext4 disk
@@ -47,7 +46,7 @@ def whole_folder(out: str, error: type[MMRefError], last: str, owned: Owned) -> 
             f"{out} is a URL, and this command writes a folder: give a local one with --out, and copy it there."
         )
     target = Path(os.path.realpath(out))
-    with _full_disk_named(target), contextlib.ExitStack() as stack:
+    with told_when_full(target), contextlib.ExitStack() as stack:
         with _failures_named(target, error):
             if not any(place.exists() for place in _places(target)):  # else what a killed command left is cleared first
                 _files_of_command(target, owned, error)
@@ -61,7 +60,7 @@ def whole_folder(out: str, error: type[MMRefError], last: str, owned: Owned) -> 
             (partial / NEW).mkdir()
         yield partial / NEW
         with _failures_named(target, error):
-            sync(partial / NEW)
+            sync_files(partial / NEW)
             _put(partial, target, last, _files_of_command(target, owned, error), error)
 
 
@@ -145,13 +144,6 @@ def _is_device(path: str | os.PathLike[str]) -> bool:
     return os.path.exists(path) and (not os.path.isfile(path) or os.fspath(path).startswith(("/dev/", "/proc/")))
 
 
-def sync(folder: Path) -> None:
-    """Bring a folder with all it holds to the disk: what replaces an older one must outlive a power cut."""
-    for path in (folder, *folder.rglob("*")):
-        if not path.is_symlink():
-            _fsync(path)
-
-
 def exchange(a: Path, b: Path) -> bool:
     """Swap two paths at once; False where the system cannot."""
     try:
@@ -170,39 +162,9 @@ def _failures_named(target: Path, error: type[MMRefError]) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        if _is_full(problem):
+        if is_full(problem):
             raise
         raise error(f"Cannot write to {target}: {problem}. Choose another folder with --out.") from problem
-
-
-@contextlib.contextmanager
-def _full_disk_named(target: Path) -> Iterator[None]:
-    """A full disk by its name, whichever library met it."""
-    try:
-        yield
-    except MMRefError:
-        raise
-    except Exception as problem:
-        if not _is_full(problem):
-            raise
-        where = next(p for p in (target, *target.parents) if p.exists())
-        disk = shutil.disk_usage(where)
-        raise StorageError(
-            f"no space left for {target} ({problem}): the disk of {where} has {disk.total / 1e6:,.1f} MB, of which "
-            f"{disk.free / 1e6:,.1f} MB are free now that what was written is removed again, unless a quota says less. What was "
-            "there before is as it was. Free space or give another --out, then start the same command again."
-        ) from problem
-
-
-def _is_full(problem: BaseException | None) -> bool:
-    """Whether an error, or one behind it, says that no space is left: in Rust libraries by its text alone."""
-    while problem is not None:
-        if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(problem):
-            return True
-        if isinstance(problem, OSError) and os.strerror(errno.ENOSPC) in str(problem):  # of a Ray task
-            return True
-        problem = problem.__cause__ or problem.__context__
-    return False
 
 
 def _files_of_command(target: Path, owned: Owned, error: type[MMRefError]) -> set[str]:
@@ -238,7 +200,7 @@ def _put(partial: Path, target: Path, last: str, old: set[str], error: type[MMRe
     new = partial / NEW
     if not target.exists():
         os.rename(new, target)
-        _fsync(target.parent)
+        sync(target.parent)
         return
     there, names = _files(target), _files(new)
     # links count as files: what lies behind one is on another disk, perhaps
@@ -252,7 +214,7 @@ def _put(partial: Path, target: Path, last: str, old: set[str], error: type[MMRe
     if last in old and old >= there and all(any(p.iterdir()) for p in target.rglob("*") if p.is_dir()):
         os.chmod(new, stat.S_IMODE(target.stat().st_mode))
         if exchange(new, target):
-            _fsync(target.parent)
+            sync(target.parent)
             return
     write_whole(partial / MOVE, json.dumps({"last": last, "stale": sorted(old & there - names)}))
     try:
@@ -281,10 +243,10 @@ def _move(partial: Path, target: Path) -> None:
             if (parent := (target / name).parent) != target:
                 parent.rmdir()
     for folder in {target, *((target / name).parent for name in names)}:
-        _fsync(folder)
+        sync(folder)
     if (new / last).exists():
         os.replace(new / last, target / last)
-        _fsync(target)
+        sync(target)
     (partial / MOVE).unlink()
 
 
@@ -309,12 +271,3 @@ def _clear(partial: Path) -> None:
 
 def _discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some file systems have none for folders
-            os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,10 +5,22 @@ import os
 
 import fsspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmref import storage
 from mmref.errors import FileSystemMissingError, StorageError
-from mmref.locations import absolute, file_system, folder_name, join, read_bytes, size_of
+from mmref.locations import (
+    absolute,
+    file_system,
+    folder_name,
+    from_text,
+    join,
+    one_line,
+    read_bytes,
+    size_of,
+    to_text,
+)
 
 
 def test_places_mean_the_same_in_another_directory(tmp_path, monkeypatch):
@@ -74,3 +86,31 @@ def test_a_file_system_that_is_not_installed_is_named(url, package):
             FileSystemMissingError, match=rf"{url} needs a file system that is not installed: .*{package}"
         ):
             use(url)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (b"plain.png", "plain.png"),
+        ("caf\u00e9 \u2603.png".encode(), "caf\u00e9 \u2603.png"),
+        (rb"back\slash.png", r"back\slash.png"),
+        (b"caf\xe9.png", r"caf\xe9.png"),
+        (rb"caf\xe9.png", r"caf\\xe9.png"),
+        (b"a\\\xff.png", r"a\\\xff.png"),
+    ],
+)
+def test_names_that_are_no_text_have_one(name, text):
+    assert to_text(os.fsdecode(name)) == text and os.fsencode(from_text(text)) == name
+
+
+@given(
+    st.lists(st.sampled_from([b"\\", b"x", b"e9", b"\xe9", b"\xc3\xa9", b"a", b"/", b"\n"]), max_size=8).map(b"".join)
+)
+def test_every_name_has_a_text_of_its_own(name):
+    text = to_text(os.fsdecode(name))
+    text.encode()
+    assert os.fsencode(from_text(text)) == name
+
+
+def test_names_with_control_characters_take_one_line():
+    assert one_line("caf\u00e9 a\nb\x1b[31m \u2028\udce9") == "caf\u00e9 a\\nb\\x1b[31m \\u2028\\udce9"

@@ -270,7 +270,7 @@ def test_columns_that_are_named_and_not_there(tmp_path: Path) -> None:
     assert list_images(place).items["object_id"].to_pylist() == [None], "an index needs none"
     with pytest.raises(SearchIndexError, match=r"no column 'sk'.*Did you mean 'sku'.*--object-column"):
         list_images(place, columns=TableColumns(object_id="sk"))
-    with pytest.raises(SearchIndexError, match=r"holds no image .* 1 were left out, the first: row 2: no image"):
+    with pytest.raises(SearchIndexError, match=r"holds no image .*1 were left out, the first: row 2: no image"):
         list_images(write(tmp_path / "none.csv", HEADER + ",1,x\n"))
 
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageCms, TiffImagePlugin
 
 from mmref.data.colors import on_white, to_8_bit, to_srgb, upright
 from mmref.data.container import Container, take_apart
+from mmref.data.kinds import register_plugins
 from mmref.errors import PixelLimitError, SampleError
 
 MAX_PIXELS = 200_000_000  # the largest photographs of phones; as RGB 600 MB
@@ -132,6 +133,7 @@ def _pillow_pixels(image: Image.Image) -> NDArray[np.uint8]:
 def _decode(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8]:
     container = take_apart(data)
     if container is None:
+        register_plugins()
         data = AVIF_EXIF.sub(rb"\1free", data) if data[4:8] == b"ftyp" else data
     elif container.size is not None:
         _check_size(*container.size, name, max_pixels)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mmref.errors import QueryError
+from mmref.locations import one_line
 from mmref.texts import read_lines
 from mmref.wholefolder import check_output, write_output
 
@@ -48,7 +49,8 @@ def _create(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="mmref index",
-        description="Make a search index of your images. The same command again goes on after a kill. "
+        description="Make a search index of your images: every kind that Pillow and OpenCV read here, told by its ending, else "
+        "by its first bytes; the rest is counted. The same command again goes on after a kill. "
         "`mmref index add|remove|info INDEX` change or describe one; a folder of such a name is given as ./add.",
     )
     parser.add_argument("images", metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
@@ -71,23 +73,30 @@ def _create(argv: list[str]) -> int:
     manifest = index.create(
         args.images, args.model, args.out, args.split, _columns(args), args.kind, args.workers, args.recall
     )
-    _report(args.out, manifest)
+    _tell(args.out, manifest)
     return 0
 
 
 def _add(argv: list[str]) -> int:
     from mmref.retrieval import index
 
-    parser = argparse.ArgumentParser(prog="mmref index add", description="Add the images an index does not hold yet.")
+    parser = argparse.ArgumentParser(
+        prog="mmref index add",
+        description="Have an index hold what a source holds now: new images are added, changed ones embedded again, those "
+        "that are gone named. An image from elsewhere whose id an item has already gets its folder's name before it.",
+    )
     parser.add_argument("index", metavar="INDEX")
     parser.add_argument("images", metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
     parser.add_argument("--model", metavar="RUN|EXPORT", help="checked to be the index's own, which is used")
+    parser.add_argument(
+        "--remove-missing", action="store_true", help="remove the items of IMAGES that are not there any more"
+    )
     _source_options(parser)
     args = parser.parse_args(argv)
-    before = index.Manifest.read(Path(args.index)).items
-    manifest = index.add(args.index, args.images, args.model, args.split, _columns(args), args.workers)
-    print(f"{manifest.items - before:,} images added")
-    _report(args.index, manifest)
+    manifest = index.add(
+        args.index, args.images, args.model, args.split, _columns(args), args.workers, args.remove_missing
+    )
+    _tell(args.index, manifest)
     return 0
 
 
@@ -125,8 +134,15 @@ def _info(argv: list[str]) -> int:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"columns: {', '.join(segments[0].items.column_names)}")
     print(f"model {manifest.model[:12]}, generation {manifest.generation}, {size / 1e6:,.1f} MB on disk")
-    print(f"from: {', '.join(manifest.sources)}")
+    print(f"from: {', '.join(map(one_line, manifest.sources))}")
     return 0
+
+
+def _tell(path: str, manifest: Any) -> None:
+    """What the last change did and passed over, then what the index holds."""
+    for line in manifest.notes:
+        print(line)
+    _report(path, manifest)
 
 
 def _report(path: str, manifest: Any) -> None:
@@ -222,7 +238,9 @@ def _ask(searcher: Any, queries: Sequence[Any], answers: Sequence[Sequence[Any]]
     for query, results in zip(queries, answers):
         for result in results:
             try:
-                answer = input(f"{result.rank}. {result.id}: right for {query.text!r}? [y/n, enter: skip, q: stop] ")
+                answer = input(
+                    f"{result.rank}. {one_line(result.id)}: right for {query.text!r}? [y/n, enter: skip, q: stop] "
+                )
             except EOFError:
                 answer = "q"
             if answer.strip().lower() == "q":
@@ -281,5 +299,5 @@ def _export_judgements(argv: list[str]) -> int:
     rows, left_out = export_table(searcher, Judgements.of(searcher, args.judgements).read(), args.out, args.split)
     print(f"{rows} images in {args.out}/table.jsonl; next: mmref shards build table {args.out}/table.jsonl --out SET")
     for line in left_out:
-        print(f"left out: {line}")
+        print(f"left out: {one_line(line)}")
     return 0

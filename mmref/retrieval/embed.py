@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,16 +18,20 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmref.data.decode import decode_rgb, resize_rgb
-from mmref.errors import SampleError
+from mmref.errors import SampleError, StorageError
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.retrieval.images import read_image_bytes
+from mmref.storage import sync_files
 
 THUMBNAIL_PX, THUMBNAIL_QUALITY = 256, 80
 SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 32, 512, 200
 READ_THREADS = 4
+LISTING = "listing.parquet"
+IDENTITY = ("id", "path", "offset", "length", "file_stamp")
 Arrays = dict[str, NDArray[Any]]
 Location = tuple[str, int, int]  # path, offset, length
 
@@ -71,8 +76,12 @@ def embed_chunk(model: Any, locations: list[Location]) -> Arrays:
         try:
             rgb = decode_rgb(read_image_bytes(*location), location[0])
             return resize_rgb(rgb, height, width), (rgb.shape[0], rgb.shape[1]), thumbnail(rgb)
-        except (SampleError, cv2.error) as error:
+        except StorageError:  # says nothing of the image
+            raise
+        except SampleError as error:
             return str(error)
+        except Exception as error:  # whatever a decoder raises costs this image alone
+            return f"{location[0]}: {type(error).__name__}: {error}"
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         done = list(pool.map(one, locations))
@@ -92,7 +101,8 @@ def embed_chunk(model: Any, locations: list[Location]) -> Arrays:
 
 
 class ImageEmbedder:
-    """Ray Data's actor: a row is a chunk's number and locations, the answer its arrays as one file."""
+    """Ray Data's actor: a row is a chunk's number and locations, the answer its arrays as one file, or why storage did not
+    answer: an error of ours would come out of Ray as one of Ray's."""
 
     def __init__(self, model: str, gpu: bool, threads: int | None = None) -> None:
         from mmref.inference import load
@@ -104,8 +114,15 @@ class ImageEmbedder:
         self.model = load(model, "cuda" if gpu else "cpu")
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        chunks = [self.embed(json.loads(locations)) for locations in batch["locations"]]
-        return {"chunk": batch["chunk"], "data": np.array(chunks, dtype=object)}
+        chunks, failure = [], ""
+        for locations in batch["locations"]:
+            try:
+                chunks.append(self.embed(json.loads(locations)))
+            except StorageError as error:
+                chunks.append(b"")
+                failure = str(error)
+        failures = np.array([failure] * len(chunks), dtype=object)
+        return {"chunk": batch["chunk"], "data": np.array(chunks, dtype=object), "failure": failures}
 
     def embed(self, locations: list[Location]) -> bytes:
         """The chunk's arrays in NumPy's archive format."""
@@ -115,12 +132,41 @@ class ImageEmbedder:
 
 
 class Chunks:
-    """The chunks of a listing in a work folder: `chunks/<number>.npz`, written under a temporary name first."""
+    """The chunks of a listing in a work folder: `chunks/<number>.npz`, written under a temporary name first, beside the items
+    they were made of. Finished ones of an interrupted call are taken over, and their items come first: all of a chunk that
+    are still listed, unchanged."""
 
     def __init__(self, work: Path, items: pa.Table) -> None:
         self.items, self.size, self.folder = items, chunk_size(len(items)), work / "chunks"
+        row_of = {identity: row for row, identity in enumerate(_identities(items))}
+        rows: list[int | None] = []  # of the items, as an interrupted call had them; None: not listed any more
+        if (self.folder / LISTING).exists():
+            before = pq.read_table(self.folder / LISTING)
+            self.size = int(before.schema.metadata[b"chunk_size"])
+            rows = [row_of.get(identity) for identity in _identities(before)]
+        if rows and len(rows) == len(items) and None not in rows:
+            self.items = items.take(pa.array(rows, pa.int64()))
+        else:
+            self._begin(rows)
         self.count = -(-len(items) // self.size)
-        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _begin(self, rows: list[int | None]) -> None:
+        """Make the folder of the listing as it is now, with the chunks of the one before that still hold."""
+        fresh, done = self.folder.with_name(f"{self.folder.name}.new"), list[int]()
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        for start in range(0, len(rows) - self.size + 1, self.size):
+            file, chosen = self.path(start // self.size), rows[start : start + self.size]
+            if file.exists() and None not in chosen:
+                os.rename(file, fresh / self.path(len(done) // self.size).name)
+                done += [row for row in chosen if row is not None]
+        rest = sorted(set(range(len(self.items))) - set(done))
+        self.items = self.items.take(pa.array([*done, *rest], pa.int64()))
+        listing = self.items.select(list(IDENTITY)).replace_schema_metadata({"chunk_size": str(self.size)})
+        pq.write_table(listing, fresh / LISTING)
+        sync_files(fresh)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.rename(fresh, self.folder)
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npz"
@@ -149,6 +195,11 @@ class Chunks:
         for number in range(self.count):
             with np.load(self.path(number), allow_pickle=False) as arrays:
                 yield self.rows(number), dict(arrays)
+
+
+def _identities(items: pa.Table) -> list[tuple[Any, ...]]:
+    """What tells whether an item is the one that was embedded."""
+    return list(zip(*(items[name].to_pylist() for name in IDENTITY)))
 
 
 def embed(chunks: Chunks, model: Path, workers: int) -> None:
@@ -191,6 +242,8 @@ def _embedded(chunks: Chunks, pending: list[int], model: str, workers: int) -> I
             max_task_retries=-1,
         )
         for row in dataset.iter_rows():
+            if row["failure"]:
+                raise StorageError(row["failure"])
             yield int(row["chunk"]), row["data"]
 
 

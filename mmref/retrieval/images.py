@@ -7,8 +7,7 @@ of source are read alike, by the workers that embed and by the service that show
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,24 +16,32 @@ import pyarrow as pa
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import SampleError, SearchIndexError, StorageError
 from mmref.fetch import locate, read_location
-from mmref.locations import absolute, file_system, is_url, join, read_bytes, size_of
+from mmref.locations import absolute, from_text, is_url, join, read_bytes, size_of, to_text
+from mmref.retrieval.folder import look_into, stamp_of
 from mmref.tables import TABLE_ENDINGS, Row, read_table
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 COLUMNS = {  # of every listing, before metadata columns
     "id": pa.string(), "path": pa.string(), "offset": pa.int64(), "length": pa.int64(), "object_id": pa.string(),
+    "file_stamp": pa.string(),
 }  # fmt: skip
 RESERVED = {*COLUMNS, "uid", "width", "height", "captions", "image_id"}
+NAMED_ENDINGS = 8  # of files that are no images
 QUERIES = 256  # captions kept to measure the recall of an approximate index with
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Images of a source: `COLUMNS` and its metadata columns; object_id is null where it is not known."""
+    """Images of a source: `COLUMNS` and its metadata columns.
+
+    Ids and paths are texts as of `mmref.locations.to_text`. object_id is null where it is not known, file_stamp too: it is
+    another one when the file has changed.
+    """
 
     items: pa.Table
     captions: list[str]  # at most QUERIES of the source's captions
     skipped: list[tuple[str, str]] = field(default_factory=list)  # what was left out (a row, a file), and why
+    passed_over: dict[str, int] = field(default_factory=dict)  # files that are no images, by ending
+    closed: list[str] = field(default_factory=list)  # folders that could not be looked into
 
 
 @dataclass(frozen=True)
@@ -59,30 +66,37 @@ def list_images(source: str, split: str | None = None, columns: TableColumns = D
     source = absolute(source)
     if source.lower().endswith(TABLE_ENDINGS):
         listing = _list_table(source, columns)
+        listing = replace(listing, items=_stamped(listing.items))
     elif size_of(join(source, "manifest.json")) is not None:
         listing = _list_shards(ShardSet.open(source), split)
     else:
         listing = _list_folder(source)
     if not len(listing.items):
-        first = (
-            f" {len(listing.skipped)} were left out, the first: {': '.join(listing.skipped[0])}."
-            if listing.skipped
-            else ""
-        )
-        raise SearchIndexError(f"{source} holds no image ({', '.join(IMAGE_ENDINGS)}).{first}")
+        found = describe(listing.passed_over) or "nothing else"
+        if left := [f"{what}: {why}" for what, why in listing.skipped]:
+            found = f"{len(left):,} were left out, the first: {'; '.join(left[:3])}"
+        raise SearchIndexError(f"{source} holds no image that can be read here ({found}).")
     return listing
+
+
+def describe(passed_over: dict[str, int]) -> str:
+    """How many files there were of each ending, the most first."""
+    most = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(count for _, count in most[NAMED_ENDINGS:])
+    return ", ".join([f"{n:,} {name}" for name, n in most[:NAMED_ENDINGS]] + ([f"{rest:,} others"] if rest else []))
 
 
 def read_image_bytes(path: str, offset: int = 0, length: int = 0) -> bytes:
     """Encoded bytes of one image of a listing. Raises SampleError, or StorageError where storage does not answer."""
+    path = from_text(path)
     try:
         data = read_bytes(path, offset, length) if length else read_location(path)
     except StorageError:  # says nothing of the image: leaving it out would be wrong
         raise
     except Exception as error:  # every file system has its own
-        raise SampleError(f"{path} cannot be read: {error}.") from None
+        raise SampleError(f"{to_text(path)} cannot be read: {error}.") from None
     if length and len(data) != length:
-        raise SampleError(f"{path}: short at byte {offset}: {len(data)} of {length} bytes.")
+        raise SampleError(f"{to_text(path)}: short at byte {offset}: {len(data)} of {length} bytes.")
     return data
 
 
@@ -100,10 +114,32 @@ def _as_table(rows: list[dict[str, Any]], extra: list[str]) -> pa.Table:
     return pa.table(arrays)
 
 
+def _stamped(items: pa.Table) -> pa.Table:
+    """Whole files of this machine with their stamps; one that is not there is found out when it is read."""
+
+    def stamp(path: str) -> str | None:
+        try:
+            return None if is_url(path) else stamp_of(os.stat(from_text(path)))
+        except OSError:
+            return None
+
+    stamps = pa.array([stamp(path) for path in items["path"].to_pylist()], pa.string())
+    return items.set_column(items.column_names.index("file_stamp"), "file_stamp", stamps)
+
+
 def _row(
-    name: str, path: str, offset: int, length: int, object_id: str | None, extra: dict[str, Any]
+    name: str,
+    path: str,
+    offset: int,
+    length: int,
+    object_id: str | None,
+    extra: dict[str, Any],
+    stamp: str | None = None,
 ) -> dict[str, Any]:
-    return {"id": name, "path": path, "offset": offset, "length": length, "object_id": object_id, "extra": extra}
+    return {
+        "id": to_text(name), "path": to_text(path), "offset": offset, "length": length, "object_id": object_id,
+        "file_stamp": stamp, "extra": extra,
+    }  # fmt: skip
 
 
 def _is_scalar(value: Any) -> bool:
@@ -119,36 +155,12 @@ def _sample(captions: list[str]) -> list[str]:
 
 
 def _list_folder(source: str) -> Listing:
-    """Image files below a folder or URL prefix, hidden ones left out; ids are paths relative to it."""
-    rows = [
-        _row(name, path, 0, 0, None, {})
-        for name, path in sorted(_walk_url(source) if is_url(source) else _walk(source))
-        if name.lower().endswith(IMAGE_ENDINGS)
-    ]
-    return Listing(_as_table(rows, []), [])
-
-
-def _walk(root: str) -> Iterator[tuple[str, str]]:
-    if not os.path.isdir(root):
-        raise SearchIndexError(f"{root} is no folder, shard set or table ({', '.join(TABLE_ENDINGS)}).")
-    for folder, folders, files in os.walk(root, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                path = os.path.join(folder, name)
-                yield os.path.relpath(path, root).replace(os.sep, "/"), path
-
-
-def _walk_url(root: str) -> Iterator[tuple[str, str]]:
-    fs, inner = file_system(root)
-    try:
-        found = fs.find(inner)
-    except Exception as error:  # every file system has its own
-        raise SearchIndexError(f"{root} cannot be listed: {error}.") from None
-    for path in found:
-        name = path.removeprefix(inner).lstrip("/") or path.rsplit("/", 1)[-1]
-        if not any(part.startswith(".") for part in name.split("/")):
-            yield name, path if is_url(path) else fs.unstrip_protocol(path)
+    """Pictures below a folder or URL prefix; ids are paths relative to it."""
+    if not is_url(source) and not os.path.isdir(source):
+        raise SearchIndexError(f"{source} is no folder, shard set or table ({', '.join(TABLE_ENDINGS)}).")
+    found = look_into(source)
+    rows = [_row(name, path, 0, 0, None, {}, stamp) for name, path, stamp in found.pictures]
+    return Listing(_as_table(rows, []), [], found.skipped, dict(found.passed_over), found.closed)
 
 
 def _list_shards(shards: ShardSet, split: str | None) -> Listing:
@@ -157,7 +169,7 @@ def _list_shards(shards: ShardSet, split: str | None) -> Listing:
     extra: dict[str, None] = {"split": None, "caption": None}
     for name in [split] if split else shards.splits:
         index = shards.index(name)
-        reader = SampleReader(index)
+        reader, stamps = SampleReader(index), index.shard_sha256 or [None] * len(index.shard_paths)
         for i in range(len(index)):
             fields: dict[str, Any] = {"split": name}
             try:
@@ -171,7 +183,7 @@ def _list_shards(shards: ShardSet, split: str | None) -> Listing:
             extra |= dict.fromkeys(fields)
             path, object_id = index.shard_paths[int(index.shard[i])], index.object_ids[int(index.object_row[i])]
             span = int(index.image_offset[i]), int(index.image_size[i])
-            rows.append(_row(index.image_ids[i], path, *span, object_id, fields))
+            rows.append(_row(index.image_ids[i], path, *span, object_id, fields, stamps[int(index.shard[i])]))
     return Listing(_as_table(rows, list(extra)), _sample(captions))
 
 

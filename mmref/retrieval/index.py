@@ -4,7 +4,7 @@
     model/           the export whose features these are
     segments/<n>/    items, features, codes and thumbnails (see `segment.py`)
     vectors-<n>      faiss index, only for ivf and hnsw: an exact search reads the features themselves
-    skipped.jsonl    images that could not be read
+    skipped.jsonl    images that could not be read or taken, and why
 
 A reader opens the files of one manifest; a writer leaves them alone, and deletes what no manifest names afterwards.
 """
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mmref.errors import MMRefError, ModelMismatchError, SearchIndexError
+from mmref.locations import absolute, to_text
 from mmref.retrieval import bundle
+from mmref.retrieval.changes import compare, describe_changes, skipped_elsewhere
 from mmref.retrieval.embed import Chunks, embed
-from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, list_images
+from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, describe, list_images
 from mmref.retrieval.segment import Segment, copy_rows, write_segment
 from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
-from mmref.storage import held
-from mmref.wholefolder import held_folder, sync, write_whole
+from mmref.storage import held, sync_files, told_when_full
+from mmref.wholefolder import held_folder, write_whole
 
 VERSION = 1
 MOST_SEGMENTS = 8  # more are joined: every search looks into each
 REBUILD_SHARE = 0.1  # of an approximate index that may be items removed since
-LISTING = "listing.parquet"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Manifest:
     vectors: dict[str, Any] = field(default_factory=dict)  # file, setting, recall and how it was measured
     sources: list[str] = field(default_factory=list)
     skipped: int = 0
+    notes: list[str] = field(default_factory=list)  # what the last change passed over, renamed, found missing
     version: int = VERSION
 
     @classmethod
@@ -125,26 +126,25 @@ def create(
         recall: share of the ten nearest that an approximate search must find.
 
     Raises:
-        SearchIndexError, ModelError, ExportError, ShardSetError, SourceError.
+        SearchIndexError, ModelError, ExportError, ShardSetError, SourceError, StorageError.
     """
     if "://" in out:
         raise SearchIndexError(f"{out} is a URL, and an index is a local folder: give one with --out.")
-    target = Path(os.path.realpath(os.path.expanduser(out)))
+    images, target = absolute(images), Path(os.path.realpath(os.path.expanduser(out)))
     _check_free(target)
     work = target.with_name(f"{target.name}.partial")
-    with held_folder(work, target, SearchIndexError), _kept_if_begun(work):
+    with told_when_full(target), held_folder(work, target, SearchIndexError), _kept_if_begun(work):
         _check_free(target)  # who held it has made the index meanwhile
         # what makes the same command the same: another one starts over
-        plan = {"images": images, "model": os.path.abspath(model) if "://" not in model else model, "split": split}
-        plan |= asdict(columns)
-        _start(work, plan)
-        listing = _listed(work, images, split, columns)
+        _start(work, {"images": images, "model": absolute(model), "split": split, **asdict(columns)})
+        listing = _listed(images, split, columns)
         if not (work / "model").exists():
             bundle.bundle_model(model, work / "model")
-        skipped = _embed(work, listing, work / "segments" / "000000", workers, 0, work / "model")
+        skipped = _embed(work, listing.items, work / "segments" / "000000", workers, 0, work / "model")
         if len(skipped) == len(listing.items):
             _discard(work / "chunks")  # the next start looks again
             raise SearchIndexError(f"none of {len(skipped)} images can be read, the first: {skipped[0]['problem']}")
+        skipped += _not_taken(images, listing)
         _write_skipped(work, skipped)
         segment = Segment(work / "segments" / "000000")
         loaded = _load(work / "model")
@@ -162,9 +162,10 @@ def create(
             vectors=_build_vectors(work, chosen, 1, [segment], queries, recall),
             sources=[images],
             skipped=len(skipped),
+            notes=_passed_over(listing),
         )
         manifest.write(work)
-        sync(work)
+        sync_files(work)
         os.rename(work, target)
         _tidy(target)
     return manifest
@@ -177,18 +178,20 @@ def add(
     split: str | None = None,
     columns: TableColumns = DEFAULT_COLUMNS,
     workers: int = 1,
+    remove_missing: bool = False,
 ) -> Manifest:
-    """Add the images of a source that the index does not hold yet (by id). Nothing else is embedded.
+    """Have the index hold what a source holds now: what is new or has changed is embedded, see `changes.py`.
 
     Args:
-        model: checked against the index's own, which is used. Others as in `create`.
+        model: checked against the index's own, which is used.
+        remove_missing: remove the items of the source that are not in it any more. Others as in `create`.
 
     Raises:
         ModelMismatchError: `model` is another one. SearchIndexError and others as in `create`.
     """
-    folder = Path(index).expanduser().absolute()
+    images, folder = absolute(images), Path(index).expanduser().absolute()
     Manifest.read(folder)
-    with locked(folder), contextlib.ExitStack() as stack:
+    with told_when_full(folder), locked(folder), contextlib.ExitStack() as stack:
         manifest = Manifest.read(folder)
         check_model(folder, manifest)
         work = folder / ".adding"
@@ -198,43 +201,40 @@ def add(
         if model is not None:
             _check_same_model(folder, work / "given", manifest, model)
         segments = open_segments(folder, manifest)
-        known = {name for s in segments for name in s.items["id"].to_pylist()}
-        listing = _listed(work, images, split, columns, known)
+        listing = _listed(images, split, columns)
+        found = compare(listing, [s.items for s in segments], images, split)
         name = f"{manifest.generation:06d}"
-        skipped = _embed(work, listing, work / name, workers, manifest.next_uid, folder / "model")
-        again = set(listing.items["id"].to_pylist())
-        unreadable = len(skipped)
-        skipped = [s for s in read_skipped(folder) if s["id"] not in again] + skipped
-        if unreadable == len(listing.items):
-            _write_skipped(folder, skipped)
-            if len(skipped) != manifest.skipped:
-                manifest = _next(manifest, skipped=len(skipped))
-                _commit(folder, manifest)
+        unread = _embed(work, found.items, work / name, workers, manifest.next_uid, folder / "model")
+        before = read_skipped(folder)
+        skipped = [*skipped_elsewhere(before, listing, images, split), *_not_taken(images, listing), *unread]
+        embedded = len(found.items) - len(unread)
+        gone = {*found.replaced, *(found.missing if remove_missing else ())}
+        notes = describe_changes(found, {s["id"] for s in unread}, images, remove_missing) + _passed_over(listing)
+        if not embedded and not gone and skipped == before:
             shutil.rmtree(work)
-            return manifest
-        _discard(folder / "segments" / name)
-        os.rename(work / name, folder / "segments" / name)
-        added = Segment(folder / "segments" / name)
-        vectors = dict(manifest.vectors)
-        if manifest.kind != "flat":
-            approximate = open_vectors(folder, manifest)
-            assert approximate is not None
-            approximate.add(added.features, added.uids)
-            vectors["file"] = f"vectors-{name}"
-            approximate.write(folder / vectors["file"])
+            return replace(manifest, notes=notes)
+        if not embedded and len(gone) == manifest.items:
+            raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
+        names, added = _without(folder, manifest, segments, gone), None
+        if embedded:
+            _discard(folder / "segments" / name)
+            os.rename(work / name, folder / "segments" / name)
+            added = Segment(folder / "segments" / name)
+            names.append(name)
         changed = _next(
             manifest,
-            items=manifest.items + len(added),
-            next_uid=manifest.next_uid + len(added),
-            segments=[*manifest.segments, name],
-            vectors=vectors,
+            items=manifest.items - len(gone) + embedded,
+            next_uid=manifest.next_uid + embedded,
+            segments=names,
             sources=list(dict.fromkeys([*manifest.sources, images])),
             skipped=len(skipped),
+            notes=notes,
         )
-        if len(changed.segments) > MOST_SEGMENTS:
+        changed = replace(changed, vectors=_changed_vectors(folder, manifest, changed, added))
+        if len(names) > MOST_SEGMENTS:
             joined = f"{name}-joined"
             _discard(folder / "segments" / joined)
-            copy_rows(folder / "segments" / joined, [(s, np.arange(len(s))) for s in (*segments, added)])
+            copy_rows(folder / "segments" / joined, [(s, np.arange(len(s))) for s in open_segments(folder, changed)])
             changed = replace(changed, segments=[joined])
         _write_skipped(folder, skipped)
         _commit(folder, changed)
@@ -243,37 +243,23 @@ def add(
 
 
 def remove(index: str, ids: Sequence[str]) -> Manifest:
-    """Remove items. Raises SearchIndexError for an id that is not there, or when nothing would be left."""
+    """Remove items. Raises SearchIndexError for an id that is not there, or when nothing would be left; StorageError."""
     folder = Path(index).expanduser().absolute()
     Manifest.read(folder)
-    with locked(folder):
+    with told_when_full(folder), locked(folder):
         manifest = Manifest.read(folder)
         segments = open_segments(folder, manifest)
-        wanted = pa.array(sorted(set(ids)), pa.string())
-        gone = [np.asarray(pc.is_in(s.items["id"], value_set=wanted)) for s in segments]
-        found = {name for s, at in zip(segments, gone) for name in s.items["id"].filter(pa.array(at)).to_pylist()}
+        held = {name for s in segments for name in s.items["id"].to_pylist()}
+        found = held.intersection(ids)
         if missing := [name for name in ids if name not in found]:
             raise SearchIndexError(
                 f"{folder} has no item {missing[0]!r} ({len(missing)} of {len(ids)} ids are unknown)."
             )
-        left = manifest.items - len(found)
-        if left == 0:
+        if len(found) == manifest.items:
             raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
-        names = []
-        for name, segment, at in zip(manifest.segments, segments, gone):
-            if not at.any():
-                names.append(name)
-            elif not at.all():
-                names.append(f"{manifest.generation:06d}-{len(names)}")
-                _discard(folder / "segments" / names[-1])
-                copy_rows(folder / "segments" / names[-1], [(segment, np.flatnonzero(~at))])
-        changed = _next(manifest, items=left, segments=names)
-        approximate = open_vectors(folder, manifest)
-        if approximate is not None and left < (1 - REBUILD_SHARE) * len(approximate):
-            kept = open_segments(folder, changed)
-            recall = float(manifest.vectors["wanted"])
-            vectors = _build_vectors(folder, manifest.kind, changed.generation, kept, None, recall)
-            changed = replace(changed, vectors=vectors)
+        names = _without(folder, manifest, segments, found)
+        changed = _next(manifest, items=manifest.items - len(found), segments=names, notes=[])
+        changed = replace(changed, vectors=_changed_vectors(folder, manifest, changed, None))
         _commit(folder, changed)
     return changed
 
@@ -329,30 +315,52 @@ def _start(work: Path, plan: dict[str, Any]) -> None:
         write_whole(path, json.dumps(plan))
 
 
-def _listed(work: Path, images: str, split: str | None, columns: TableColumns, known: Iterable[str] = ()) -> Listing:
-    """The listing, made once and kept: a resumed call embeds the same images."""
-    path = work / LISTING
-    if not path.exists():
-        listing = list_images(images, split, columns)
-        ids = listing.items["id"]
-        if len(ids.unique()) != len(ids):
-            twice = pc.value_counts(ids)
-            name = next(v["values"].as_py() for v in twice if v["counts"].as_py() > 1)
-            raise SearchIndexError(f"{images}: the id {name!r} appears twice; ids must be distinct.")
-        held = pc.is_in(ids, value_set=pa.array(list(known), pa.string()))
-        items = listing.items.filter(pc.invert(held))
-        metadata = {b"captions": json.dumps(listing.captions).encode()}
-        pq.write_table(items.replace_schema_metadata(metadata), work / f".{LISTING}.tmp")
-        os.replace(work / f".{LISTING}.tmp", path)
-    items = pq.read_table(path)
-    return Listing(items.replace_schema_metadata(None), json.loads(items.schema.metadata[b"captions"]))
+def _listed(images: str, split: str | None, columns: TableColumns) -> Listing:
+    """What is there now: a resumed call lists again, and embeds what it has not embedded. Raises SearchIndexError."""
+    listing = list_images(images, split, columns)
+    ids = listing.items["id"]
+    if len(ids.unique()) != len(ids):
+        twice = pc.value_counts(ids)
+        name = next(v["values"].as_py() for v in twice if v["counts"].as_py() > 1)
+        raise SearchIndexError(f"{images}: the id {name!r} appears twice; ids must be distinct.")
+    return listing
+
+
+def _without(folder: Path, manifest: Manifest, segments: list[Segment], ids: set[str]) -> list[str]:
+    """Names of the segments when items have gone, and new ones where any has."""
+    wanted, names = pa.array(sorted(ids), pa.string()), []
+    for name, segment in zip(manifest.segments, segments):
+        gone = np.asarray(pc.is_in(segment.items["id"], value_set=wanted))
+        if not gone.any():
+            names.append(name)
+        elif not gone.all():
+            names.append(f"{manifest.generation:06d}-{len(names)}")
+            _discard(folder / "segments" / names[-1])
+            copy_rows(folder / "segments" / names[-1], [(segment, np.flatnonzero(~gone))])
+    return names
+
+
+def _changed_vectors(folder: Path, before: Manifest, after: Manifest, added: Segment | None) -> dict[str, Any]:
+    """The approximate index with a segment added, built again when much of it has gone; {} for flat."""
+    approximate = open_vectors(folder, before)
+    if approximate is None:
+        return {}
+    if after.items < (1 - REBUILD_SHARE) * (len(approximate) + (0 if added is None else len(added))):
+        kept, recall = open_segments(folder, after), float(before.vectors["wanted"])
+        return _build_vectors(folder, before.kind, after.generation, kept, None, recall)
+    if added is None:
+        return before.vectors
+    approximate.add(added.features, added.uids)
+    name = f"vectors-{after.generation:06d}"
+    approximate.write(folder / name)
+    return before.vectors | {"file": name}
 
 
 def _embed(
-    work: Path, listing: Listing, target: Path, workers: int, first_uid: int, model: Path
+    work: Path, items: pa.Table, target: Path, workers: int, first_uid: int, model: Path
 ) -> list[dict[str, str]]:
-    """Embed a listing and write its readable images as a segment; returns those that could not be read."""
-    chunks = Chunks(work, listing.items)
+    """Embed the items of a listing and write its readable images as a segment; returns those that could not be read."""
+    chunks = Chunks(work, items)
     embed(chunks, model, workers)
     count, dim = 0, 0
     skipped: list[dict[str, str]] = []
@@ -369,13 +377,24 @@ def _embed(
 
 
 def read_skipped(index: Path) -> list[dict[str, str]]:
-    """Images that could not be read: id, path, problem."""
+    """Images that could not be read or taken: id, path (of what could not be taken: its source), problem."""
     # not splitlines: it also breaks where a name has one of Unicode's own line ends
     return [json.loads(line) for line in (index / "skipped.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def _write_skipped(index: Path, skipped: list[dict[str, str]]) -> None:
-    write_whole(index / "skipped.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped))
+    lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
+    write_whole(index / "skipped.jsonl", lines.encode(errors="backslashreplace"))  # a problem may name what is no UTF-8
+
+
+def _not_taken(source: str, listing: Listing) -> list[dict[str, str]]:
+    return [{"id": what, "path": to_text(source), "problem": why} for what, why in listing.skipped]
+
+
+def _passed_over(listing: Listing) -> list[str]:
+    """What lies beside the images of a listing, in words."""
+    count = sum(listing.passed_over.values())
+    return [f"{count:,} files passed over: {describe(listing.passed_over)}"] if count else []
 
 
 def _build_vectors(
@@ -429,8 +448,6 @@ def _tidy(index: Path) -> None:
     for name in (
         "chunks",
         "plan.json",
-        LISTING,
-        f".{LISTING}.tmp",
         ".*.json*.tmp",
         ".export-*",
         "model.partial",

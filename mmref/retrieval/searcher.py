@@ -145,7 +145,8 @@ class Searcher:
     @property
     def metadata_columns(self) -> list[str]:
         """Columns that `where` may name."""
-        return [name for name in self.items.column_names if name not in {*ITEM_COLUMNS, "offset", "length"}]
+        hidden = {*ITEM_COLUMNS, "offset", "length", "file_stamp"}
+        return [name for name in self.items.column_names if name not in hidden]
 
     # -- searching ---------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -93,9 +92,7 @@ def write_segment(
                 if name in arrays:
                     if name not in codes:
                         shape = (count, arrays[name].shape[1])
-                        codes[name] = stack.enter_context(
-                            ArrayFile(folder / f"{name}.npy", shape, arrays[name].dtype)
-                        )
+                        codes[name] = stack.enter_context(ArrayFile(folder / f"{name}.npy", shape, arrays[name].dtype))
                     codes[name].write(arrays[name])
             table = rows.take(pa.array(arrays["position"]))
             for column, name in enumerate(("height", "width")):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jinja2
 
+from mmref.locations import one_line
 from mmref.retrieval.searcher import Result, Searcher
 
 WIDEST_ID = 48  # characters
@@ -17,10 +18,11 @@ def format_results(results: Sequence[Result]) -> str:
     lines = [f"{'rank':>4} {'before':>7} {'score':>7} {'before':>7}  {'object':20} item"]
     for r in results:
         moved = f"({r.rank_before - r.rank:+d})" if r.rank != r.rank_before else ""
-        name = r.id if len(r.id) <= WIDEST_ID else f"...{r.id[3 - WIDEST_ID :]}"
+        name = one_line(r.id)
+        name = name if len(name) <= WIDEST_ID else f"...{name[3 - WIDEST_ID :]}"
         before = f"{r.rank_before}{moved}"
         lines.append(
-            f"{r.rank:>4} {before:>7} {r.score:>7.3f} {r.initial:>7.3f}  {(r.object_id or '-')[:20]:20} {name}"
+            f"{r.rank:>4} {before:>7} {r.score:>7.3f} {r.initial:>7.3f}  {one_line(r.object_id or '-')[:20]:20} {name}"
         )
     return "\n".join(lines)
 
@@ -30,6 +32,7 @@ def render_page(searcher: Searcher, answers: Sequence[tuple[str, Sequence[Result
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmref.retrieval"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["one_line"] = one_line
     shown = [
         (query, [(r, base64.b64encode(searcher.thumbnail(r.id)).decode()) for r in results])
         for query, results in answers

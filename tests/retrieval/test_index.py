@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 from images import write_images
 from PIL import Image
 
-from mmref.errors import ModelError, ModelMismatchError, SearchIndexError
+from mmref.errors import ModelError, ModelMismatchError, SearchIndexError, StorageError
 from mmref.retrieval import embed, index
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.searcher import Searcher
@@ -322,3 +325,155 @@ def test_a_damaged_index_is_named(own_index):
     shutil.rmtree(own_index)
     with pytest.raises(SearchIndexError, match=r"is no index.*mmref index"):
         Searcher(str(own_index))
+
+
+ODD_NAMES = (
+    *(b"caf\xe9.png", rb"caf\xe9.png", b"line\nend.png", b"\x1b[31mred.png", b"space.png ", b"\xff/\xfe.png"),
+    *("l\u2028.png".encode(), b"a#b?%41.png", b"-rf.png", b"quo'\"te&<b>.png"),
+)
+
+
+def test_any_name_is_held_shown_and_opened(run, tmp_path, capsys):
+    """Names of files are bytes: no UTF-8 (out of an old zip), control characters, line ends."""
+    from starlette.testclient import TestClient
+
+    from mmref.cli import main
+    from mmref.retrieval.service.app import build_app
+    from mmref.retrieval.service.backend import Local
+    from mmref.retrieval.service.engine import Engine
+    from mmref.retrieval.service.limits import Limits
+
+    root = os.fsencode(tmp_path / "photos") + b"\xe9"
+    for number, name in enumerate(ODD_NAMES):
+        file = io.BytesIO()
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(file, "PNG")
+        os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
+        with open(os.path.join(root, name), "wb") as out:
+            out.write(file.getvalue())
+    with open(os.path.join(root, b"broken\xe9.png"), "wb") as out:
+        out.write(b"no image")
+    index_dir, source = tmp_path / "out", os.fsdecode(root)
+    assert main(["index", source, "--model", str(run), "--out", str(index_dir), "--workers", "0"]) == 0
+    assert index.add(str(index_dir), source, workers=0).generation == 1, "the same names mean the same files"
+    searcher = Searcher(str(index_dir))
+    assert len(searcher) == len(ODD_NAMES)
+    assert {r"caf\xe9.png", r"caf\\xe9.png", "line\nend.png", r"\xff/\xfe.png"} <= set(ids(index_dir))
+    assert [s["id"] for s in index.read_skipped(index_dir)] == [r"broken\xe9.png"]
+    held = {searcher.image_bytes(item) for item in ids(index_dir)}
+    assert len(held) == len(ODD_NAMES), "each opens its own file"
+    capsys.readouterr()
+    assert main(["search", str(index_dir), "red", "--top", "10"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 11, "a line for each, whatever its name"
+    assert main(["search", str(index_dir), "red", "--top", "10", "--json"]) == 0
+    assert {r["id"] for r in json.loads(capsys.readouterr().out)["results"]} == set(ids(index_dir))
+    assert main(["search", str(index_dir), "red", "--top", "10", "--html", str(tmp_path / "page.html")]) == 0
+    assert main(["index", "info", str(index_dir)]) == 0
+    limits = Limits()
+    client = TestClient(
+        build_app({"out": Local(Engine(str(index_dir), limits, watch=False))}, None, limits), "http://127.0.0.1"
+    )
+    from urllib.parse import quote
+
+    for item in ids(index_dir):
+        twice = quote(quote(item, safe=""))  # Starlette's test client decodes a path twice, a server once
+        assert client.get(f"/image/{twice}").content == searcher.image_bytes(item), item
+    index.remove(str(index_dir), [r"caf\xe9.png"])
+    assert r"caf\\xe9.png" in ids(index_dir) and r"caf\xe9.png" not in ids(index_dir)
+
+
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("decoder"), ValueError("\udce9"), OSError(5, "torn"), MemoryError(), SyntaxError()]
+)
+def test_whatever_an_image_raises_costs_that_one(folder, run, tmp_path, monkeypatch, failure):
+    decode = embed.decode_rgb
+
+    def failing(data, name):
+        if name.endswith("02.png"):
+            raise failure
+        return decode(data, name)
+
+    monkeypatch.setattr(embed, "decode_rgb", failing)
+    manifest = index.create(str(folder), str(run), str(tmp_path / "out"), workers=0)
+    assert (manifest.items, manifest.skipped) == (10, 2)
+    assert [s["id"] for s in index.read_skipped(tmp_path / "out")] == ["02.png", "deep/broken.jpg"]
+
+
+def test_storage_that_does_not_answer_is_no_broken_image(folder, run, tmp_path, monkeypatch):
+    def failing(*_):
+        raise StorageError("the share is away")
+
+    monkeypatch.setattr(embed, "read_image_bytes", failing)
+    with pytest.raises(StorageError, match="the share is away"):
+        index.create(str(folder), str(run), str(tmp_path / "out"), workers=0)
+    actor = embed.ImageEmbedder.__new__(embed.ImageEmbedder)
+    actor.model = Searcher.__new__(Searcher)
+    monkeypatch.setattr(embed, "embed_chunk", failing)
+    answer = actor({"chunk": np.array([0]), "locations": np.array(["[]"], dtype=object)})
+    assert answer["failure"].tolist() == ["the share is away"], "an actor's error would come as one of Ray's"
+
+
+def test_a_pipe_in_a_table_is_not_waited_for(folder, run, tmp_path):
+    os.mkfifo(folder / "pipe.png")
+    (folder / "t.csv").write_text("image\n00.png\npipe.png\n")
+    manifest = index.create(str(folder / "t.csv"), str(run), str(tmp_path / "out"), workers=0)
+    assert (manifest.items, manifest.skipped) == (1, 1)
+    assert "no regular file" in index.read_skipped(tmp_path / "out")[0]["problem"]
+
+
+def below(limit: int, action: Callable[[], object]) -> None:
+    """Run where no file may grow beyond a limit: the kernel refuses it as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        action()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_and_leaves_the_index_whole(folder, run, tmp_path):
+    out = tmp_path / "out"
+    index.create(str(folder), str(run), str(out), workers=0)
+    before, items = index.Manifest.read(out), ids(out)
+    write_images(folder, range(20, 90))
+    told = set()
+    for limit in (0, 500, 3_000, 20_000, 60_000, 150_000):
+        try:
+            below(limit, lambda: index.add(str(out), str(folder), workers=0))
+        except StorageError as error:
+            assert "no space left for" in str(error) and "bytes are free" in str(error)
+            told.add(limit)
+            assert index.Manifest.read(out) == before and ids(out) == items
+    assert {0, 500, 3_000, 20_000} <= told
+    assert index.add(str(out), str(folder), workers=0).items == 81
+    assert len(ids(out)) == 81
+
+
+@pytest.mark.parametrize("limit", [0, 1_000, 30_000])
+def test_a_full_disk_does_not_blame_the_model(folder, run, tmp_path, limit):
+    from mmref.export import export_run
+
+    model = export_run(str(run), str(tmp_path / "model"))
+    with pytest.raises(StorageError, match="no space left for"):
+        below(limit, lambda: index.create(str(folder), str(model), str(tmp_path / "out"), workers=0))
+    assert not (tmp_path / "out").exists()
+    assert index.create(str(folder), str(model), str(tmp_path / "out"), workers=0).items == 11
+
+
+def test_segments_are_on_the_disk_before_the_manifest_names_them(folder, run, tmp_path, monkeypatch):
+    synced: list[str] = []
+    sync, write = os.fsync, index.Manifest.write
+
+    def noted(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    def written(manifest, path):
+        for name in manifest.segments:
+            files = {p.name for p in (path / "segments" / name).iterdir()}
+            assert files <= {Path(p).name for p in synced}, "every file of it"
+        write(manifest, path)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(index.Manifest, "write", written)
+    index.create(str(folder), str(run), str(tmp_path / "out"), workers=0)
+    index.remove(str(tmp_path / "out"), ["00.png"])

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from mmref import __version__
@@ -32,6 +33,15 @@ PAGE = {
 IMAGES_KEPT = {"cache-control": "private, max-age=600"}
 HEALTH_S = 5.0  # an index that does not answer within is not well
 EXPLAINED = "GET /openapi.json describes every request."
+
+
+class AnyPath(PathConvertor):
+    """A path of a URL that may hold line ends, as names of files may: Starlette's own would find no item for it."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("path", AnyPath())
 
 
 class SearchQuery(BaseModel):

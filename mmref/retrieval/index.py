@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmref.errors import MMRefError, ModelMismatchError, SearchIndexError
+from mmref.errors import ModelMismatchError, SearchIndexError
 from mmref.locations import absolute, to_text
 from mmref.retrieval import bundle
 from mmref.retrieval.changes import compare, describe_changes, skipped_elsewhere
@@ -80,7 +80,7 @@ class Manifest:
 
     def write(self, index: Path) -> None:
         """Replace the manifest as a whole."""
-        write_whole(index / "manifest.json", json.dumps(asdict(self), indent=1, ensure_ascii=False))
+        write_whole(index / "manifest.json", _encoded(json.dumps(asdict(self), indent=1, ensure_ascii=False)))
 
 
 def stamp(index: Path) -> tuple[int, int]:
@@ -299,7 +299,7 @@ def _kept_if_begun(work: Path) -> Iterator[None]:
     """An error leaves the work folder for the next start where something is embedded; else nothing of it stays."""
     try:
         yield
-    except MMRefError:
+    except Exception:
         if not any(work.glob("chunks/*.npz")):
             _discard(work)
         raise
@@ -383,8 +383,13 @@ def read_skipped(index: Path) -> list[dict[str, str]]:
 
 
 def _write_skipped(index: Path, skipped: list[dict[str, str]]) -> None:
-    lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
-    write_whole(index / "skipped.jsonl", lines.encode(errors="backslashreplace"))  # a problem may name what is no UTF-8
+    lines = (json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
+    write_whole(index / "skipped.jsonl", _encoded("".join(lines)))
+
+
+def _encoded(text: str) -> bytes:
+    """JSON as UTF-8; of a path that is none JSON keeps \\udcNN."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _not_taken(source: str, listing: Listing) -> list[dict[str, str]]:
@@ -448,6 +453,7 @@ def _tidy(index: Path) -> None:
     for name in (
         "chunks",
         "plan.json",
+        "chunks.new",
         ".*.json*.tmp",
         ".export-*",
         "model.partial",

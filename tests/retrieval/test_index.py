@@ -417,7 +417,7 @@ def test_a_pipe_in_a_table_is_not_waited_for(folder, run, tmp_path):
     (folder / "t.csv").write_text("image\n00.png\npipe.png\n")
     manifest = index.create(str(folder / "t.csv"), str(run), str(tmp_path / "out"), workers=0)
     assert (manifest.items, manifest.skipped) == (1, 1)
-    assert "no regular file" in index.read_skipped(tmp_path / "out")[0]["problem"]
+    assert "is no file" in index.read_skipped(tmp_path / "out")[0]["problem"]
 
 
 def below(limit: int, action: Callable[[], object]) -> None:

@@ -39,12 +39,15 @@ class Explanation:
     item_references: list[Resemblance]  # nearest to the item
 
 
-def explain(searcher: Searcher, query: Query | str, item_id: str, grid: int = GRID) -> Explanation:
+def explain(
+    searcher: Searcher, query: Query | str, item_id: str, grid: int = GRID, encoded: bytes | None = None
+) -> Explanation:
     """Explain one result.
 
     Args:
         grid: cells of the map on each side. Each is hidden in turn, under a patch twice its side so that neighbours overlap,
             painted in the image's mean colour.
+        encoded: the image as it was indexed, where it has been read already.
 
     Raises:
         QueryError: an empty query or an unknown item. SampleError: the image is gone.
@@ -54,7 +57,7 @@ def explain(searcher: Searcher, query: Query | str, item_id: str, grid: int = GR
     query = query if isinstance(query, Query) else Query(query)
     wanted = searcher.encode([query]).features[0]
     data = searcher.model.config.data
-    rgb = decode_rgb(searcher.image_bytes(item_id), item_id)
+    rgb = decode_rgb(searcher.image_bytes(item_id) if encoded is None else encoded, item_id)
     images = hidden(resize_rgb(rgb, data.image_height, data.image_width), grid)
     # a few at a time: searches of other threads want the model too
     features = np.concatenate([searcher.encode_pixels(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])

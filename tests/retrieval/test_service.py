@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import shutil
-import socket
 import struct
 import sys
 import threading
@@ -18,28 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
+from services import LIMITS, TOKEN, client_of, listening, png
 from starlette.testclient import TestClient
 
 from mmref.errors import SearchIndexError, ServeError
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
-from mmref.retrieval.service import patience, server
+from mmref.retrieval.service import server
+from mmref.retrieval.service.access import Access, Rates
 from mmref.retrieval.service.app import build_app
 from mmref.retrieval.service.backend import Local
 from mmref.retrieval.service.engine import Ask, Engine
-from mmref.retrieval.service.guard import Access, Rates
 from mmref.retrieval.service.limits import Limits
-
-TOKEN = "0123456789abcdef"
-LIMITS = Limits(text=100, image_bytes=50_000, pixels=20_000, top=20, rate=0)
-
-
-def client_of(*indexes: Path, access: Access | None = None, limits: Limits = LIMITS, host="127.0.0.1") -> TestClient:
-    backends = {path.name: Local(Engine(str(path), limits, watch=False)) for path in indexes}
-    app = build_app(backends, access, limits)
-    return TestClient(app, base_url=f"http://{host}", raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +40,6 @@ def client(split_index: Path) -> TestClient:
 @pytest.fixture(scope="module")
 def searcher(split_index: Path) -> Searcher:
     return Searcher(str(split_index))
-
-
-def png(width: int = 30, height: int = 20, seed: int = 0) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def bomb(side: int = 60_000) -> bytes:
@@ -420,40 +403,27 @@ def test_no_request_opens_a_file_outside_the_index(split_index, tiny_set):
     assert all(path.startswith((str(split_index), str(tiny_set))) for path in opened), opened
 
 
-def test_slow_connections_are_given_up(split_index, monkeypatch):
-    monkeypatch.setattr(patience, "HEADERS_S", 0.3)
-    limits = Limits(rate=0, timeout_s=0.3)
-    app = build_app({"test": Local(Engine(str(split_index), limits, watch=False))}, None, limits)
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http=patience.PatientProtocol, lifespan="off", ws="none", log_level="warning")
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-    thread.start()
+def test_slow_connections_are_given_up(split_index):
     head = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
-    try:
-        said = []
+    said = []
+    with listening(split_index, Limits(rate=0, headers_s=0.3, stalled_s=0.3)) as service:
         for sent in (
             b"",
             head,
             head + b"Content-Length: 9\r\n\r\nabc",
             b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
         ):
-            with socket.create_connection(listener.getsockname(), timeout=60) as connection:
-                connection.sendall(sent)
-                answer = b""
-                with contextlib.suppress(ConnectionResetError):
-                    while part := connection.recv(4096):
-                        answer += part
-                        if answer.endswith(b'"ok"}}'):
-                            connection.sendall(b"GET /")
-                said.append(answer)
-        assert said[:2] == [b"", b""], "no whole request: no answer"
-        assert said[2].startswith(b"HTTP/1.1 408") and b'"TooSlow"' in said[2]
-        assert said[3].startswith(b"HTTP/1.1 200"), "and the next request, begun only, is given up"
-    finally:
-        running.should_exit = True
-        thread.join(60)
-        listener.close()
+            connection = service.connect(sent)
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(4096):
+                    answer += part
+                    if answer.endswith(b'"ok"}}'):
+                        connection.sendall(b"GET /")
+            said.append(answer)
+    assert said[:2] == [b"", b""], "no whole request: no answer"
+    assert said[2].startswith(b"HTTP/1.1 408") and b'"TooSlow"' in said[2]
+    assert said[3].startswith(b"HTTP/1.1 200"), "and the next request, begun only, is given up"
 
 
 # -- batches and changes ---------------------------------------------------------------------------------------------

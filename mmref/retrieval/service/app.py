@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
+import time
 from collections.abc import Mapping
 from importlib import resources
 from typing import Annotated, Any
@@ -12,17 +11,28 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from mmref import __version__
+from mmref.retrieval.service.access import Access
 from mmref.retrieval.service.backend import Backend
-from mmref.retrieval.service.engine import Ask
-from mmref.retrieval.service.guard import COOKIE, Access, Guard
+from mmref.retrieval.service.guard import Guard
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.metrics import Metrics
+from mmref.retrieval.service.pools import Pool
 from mmref.retrieval.service.problems import INTERNAL, Problem, Refused, refuse
+from mmref.retrieval.service.queries import (
+    EXPLAINED,
+    ExplainBody,
+    ExplainQuery,
+    SearchBody,
+    SearchQuery,
+    invalid,
+    read_json,
+    to_ask,
+)
 
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -32,7 +42,9 @@ PAGE = {
 }
 IMAGES_KEPT = {"cache-control": "private, max-age=600"}
 HEALTH_S = 5.0  # an index that does not answer within is not well
-EXPLAINED = "GET /openapi.json describes every request."
+HEALTH_KEPT_S = 1.0  # however often it is asked for
+PARSERS = 2  # bodies of JSON that are read at once, beside the loop
+CANDIDATES = 1000  # refined by a search that costs one; more cost more
 
 
 class AnyPath(PathConvertor):
@@ -42,39 +54,6 @@ class AnyPath(PathConvertor):
 
 
 register_url_convertor("path", AnyPath())
-
-
-class SearchQuery(BaseModel):
-    """What to search for, and how."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: str | None = Field(None, description="A sentence.")
-    index: str | None = Field(None, description="Name of an index; the first one where it is left out.")
-    top: int = Field(10, ge=1, description="Results wanted.")
-    refine: bool = Field(True, description="Compare the first candidates by references too.")
-    candidates: int | None = Field(None, ge=0, description="Refine so many; 0: all; default: as in evaluation.")
-    image_weight: float = Field(0.5, ge=0, le=1, description="Share of the image beside a sentence.")
-    where: list[str] = Field([], description="COLUMN=VALUE: only items with this value; repeated: with all of them.")
-
-
-class ExplainQuery(SearchQuery):
-    """A search, and the result of it to explain."""
-
-    id: str = Field(description="Id of an item.")
-
-
-class SearchBody(SearchQuery):
-    """A search as JSON."""
-
-    where: dict[str, str | int | float | bool] = Field({}, description="Column to value.")  # type: ignore[assignment]
-    image: str | None = Field(None, description="An image file in base64.")
-
-
-class ExplainBody(SearchBody):
-    """An explanation as JSON."""
-
-    id: str = Field(description="Id of an item.")
 
 
 class ProblemBody(BaseModel):
@@ -102,20 +81,29 @@ class Service:
 
     def __init__(self, backends: Mapping[str, Backend], access: Access, limits: Limits) -> None:
         self.backends, self.access, self.limits, self.metrics = dict(backends), access, limits, Metrics()
+        self._parsing = Pool(PARSERS, "mmref json")
+        self._items: dict[str, int] = {}  # of each index, as its last answer said
+        self._health: tuple[float, dict[str, str]] = float("-inf"), {}  # when, and what was found
+        self._looking: asyncio.Task[dict[str, str]] | None = None
 
     # -- searching ---------------------------------------------------------------------------------------------------
 
-    async def search(self, query: Annotated[SearchQuery, Query()]) -> Response:
+    async def search(self, request: Request, query: Annotated[SearchQuery, Query()]) -> Response:
         """Items for a sentence."""
-        return await self._search(query, None)
+        return await self._search(request, query, None)
 
     async def search_by_body(self, request: Request) -> Response:
         """Items for an image, or an image and a sentence, or a sentence that comes as JSON."""
-        return await self._search(*await self._read(request, SearchQuery, SearchBody))
+        return await self._search(request, *await self._read(request, SearchQuery, SearchBody))
 
-    async def _search(self, query: SearchQuery, image: bytes | None) -> Response:
+    async def _search(self, request: Request, query: SearchQuery, image: bytes | None) -> Response:
         name, backend = self._backend(query.index)
-        answer = await self._within(backend.search(self._ask(query, image)))
+        ask = to_ask(query, image, self.limits)
+        if ask.refine and ask.candidates is not None:
+            wanted = min(ask.candidates or self.limits.candidates, self._items.get(name, self.limits.candidates))
+            request.scope["charge"](max(0.0, wanted / CANDIDATES - 1))  # one has been paid
+        answer = await self._within(backend.search(ask))
+        self._items[name] = answer["items"]
         self.metrics.searched(name, answer)
         return JSONResponse(answer)
 
@@ -130,50 +118,23 @@ class Service:
     async def _explain(self, query: SearchQuery, image: bytes | None) -> Response:
         item_id = query.id  # type: ignore[attr-defined]
         _, backend = self._backend(query.index)
-        return JSONResponse(await self._within(backend.call("explain", self._ask(query, image), item_id)))
-
-    def _ask(self, query: SearchQuery, image: bytes | None) -> Ask:
-        """The search of a query within the limits. Raises Refused."""
-        limits = self.limits
-        if query.text and len(query.text) > limits.text:
-            message = f"the sentence has {len(query.text):,} characters."
-            raise refuse(400, "TextTooLong", message, f"Give at most {limits.text:,}.")
-        if query.top > limits.top:
-            message = f"top is {query.top}."
-            raise refuse(400, "TooManyResults", message, f"Ask for at most {limits.top} results.")
-        if image is not None and len(image) > limits.image_bytes:
-            message = f"the image has {len(image):,} bytes."
-            raise refuse(413, "TooLarge", message, f"Send at most {limits.image_bytes:,}.")
-        if isinstance(query.where, dict):
-            where = [(name, str(value)) for name, value in query.where.items()]
-        else:
-            if wrong := [pair for pair in query.where if "=" not in pair]:
-                message = f"the filter {wrong[0][:100]!r} is not of the form COLUMN=VALUE."
-                raise refuse(400, "BadFilter", message, "Write where=COLUMN=VALUE.")
-            where = [(pair.partition("=")[0], pair.partition("=")[2]) for pair in query.where]
-        if len(where) > limits.filters:
-            raise refuse(400, "BadFilter", f"{len(where)} filters.", f"Give at most {limits.filters}.")
-        return Ask(
-            query.text, image, query.image_weight, query.top, query.refine, query.candidates, tuple(sorted(where))
-        )
+        ask = to_ask(query, image, self.limits)
+        return JSONResponse(await self._within(backend.call("explain", ask, item_id)))
 
     async def _read(self, request: Request, query: Any, body: Any) -> tuple[SearchQuery, bytes | None]:
         """Parameters and image of a POST. Raises Refused."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        try:
-            if kind == "application/json":
-                found = body.model_validate_json(await request.body())
-                return found, None if found.image is None else base64.b64decode(found.image, validate=True)
-            if kind.startswith("image/") or kind == "application/octet-stream":
-                given: dict[str, Any] = dict(request.query_params)
-                if "where" in given:
-                    given["where"] = request.query_params.getlist("where")
-                return query.model_validate(given), await request.body()
-        except ValidationError as error:
-            raise Refused(invalid(error.errors())) from None
-        except binascii.Error:
-            message = "the image is not valid base64."
-            raise refuse(400, "UnreadableImage", message, "Encode the bytes of an image file.") from None
+        data = await request.body()
+        if kind == "application/json":
+            return await self._parsing.run(read_json, data, body, self.limits)
+        if kind.startswith("image/") or kind == "application/octet-stream":
+            given: dict[str, Any] = dict(request.query_params)
+            if "where" in given:
+                given["where"] = request.query_params.getlist("where")
+            try:
+                return query.model_validate(given), data
+            except ValidationError as error:
+                raise Refused(invalid(error.errors())) from None
         message = f"a body of type {kind[:100] or 'unknown'!r} cannot be searched with."
         raise refuse(415, "UnknownBody", message, "Send an image (image/png, ...) or application/json.")
 
@@ -203,7 +164,9 @@ class Service:
             self.metrics.holds(name, info)
             found.append(info | {"name": name})
         limits = self.limits
-        allowed = {"text": limits.text, "image_bytes": limits.image_bytes, "pixels": limits.pixels, "top": limits.top}
+        allowed = {
+            name: getattr(limits, name) for name in ("text", "image_bytes", "pixels", "top", "candidates", "filters")
+        }
         return JSONResponse({"indexes": found, "limits": allowed, "version": __version__})
 
     async def item(self, item_id: str, index: str | None = None) -> Response:
@@ -224,18 +187,29 @@ class Service:
 
     async def healthz(self) -> Response:
         """Whether every index answers."""
+        when, states = self._health
+        if time.monotonic() - when > HEALTH_KEPT_S:
+            looking = self._looking
+            if looking is None or looking.done() or looking.get_loop() is not asyncio.get_running_loop():
+                looking = self._looking = asyncio.ensure_future(self._look())
+            states = await asyncio.shield(looking)  # one look for all who ask meanwhile
+        healthy = all(state == "ok" for state in states.values())
+        return JSONResponse({"status": "ok" if healthy else "failing", "indexes": states}, 200 if healthy else 503)
+
+    async def _look(self) -> dict[str, str]:
+        """How every index is."""
 
         async def well(backend: Backend) -> str:
             try:
                 async with asyncio.timeout(HEALTH_S):
-                    await backend.call("info")
+                    await backend.call("health")
             except Exception as error:  # whatever it is, the index does not answer
                 return type(error).__name__
             return "ok"
 
         states = dict(zip(self.backends, await asyncio.gather(*(well(b) for b in self.backends.values()))))
-        healthy = all(state == "ok" for state in states.values())
-        return JSONResponse({"status": "ok" if healthy else "failing", "indexes": states}, 200 if healthy else 503)
+        self._health = time.monotonic(), states
+        return states
 
     async def prometheus(self) -> Response:
         """Counters for Prometheus."""
@@ -249,7 +223,7 @@ class Service:
         if kind.lower() != "bearer" or not self.access.accepts(token.strip()):
             raise refuse(401, "WrongToken", "this is not the token of the service.", "Ask whoever runs it.")
         response = Response(status_code=204)
-        response.set_cookie(COOKIE, self.access.cookie(), httponly=True, samesite="strict")
+        response.set_cookie(self.access.cookie_name, self.access.cookie(), httponly=True, samesite="strict")
         return response
 
 
@@ -304,14 +278,6 @@ def _static(file: str, kind: str) -> Any:
 def as_response(problem: Problem) -> Response:
     """A problem as an answer."""
     return JSONResponse(problem.body(), problem.status, problem.headers())
-
-
-def invalid(errors: Any) -> Problem:
-    """What pydantic finds wrong, in words."""
-    said = "; ".join(
-        f"{'.'.join(str(at) for at in e['loc'] if at != 'query') or 'body'}: {e['msg']}" for e in errors[:3]
-    )
-    return Problem(422, "InvalidRequest", f"{said}."[:500], EXPLAINED)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

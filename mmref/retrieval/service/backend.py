@@ -8,16 +8,23 @@ import logging
 import os
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from mmref.retrieval.service.engine import Ask, Engine, Prepared, Reply
 from mmref.retrieval.service.limits import Limits
-from mmref.retrieval.service.problems import Refused, refuse
+from mmref.retrieval.service.pools import Pool
+from mmref.retrieval.service.problems import Problem, Refused, refuse
 
 BATCH = 32  # queries encoded and ranked together
-THREADS = 8  # requests of one engine that are worked on at once
-ONGOING = 64  # requests a replica holds, batches among them
+# requests of one engine that are worked on at once: what is slow keeps none of another kind waiting
+THREADS = {"search": 1, "prepare": 2, "decode": 4, "explain": 2, "items": 2, "thumbnails": 2, "images": 4, "health": 1}
+POOLS = {  # of the methods of an engine
+    "explain": "explain", "info": "items", "item": "items", "thumbnail": "thumbnails", "image": "images", "health": "health",
+}  # fmt: skip
+STUCK = Problem(
+    503, "Stuck", "a search does not come to an end.", "Look into the log of `mmref serve`, and start it again."
+)
+ONGOING = 1024  # requests a replica holds: more than the service lets in, or a probe would wait behind them
 ONGOING_WANTED = 8  # more than so many for each replica: one more is started
 RETRY_S = 0.2  # before a request that lost its replica goes to another
 PATIENCE_S = 45.0  # for another one to be there
@@ -45,14 +52,15 @@ class Worker:
     def __init__(self, engine: Engine, threads: int | None = None) -> None:
         self.engine = engine
         # libraries keep the number for each calling thread
-        prepare = (lambda: None) if threads is None else functools.partial(_use_threads, threads)
-        self._threads = ThreadPoolExecutor(THREADS, "mmref", prepare)
+        prepare = None if threads is None else functools.partial(_use_threads, threads)
+        self._pools = {name: Pool(count, f"mmref {name}", prepare) for name, count in THREADS.items()}
         self._waiting: deque[tuple[Prepared, asyncio.Future[Reply]]] = deque()
         self._batches: asyncio.Task[None] | None = None
+        self._searching_since: float | None = None  # a batch
 
     async def search(self, ask: Ask) -> Reply:
         """Prepared alone, answered with whatever else has arrived."""
-        prepared, problem = await self.call("prepare", ask)
+        prepared, problem = await self._reply("decode" if ask.image else "prepare", self.engine.prepare, ask)
         if problem:
             return None, problem
         loop = asyncio.get_running_loop()
@@ -60,7 +68,11 @@ class Worker:
         self._waiting.append((prepared, reply))
         if self._batches is None:
             self._batches = loop.create_task(self._answer())
-        return await reply
+        try:
+            return await reply
+        except asyncio.CancelledError:  # nobody waits any more: its image is let go at once
+            self._waiting = deque(pair for pair in self._waiting if pair[1] is not reply)
+            raise
 
     async def _answer(self) -> None:
         try:
@@ -73,26 +85,33 @@ class Worker:
             self._batches = None
 
     async def _answer_batch(self, batch: tuple[Prepared, ...], replies: tuple[asyncio.Future[Reply], ...]) -> None:
+        self._searching_since = time.monotonic()
         try:
-            found = await self._run(self.engine.search, batch)
+            found = await self._pools["search"].run(self.engine.search, batch)
         except Exception as error:
             for reply in replies:
                 if not reply.done():
                     reply.set_exception(error)
             return
+        finally:
+            self._searching_since = None
         for reply, answer in zip(replies, found):
             if not reply.done():
                 reply.set_result(answer)
 
     async def call(self, method: str, *args: Any) -> Reply:
-        """Another method of the engine. Refusals travel as values: Ray would turn exceptions into tracebacks."""
+        """Another method of the engine, on threads of its own kind."""
+        began = self._searching_since
+        if method == "health" and began is not None and time.monotonic() - began > self.engine.limits.timeout_s:
+            return None, STUCK
+        return await self._reply(POOLS[method], getattr(self.engine, method), *args)
+
+    async def _reply(self, pool: str, work: Any, *args: Any) -> Reply:
+        """Refusals travel as values: Ray would turn exceptions into tracebacks."""
         try:
-            return await self._run(getattr(self.engine, method), *args), None
+            return await self._pools[pool].run(work, *args), None
         except Refused as refused:
             return None, refused.problem
-
-    async def _run(self, work: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
 
 def _use_threads(threads: int) -> None:

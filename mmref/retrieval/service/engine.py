@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmref.data.decode import decode_rgb, image_format
-from mmref.errors import MMRefError, PixelLimitError, QueryError, SampleError
+from mmref.errors import MMRefError, PixelLimitError, QueryError, SampleError, StorageError
+from mmref.locations import is_url
 from mmref.retrieval.explain import explain
 from mmref.retrieval.searcher import Query, Result, Searcher
 from mmref.retrieval.service.limits import Limits
@@ -73,6 +75,7 @@ class Engine:
         self.limits = limits
         self._searcher = Searcher(index)
         self._info: tuple[Searcher, dict[str, Any]] | None = None
+        self._remote = threading.Semaphore(limits.remote_images)
         self._closed = threading.Event()
         if watch:
             threading.Thread(target=self._watch, name=f"watch {index}", daemon=True).start()
@@ -122,6 +125,7 @@ class Engine:
         for i, p in enumerate(batch):
             groups.setdefault((p.ask.top, p.ask.refine, p.ask.candidates, p.ask.where), []).append(i)
         found: list[tuple[list[Result], Problem | None]] = [([], None)] * len(batch)
+        refined = [0] * len(batch)
         for (top, refine, candidates, where), members in groups.items():
             try:
                 among = self._rows(searcher, batch[members[0]].ask) if where else None
@@ -132,11 +136,13 @@ class Engine:
             if among is not None and not len(among):
                 continue
             some = encoded.take(members)
+            most = self._candidates(searcher, candidates, len(searcher) if among is None else len(among))
             with clock.stage("rank"):
-                ranked = searcher.ranker.rank(some, min(top, len(searcher)), refine, candidates, among)
+                ranked = searcher.ranker.rank(some, min(top, len(searcher)), refine, most, among)
             with clock.stage("describe"):
                 for i, results in zip(members, searcher.results(some, *ranked)):
                     found[i] = results, None
+                    refined[i] = most if refine and some.code is not None else 0
         shared = {
             "index": searcher.index.name,
             "items": len(searcher),
@@ -145,9 +151,13 @@ class Engine:
             "batch": len(batch),
         }
         return [
-            (None if problem else shared | {"results": [describe(r) for r in results]}, problem)
-            for results, problem in found
+            (None if problem else shared | {"candidates": n, "results": [describe(r) for r in results]}, problem)
+            for n, (results, problem) in zip(refined, found)
         ]
+
+    def _candidates(self, searcher: Searcher, asked: int | None, available: int) -> int:
+        """How many are refined: where that would be all, as many as the limit allows."""
+        return min(searcher.ranker.candidates(asked, available), max(1, self.limits.candidates))
 
     def _rows(self, searcher: Searcher, ask: Ask) -> NDArray[np.int64]:
         """Rows that the filters of an ask leave."""
@@ -163,8 +173,8 @@ class Engine:
         prepared, searcher = self.prepare(ask), self._searcher
         row = _row(searcher, item_id)
         try:
-            found = explain(searcher, prepared.query, item_id)
-        except SampleError as error:
+            found = explain(searcher, prepared.query, item_id, encoded=self._image_bytes(searcher, item_id))
+        except (SampleError, StorageError) as error:
             raise _gone(item_id, error) from None
         encoded = searcher.encode([prepared.query])
         rows, cosine = np.array([[row]]), np.array([[found.cosine]], np.float32)
@@ -209,6 +219,12 @@ class Engine:
             )
         return self._info[1]
 
+    def health(self) -> None:
+        """Read of the index what every search reads. Raises whatever keeps it from that."""
+        searcher = self._searcher
+        searcher.ranker.matrices[0][:1].sum()
+        searcher.items.slice(0, 1).to_pylist()
+
     def item(self, item_id: str) -> dict[str, Any]:
         """Columns of an item; where its file lies is not told. Raises Refused."""
         searcher = self._searcher
@@ -227,15 +243,41 @@ class Engine:
         searcher = self._searcher
         _row(searcher, item_id)
         try:
-            data = searcher.image_bytes(item_id)
+            data = self._image_bytes(searcher, item_id)
             kind = SHOWN.get(image_format(data) or "")
             if kind:
                 return data, kind
             file = io.BytesIO()
             Image.fromarray(decode_rgb(data, item_id)).save(file, "PNG")
-        except SampleError as error:
+        except (SampleError, StorageError) as error:
             raise _gone(item_id, error) from None
         return file.getvalue(), "image/png"
+
+    def _image_bytes(self, searcher: Searcher, item_id: str) -> bytes:
+        """An image as it was indexed. One behind a URL has a moment to come: whoever waits for it holds a thread. Raises
+        Refused, and as `Searcher.image_bytes`."""
+        if not is_url(searcher.item(item_id)["path"]):
+            return searcher.image_bytes(item_id)
+        if not self._remote.acquire(blocking=False):
+            raise refuse(429, "Busy", "too many images are being fetched.", "Ask again in a moment.", 1)
+        fetched: Future[bytes] = Future()
+
+        def fetch() -> None:
+            try:
+                fetched.set_result(searcher.image_bytes(item_id))
+            except BaseException as error:
+                fetched.set_exception(error)
+            finally:
+                self._remote.release()
+
+        # ends with its host's patience, not with ours; the process waits for no such thread when it ends
+        threading.Thread(target=fetch, name="mmref fetch", daemon=True).start()
+        try:
+            return fetched.result(self.limits.remote_s)
+        except TimeoutError:
+            log.warning("the image of %s: nothing within %g s", item_id, self.limits.remote_s)
+            message = f"the image of {item_id!r} has not come from where it lies within {self.limits.remote_s:g} s."
+            raise refuse(404, "ImageUnreachable", message, "Ask again later: its host is slow, or down.", 30) from None
 
 
 class Clock:
@@ -290,7 +332,7 @@ def _row(searcher: Searcher, item_id: str) -> int:
         raise refuse(404, "UnknownItem", f"{name} has no item {item_id[:200]!r}.", fix) from None
 
 
-def _gone(item_id: str, error: SampleError) -> Refused:
+def _gone(item_id: str, error: MMRefError) -> Refused:
     log.warning("the image of %s: %s", item_id, error)
     fix = "Its file has been moved or changed: put it back, or make the index again."
     return refuse(404, "ImageGone", f"the image of {item_id!r} cannot be read any more.", fix)

@@ -1,30 +1,39 @@
-"""What every request passes before it is answered: host, token, rate, size, time; and what every answer carries."""
+"""What every request passes before it is answered: host, token, rate, size, pace; and what every answer carries.
+
+The guard alone receives: it takes the body whole, so that what is being sent, being worked on and being taken are limited
+each for itself, and then waits for the client to leave, so that nobody works for one that has gone.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
+import contextlib
 import json
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
+from urllib.parse import parse_qsl
 
+from mmref.retrieval.service.access import Access, Rates
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.metrics import Metrics
 from mmref.retrieval.service.problems import INTERNAL, Problem, Refused, refuse
+from mmref.retrieval.service.transfers import Transfer, Transfers, busy
 
 log = logging.getLogger(__name__)
 
-COOKIE = "mmref"
-OPEN = ("/", "/page.css", "/page.js", "/icon.svg", "/healthz", "/session")  # need no token: they hold no data
-COSTS = {"/search": 1.0, "/explain": 5.0, "/session": 5.0}  # of the rate; an explanation encodes an image 50 times
+STATIC = ("/", "/page.css", "/page.js", "/icon.svg")
+OPEN = (*STATIC, "/healthz", "/session")  # need no token: they hold no data
+FREE = (*OPEN, "/metrics")  # are answered however many others are: whoever looks after the service asks them
+BODIES = ("/search", "/explain")  # take one, by POST
+# of the rate; an explanation encodes an image 50 times, a page shows a hundred thumbnails at once
+COSTS = {"search": 1.0, "explain": 5.0, "session": 5.0, "image": 0.5, "thumbnail": 0.1}
 MISSED_TOKEN = 5.0
-CLIENTS = 10_000  # addresses whose rate is kept
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PIECE = 65_536  # bytes of an answer that are handed on at once
+SEVERAL = ("where",)  # parameters that may come more than once
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -39,64 +48,23 @@ HEADERS = {
 Scope = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Access:
-    """Who may ask. Without a token only this machine may, and only by the names of loopback: a page of another site
-    whose name is made to point at 127.0.0.1 is refused."""
-
-    token: str | None = None
-    hosts: tuple[str, ...] = LOOPBACK  # accepted in the Host header where there is no token
-
-    def cookie(self) -> str:
-        """What a browser keeps instead of the token."""
-        return hmac.new((self.token or "").encode(), b"mmref page", hashlib.sha256).hexdigest()
-
-    def accepts(self, token: str) -> bool:
-        """Whether it is the token."""
-        return self.token is not None and hmac.compare_digest(token.encode(), self.token.encode())
-
-    def admits(self, headers: dict[str, str]) -> bool:
-        """Whether a request brings the token, or the cookie given for it."""
-        if self.token is None:
-            return True
-        kind, _, value = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and self.accepts(value.strip()):
-            return True
-        try:
-            cookies = SimpleCookie(headers.get("cookie", ""))
-        except CookieError:
-            return False
-        return COOKIE in cookies and hmac.compare_digest(cookies[COOKIE].value.encode(), self.cookie().encode())
-
-
-class Rates:
-    """A bucket of tokens for each client, filled at `rate` a second up to `burst`."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self.rate, self.burst = rate, burst
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> left, when
-
-    def take(self, client: str, cost: float, now: float) -> float:
-        """Take from a client's bucket; seconds to wait where there is not enough, else 0."""
-        if not self.rate:
-            return 0.0
-        left, then = self._buckets.pop(client, (self.burst, now))
-        left = min(self.burst, left + self.rate * (now - then))
-        wait = max(0.0, (cost - left) / self.rate)
-        self._buckets[client] = (left if wait else left - cost, now)
-        while len(self._buckets) > CLIENTS:
-            self._buckets.popitem(last=False)
-        return wait
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
 
 
 @dataclass
 class Exchange:
-    """One request on its way: what has come in, and whether an answer has begun."""
+    """One request on its way."""
 
-    began: float
-    received: int = 0
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
+    client: str
+    headers: dict[str, str]
+    transfer: Transfer
+    send: Any
+    abort: Callable[[], None]  # end the connection at once
+    status: int = 0  # of the answer, once it has begun
+    complete: bool = False  # the answer has been handed on
+    refused: Refused | None = None  # instead of the answer, for which there is no room
+    flight: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # left when the answer begins
 
 
 class Guard:
@@ -105,91 +73,207 @@ class Guard:
     def __init__(self, app: Any, access: Access, limits: Limits, metrics: Metrics) -> None:
         self.app, self.access, self.limits, self.metrics = app, access, limits, metrics
         self.rates = Rates(limits.rate, limits.burst)
-        self.in_flight = 0
+        self.transfers = Transfers(limits, metrics)
+        self.in_flight: Counter[str] = Counter()  # by client
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        exchange = Exchange(time.perf_counter(), headers=headers)
-        self.in_flight += 1
-        self.metrics.in_flight.set(self.in_flight)
-        try:
-            await self._answer(scope, receive, send, exchange)
-        finally:
-            self.in_flight -= 1
-            self.metrics.in_flight.set(self.in_flight)
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, str(exchange.status or 499)).inc()  # 499: the client left first
-            self.metrics.seconds.labels(route).observe(time.perf_counter() - exchange.began)
+        began = time.perf_counter()
+        headers = _joined(scope["headers"])
+        client = self.access.client((scope.get("client") or ("local",))[0], headers)
+        transport = scope.get("state", {}).get("transport")
+        with self.transfers.of(client) as transfer:
+            abort = transport.abort if transport else lambda: None
+            exchange = Exchange(client, headers, transfer, send, abort)
+            try:
+                await self._answer(scope, receive, exchange)
+            finally:
+                exchange.flight.close()
+                route = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in BODIES else "other")
+                self.metrics.requests.labels(route, str(exchange.status or 499)).inc()  # 499: the client left first
+                self.metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
-    async def _answer(self, scope: Scope, receive: Any, send: Any, exchange: Exchange) -> None:
-        async def guarded_send(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                message["headers"] = _with_headers(message["headers"])
-            await send(message)
-
-        async def guarded_receive() -> Any:
-            return await self._receive(receive, exchange)
+    async def _answer(self, scope: Scope, receive: Any, exchange: Exchange) -> None:
+        async def send(message: Any) -> None:
+            await self._send(message, exchange)
 
         try:
             self._check(scope, exchange)
-            await self.app(scope, guarded_receive, guarded_send)
+            body = b""
+            if scope["method"] == "POST" and scope["path"] in BODIES:
+                body = await self._body(receive, exchange)
+            if scope["path"] not in FREE:
+                exchange.flight.enter_context(self._flying(exchange.client))
+            await self._work(scope, body, receive, send, exchange)
+        except ClientLeft:
+            pass
         except Refused as refused:
             if not exchange.status:
-                await respond(guarded_send, refused.problem)
+                await respond(send, refused.problem)
         except Exception:
             log.exception("%s %s", scope["method"], scope["path"])
             if not exchange.status:
-                await respond(guarded_send, INTERNAL)
+                await respond(send, INTERNAL)
+
+    # -- what is refused before it is read ---------------------------------------------------------------------------
 
     def _check(self, scope: Scope, exchange: Exchange) -> None:
         """Raise Refused for a request that is not to be read."""
-        headers, path = exchange.headers, scope["path"]
-        client = (scope.get("client") or ("local",))[0]
+        headers, path, client = exchange.headers, scope["path"], exchange.client
         if self.access.token is None and _host(headers.get("host", "")) not in self.access.hosts:
             message = f"the host {headers.get('host', '')[:100]!r} is not this service."
             raise refuse(421, "WrongHost", message, f"Ask for it by {' or '.join(self.access.hosts)}.")
         # the page's own requests say same-origin or none; another site's are refused before they cost anything
         if headers.get("sec-fetch-site", "none") == "cross-site" and path != "/":
             raise refuse(403, "CrossSite", "the request comes from another site.", "Open the page of the service.")
-        if path not in OPEN and not self.access.admits(headers):
-            self._take(client, MISSED_TOKEN)
-            raise refuse(
-                401, "TokenMissing", "the request brings no valid token.", "Send it: `Authorization: Bearer TOKEN`."
-            )
-        if self.in_flight > self.limits.in_flight:
-            raise refuse(429, "Busy", "too many requests are being answered.", "Ask again in a moment.", 1)
-        if cost := COSTS.get(path):
+        admitted = self.access.admits(headers)
+        if not admitted and path not in STATIC and path != "/healthz":
+            # a bucket of their own: whoever guesses empties none of a valid user of the same address
+            self._take(("missed", client), MISSED_TOKEN)
+            if path != "/session":
+                fix = "Send it: `Authorization: Bearer TOKEN`."
+                raise refuse(401, "TokenMissing", "the request brings no valid token.", fix)
+        elif cost := COSTS.get(path.lstrip("/").partition("/")[0]):
             self._take(client, cost)
+        if path not in STATIC:
+            self._check_parameters(scope["query_string"])
+        if path not in FREE:
+            self._check_flight(client)
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self.limits.body_bytes:
+        if not length.isdigit() or len(length) > 20 or int(length) > self.limits.body_bytes:
             raise self._too_large()
+        # what an endpoint finds to cost more; with what has been paid it fits into a full bucket
+        scope["charge"] = lambda more: self._take(client, min(more, self.limits.burst - 1))
 
-    def _take(self, client: str, cost: float) -> None:
+    def _take(self, client: Any, cost: float) -> None:
         if wait := self.rates.take(client, cost, time.monotonic()):
             message = f"more than {self.limits.rate:g} requests a second."
             raise refuse(429, "TooManyRequests", message, f"Wait {wait:.1f} s.", max(1, round(wait + 0.5)))
 
-    async def _receive(self, receive: Any, exchange: Exchange) -> Any:
-        """The next part of a body, up to the limits of size and time."""
-        left = self.limits.timeout_s - (time.perf_counter() - exchange.began)
+    def _check_parameters(self, query: bytes) -> None:
+        most = self.limits.parameters
+        if query.count(b"&") >= most:
+            raise refuse(400, "TooManyParameters", f"more than {most} parameters.", "Leave out what is none of ours.")
+        names = Counter(name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+        for name, times in names.items():
+            if times > 1 and name not in SEVERAL:
+                message = f"{name[:100]!r} comes {times} times."
+                raise refuse(400, "RepeatedParameter", message, "Give it once: only `where` may come more than once.")
+
+    def _check_flight(self, client: str) -> None:
+        if self.in_flight.total() >= self.limits.in_flight or self.in_flight[client] >= self.limits.client_in_flight:
+            raise busy()
+
+    @contextlib.contextmanager
+    def _flying(self, client: str) -> Iterator[None]:
+        """While a request is worked on. Raises Refused."""
+        self._check_flight(client)
+        self.in_flight[client] += 1
+        self.metrics.in_flight.set(self.in_flight.total())
         try:
-            message = await asyncio.wait_for(receive(), max(left, 0.001))
+            yield
+        finally:
+            self.in_flight[client] -= 1
+            if not self.in_flight[client]:
+                del self.in_flight[client]
+            self.metrics.in_flight.set(self.in_flight.total())
+
+    # -- what is sent, worked on, taken ------------------------------------------------------------------------------
+
+    async def _body(self, receive: Any, exchange: Exchange) -> bytes:
+        """The whole body, as long as it keeps coming. Raises Refused, ClientLeft."""
+        limits, transfer, now = self.limits, exchange.transfer, asyncio.get_running_loop().time
+        parts: list[bytes] = []
+        counted = 0  # of what has moved, when the client was last found fast enough
+
+        def give_up() -> None:
+            with contextlib.suppress(RuntimeError):  # it has run out of time in this very moment
+                pace.reschedule(now())
+
+        try:
+            async with asyncio.timeout(limits.stalled_s) as pace:
+                with self.transfers.moving(transfer, give_up, uploading=True):
+                    while True:
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            raise ClientLeft
+                        parts.append(message.get("body", b""))
+                        if transfer.moved + len(parts[-1]) > limits.body_bytes:
+                            raise self._too_large()
+                        self.transfers.hold(transfer, len(parts[-1]))
+                        self.transfers.move(transfer, len(parts[-1]))
+                        if not message.get("more_body", False):
+                            return b"".join(parts)
+                        if transfer.moved - counted >= limits.stalled_bytes:
+                            counted = transfer.moved
+                            pace.reschedule(now() + limits.stalled_s)
         except TimeoutError:
-            message = f"the request has not arrived within {self.limits.timeout_s:g} s."
-            raise refuse(408, "TooSlow", message, "Send it at once.") from None
-        exchange.received += len(message.get("body", b""))
-        if exchange.received > self.limits.body_bytes:
-            raise self._too_large()
-        return message
+            said = f"the request arrives too slowly: {limits.stalled_bytes:,} bytes are wanted each {limits.stalled_s:g} s."
+            raise refuse(408, "TooSlow", said, "Send it at once.") from None
+
+    async def _work(self, scope: Scope, body: bytes, receive: Any, send: Any, exchange: Exchange) -> None:
+        """Let the application answer, for as long as the client is there. Raises what it raises, and ClientLeft."""
+        leaving = asyncio.ensure_future(_left(receive))
+        whole: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def received() -> Any:
+            if not whole:
+                await asyncio.shield(leaving)
+            return whole.pop() if whole else {"type": "http.disconnect"}
+
+        answering = asyncio.ensure_future(self.app(scope, received, send))
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not exchange.complete and not answering.done():
+                answering.cancel()  # drops what waits for a thread; what runs is not waited for
+                await asyncio.wait((answering,))
+            if answering.cancelled():
+                raise ClientLeft
+            await answering
+            if exchange.refused:
+                raise exchange.refused
+        finally:
+            answering.cancel()
+            leaving.cancel()
+
+    async def _send(self, message: Any, exchange: Exchange) -> None:
+        """Hand on a part of an answer, in pieces that wait until the client has taken those before."""
+        if message["type"] == "http.response.start":
+            length = next((int(value) for name, value in message["headers"] if name == b"content-length"), 0)
+            try:
+                if length > PIECE:
+                    self.transfers.hold(exchange.transfer, length)
+            except Refused as refused:
+                exchange.refused = refused
+                return
+            exchange.flight.close()
+            exchange.status = message["status"]
+            await exchange.send(message | {"headers": _with_headers(message["headers"])})
+            return
+        if exchange.refused and not exchange.status:
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        with self.transfers.moving(exchange.transfer, exchange.abort):
+            for start in range(0, len(body), PIECE):
+                piece, rest = body[start : start + PIECE], start + PIECE < len(body)
+                await exchange.send({"type": "http.response.body", "body": piece, "more_body": rest or more})
+                self.transfers.move(exchange.transfer, len(piece))
+        if not body:
+            await exchange.send(message)
+        exchange.complete = not more
 
     def _too_large(self) -> Refused:
         message = f"the request is larger than {self.limits.body_bytes:,} bytes."
         return refuse(413, "TooLarge", message, f"Send an image of at most {self.limits.image_bytes:,} bytes.")
+
+
+async def _left(receive: Any) -> None:
+    """Return when the client has left, or the answer is complete; what still arrives is dropped."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def respond(send: Any, problem: Problem) -> None:
@@ -199,6 +283,16 @@ async def respond(send: Any, problem: Problem) -> None:
     headers = [(name.encode(), value.encode()) for name, value in said.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _joined(headers: Any) -> dict[str, str]:
+    """Headers by name; one that comes in several lines is one list."""
+    found: dict[str, str] = {}
+    for raw_name, raw_value in headers:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        separator = "; " if name == "cookie" else ", "
+        found[name] = f"{found[name]}{separator}{value}" if name in found else value
+    return found
 
 
 def _with_headers(headers: Any) -> list[tuple[bytes, bytes]]:

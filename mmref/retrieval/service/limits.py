@@ -1,25 +1,63 @@
-"""What a request may ask of the service."""
+"""What a request, a client, and all clients together may ask of the service: every limit there is."""
 
 from __future__ import annotations
 
+import contextlib
+import resource
 from dataclasses import dataclass
+
+FILES_KEPT = 256  # descriptors that are left to indexes, images and Ray
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Beyond these a request is refused (4xx)."""
+    """Beyond these a request is refused (4xx), or its connection given up. A client is an address; an IPv6 one, its /64."""
 
+    # of one request
     text: int = 1000  # characters of a query
     image_bytes: int = 10_000_000
     pixels: int = 40_000_000  # of an image that is searched with
+    json_bytes: int = 65_536  # of a JSON body without its image
     top: int = 100  # results
+    candidates: int = 10_000  # that are refined
     filters: int = 16
-    rate: float = 50.0  # searches a second of one client; 0: any number
+    filter_text: int = 500  # characters of a filter's column, and of its value
+    parameters: int = 64  # of a URL
+    timeout_s: float = 60.0  # to be answered
+    remote_s: float = 10.0  # for an image that lies behind a URL
+
+    # of time: who moves less is given up
+    headers_s: float = 15.0  # from the first byte of a request, or the connection, to the end of its headers
+    stalled_s: float = 10.0  # to send, or to take, so many
+    stalled_bytes: int = 65_536  # (the rest, where it is less)
+    pressed_bytes_s: int = 100_000  # while room is short for others
+
+    # of one client
+    rate: float = 50.0  # searches a second; 0: any number
     burst: int = 100  # searches at once before the rate counts
-    in_flight: int = 256  # requests of all clients being answered
-    timeout_s: float = 60.0  # to send a request, and to be answered
+    client_in_flight: int = 128  # requests being answered
+    client_uploads: int = 32  # bodies that have begun to arrive
+    client_bytes: int = 128_000_000  # of bodies, and of answers that are being taken
+    client_connections: int = 256
+
+    # of all clients
+    in_flight: int = 256
+    uploads: int = 256
+    bytes: int = 256_000_000
+    connections: int = 4096
+    remote_images: int = 8  # of one index, being fetched from behind URLs
 
     @property
     def body_bytes(self) -> int:
         """A body may hold the image in base64, and words beside it."""
-        return self.image_bytes * 4 // 3 + 65_536
+        return self.image_bytes * 4 // 3 + self.json_bytes
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as the system allows it; the most connections which that leaves room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # some systems say "unlimited" and mean less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1_000_000 if soft == resource.RLIM_INFINITY else max(soft - FILES_KEPT, soft // 2)

@@ -19,6 +19,8 @@ class Metrics:
             "mmref_request_seconds", "Time to answer", ["route"], buckets=BUCKETS, registry=self.registry
         )
         self.in_flight = Gauge("mmref_requests_in_flight", "Requests being answered", registry=self.registry)
+        self.held = Gauge("mmref_bytes_held", "Bytes of bodies and of answers being taken", registry=self.registry)
+        self.given_up = Counter("mmref_given_up", "Slow transfers given up for others", registry=self.registry)
         self.stages = Counter(
             "mmref_stage_seconds", "Time of searches by stage; a batch counts once", ["index", "stage"],
             registry=self.registry,

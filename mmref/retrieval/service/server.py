@@ -10,15 +10,16 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from mmref.cluster import sigterm_unwinds
 from mmref.errors import ServeError
+from mmref.retrieval.service.access import LOOPBACK, Access, Network, network
 from mmref.retrieval.service.backend import Backend, Local, deploy
 from mmref.retrieval.service.engine import Engine
-from mmref.retrieval.service.guard import LOOPBACK, Access
-from mmref.retrieval.service.limits import Limits
+from mmref.retrieval.service.guard import Guard
+from mmref.retrieval.service.limits import Limits, raise_file_limit
 from mmref.texts import read_text
 
 TOKEN = "MMREF_TOKEN"
@@ -47,12 +48,17 @@ def serve_main(argv: list[str]) -> int:
     parser.add_argument(
         "--token-file", metavar="FILE", help=f"file with the token that requests must bring (default: ${TOKEN})"
     )
+    parser.add_argument(
+        "--trusted-proxy", metavar="ADDRESS", type=network, action="append", default=[],
+        help="address or range (10.0.0.0/8) of a proxy whose X-Forwarded-For names the client that limits count; may be repeated",
+    )  # fmt: skip
     defaults = Limits()
     for name, text in (
         ("text", "longest query, characters"),
         ("image_bytes", "largest image of a query"),
         ("pixels", "most pixels of an image of a query"),
         ("top", "most results of a query"),
+        ("candidates", "most candidates of a query that are refined"),
         ("rate", "searches a second of one client; 0: any number"),
     ):
         default = getattr(defaults, name)
@@ -60,7 +66,8 @@ def serve_main(argv: list[str]) -> int:
         parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: %(default)s)")
     args = parser.parse_args(argv)
     chosen = {f.name: getattr(args, f"max_{f.name}") for f in fields(Limits) if hasattr(args, f"max_{f.name}")}
-    serve(args.indexes, args.host, args.port, args.replicas, read_token(args.token_file), Limits(**chosen))
+    limits, token = Limits(**chosen), read_token(args.token_file)
+    serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy)
     return 0
 
 
@@ -82,20 +89,30 @@ def read_token(path: str | None) -> str | None:
     return token or None
 
 
-def serve(indexes: Sequence[str], host: str, port: int, replicas: int, token: str | None, limits: Limits) -> None:
+def serve(
+    indexes: Sequence[str],
+    host: str,
+    port: int,
+    replicas: int,
+    token: str | None,
+    limits: Limits,
+    proxies: Sequence[Network] = (),
+) -> None:
     """Answer until SIGINT or SIGTERM; requests that have begun are answered first.
 
     Args:
         indexes: directories; they are called by the names of their folders.
         replicas: most Ray Serve replicas of each index; 0: in this process.
         token: that requests must bring; needed where `host` is not loopback.
+        proxies: whose word on the address of a client is taken.
 
     Raises:
         ServeError: no token, a port in use, two indexes of one name. SearchIndexError: no complete index.
     """
     from mmref.retrieval.index import Manifest
 
-    access = _access(host, token)
+    access = _access(host, token, proxies)
+    limits = replace(limits, connections=min(limits.connections, raise_file_limit()))
     named = _named(indexes)
     for path in named.values():
         Manifest.read(Path(path))  # before anything is started
@@ -113,13 +130,13 @@ def serve(indexes: Sequence[str], host: str, port: int, replicas: int, token: st
     print("stopped", flush=True)
 
 
-def _access(host: str, token: str | None) -> Access:
+def _access(host: str, token: str | None, proxies: Sequence[Network]) -> Access:
     if token is None and host not in LOOPBACK:
         raise ServeError(
             f"--host {host} is reached from other machines: set a token that requests must bring, "
             f"`export {TOKEN}=$(openssl rand -hex 16)`, or listen on 127.0.0.1."
         )
-    return Access(token)
+    return Access(token, proxies=tuple(proxies))
 
 
 def _named(indexes: Sequence[str]) -> dict[str, str]:
@@ -185,20 +202,20 @@ def _backends(
             yield backends
 
 
-def _run(app: object, listener: socket.socket) -> None:
+def _run(app: Guard, listener: socket.socket) -> None:
     import uvicorn
 
     from mmref.retrieval.service.patience import PatientProtocol
 
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=PatientProtocol,
+        http=PatientProtocol.of(app.limits, app.access),  # type: ignore[arg-type]
         h11_max_incomplete_event_size=LARGEST_HEADERS,
         ws="none",
         lifespan="off",
         log_level="warning",
         access_log=False,
-        proxy_headers=False,  # a client's word on its address would open the rate limit
+        proxy_headers=False,  # the guard knows whose word on a client's address to take
         server_header=False,
         backlog=WAITING,
         timeout_graceful_shutdown=LEAVE_S,

@@ -3,8 +3,9 @@
 load   p50 and p95 of a search and searches a second at 1, 8 and 32 clients that ask again as soon as they are answered,
        with sentences never asked before and with repeated ones; and what each stage of one search takes. The index is
        that of real images, repeated to --items with noise.
-soak   valid and hostile requests side by side for --minutes: no 5xx, no growth of memory; with --kill a replica is
-       killed once a minute and no valid request may fail.
+soak   valid and hostile requests side by side for --minutes, and attacks (attacks.py: heavy images, bodies of keys, begun
+       uploads, half-sent requests, answers not taken, a slow host, guessed tokens): every valid request is answered, no
+       client gets a 5xx, memory and descriptors do not grow; with --kill a replica is killed once a minute besides.
 
 python benchmarks/serve.py load --index INDEX --items 10000 --out load.json
 python benchmarks/serve.py soak --index INDEX --minutes 10 --replicas 1 --kill --out soak.json
@@ -38,11 +39,13 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from attacks import TRAP, Target, attack, head, make_trap, server_errors, slow_host
 from output import write_figures
 from PIL import Image
 
 from mmref.retrieval.index import Manifest
 from mmref.retrieval.searcher import Searcher
+from mmref.retrieval.service.limits import raise_file_limit
 
 START_S = 300
 WARM_UP_S = 2.0
@@ -52,9 +55,18 @@ SETTLED = 0.25  # of a soak, after which memory should not grow
 
 
 @contextlib.contextmanager
-def serving(index: Path, replicas: int, *options: str) -> Iterator[tuple[psutil.Process, int]]:
+def serving(indexes: list[Path], replicas: int, *options: str) -> Iterator[tuple[psutil.Process, int]]:
     """The process of `mmref serve` and its port."""
-    command = [sys.executable, "jobs/serve.py", str(index), "--port", "0", "--replicas", str(replicas), *options]
+    command = [
+        sys.executable,
+        "jobs/serve.py",
+        *map(str, indexes),
+        "--port",
+        "0",
+        "--replicas",
+        str(replicas),
+        *options,
+    ]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
         try:
@@ -79,8 +91,8 @@ def _read(file: Any) -> str:
 class Client:
     """A connection that is kept; opened again when the service has closed it."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, headers: str = "Host: 127.0.0.1\r\n") -> None:
+        self.port, self.headers = port, headers
         self.reader: asyncio.StreamReader | None = None
 
     async def ask(self, target: str, body: bytes = b"", kind: str = "image/png") -> tuple[int, bytes]:
@@ -98,8 +110,10 @@ class Client:
         if self.reader is None:
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
         method = "POST" if body else "GET"
-        head = f"{method} {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\nContent-Type: {kind}\r\n\r\n"
-        self.writer.write(head.encode() + body)
+        sent = (
+            f"{method} {target} HTTP/1.1\r\n{self.headers}Content-Length: {len(body)}\r\nContent-Type: {kind}\r\n\r\n"
+        )
+        self.writer.write(sent.encode() + body)
         try:
             answer = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             length = int(re.search(r"content-length: (\d+)", answer, re.I)[1])  # type: ignore[index]
@@ -213,7 +227,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
             "new": lambda: f"{captions[random.randrange(len(captions))]} {next(numbers)}",
             "repeated": lambda: captions[random.randrange(min(500, len(captions)))],
         }
-        with serving(index, args.replicas, "--max-rate", "0") as (process, port):
+        with serving([index], args.replicas, "--max-rate", "0") as (process, port):
             for kind, sentence in kinds.items():
                 for count in args.clients:
                     found = asyncio.run(clients_at(port, count, args.seconds, sentence))
@@ -308,7 +322,14 @@ async def raw(port: int, rng: random.Random) -> None:
     writer.transport.abort()
 
 
-async def soak_for(args: argparse.Namespace, process: psutil.Process, port: int) -> dict[str, Any]:
+def descriptors(process: psutil.Process) -> int:
+    """Files and connections that the HTTP side has open."""
+    with contextlib.suppress(psutil.Error):
+        return int(process.num_fds())
+    return 0
+
+
+async def soak_for(args: argparse.Namespace, process: psutil.Process, target: Target) -> dict[str, Any]:
     searcher = Searcher(args.index)
     ids = searcher.items["id"].to_pylist()[:2000]
     words = [c for c in searcher.items["caption"].to_pylist()[:2000] if c] or ids
@@ -316,10 +337,17 @@ async def soak_for(args: argparse.Namespace, process: psutil.Process, port: int)
     end = time.monotonic() + 60 * args.minutes
     answers: Counter[str] = Counter()
     wrong: list[str] = []
+    took: list[float] = []
+
+    def note(name: str, status: int, said: object) -> None:
+        answers[f"{name} {status}"] += 1
+        # an attack may hit upon something that is right to answer
+        if status >= 500 or (name != "attack" and (status == 200) != (name == "valid")):
+            wrong.append(f"{name} {status}: {said!r}")
 
     async def keep(seed: int, ask: Callable[[Client, random.Random], Coroutine[Any, Any, Any]], name: str) -> None:
-        client, rng = Client(port), random.Random(seed)
-        while time.monotonic() < end:
+        client, rng = Client(target.port, head(target)), random.Random(seed)
+        while (began := time.monotonic()) < end:
             try:
                 found = await ask(client, rng)
             except (OSError, asyncio.IncompleteReadError, TypeError) as error:
@@ -331,15 +359,22 @@ async def soak_for(args: argparse.Namespace, process: psutil.Process, port: int)
             if found is None:
                 answers[name] += 1
                 continue
-            status, body = found
-            answers[f"{name} {status}"] += 1
-            if status >= 500 or (status == 200) != (name == "valid"):
-                wrong.append(f"{name} {status}: {body[:200]!r}")
+            if name == "valid":
+                took.append(time.monotonic() - began)
+            note(name, found[0], found[1][:200])
+        client.close()
+
+    async def besiege(seed: int) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < end:
+            for status in await attack(target, rng):
+                note("attack", status, "")
 
     tasks = [keep(n, lambda c, r: valid(c, r, words, ids), "valid") for n in range(args.clients)]
     tasks += [keep(100 + n, refused, "hostile") for n in range(2)]
-    tasks += [keep(200 + n, lambda c, r: raw(port, r), "raw") for n in range(2)]
-    samples: list[float] = []
+    tasks += [keep(200 + n, lambda c, r: raw(target.port, r), "raw") for n in range(2)]
+    tasks += [besiege(300 + n) for n in range(args.attackers)]
+    samples: list[tuple[float, int]] = []
     kills = 0
 
     async def watch() -> None:
@@ -347,19 +382,25 @@ async def soak_for(args: argparse.Namespace, process: psutil.Process, port: int)
         began = killed = time.monotonic()
         while time.monotonic() < end:
             await asyncio.sleep(SAMPLE_S)
-            samples.append(memory(process))
+            samples.append((memory(process), descriptors(process)))
             if args.kill and time.monotonic() - killed > 60 and end - time.monotonic() > 45:
                 killed = time.monotonic()
                 kills += _kill_replica(process)
-            print(f"{time.monotonic() - began:.0f} s: {samples[-1]:.0f} MB, {dict(answers)}", flush=True)
+            said = f"{samples[-1][0]:.0f} MB, {samples[-1][1]} descriptors"
+            print(f"{time.monotonic() - began:.0f} s: {said}, {dict(answers)}", flush=True)
 
     await asyncio.gather(*tasks, watch())
+    counters = (await Client(target.port, head(target)).ask("/metrics"))[1].decode()
     settled = samples[int(SETTLED * len(samples)) :]
     half = len(settled) // 2
-    first, last = (float(np.median(part)) for part in (settled[: max(1, half)], settled[half:]))
+    first, last = (float(np.median([m for m, _ in part])) for part in (settled[: max(1, half)], settled[half:]))
+    p50, p95 = np.percentile(took, [50, 95]) * 1000
     return {
         "minutes": args.minutes, "answers": dict(answers), "wrong": wrong[:20], "n_wrong": len(wrong), "kills": kills,
-        "memory_mb": [round(s) for s in samples], "growth": last / first - 1,
+        "valid_unanswered": answers["valid closed"], "valid_p50_ms": float(p50), "valid_p95_ms": float(p95),
+        "counted_5xx": server_errors(counters), "memory_mb": [round(m) for m, _ in samples], "growth": last / first - 1,
+        "descriptors": [d for _, d in samples],
+        "at_quarter": settled[0], "at_end": samples[-1],
     }  # fmt: skip
 
 
@@ -373,8 +414,21 @@ def _kill_replica(process: psutil.Process) -> int:
 
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:
-    with serving(Path(args.index).absolute(), args.replicas, "--max-rate", "0") as (process, port):
-        return asyncio.run(soak_for(args, process, port))
+    raise_file_limit()
+    token = os.urandom(16).hex()
+
+    async def run(folder: Path) -> dict[str, Any]:
+        async with slow_host() as port:
+            large, remote = make_trap(Path(args.index).absolute(), folder / TRAP, port)
+            indexes = [Path(args.index).absolute(), folder / TRAP]
+            (folder / "token").write_text(token)
+            # a rate that valid clients do not reach, or guessed tokens would cost nothing
+            options = ("--max-rate", "5000", "--token-file", str(folder / "token"))
+            with serving(indexes, args.replicas, *options) as (process, served):
+                return await soak_for(args, process, Target(served, token, large, remote))
+
+    with tempfile.TemporaryDirectory() as folder:
+        return asyncio.run(run(Path(folder)))
 
 
 def main() -> None:
@@ -388,6 +442,7 @@ def main() -> None:
     second = parts.add_parser("soak")
     second.add_argument("--minutes", type=float, default=10)
     second.add_argument("--clients", type=int, default=4, help="that ask valid requests")
+    second.add_argument("--attackers", type=int, default=2, help="attacks at a time")
     second.add_argument("--kill", action="store_true", help="kill a replica every minute")
     for part, function in ((first, load), (second, soak)):
         part.add_argument("--index", required=True, help="directory of `mmref index`, of a set with captions")
@@ -399,7 +454,7 @@ def main() -> None:
     result = args.run(args)
     result |= {"cores": os.cpu_count(), "wall_s": time.perf_counter() - began}
     write_figures(result, args.out)
-    if result.get("n_wrong") or result.get("growth", 0) > 0.1:
+    if result.get("n_wrong") or result.get("counted_5xx") or result.get("growth", 0) > 0.1:
         raise SystemExit(1)
 
 

@@ -23,13 +23,14 @@ class Connections:
 
     def __init__(self, limits: Limits, access: Access) -> None:
         self.limits, self.access = limits, access
-        self._open: dict[str | None, set[PatientProtocol]] = defaultdict(set)
+        # in the order they came: clocks of loops are coarse
+        self._open: dict[str | None, dict[PatientProtocol, None]] = defaultdict(dict)
         self._count = 0
 
     def add(self, connection: PatientProtocol) -> None:
         """Count one, and make room."""
         mine = self._open[connection.peer]
-        mine.add(connection)
+        mine[connection] = None
         self._count += 1
         if connection.peer is not None and len(mine) > self.limits.client_connections:
             self._give_up(mine, connection)
@@ -40,12 +41,12 @@ class Connections:
         """Count one no longer."""
         mine = self._open[connection.peer]
         if connection in mine:
-            mine.remove(connection)
+            del mine[connection]
             self._count -= 1
         if not mine:
             del self._open[connection.peer]
 
-    def _give_up(self, among: set[PatientProtocol], newcomer: PatientProtocol) -> None:
+    def _give_up(self, among: dict[PatientProtocol, None], newcomer: PatientProtocol) -> None:
         waiting = [c for c in among if c.waiting_since is not None and c is not newcomer]
         # one that has begun to send before one that is kept for the next request of a client
         chosen = min(waiting, key=lambda c: (c.kept, c.waiting_since), default=newcomer)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from prometheus_client.utils import floatToGoString
 from services import PATIENCE_S, begun, client_of, everything, listening, png
 
 from mmref.retrieval.searcher import Searcher
@@ -263,7 +264,11 @@ def test_answers_that_are_not_taken_are_limited_and_given_up(split_index, item, 
     get = f"GET /image/{item} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     limits = Limits(rate=0, in_flight=2, client_bytes=2 * LARGE, bytes=3 * LARGE, stalled_s=4)
     with listening(split_index, limits) as service:
-        unread = [service.connect(get, f"127.0.0.{1 + n % 4}", 4096) for n in range(12)]
+        unread = []
+        for n in range(12):
+            unread.append(service.connect(get, f"127.0.0.{1 + n % 4}", 4096))
+            if n < 3:
+                service.wait_for(f"mmref_bytes_held {floatToGoString((n + 1) * LARGE)}\n")
         threading.Event().wait(1.2)
         assert service.ask("/search?text=x")[0] == 200, "who takes an answer is not in flight"
         for source in ("127.0.0.1", "127.0.0.9"):

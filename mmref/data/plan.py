@@ -11,6 +11,7 @@ seed, so that a node can hold them on its disk. Several sets take turns by weigh
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -22,6 +23,7 @@ from mmref.config import Config
 from mmref.data.shards import SplitIndex
 from mmref.errors import TooFewObjectsError
 
+STAND_INS = 256  # objects that are tried, at least, where a set has so many, before a step is given up as unreadable
 _U64 = np.uint64
 Ints = NDArray[np.int64]
 
@@ -80,6 +82,12 @@ class Order(Protocol):
     def __call__(self, epoch: int, first: int, count: int) -> Ints:
         """Objects (count,) at places first, first + 1, ... of an epoch, all different. The last step asks beyond its end."""
 
+    def at(self, epoch: int, places: Ints) -> Ints:
+        """Objects at some places of an epoch."""
+
+    def near(self, epoch: int, first: int, count: int) -> tuple[int, int]:
+        """Places [low, high) of an epoch whose objects are read at the same time as those at first, first + 1, ..."""
+
 
 @dataclass(frozen=True)
 class ShuffledOrder:
@@ -89,8 +97,13 @@ class ShuffledOrder:
     seed: int
 
     def __call__(self, epoch: int, first: int, count: int) -> Ints:
-        position = (first + np.arange(count)) % self.n_objects
-        return permute(position, self.n_objects, int(mix(self.seed, epoch, 1)))
+        return self.at(epoch, (first + np.arange(count)) % self.n_objects)
+
+    def at(self, epoch: int, places: Ints) -> Ints:
+        return permute(places, self.n_objects, int(mix(self.seed, epoch, 1)))
+
+    def near(self, epoch: int, first: int, count: int) -> tuple[int, int]:
+        return 0, self.n_objects
 
 
 class WindowedOrder:
@@ -106,14 +119,26 @@ class WindowedOrder:
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
 
     def __call__(self, epoch: int, first: int, count: int) -> Ints:
+        return self.at(epoch, self._within(first, count) + np.arange(count))
+
+    def at(self, epoch: int, places: Ints) -> Ints:
         shards, shard_at, window_at = self._epoch(epoch)
-        position = min(first, int(self.shard_start[-1]) - count) + np.arange(count)
-        window = np.searchsorted(window_at, position, side="right") - 1
+        window = np.searchsorted(window_at, places, side="right") - 1
         size = window_at[window + 1] - window_at[window]
-        inside = permute(position - window_at[window], size, mix(self.seed, epoch, window, 6))
+        inside = permute(places - window_at[window], size, mix(self.seed, epoch, window, 6))
         place = window_at[window] + inside  # among the epoch's objects, shard after shard
         shard = np.searchsorted(shard_at, place, side="right") - 1
         return self.shard_start[shards[shard]] + place - shard_at[shard]
+
+    def near(self, epoch: int, first: int, count: int) -> tuple[int, int]:
+        window_at, first = self._epoch(epoch)[2], self._within(first, count)
+        low = np.searchsorted(window_at, first, side="right") - 1
+        high = np.searchsorted(window_at, first + count, side="left")
+        return int(window_at[low]), int(window_at[high])
+
+    def _within(self, first: int, count: int) -> int:
+        """The first place of a step, moved back where it would reach beyond the end of the epoch."""
+        return min(first, int(self.shard_start[-1]) - count)
 
     def shards(self, epoch: int) -> Ints:
         """Shards in the order of an epoch."""
@@ -185,6 +210,35 @@ class Plan:
         key = int(mix(self.seed, step, position, 4))
         return others[int(permute(np.array([attempt]), len(others), key)[0])]
 
+    def stand_ins(self, step: int, slot: int) -> Iterator[Ints]:
+        """Objects that may take the place of the object at `slot` of a step when none of its images can be read: the images of
+        one after the other, in the order in which they are to be used.
+
+        They are drawn by the seed from the objects outside the step, those that are read at the same time first, and each slot
+        has a share of its own of them: two slots that need one do not take the same. When a share is used up, those of the
+        other slots follow, and the step's own objects at last. An object that is in a step twice is right as well: what is a
+        positive is told by the object.
+        """
+        epoch, within = divmod(step, self.steps_per_epoch)
+        assert self.order is not None
+        first, count = within * self.objects_per_step, self.objects_per_step
+        own = self.order(epoch, first, count)
+        drawn: list[int] = []
+        for low, high in (self.order.near(epoch, first, count), (0, self.n_objects)):
+            some = np.arange(min(high - low, 2 * count + STAND_INS))
+            drawn += self.order.at(epoch, low + permute(some, high - low, int(mix(self.seed, step, 8)))).tolist()
+        taken = set(own.tolist())
+        outside = [row for row in dict.fromkeys(drawn) if row not in taken]
+        for turn in range(count):
+            yield from self._images(step, slot, outside[(slot + turn) % count :: count])
+        yield from self._images(step, slot, np.roll(own, -slot)[1:].tolist())
+
+    def _images(self, step: int, slot: int, objects: list[int]) -> Iterator[Ints]:
+        """All images of each object in a seeded order."""
+        for row in objects:
+            start, size = int(self.object_start[row]), int(self.object_start[row + 1] - self.object_start[row])
+            yield start + permute(np.arange(size), size, int(mix(self.seed, step, slot, row, 9)))
+
 
 PERIOD = 1000  # steps in which each set of a mixture has its share exactly
 
@@ -231,6 +285,12 @@ class MixedPlan:
         part, own = self.turn(step)
         found = self.plans[part].substitute(own, position, attempt)
         return None if found is None else found + int(self.first_image[part])
+
+    def stand_ins(self, step: int, slot: int) -> Iterator[Ints]:
+        """As Plan.stand_ins: objects of the step's own set."""
+        part, own = self.turn(step)
+        for images in self.plans[part].stand_ins(own, slot):
+            yield images + self.first_image[part]
 
 
 def build_plan(config: Config, index: SplitIndex) -> Plan | MixedPlan:

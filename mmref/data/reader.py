@@ -1,4 +1,9 @@
-"""Reads what the plan asks for: byte ranges -> pixels and tokens, broken samples replaced by a seeded rule."""
+"""Reads what the plan asks for: byte ranges -> pixels and tokens, broken samples replaced by a seeded rule.
+
+A broken sample's place is taken by another image of its object, and where the object has none that can be read, by an image
+of another object. Who takes it is a function of the plan and of what is broken, so it is the same on any number of workers
+and after a resume; a batch says whose samples it really holds.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,14 @@ from numpy.typing import NDArray
 from mmref.config import Config
 from mmref.data.captions import CaptionNoise, usable_captions
 from mmref.data.decode import decode_image
-from mmref.data.plan import build_plan
+from mmref.data.plan import Step, build_plan
 from mmref.data.shards import open_reader, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import SampleError
 
 Batch = dict[str, NDArray[Any]]
+Sample = tuple[int, NDArray[np.uint8], str, str]  # image of the index, pixels, caption, what was broken before it
+SHOWN = 5  # broken images in an error message
 
 
 class StepReader:
@@ -50,7 +57,7 @@ class StepReader:
         return {
             "step": np.full(n, step, dtype=np.int64),
             "position": np.arange(self.positions.start, self.positions.stop, dtype=np.int64),
-            "object": planned.objects[self.positions.start : self.positions.stop],
+            "object": self.index.object_row[used].astype(np.int64),
             "image_index": np.array(used, dtype=np.int64),
             "image": np.stack(images),
             "ids": ids,
@@ -58,24 +65,56 @@ class StepReader:
             "bad": np.array(bad, dtype=object),
         }
 
-    def _read(self, planned: Any, step: int, position: int) -> tuple[int, NDArray[np.uint8], str, str]:
+    def _read(self, planned: Step, step: int, position: int) -> Sample:
         problems: list[str] = []
         index, attempt = int(planned.images[position]), 0
         while True:
             try:
-                pixels, captions = self.read_image(index)
-                number = int(planned.captions[position]) % len(captions)
-                return index, pixels, self.noise(captions[number], index, number), "\n".join(problems)
+                return self._sample(planned, position, index, *self.read_image(index), problems)
             except SampleError as error:
                 problems.append(str(error))
                 other = self.plan.substitute(step, position, attempt)
                 attempt += 1
                 if other is None:
-                    raise SampleError(
-                        f"object {self.index.object_ids[int(planned.objects[position])]} has no usable image left: "
-                        + "; ".join(problems)
-                    ) from None
+                    return self._stand_in(planned, step, position, problems)
                 index = other
+
+    def _stand_in(self, planned: Step, step: int, position: int, problems: list[str]) -> Sample:
+        """An image of another object, for an object that has none: `problems` says what is wrong with each.
+
+        The positions of the object get different images of the one that stands in, as far as it has so many.
+        """
+        slot, nth = divmod(position, self.plan.images_per_object)
+        tried = 0
+        for images in self.plan.stand_ins(step, slot):
+            tried += 1
+            readable = []
+            for index in images.tolist():
+                try:
+                    readable.append((index, *self.read_image(index)))
+                except SampleError as error:
+                    problems.append(str(error))
+                if len(readable) > nth:
+                    break
+            if readable:
+                return self._sample(planned, position, *readable[nth % len(readable)], problems)
+        raise SampleError(
+            f"object {self.index.object_ids[int(planned.objects[position])]} has no usable image left, and none of the {tried} "
+            f"objects tried in its place has one: {'; '.join(problems[:SHOWN])}{'; ...' if len(problems) > SHOWN else ''} "
+            "Run `mmref shards verify` on the set."
+        )
+
+    def _sample(
+        self,
+        planned: Step,
+        position: int,
+        index: int,
+        pixels: NDArray[np.uint8],
+        captions: list[str],
+        problems: list[str],
+    ) -> Sample:
+        number = int(planned.captions[position]) % len(captions)
+        return index, pixels, self.noise(captions[number], index, number), "\n".join(problems)
 
     def read_image(self, index: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Pixels and usable captions of one image of the index. Raises SampleError."""

@@ -172,6 +172,45 @@ def test_substitutes_differ_between_positions_and_steps():
     assert len({made.substitute(step, position, 0) for step in range(9) for position in range(6)}) > 30
 
 
+def stand_ins(made, step, slot):
+    """Rows of the objects that may stand in, whose images are given whole."""
+    rows = []
+    for images in made.stand_ins(step, slot):
+        row = int(np.searchsorted(made.object_start, images[0], side="right")) - 1
+        assert sorted(images.tolist()) == list(range(made.object_start[row], made.object_start[row + 1]))
+        rows.append(row)
+    return rows
+
+
+@settings(max_examples=12, deadline=None)
+@given(shapes, st.integers(0, 50))
+def test_objects_that_stand_in_are_all_others_and_first_those_of_no_other_slot(shape, step):
+    counts, p, q, seed = shape
+    made = plan(counts, p, q, seed)
+    own = made(step).objects[::q].tolist()
+    outside = len(counts) - p
+    shares = []
+    for slot in range(p):
+        rows = stand_ins(made, step, slot)
+        assert rows == stand_ins(plan(counts, p, q, seed), step, slot), "seed, step and slot alone decide"
+        assert len(rows) == len(set(rows)) and set(rows) == set(range(len(counts))) - {own[slot]}
+        assert set(rows[outside:]) == set(own) - {own[slot]}, "the step's own come last"
+        shares.append(rows[: outside // p])
+    assert len({row for share in shares for row in share}) == p * (outside // p), "a share for each slot"
+
+
+def test_objects_that_stand_in_are_drawn_anew_for_each_step():
+    made = plan([2] * 300)
+    firsts = [int(next(made.stand_ins(step, 0))[0]) // 2 for step in range(30)]
+    assert len(set(firsts)) > 20
+
+
+def test_of_a_large_set_some_hundred_objects_are_tried():
+    made = plan([3] * 100_000, objects_per_step=64)
+    rows = stand_ins(made, 5, 3)
+    assert 256 <= len(rows) < 1000 and len(rows) == len(set(rows)) and int(made(5).objects[6]) not in rows
+
+
 windows = st.tuples(
     st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=6), min_size=1, max_size=9),  # images of objects, by shard
     st.integers(1, 4), st.integers(1, 4), st.integers(0, 99),
@@ -212,6 +251,24 @@ def test_windows_mix_and_differ_between_epochs():
     assert (first == again).mean() < 0.05
 
 
+def test_objects_of_the_same_window_stand_in_first():
+    shard_start = starts([10] * 12)
+    order = WindowedOrder(shard_start, 3, 4)
+    made = Plan(starts([2] * 120), 4, 2, 4, order)
+    for step in range(0, 2 * made.steps_per_epoch, 7):
+        shards = order.shards(step // made.steps_per_epoch).tolist()
+        own = made(step).objects[::2]
+        windows = {shards.index(shard) // 3 for shard in (own // 10).tolist()}
+        near = 30 * len(windows) - 4
+        for slot in (0, 3):
+            rows = stand_ins(made, step, slot)
+            assert len(rows) == 119 and not set(rows[:-3]) & set(own.tolist())
+            share = rows[: near // 4]
+            assert {shards.index(row // 10) // 3 for row in share} <= windows, "shards that are at hand"
+    alone = Plan(starts([2] * 20), 4, 2, 4, WindowedOrder(starts([4] * 5), 1, 4))
+    assert len(stand_ins(alone, 0, 0)) == 19, "a window without others: those of further ones"
+
+
 def mixture(seed=1):
     plans = [plan(COUNTS, seed=seed), plan([2] * 40, seed=seed), plan([5, 4, 3, 2], seed=seed)]
     return MixedPlan(plans, [0.5, 0.3, 0.2], seed)
@@ -243,6 +300,16 @@ def test_substitutes_in_a_mixture_are_of_the_same_object():
             found = made.substitute(step, 1, attempt)
             if found is not None:
                 assert owner[found] == planned.objects[1] and found != planned.images[1]
+
+
+def test_objects_that_stand_in_in_a_mixture_are_of_the_step_s_set():
+    made = mixture()
+    for step in range(12):
+        part, own = made.turn(step)
+        found = [images - made.first_image[part] for images in made.stand_ins(step, 1)]
+        alone = list(made.plans[part].stand_ins(own, 1))
+        assert len(found) == len(alone) == made.plans[part].n_objects - 1
+        assert all(np.array_equal(a, b) for a, b in zip(found, alone))
 
 
 def test_shares_that_are_no_whole_steps_add_up():

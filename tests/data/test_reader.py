@@ -110,18 +110,103 @@ def test_a_sample_without_caption_is_replaced_too(make_config, own_set, text, sa
     assert said in batch["bad"][position]
 
 
-def test_an_object_without_a_usable_image_is_an_error_that_names_it(make_config, own_set):
+def rows_with(reader, images):
+    """Object rows with so many images."""
+    return np.flatnonzero(np.diff(reader.index.object_start) == images).tolist()
+
+
+def damage_objects(root, reader, rows):
+    for image in np.flatnonzero(np.isin(reader.index.object_row, rows)):
+        damage_image(root, int(image))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"data.window_shards": 1}, {"train.images_per_object": 1}])
+def test_an_object_whose_only_image_is_broken_is_stood_in_for_by_another(make_config, own_set, overrides):
+    """The batch says whose samples it holds, the same on any number of ranks, and the same again from a fresh reader."""
+    config = make_config(overrides, root=own_set)
+    reader, per_object = StepReader(config), config.train.images_per_object
+    sound = {step: reader.read_step(step) for step in range(8)}
+    row = rows_with(reader, 1)[0]
+    damage_objects(own_set, reader, [row])
+    hit = 0
+    for step, before in sound.items():
+        batch, planned = StepReader(config).read_step(step), reader.plan(step)
+        away = planned.objects == row
+        hit += away.any()
+        assert ((batch["bad"] != "") == away).all()
+        for name in ("object", "image_index", "image", "ids"):
+            assert np.array_equal(batch[name][~away], before[name][~away]), "the other samples of the step stay"
+        assert np.array_equal(batch["object"], reader.index.object_row[batch["image_index"]])
+        assert len(set(batch["object"][away].tolist())) <= 1 and not set(batch["object"][away]) & set(planned.objects)
+        for i in np.flatnonzero(away):
+            pixels, captions = reader.read_image(int(batch["image_index"][i]))
+            assert np.array_equal(batch["image"][i], pixels)
+            assert any(np.array_equal(batch["ids"][i], reader.tokens([c])[0][0]) for c in captions)
+            assert reader.index.image_ids[reader.index.object_start[row]] in batch["bad"][i]
+        for world in (2, 4, 8):  # 8: an object's two positions lie on two ranks
+            assert_same(whole_step(config, step, world), batch)
+    assert hit >= 1 and len(batch["object"]) == 8 and per_object in (1, 2)
+
+
+def test_all_positions_of_an_object_get_different_images_of_the_same_one(make_config, own_set):
+    config = make_config({"train.images_per_object": 4, "train.global_batch": 12}, root=own_set)
+    reader = StepReader(config)
+    broken = rows_with(reader, 3)
+    damage_objects(own_set, reader, broken)
+    seen = 0
+    for step in range(12):
+        batch, planned = StepReader(config).read_step(step), reader.plan(step)
+        for slot in range(3):
+            at = slice(4 * slot, 4 * slot + 4)
+            (row,) = set(batch["object"][at].tolist())
+            if int(planned.objects[4 * slot]) in broken:
+                start, end = reader.index.object_start[row : row + 2]
+                assert row not in planned.objects and len(set(batch["image_index"][at])) == min(4, end - start)
+                seen += 1
+        assert_same(whole_step(config, step, 2), batch)
+    assert seen > 3
+
+
+def test_two_unreadable_objects_of_a_step_are_not_stood_in_for_by_one(make_config, own_set):
+    """Six of a step's eight, and the first that would stand in for each of four: whoever comes next, each its own."""
+    config = make_config({"train.images_per_object": 1}, root=own_set)
+    reader = StepReader(config)
+    planned = reader.plan(2).objects
+    firsts = [int(reader.index.object_row[next(reader.plan.stand_ins(2, slot))[0]]) for slot in range(6)]
+    assert len(set(firsts)) == 6 and not set(firsts) & set(planned.tolist())
+    damage_objects(own_set, reader, planned[:6])
+    assert StepReader(config).read_step(2)["object"].tolist() == [*firsts, *planned[6:]]
+    damage_objects(own_set, reader, firsts[:4])  # of the other six objects two are left, for all of them
+    batch = StepReader(config).read_step(2)
+    left = set(range(reader.index.n_objects)) - set(planned[:6].tolist()) - set(firsts[:4])
+    assert batch["object"][4:].tolist() == [*firsts[4:], *planned[6:]] and set(batch["object"]) <= left
+    for world in (2, 4, 8):
+        assert_same(whole_step(config, 2, world), batch)
+
+
+@pytest.mark.parametrize("readable", [1, 5])
+def test_a_step_is_read_as_long_as_one_object_can_be(make_config, own_set, readable):
     config = make_config(root=own_set)
     reader = StepReader(config)
-    row = int(np.flatnonzero(np.diff(reader.index.object_start) == 3)[0])
-    first = int(reader.index.object_start[row])
-    for image in range(first, first + 3):
-        damage_image(own_set, image)
-    step, _ = find(reader, first)
+    row = rows_with(reader, readable)[0]
+    damage_objects(own_set, reader, [i for i in range(reader.index.n_objects) if i != row])
+    for step in range(4):
+        assert (StepReader(config).read_step(step)["object"] == row).all()
+
+
+def test_a_set_without_a_usable_image_is_an_error_that_names_some(make_config, own_set):
+    config = make_config(root=own_set)
+    reader = StepReader(config)
+    damage_objects(own_set, reader, range(reader.index.n_objects))
+    step, position = find(reader, int(reader.index.object_start[rows_with(reader, 3)[0]]))
+    per_rank = StepReader(config, position // 2, 4)
     with pytest.raises(SampleError, match="no usable image left") as raised:
-        StepReader(config).read_step(step)
-    assert reader.index.object_ids[row] in str(raised.value)
-    assert all(reader.index.image_ids[i] in str(raised.value) for i in range(first, first + 3))
+        per_rank.read_step(step)
+    first = int(reader.plan(step).objects[per_rank.positions.start])
+    start, end = reader.index.object_start[first : first + 2]
+    assert reader.index.object_ids[first] in str(raised.value) and "13 objects tried" in str(raised.value)
+    assert all(reader.index.image_ids[i] in str(raised.value) for i in range(start, end))
+    assert len(str(raised.value)) < 2000, "of many broken images a few"
 
 
 def test_descriptions_of_a_broken_image_are_equal_so_that_it_is_counted_once(make_config, own_set):

@@ -74,7 +74,8 @@ class LedgerError(MMRefError):
 
 
 class NonFiniteLossError(MMRefError):
-    """The loss is not finite: training stopped before any checkpoint was overwritten."""
+    """The loss, its gradient or what a step made of the weights is not finite: training stopped before any checkpoint was
+    overwritten."""
 
 
 class EvaluationError(MMRefError):

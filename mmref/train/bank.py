@@ -90,10 +90,13 @@ class ReferenceBank:
         return at, (active[at] - self.first).to(self.home)
 
     @torch.no_grad()
-    def apply_gradient(self, active: Tensor, grad: Tensor | None, lr: float) -> None:
-        """Adam on the owner, rows without a gradient left alone. `grad` (A, K, d) is this rank's; the mean over ranks counts."""
+    def apply_gradient(self, active: Tensor, grad: Tensor | None, lr: float) -> Tensor:
+        """Adam on the owner, rows without a gradient left alone. `grad` (A, K, d) is this rank's; the mean over ranks counts.
+
+        Returns the norm of that mean, (), the same on every rank.
+        """
         if grad is None:
-            return
+            return torch.zeros((), device=self.device)
         grad = collectives.sum_over_ranks(grad) / collectives.world_size()
         at, own = self._owned(active)
         g = grad[at].to(self.home)
@@ -108,6 +111,7 @@ class ReferenceBank:
         rows = self.rows[own].float() - lr * step
         # only directions count: unit rows keep the effective step size constant
         self.rows[own] = torch.nn.functional.normalize(rows, dim=-1).to(self.dtype)
+        return grad.norm()
 
     @torch.no_grad()
     def follow(

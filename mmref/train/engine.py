@@ -6,7 +6,8 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, A
         "train_batch_size": t.global_batch,
         "train_micro_batch_size_per_gpu": t.global_batch // (world * t.accumulation),
         "gradient_accumulation_steps": t.accumulation,
-        "gradient_clipping": t.clip_norm,
+        "gradient_clipping": t.clip_norm if t.zero_stage else 0.0,  # at stage 0 `_clip` does it
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
@@ -100,14 +101,38 @@ def prepare_node() -> None:
         build_shm_op()
 
 
+def _running_statistics(model: torch.nn.Module) -> Iterator[Tensor]:
+    """Means and variances that training keeps (BatchNorm); not those of frozen towers."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
+            assert module.running_var is not None
+            yield from (module.running_mean, module.running_var)
+
+
 @torch.no_grad()
 def average_statistics(model: torch.nn.Module) -> None:
     """Give every rank the mean of all ranks' running statistics (BatchNorm): what is scored is what is saved (collective)."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
-            for statistic in (module.running_mean, module.running_var):
-                assert statistic is not None
-                statistic.copy_(collectives.sum_over_ranks(statistic.clone()) / collectives.world_size())
+    for statistic in _running_statistics(model):
+        statistic.copy_(collectives.sum_over_ranks(statistic.clone()) / collectives.world_size())
+
+
+def trained_tensors(model: torch.nn.Module) -> Iterator[Tensor]:
+    """What training changes in a model, as far as this rank holds it: of a parameter that ZeRO-3 has partitioned its share."""
+    parameters: Iterable[Any] = model.parameters()
+    for p in parameters:
+        if p.requires_grad and hasattr(p, "ds_tensor"):
+            share = p.ds_tensor.detach().flatten()
+            left = p.ds_numel - collectives.rank() * share.numel()
+            yield share[: max(0, left)]  # the last rank's share is filled up, with whatever was there
+        elif p.requires_grad:
+            yield p.detach()
+    yield from _running_statistics(model)
+
+
+def all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Whether no number of some tensors is NaN or infinite: (), bool, on the device. Makes no copies of them."""
+    extremes = [torch.stack(torch.aminmax(t)).float().to(device) for t in tensors if t.numel()]  # NaN is both
+    return torch.isfinite(torch.cat(extremes)).all()
 
 
 def build_engine(model: MMRef, config: Config, world: int) -> Any:
@@ -124,6 +149,8 @@ def build_engine(model: MMRef, config: Config, world: int) -> Any:
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.train), betas=(0.9, config.train.beta2), eps=config.train.eps
     )
+    if config.train.zero_stage == 0:
+        optimizer.register_step_pre_hook(partial(_clip, config.train.clip_norm))
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -134,6 +161,19 @@ def build_engine(model: MMRef, config: Config, world: int) -> Any:
     if _plain_optimizer(engine) is None:
         _create_moments(engine, 0)
     return engine
+
+
+def _clip(max_norm: float, optimizer: Any, *_: Any) -> None:
+    """Clip the gradients (0: no clipping) and leave their norm where the engine looks for it.
+
+    DeepSpeed's own clipping at stage 0, where it wraps nothing around the optimizer, keeps no norm.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # summed in fp64 as at the other stages: over large tensors fp32 is off by some 1e-5
+    norms = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters])
+    optimizer._global_grad_norm = torch.linalg.vector_norm(norms).float()
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, optimizer._global_grad_norm)
 
 
 def set_learning_rate(engine: Any, step: int, config: TrainConfig) -> float:

@@ -45,6 +45,12 @@ class Ledger:
         """Note this rank's samples of a step: step, position and image_index, (n,) each."""
         self._seen.append(np.stack([batch[name] for name in COLUMNS], axis=1).astype(np.int64))
 
+    def images(self, step: int) -> list[int]:
+        """What every rank has noted of a step since the last segment: image numbers in the order of positions (collective)."""
+        own = np.concatenate(self._seen)
+        rows = collectives.gather(torch.from_numpy(own[own[:, 0] == step]).to(self.device)).cpu().numpy()
+        return rows[rows[:, 1].argsort(), 2].tolist()
+
     def write(self, end: int) -> None:
         """Write the segment that ends before step `end` (collective)."""
         own = np.concatenate(self._seen) if self._seen else np.zeros((0, len(COLUMNS)), np.int64)
@@ -79,7 +85,9 @@ class Audit:
     samples: int
     lost: int  # planned and not in the ledger
     repeated: int  # in the ledger more than once, or beyond the plan
-    replaced: int  # another image than the planned one: a broken sample's substitute, of the same object
+    replaced: (
+        int  # another image than the planned one, which was broken: of the same object, or of one that stands in for it
+    )
 
     @property
     def sound(self) -> bool:

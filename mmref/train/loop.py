@@ -6,12 +6,11 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from mmref.config import Config, check_batch, config_hash, from_dict
-from mmref.data.plan import build_plan
 from mmref.data.shards import ShardSet, train_index
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
@@ -22,13 +21,27 @@ from mmref.rundir import BAD_SAMPLES, RunDir
 from mmref.train import checkpoint, collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.elastic import accumulation_for
-from mmref.train.engine import average_statistics, build_engine, set_learning_rate
+from mmref.train.engine import all_finite, average_statistics, build_engine, set_learning_rate, trained_tensors
 from mmref.train.ledger import Ledger
 from mmref.train.logs import RunLog
 from mmref.train.saver import Saver
 from mmref.train.step import LOSSES, StepRunner
 from mmref.train.stop import StopNotice
 from mmref.train.validation import Validation, score_of
+
+# what is checked in every step: what is said where it is not finite, and what helps
+CHECKED = (
+    ("the loss of step {} is not finite", "Lower `train.lr`, or raise `loss.tau`."),
+    (
+        "the gradient of step {} is not finite (or its square is not), though its loss is",
+        "Lower `train.lr`, try `train.precision` fp32, or look at a tower of your own for a derivative that is not finite, as "
+        "that of a norm or square root of zeros.",
+    ),
+    (
+        "the references' gradient of step {} is not finite (or its square is not), though its loss is",
+        "Lower `reference.lr`, or raise `reference.tau`.",
+    ),
+)
 
 
 def train_worker(values: dict[str, Any]) -> int:
@@ -111,7 +124,8 @@ class Worker:
                 batch = next(self.stream)
                 self.bad |= {line for b in batch["bad"].tolist() for line in b.split("\n") if line}
                 lr = set_learning_rate(self.engine, step, config)
-                window.add(step, self.runner.run(step, batch))
+                losses = self.runner.run(step, batch)
+                window.add(step, losses, self.engine.get_global_grad_norm(), self.runner.reference_norm)
                 self.ledger.add(batch)
                 done = step + 1
                 reason = self.notice.agreed() if done < config.max_steps else 0
@@ -140,13 +154,12 @@ class Worker:
         losses = (collectives.sum_over_ranks(window.losses) / (self.world * window.steps)).tolist()
         seconds = window.seconds()
         images = self.config.train.global_batch * window.steps / seconds
-        norm = self.engine.get_global_grad_norm()
         record = {"step": done, **dict(zip(LOSSES, losses))}
         if self.config.loss.learn_tau:
             record["tau"] = 1 / float(self.runner.scale)
         record |= {
             "lr": lr,
-            "grad_norm": float(norm) if norm is not None else None,
+            "grad_norm": float(self.engine.get_global_grad_norm()),
             "images_per_second": images,
             "images_per_second_per_worker": images / self.world,
             "step_seconds": seconds / window.steps,
@@ -164,6 +177,7 @@ class Worker:
         """
         began = time.perf_counter()
         average_statistics(self.engine.module)
+        self._check_weights(done)
         metrics = self.validation(self.encoder, self.bank) if self.validation and evaluate else {}
         tested = self.testing(self.encoder, self.bank) if self.testing and evaluate else {}  # logged, decides nothing
         evaluated = time.perf_counter()
@@ -199,16 +213,12 @@ class Worker:
             self.log.flush()
 
     def _check(self, window: Window) -> None:
-        """Raise, on every rank alike, for a loss that is not finite or too many broken samples."""
-        first = collectives.gather(window.first_bad[None])
-        first = first[first >= 0]
-        if len(first):
-            step = int(first.min())
-            self._save_offenders(step)
-            raise NonFiniteLossError(
-                f"the loss of step {step} is not finite; training stopped and the last checkpoint is untouched. The ids of "
-                f"the step's samples are in {self.run.join('nonfinite.json')}. Lower `train.lr`, or raise `loss.tau`."
-            )
+        """Raise, on every rank alike, for a loss or gradient that is not finite or too many broken samples."""
+        first = collectives.gather(window.first_bad[None]).T  # (CHECKED, world)
+        steps = first[first >= 0]
+        if len(steps):
+            step = int(steps.min())
+            self._stop(step, *CHECKED[int((first == step).any(1).nonzero()[0])])
         names: list[Any] = [None] * self.world
         if self.world > 1:
             torch.distributed.all_gather_object(names, sorted(self.bad))
@@ -221,13 +231,28 @@ class Worker:
                 "Run `mmref shards verify` on the set, or raise data.max_bad_fraction."
             )
 
-    def _save_offenders(self, step: int) -> None:
-        if self.rank:
-            return
-        index = train_index(self.config)
-        plan = build_plan(self.config, index)
-        ids = [index.image_ids[i] for i in plan(step).images]
-        self.run.write_text("nonfinite.json", json.dumps({"step": step, "image_ids": ids}, indent=1))
+    def _check_weights(self, done: int) -> None:
+        """Raise, on every rank alike, where what the last step made of the weights is not finite (collective).
+
+        Its own loss and gradient were: a checkpoint would hold what no later step could learn from.
+        """
+        sound = all_finite([*trained_tensors(self.engine.module), self.bank.rows], self.device)
+        if collectives.sum_over_ranks((~sound).float()[None]) > 0:
+            what = "the update of step {} has left weights or references that are not finite"
+            self._stop(done - 1, what, "Lower `train.lr`, and `reference.lr` where references learn by gradient.")
+
+    def _stop(self, step: int, found: str, remedy: str) -> NoReturn:
+        """Name the samples of a step in nonfinite.json and raise NonFiniteLossError (collective)."""
+        images = self.ledger.images(step)
+        if not self.rank:
+            image_ids = train_index(self.config).image_ids
+            offenders = {"step": step, "image_ids": [image_ids[i] for i in images]}
+            self.run.write_text("nonfinite.json", json.dumps(offenders, indent=1))
+        collectives.gather_objects(None)  # the first that raises ends all workers: not before the file is there
+        raise NonFiniteLossError(
+            f"{found.format(step)}; training stopped and the last checkpoint is untouched. The ids of the step's samples are "
+            f"in {self.run.join('nonfinite.json')}. {remedy}"
+        )
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
@@ -255,15 +280,24 @@ class Window:
 
     def __init__(self, device: torch.device) -> None:
         self.losses = torch.zeros(len(LOSSES), device=device)
-        self.first_bad = torch.full((), -1, dtype=torch.long, device=device)
+        # (CHECKED,) first step at which each was not finite
+        self.first_bad = torch.full((len(CHECKED),), -1, dtype=torch.long, device=device)
         self.steps = 0
         self.paused_s = 0.0
         self.began = time.perf_counter()
 
-    def add(self, step: int, losses: torch.Tensor) -> None:
+    def add(self, step: int, losses: torch.Tensor, *norms: torch.Tensor | float) -> None:
+        """Losses (LOSSES,) of a step and the norms of its gradients, of weights and references.
+
+        DeepSpeed takes no step with a gradient that is not finite and says so by an infinite norm alone: the losses go on as
+        if nothing was wrong.
+        """
         self.losses += losses
         self.steps += 1
-        bad = ~torch.isfinite(losses).all() & (self.first_bad < 0)
+        # Adam keeps squares: of a norm whose square is infinite it would never learn again either
+        squares = [torch.as_tensor(norm, device=losses.device).square() for norm in norms]
+        sizes = [losses.abs().sum(), *squares]
+        bad = ~torch.isfinite(torch.stack(sizes)) & (self.first_bad < 0)
         self.first_bad = torch.where(bad, torch.full_like(self.first_bad, step), self.first_bad)
 
     def pause(self, seconds: float) -> None:

@@ -54,6 +54,7 @@ class StepRunner:
         self.bank, self.tokens, self.device = bank, tokens, device
         self.special_ids = torch.as_tensor(tokens.special_ids, device=device)
         self.scale = torch.tensor([1 / config.loss.tau])  # inverse temperature of the last step
+        self.reference_norm = torch.zeros((), device=device)  # of the references' gradient in the last step
         c = config.loss
         self.with_masks = max(c.w_rec, c.w_mlm) > 0
         self.needs_references = max(c.w_guide, c.w_rec, c.w_fuse, c.caption_weight) > 0
@@ -74,7 +75,9 @@ class StepRunner:
             values, image, text = self._cached(micro, all_objects, active, rows, ramped, rec_count)
         if rows is not None and rows.requires_grad:
             assert active is not None
-            self.bank.apply_gradient(active, rows.grad, config.reference.lr * self._lr_share(step))
+            self.reference_norm = self.bank.apply_gradient(
+                active, rows.grad, config.reference.lr * self._lr_share(step)
+            )
             if config.reference.init == "mean":
                 self.bank.follow(image, text, objects, all_objects, momentum=1.0)
         elif self.needs_references:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import STEPS, run, tiny
+from parity import STEPS, run, tiny, wide
 
 CLOSE = 1e-5
 # one of each kind in the fast suite; every combination in the slow one
@@ -30,6 +30,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def compare(expected: dict[str, Any], found: dict[str, Any]) -> None:
     assert len(found["losses"]) == STEPS
     assert relative(torch.tensor(expected["losses"]), torch.tensor(found["losses"])) < CLOSE
+    assert relative(torch.tensor(expected["norms"]), torch.tensor(found["norms"])) < CLOSE
     for step in ("first", "last"):
         assert set(found[step]) == set(expected[step]), "a parameter lost its gradient"
         for name, gradient in expected[step].items():
@@ -92,6 +93,47 @@ def test_gradient_references(tmp_path: Path, tiny_set: Path) -> None:
     assert all(line[2] > 0 for line in expected["losses"]), "references are fused by a loss"
     values = tiny(tiny_set, train__workers=2, train__accumulation=2, **kind)
     compare(expected, run(tmp_path / "2", values, 2))
+
+
+@pytest.fixture(scope="module")
+def wide_alone(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process, nothing sharded, of towers that are large enough to be partitioned."""
+    return run(tmp_path_factory.mktemp("wide"), wide(tiny_set, train__zero_stage=0), 1)
+
+
+PARTITIONED = {"train__workers": 2, "train__accumulation": 2, "train__zero_stage": 3}
+
+
+def check_partitioned(found: dict[str, Any]) -> None:
+    """The tiny towers lie below DeepSpeed's threshold: stage 3 keeps every parameter of theirs whole."""
+    names = [name for name in found["partitioned"] if found["weights"][name].numel() > 10_000]
+    for part in ("backbone.vision_model.", "backbone.text_model.", "backbone.vision_proj", "reconstruct."):
+        assert any(name.startswith(part) for name in names), (part, names)
+    assert len(names) == len(found["partitioned"])
+
+
+def test_parameters_that_are_partitioned(tmp_path: Path, tiny_set: Path, wide_alone: dict[str, Any]) -> None:
+    assert not wide_alone["partitioned"]
+    compare(wide_alone, run(tmp_path / "1", wide(tiny_set, train__zero_stage=1), 1))
+    found = run(tmp_path / "2", wide(tiny_set, **PARTITIONED), 2)
+    check_partitioned(found)
+    compare(wide_alone, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", [(1, 0), (2, 3)])
+def test_a_checkpoint_of_parameters_that_are_partitioned(
+    tmp_path: Path, tiny_set: Path, wide_alone: dict[str, Any], loader: tuple[int, int]
+) -> None:
+    """Written from partitions, and read back into whole parameters or partitions."""
+    workers, stage = loader
+    check_partitioned(run(tmp_path / "a", wide(tiny_set, **PARTITIONED), 2, stop_at=6))
+    values = wide(tiny_set, train__workers=workers, train__zero_stage=stage)
+    found = run(tmp_path / "b", values, workers, resume=str(tmp_path / "a" / "checkpoint"))
+    assert relative(torch.tensor(wide_alone["losses"][6:]), torch.tensor(found["losses"])) < CLOSE
+    for name, weight in wide_alone["weights"].items():
+        assert relative(weight, found["weights"][name]) < CLOSE, name
+    assert relative(wide_alone["rows"], found["rows"]) < CLOSE
 
 
 def test_irra_s_objective(tmp_path: Path, tiny_set: Path) -> None:

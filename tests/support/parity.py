@@ -51,6 +51,14 @@ def tiny(root: Path, **overrides: Any) -> dict[str, Any]:
     return values
 
 
+def wide(root: Path, **overrides: Any) -> dict[str, Any]:
+    """A config as `tiny`'s whose towers are wide enough for ZeRO-3 to partition them, on rectangular images."""
+    values = tiny(root, data__image_height=48, data__image_width=24, model__embed_dim=128, **overrides)
+    for tower in ("vision_config", "text_config"):
+        values["model"][tower] |= {"hidden_size": 128, "intermediate_size": 256}
+    return values
+
+
 def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at: int, resume: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(
@@ -91,12 +99,13 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
         config, engine, lambda loss: engine.backward(loss, scale_wrt_gas=False), boundary, bank, reader.tokens,
         torch.device("cpu"),
     )  # fmt: skip
-    losses, first = [], None
+    losses, norms, first = [], [], None
     engine.train()
     for step in range(start, stop_at):
         set_learning_rate(engine, step, config.train)
         values_ = runner.run(step, reader.read_step(step))
         losses.append((collectives.sum_over_ranks(values_) / world).tolist())
+        norms.append(float(engine.get_global_grad_norm()))
         first = first or dict(gradients)
     if stop_at < config.train.max_steps:
         checkpoint.save(f"{folder}/checkpoint", engine, bank, {"step": stop_at, "score": 0.0})
@@ -106,11 +115,14 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
         torch.save(
             {
                 "losses": losses,
+                "norms": norms,
                 "first": first,
                 "last": gradients,
                 "weights": weights,
                 "rows": rows[: bank.objects],
                 "compiled": engine.module.compiled,
+                # those that ZeRO-3 keeps whole are below its threshold
+                "partitioned": [n for n, p in engine.module.named_parameters() if not getattr(p, "ds_persist", True)],
             },
             f"{folder}/result.pt",
         )
@@ -119,7 +131,8 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
 
 
 def run(folder: Path, values: dict[str, Any], world: int, stop_at: int = STEPS, resume: str = "") -> dict[str, Any]:
-    """Result of rank 0: per-step losses, gradients of the first and last step, final weights and reference rows."""
+    """Result of rank 0: losses and gradient norm per step, gradients of the first and last step, final weights and reference
+    rows."""
     folder.mkdir(parents=True, exist_ok=True)
     mp.start_processes(
         _process, (world, str(folder), values, stop_at, resume), nprocs=world, start_method="spawn", join=True

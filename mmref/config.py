@@ -66,7 +66,8 @@ class DataConfig:
     steps_per_task: int = 4
     """Consecutive steps of one worker that a reader returns as one block: fewer is lower latency, more is less overhead."""
     max_bad_fraction: float = 0.001
-    """Share of broken samples that is tolerated (each replaced by another image of its object) before training stops."""
+    """Share of broken samples that is tolerated (each replaced, by another image of its object if there is one) before training
+    stops."""
 
 
 @dataclass

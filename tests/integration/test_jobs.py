@@ -203,7 +203,10 @@ def test_a_named_error_of_a_reader_ends_the_run_by_its_name(own_set: Path, tmp_p
     """It comes through Ray Data, from another process than the worker's, and the workers are not started again for it."""
     from tiny_set import damage_image, tiny_config
 
-    damage_image(own_set, 0)  # the first object has one image
+    from mmref.data.shards import ShardSet
+
+    for image in range(len(ShardSet.open(str(own_set)).index("train"))):
+        damage_image(own_set, image)
     overrides = {"train.max_steps": 12, "train.storage_gb": 0.2, "data.max_bad_fraction": 1.0}
     config = write_config(tiny_config(own_set, overrides), tmp_path)
     status, output = Job("train.py", "--config", str(config), "--run_dir", str(tmp_path / "run")).wait()
@@ -215,7 +218,7 @@ def test_a_named_error_of_a_reader_ends_the_run_by_its_name(own_set: Path, tmp_p
 def test_broken_images(own_set: Path, tmp_path: Path, allowed: bool) -> None:
     from tiny_set import damage_image, tiny_config
 
-    for image in (4, 9):
+    for image in (0, 4, 9):  # the first object has no other
         damage_image(own_set, image)
     overrides: dict[str, Any] = {
         "train.max_steps": 12, "train.eval_every": 6, "train.storage_gb": 0.2, "eval.bootstrap": 100,

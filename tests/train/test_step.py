@@ -17,7 +17,7 @@ if __name__ == "__main__":  # pytest's conftest does this otherwise
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from plain_training import VARIANTS, PlainTraining, train, train_adam
-from tiny_set import BERT, VIT, tiny_config
+from tiny_set import BERT, VIT, damage_image, tiny_config
 
 from mmref.losses import agreement, agreement_weights, infonce, reference_loss, sdm, soft_targets
 from mmref.train import collectives
@@ -100,6 +100,19 @@ def test_ranks_drop_out_differently(make_config, monkeypatch):
         run.runner._seed_dropout(5)
         draws.append(torch.rand(4).tolist())
     assert draws[0] != draws[1] != draws[2] != draws[0]
+
+
+@pytest.mark.parametrize("negatives", ["all", "sampled"])
+def test_references_follow_the_object_that_was_read(make_config, own_set, negatives):
+    """Another object stands in for one whose only image is broken: its reference moves, and the other's does not."""
+    config = make_config({"reference.negatives": negatives, "reference.sampled_negatives": 3}, root=own_set)
+    run = PlainTraining(config)
+    damage_image(own_set, 0)  # the first object has one image
+    step = next(step for step in range(9) if 0 in run.reader.plan(step).objects)
+    batch = run.reader.read_step(step)
+    assert torch.isfinite(run.step(step)).all()
+    followed = run.references().abs().amax((1, 2)).nonzero()[:, 0].tolist()
+    assert followed == sorted(set(batch["object"].tolist())) and 0 not in followed
 
 
 # -- the losses written out ------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from data_shards.samples import Source, SourceObject, count_warnings, hash_fract
 from data_shards.tar_writer import ImageOptions, ShardResult, write_shard
 from data_shards.tokenizer import check_vocab, train_captions, train_tokenizer
 from mmref.cluster import connect
-from mmref.data.shards import VERSION
+from mmref.data.manifest import VERSION
 from mmref.errors import ConfigError, ShardSetError, SourceError
 from mmref.wholefolder import strangers, whole_folder, write_whole
 

@@ -66,6 +66,25 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def below(root: str, name: str) -> str:
+    """The file that a manifest names, of the folder it describes.
+
+    Raises:
+        ValueError: the name, or a link on the way, leads elsewhere. Whoever wrote the manifest may not be a friend.
+    """
+    parts = name.split("/") if isinstance(name, str) else []
+    if not parts or any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts) or is_url(name):
+        raise ValueError(f"{name!r} is no name of a file below {root}")
+    path = join(root, *parts)
+    if not is_url(root):
+        found = os.path.realpath(path)
+        if os.path.commonpath([found, os.path.realpath(root)]) != os.path.realpath(root):
+            raise ValueError(
+                f"{path} is a link that leads out of {root}, to {found}: copy or link the whole folder instead"
+            )
+    return path
+
+
 def file_system(place: str, **options: Any) -> tuple[Any, str]:
     """fsspec's file system of a place, and the path of the place on it.
 

@@ -60,18 +60,24 @@ class Strings(Sequence[str]):
         raise TypeError("unhashable type: 'Strings'")
 
 
-def read_columns(source: Any, stamp: str, numbers: dict[str, Any], strings: list[str]) -> dict[str, Any]:
+def read_columns(
+    source: Any, stamp: str, numbers: dict[str, Any], strings: list[str], most_rows: int | None = None
+) -> dict[str, Any]:
     """Columns of a parquet file by name: numbers as arrays of the given dtypes, the others as Strings.
 
     Args:
         source: open file.
         stamp: changes whenever the file does; names its copy on this node.
-    Raises KeyError that names the columns that are missing, OSError or ValueError for a file that is no parquet.
+        most_rows: that can be true; a small file may claim any number.
+    Raises KeyError that names the columns that are missing, OSError or ValueError for a file that is no parquet or claims more
+    rows.
     """
     file = pq.ParquetFile(source)
     missing = [name for name in (*numbers, *strings) if name not in file.schema_arrow.names]
     if missing:
         raise KeyError(f"columns {missing} are missing")
+    if most_rows is not None and file.metadata.num_rows > most_rows:
+        raise ValueError(f"it has {file.metadata.num_rows:,} rows, for which its shards have no room")
     if file.metadata.num_rows <= IN_MEMORY_ROWS:
         table = file.read([*numbers, *strings])
         found: dict[str, Any] = {name: table[name].to_numpy().astype(dtype) for name, dtype in numbers.items()}

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import tarfile
 import tempfile
 import threading
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 
 from mmref.data.cache import ShardCache
 from mmref.data.columns import Strings, read_columns
+from mmref.data.manifest import read_manifest
 from mmref.errors import SampleError, ShardSetError, StorageError
 from mmref.locations import absolute, file_system, folder_name, is_url, join, read_bytes, size_of
 from mmref.storage import retry
@@ -36,8 +36,8 @@ from mmref.storage import retry
 if TYPE_CHECKING:
     from mmref.config import Config
 
-VERSION = 1
 MAX_OPEN_FILES = 64  # a process may hold readers of several splits; stay far below the usual limit of 1024
+SMALLEST_SAMPLE = 1024  # bytes in a tar: the headers of an image and its json
 OPEN_ATTEMPTS = 3  # of a cached shard
 INDEX_ARRAYS = {  # column of <split>.index.parquet -> dtype in SplitIndex
     "object_row": np.int32,
@@ -142,11 +142,13 @@ class SplitIndex:
         return len(self.object_ids)
 
     @classmethod
-    def from_parquet(cls, path: str, split: str, shard_paths: list[str]) -> SplitIndex:
-        """Raises ShardSetError when columns are missing or object rows are not 0..n-1 in order."""
+    def from_parquet(cls, path: str, split: str, shard_paths: list[str], most_rows: int | None = None) -> SplitIndex:
+        """Raises ShardSetError when columns are missing or object rows are not 0..n-1 in order, OSError or ValueError for a file
+        that is no parquet or has more than `most_rows`."""
         try:
             with _open(path) as file:
-                columns = read_columns(file, _stamp(path), INDEX_ARRAYS, ["object_id", "image_id", "key", "image_ext"])
+                strings = ["object_id", "image_id", "key", "image_ext"]
+                columns = read_columns(file, _stamp(path), INDEX_ARRAYS, strings, most_rows)
         except KeyError as error:
             raise ShardSetError(f"{path}: {error.args[0]}. Build the shard set again.") from None
         rows = columns["object_row"]
@@ -342,26 +344,7 @@ class ShardSet:
     def open(cls, root: str) -> ShardSet:
         """Raises ShardSetError when the set is missing, incomplete or of an unknown version."""
         root = absolute(root)
-        path = join(root, "manifest.json")
-        try:
-            manifest = json.loads(read_bytes(path))
-        except (PermissionError, IsADirectoryError) as error:
-            raise ShardSetError(f"{path} cannot be read: {error}.") from error
-        except OSError as error:
-            raise ShardSetError(
-                f"No complete shard set in {root}: manifest.json is missing, so its build did not finish or the path "
-                "is wrong. Build one with `mmref shards build SOURCE --out DIR`."
-            ) from error
-        except ValueError as error:
-            raise ShardSetError(f"{path} is not JSON ({error}). Build the shard set again.") from error
-        if manifest.get("version") != VERSION:
-            raise ShardSetError(
-                f"{path} has version {manifest.get('version')!r}, this program reads version {VERSION}. "
-                "Build the shard set again, or use the program version that wrote it."
-            )
-        if not isinstance(manifest.get("splits"), dict) or not manifest["splits"]:
-            raise ShardSetError(f"{path} names no splits. Build the shard set again.")
-        found = cls(root, manifest)
+        found = cls(root, read_manifest(root))
         found._unpack()
         return found
 
@@ -385,7 +368,7 @@ class ShardSet:
             if os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(packed):
                 continue  # an older one was unpacked from another version of the set
             try:
-                self._unpack_one(packed, path, shard["sha256"])
+                self._unpack_one(packed, path, shard)
             except (OSError, EOFError, zlib.error) as error:  # EOFError: the packed file ends early
                 raise ShardSetError(
                     f"Cannot unpack {packed}: {error}. The folder must be writable the first time; else copy the shard "
@@ -393,12 +376,14 @@ class ShardSet:
                 ) from error
 
     @staticmethod
-    def _unpack_one(packed: str, path: str, sha256: str) -> None:
+    def _unpack_one(packed: str, path: str, shard: dict[str, Any]) -> None:
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".unpack-")
         try:
             with gzip.open(packed, "rb") as source, os.fdopen(handle, "wb") as target:
-                shutil.copyfileobj(source, target)
-            if sha256_of(temporary) != sha256:
+                left = shard["bytes"] + 1  # a small file may unpack to one without end
+                while left and (piece := source.read(min(left, 1 << 20))):
+                    left -= target.write(piece)
+            if not left or sha256_of(temporary) != shard["sha256"]:
                 raise ShardSetError(f"{packed} does not hold the shard that the manifest names. Fetch it again.")
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
@@ -423,6 +408,14 @@ class ShardSet:
             if problem := _size_problem(path, size, shard["bytes"]):
                 raise ShardSetError(f"{problem}. Copy or build the set again; `mmref shards verify` says more.")
         index = self._load_index(split)
+        ends = np.array([shard["bytes"] for shard in entry["shards"]])
+        for what in ("image", "json"):
+            start, size = getattr(index, f"{what}_offset"), getattr(index, f"{what}_size")
+            inside = (index.shard >= 0) & (index.shard < len(ends))
+            if not np.all(inside & (start >= 0) & (size >= 0) & (size <= ends[index.shard * inside] - start)):
+                raise ShardSetError(
+                    f"{self.root}: the index of {split} points outside its shards. Build the set again."
+                )
         if (len(index), index.n_objects) != (entry["images"], entry["objects"]):
             raise ShardSetError(
                 f"{self.root}: the index of {split} has {len(index)} images of {index.n_objects} objects, the manifest "
@@ -432,8 +425,9 @@ class ShardSet:
 
     def _load_index(self, split: str) -> SplitIndex:
         path = join(self.root, split, f"{split}.index.parquet")
+        room = sum(shard["bytes"] for shard in self._split(split)["shards"]) // SMALLEST_SAMPLE
         try:
-            index = SplitIndex.from_parquet(path, split, self.shard_paths(split))
+            index = SplitIndex.from_parquet(path, split, self.shard_paths(split), room)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
             raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error
         return replace(index, shard_sha256=tuple(shard["sha256"] for shard in self._split(split)["shards"]))

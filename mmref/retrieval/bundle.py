@@ -50,15 +50,27 @@ def _copy(source: Path, target: Path) -> None:
     os.rename(partial, target)
 
 
-def fingerprint(model: Path) -> str:
-    """SHA-256 over the weights, references and configuration of an export: what features and codes depend on."""
+def fingerprint(model: Path, tokenizer: bool = True) -> str:
+    """SHA-256 over the weights, references, configuration and tokenizer of an export: what features and codes depend on.
+
+    Args:
+        tokenizer: False for what the indexes of version 0.1 have in their manifests.
+    """
+    files = ["model.safetensors", "references.safetensors", "config.yaml", "config.json"]
     digest = hashlib.sha256()
-    for name in ("model.safetensors", "references.safetensors", "config.yaml", "config.json"):
-        try:
+    try:
+        names = sorted(os.listdir(model / "tokenizer")) if tokenizer else []
+        digest.update("".join(f"{name}\0" for name in names).encode())
+        for name in (*files, *(f"tokenizer/{name}" for name in names)):
             digest.update(sha256_of(str(model / name)).encode())
-        except OSError as error:
-            raise ModelError(f"{model} is no whole export: {error}.") from None
+    except OSError as error:
+        raise ModelError(f"{model} is no whole export: {error}.") from None
     return digest.hexdigest()
+
+
+def is_of(model: Path, found: str) -> bool:
+    """Whether an export is the one with a fingerprint."""
+    return found in (fingerprint(model), fingerprint(model, tokenizer=False))
 
 
 def write_reference_captions(model: Path, config: Config, object_ids: list[str]) -> None:

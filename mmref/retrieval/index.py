@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmref.errors import ModelMismatchError, SearchIndexError
-from mmref.locations import absolute, to_text
+from mmref.locations import absolute, below, to_text
 from mmref.retrieval import bundle
 from mmref.retrieval.changes import compare, describe_changes, skipped_elsewhere
 from mmref.retrieval.embed import Chunks, embed
@@ -72,11 +72,31 @@ class Manifest:
             ) from None
         except ValueError as error:
             raise SearchIndexError(f"{path} is damaged ({error}): make the index again.") from None
-        if values.get("version") != VERSION:
-            raise SearchIndexError(
-                f"{path} has version {values.get('version')}, this program reads {VERSION}: make the index again."
-            )
-        return cls(**values)
+        version = values.get("version") if isinstance(values, dict) else None
+        if version != VERSION:
+            raise SearchIndexError(f"{path} has version {version}, this program reads {VERSION}: make the index again.")
+        try:
+            found = cls(**values)
+            found._check(str(index))
+        except (TypeError, ValueError, KeyError) as error:
+            raise SearchIndexError(f"{path} is damaged ({error}): make the index again.") from None
+        return found
+
+    def _check(self, index: str) -> None:
+        """Raise what a manifest that no index of ours has leads to; whoever wrote it may not be a friend."""
+        for name in ("generation", "items", "dim", "next_uid", "skipped"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r:.100}")
+        if not self.segments:
+            raise ValueError("it names no segments")
+        folder = below(index, "segments")
+        for segment in self.segments:
+            below(folder, segment)
+        if not isinstance(self.vectors, dict):
+            raise ValueError(f"vectors is {self.vectors!r:.100}")
+        if self.kind != "flat":
+            below(index, self.vectors["file"])
+            int(self.vectors["setting"])
 
     def write(self, index: Path) -> None:
         """Replace the manifest as a whole."""
@@ -266,8 +286,8 @@ def remove(index: str, ids: Sequence[str]) -> Manifest:
 
 def check_model(index: Path, manifest: Manifest) -> None:
     """Raise ModelMismatchError when `model/` is not what the features were made with."""
-    found = bundle.fingerprint(index / "model")
-    if found != manifest.model:
+    if not bundle.is_of(index / "model", manifest.model):
+        found = bundle.fingerprint(index / "model")
         raise ModelMismatchError(
             f"{index / 'model'} has fingerprint {found[:12]}, the features were made with {manifest.model[:12]}: the model "
             "was replaced. Make the index again with the new one."
@@ -467,9 +487,9 @@ def _check_same_model(index: Path, other: Path, manifest: Manifest, model: str) 
     """`other` is where the model is copied for a moment."""
     _discard(other)
     bundle.bundle_model(model, other)
-    found = bundle.fingerprint(other)
+    same, found = bundle.is_of(other, manifest.model), bundle.fingerprint(other)
     _discard(other)
-    if found != manifest.model:
+    if not same:
         raise ModelMismatchError(
             f"{model} (fingerprint {found[:12]}) is not the model of {index} ({manifest.model[:12]}): features of two "
             "models cannot be compared. Leave --model out to use the index's own, or make a new index."

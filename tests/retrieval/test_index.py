@@ -16,7 +16,7 @@ from images import write_images
 from PIL import Image
 
 from mmref.errors import ModelError, ModelMismatchError, SearchIndexError, StorageError
-from mmref.retrieval import embed, index
+from mmref.retrieval import bundle, embed, index
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.searcher import Searcher
 
@@ -312,6 +312,38 @@ def test_what_a_killed_writer_left_is_cleared(folder, run, tmp_path, monkeypatch
     (out / "mine.txt").write_text("mine")
     index.add(str(out), str(folder), workers=0)
     assert {p.name for p in out.iterdir()} == parts | {"mine.txt"}
+
+
+@pytest.mark.parametrize("changed", [
+    {"segments": ["../../elsewhere"]}, {"segments": ["/etc"]}, {"segments": ["."]}, {"segments": [["000000"]]},
+    {"kind": "ivf", "vectors": {"file": "../vectors", "setting": 1}}, {"kind": "ivf", "vectors": {"file": "/x", "setting": 1}},
+    {"kind": "ivf", "vectors": {}}, {"unheard": 1}, {"segments": None}, {"segments": []}, {"vectors": []}, {"version": 99},
+])  # fmt: skip
+def test_a_manifest_of_somebody_else_stays_inside_the_index(own_index, changed):
+    path = own_index / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    before = set(own_index.parent.rglob("*"))
+    for act in (lambda: Searcher(str(own_index)), lambda: index.remove(str(own_index), ["x"])):
+        with pytest.raises(SearchIndexError, match=r"manifest\.json"):
+            act()
+    assert set(own_index.parent.rglob("*")) - before <= {own_index / ".lock"}
+
+
+@pytest.mark.parametrize("damage", ["changed", "added"])
+def test_another_tokenizer_is_another_model(own_index, damage):
+    """Features of sentences depend on it as on the weights."""
+    Searcher(str(own_index))
+    file = own_index / "model" / "tokenizer" / ("tokenizer.json" if damage == "changed" else "added_tokens.json")
+    file.write_text(file.read_text().replace('"##', '"#~') if damage == "changed" else "{}")
+    with pytest.raises(ModelMismatchError, match="was replaced"):
+        Searcher(str(own_index))
+
+
+def test_an_index_of_before_tokenizers_counted_opens(own_index):
+    path = own_index / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"model": bundle.fingerprint(own_index / "model", tokenizer=False)}))
+    assert len(Searcher(str(own_index))) == values["items"]
 
 
 def test_a_damaged_index_is_named(own_index):

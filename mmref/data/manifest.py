@@ -1,0 +1,75 @@
+"""manifest.json of a shard set, read as somebody else may have written it: it names files, and they stay inside the set."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mmref.errors import ShardSetError
+from mmref.locations import below, join, read_bytes
+
+VERSION = 1
+AGAIN = "Build the shard set again."
+SHARD_FIELDS: dict[str, type] = {"file": str, "samples": int, "bytes": int, "sha256": str}
+COUNTS = ("objects", "images", "captions")
+
+
+def read_manifest(root: str) -> dict[str, Any]:
+    """The manifest of the set in a folder or behind a URL.
+
+    Raises:
+        ShardSetError: the set is missing, incomplete or of an unknown version; or its manifest is no manifest, or names
+            files that lie elsewhere.
+    """
+    path = join(root, "manifest.json")
+    try:
+        manifest = json.loads(read_bytes(path))
+    except (PermissionError, IsADirectoryError) as error:
+        raise ShardSetError(f"{path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise ShardSetError(
+            f"No complete shard set in {root}: manifest.json is missing, so its build did not finish or the path "
+            "is wrong. Build one with `mmref shards build SOURCE --out DIR`."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ShardSetError(f"{path} is not JSON ({error}). {AGAIN}") from error
+    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
+        version = manifest.get("version") if isinstance(manifest, dict) else None
+        raise ShardSetError(
+            f"{path} has version {version!r}, this program reads version {VERSION}. "
+            "Build the shard set again, or use the program version that wrote it."
+        )
+    if not isinstance(manifest.get("splits"), dict) or not manifest["splits"]:
+        raise ShardSetError(f"{path} names no splits. {AGAIN}")
+    for split, entry in manifest["splits"].items():
+        if problem := _problem(root, split, entry):
+            raise ShardSetError(f"{path}, split {split!r}: {problem}. {AGAIN}")
+    return manifest
+
+
+def _problem(root: str, split: str, entry: Any) -> str:
+    """What is wrong with the entry of a split; "" where nothing is."""
+    if "/" in split:
+        return "it names no folder of the set"
+    if not isinstance(entry, dict) or not isinstance(entry.get("shards"), list):
+        return "it has no list of shards"
+    if wrong := [name for name in COUNTS if not _is_count(entry.get(name))]:
+        return f"its number of {wrong[0]} is {entry.get(wrong[0])!r:.100}"
+    try:
+        below(root, f"{split}/{split}.index.parquet")
+        for shard in entry["shards"]:
+            if not isinstance(shard, dict):
+                return f"a shard is {shard!r:.100}"
+            for name, kind in SHARD_FIELDS.items():
+                if not (_is_count(shard.get(name)) if kind is int else isinstance(shard.get(name), str)):
+                    return f"`{name}` of a shard is {shard.get(name)!r:.100}"
+            below(root, shard["file"])
+            if "packed" in shard:
+                below(root, shard["packed"])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

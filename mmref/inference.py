@@ -160,9 +160,13 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mo
         raise ModelError(
             f"{folder} is no exported model: {error}. Write one with `mmref export RUN --out DIR`."
         ) from None
+    if named := [n for n in (config.model.dual, config.model.vision, config.model.text) if n]:  # an export names none
+        raise ModelError(f"{folder}/config.yaml wants the model {named[0]} from elsewhere: export the run again.")
     from transformers import AutoTokenizer
 
-    tokens = Tokens(AutoTokenizer.from_pretrained(folder / "tokenizer"), config.data.max_tokens)
+    tokens = Tokens(
+        AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False), config.data.max_tokens
+    )
     module = build_model(config, tokens.vocab_size)
     missing, unknown = module.load_state_dict(weights, strict=False)
     if missing or unknown:

@@ -16,6 +16,7 @@ from typing import Any
 
 from mmref.config import Config, ModelConfig, from_dict, load_config, to_dict
 from mmref.livebytes import LiveBytes
+from mmref.packages import trust_own
 from mmref.wholefolder import check_output, write_output
 
 FP32, INT64 = 4, 8
@@ -95,6 +96,7 @@ def measure_model(config: Config, micro_batch: int) -> ModelSize:
 
     from mmref.model.mmref import Masked, build_model
 
+    trust_own(config.model)
     config = dataclasses.replace(config, model=without_weights(config.model))
     flops = FlopCounterMode(display=False)
     with torch.device("meta"):

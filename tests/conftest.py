@@ -62,5 +62,6 @@ def foreign_towers(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder.mkdir()
     install(folder, tiny_set / "tokenizer")
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("MMREF_TRUST_MODULES", "tiny_towers, tiny_words")
     yield FROZEN
     sys.modules.pop("tiny_towers", None)

@@ -61,7 +61,7 @@ def load_tokens(config: Config) -> Tokens:
     path = local_name(tokenizer_path(config))
     try:
         with _local(path) as folder:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"no tokenizer at {path}: {error}. Set `data.tokenizer` to a hub id or a directory with tokenizer.json."

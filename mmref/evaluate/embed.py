@@ -14,6 +14,7 @@ from mmref.data.stream import quiet_ray_data
 from mmref.data.tokens import load_tokens
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.model.mmref import build_model
+from mmref.packages import trust_own
 from mmref.rundir import RunDir
 from mmref.train.checkpoint import CheckpointInfo, fetched, load_model
 
@@ -41,6 +42,7 @@ class Embedder:
         self.device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(1)
+        trust_own(config.model)  # whoever opened the run has checked it
         tokens = load_tokens(config)
         model = build_model(config, tokens.vocab_size)
         with fetched(RunDir(run_dir), checkpoint, "model") as folder:

@@ -27,6 +27,7 @@ from mmref.evaluate.report import (
     section_path,
     with_section,
 )
+from mmref.packages import check_imports
 from mmref.rundir import BAD_SAMPLES, RunDir, read_jsonl
 from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, fetched, load_references
 from mmref.wholefolder import check_output, write_output
@@ -35,9 +36,15 @@ SHOWN = 10  # results of an example in the report
 
 
 def open_run(run_dir: str) -> tuple[RunDir, Config, CheckpointInfo]:
-    """A run, its config and its best checkpoint. Raises RunDirectoryError, CheckpointError where there is none."""
+    """A run, its config and its best checkpoint.
+
+    Raises:
+        RunDirectoryError, CheckpointError: there is none. ModelError: its config imports what nobody here vouches for.
+    """
     run = RunDir(run_dir)
-    return run, run.read_config(), best_checkpoint(run)
+    config = run.read_config()
+    check_imports(config.model)
+    return run, config, best_checkpoint(run)
 
 
 def reported_split(shards: ShardSet) -> str | None:

@@ -27,9 +27,7 @@ from mmref.config import ModelConfig
 from mmref.errors import ModelError
 from mmref.model.adapter import Adapter
 from mmref.model.frozen import FrozenTokens
-from mmref.packages import imported, local_name
-
-IMPORT = "import"  # key of a `*_config` that names the function which makes the tower
+from mmref.packages import IMPORT, imported, local_name
 
 
 @contextlib.contextmanager
@@ -50,7 +48,7 @@ def tower_config(name: str, config: dict[str, Any] | None, what: str) -> Pretrai
     """transformers config of a tower by hub id or directory, or from its fields. Raises ModelError."""
     with _named_errors(f"{what} {name or config}"):
         if name:
-            return AutoConfig.from_pretrained(local_name(name))
+            return AutoConfig.from_pretrained(local_name(name), trust_remote_code=False)
         values = dict(config or {})
         model_type = values.pop("model_type")
         return AutoConfig.for_model(model_type, **values)
@@ -80,22 +78,22 @@ def load_tower(name: str, config: dict[str, Any] | None, what: str) -> Any:
     """A transformers model by hub id or directory (`name`), with random weights from `config`, or from an import path."""
     with _named_errors(f"{what} {name or config}"):
         if name:
-            return AutoModel.from_pretrained(local_name(name), dtype=torch.float32)
+            return AutoModel.from_pretrained(local_name(name), dtype=torch.float32, trust_remote_code=False)
         if IMPORT in (config or {}):
             return _imported_tower(dict(config or {}), what)
         return AutoModel.from_config(tower_config(name, config, what))
 
 
 def _imported_tower(arguments: dict[str, Any], what: str) -> Any:
-    """What the function at `import` returns for the other keys. Raises ModelError when that is no tower."""
+    """What the class at `import` is for the other keys. Raises ModelError when that is no tower."""
     path = arguments.pop(IMPORT)
     tower = imported(path, what)(**arguments)
     needed = ("vocab_size",) if what == "model.text" else ()
     lacking = [name for name in needed if not hasattr(getattr(tower, "config", None), name)]
-    if not isinstance(tower, nn.Module) or not hasattr(tower, "config") or lacking:
+    if not hasattr(tower, "config") or lacking:
         raise ModelError(
-            f"{what}: {path} returned a {type(tower).__name__} without {lacking or 'a `config`'}; a tower is a torch module "
-            "whose `config` has `hidden_size`, and for text `vocab_size`."
+            f"{what}: {path} has no {' or '.join(lacking) or '`config`'}; a tower is a torch module whose `config` has "
+            "`hidden_size`, and for text `vocab_size`."
         )
     return tower
 

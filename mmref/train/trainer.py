@@ -14,6 +14,7 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import RunDirectoryError, ShardSetError
 from mmref.evaluate.choose import config_grid
 from mmref.model.backbone import check_towers
+from mmref.packages import trust_own
 from mmref.progress import Progress
 from mmref.reservations import take_place
 from mmref.rundir import RunDir
@@ -64,6 +65,7 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
 
 def check_inputs(config: Config) -> None:
     """Everything that can be known before Ray starts: data, objects, tokenizer. Raises the named error."""
+    trust_own(config.model)
     index = train_index(config)
     for root in (config.data.root, *config.data.mix):
         if "://" in root:

@@ -105,8 +105,9 @@ def test_a_tower_s_own_pooler_goes_where_an_adapter_pools():
 
 
 @pytest.mark.parametrize("path, what, said", [
-    ("tiny_towers:nothing", "model.vision", "returned a str without a `config`"),
-    ("tiny_towers:maps", "model.text", "vocab_size"), ("no_such:tower", "model.vision", "No module named"),
+    ("tiny_towers:function", "model.vision", "no class of torch modules"), ("tiny_towers:number", "model.vision", "class.*: 3"),
+    ("tiny_towers:Bare", "model.vision", "no `config`"),
+    ("tiny_towers:maps", "model.text", "vocab_size"), ("tiny_towers.inner:tower", "model.vision", "No module named"),
 ])  # fmt: skip
 def test_what_is_no_tower_is_a_named_error(foreign_towers, path, what, said):
     with pytest.raises(ModelError, match=rf"{what}.*{said}"):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mmref.errors import MMRefError, StorageError
+from mmref.locations import below
 from mmref.storage import held, is_full, sync, sync_files, told_when_full
 
 LOCK, NEW, MOVE = ".lock", "new", "move.json"  # inside <name>.partial
@@ -54,7 +55,10 @@ def whole_folder(out: str, error: type[MMRefError], last: str, owned: Owned) -> 
             stack.enter_context(held_folder(partial, target, error))
             stack.callback(_clear, partial)
             if (partial / MOVE).exists():
-                _move(partial, target)
+                try:
+                    _move(partial, target)
+                except ValueError as problem:
+                    raise error(f"{partial / MOVE} is not of mmref ({problem}): remove {partial}.") from None
             _discard(partial / NEW)
             _files_of_command(target, owned, error)
             (partial / NEW).mkdir()
@@ -229,7 +233,7 @@ def _put(partial: Path, target: Path, last: str, old: set[str], error: type[MMRe
 def _move(partial: Path, target: Path) -> None:
     """Move the new files into a folder, and remove the old ones that have no successor; called again, it goes on."""
     plan = json.loads((partial / MOVE).read_text())
-    new, last = partial / NEW, plan["last"]
+    new, last = partial / NEW, below(str(target), plan["last"]).removeprefix(f"{target}/")
     if (new / last).exists():
         (target / last).unlink(missing_ok=True)  # from here on nobody takes what is there for a whole
     names = sorted(_files(new) - {last})
@@ -237,6 +241,7 @@ def _move(partial: Path, target: Path) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(new / name, target / name)
     for name in plan["stale"]:
+        below(str(target), name)  # a folder that somebody else has packed may ask for anything
         if name != last:
             (target / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else is in it

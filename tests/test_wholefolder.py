@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -250,3 +251,19 @@ def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path, monkey
     with pytest.raises(StorageError, match=r"--html .*page.html cannot be written: .*No space left"):
         write_output("--html", str(tmp_path / "page.html"), "new")
     assert (tmp_path / "page.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("plan", [{"last": "last", "stale": ["../victim"]}, {"last": "../victim", "stale": []}])
+def test_a_move_that_somebody_else_has_packed_stays_inside(tmp_path, plan):
+    """A folder that came in an archive may hold the plan of a move that was never begun here."""
+    (tmp_path / "victim").write_text("mine")
+    partial = tmp_path / "set.partial"
+    (partial / "new").mkdir(parents=True)
+    (partial / ".lock").touch()
+    (partial / "move.json").write_text(json.dumps(plan))
+    with (
+        pytest.raises(ExportError, match=r"move.json is not of mmref .*remove"),
+        whole_folder(str(tmp_path / "set"), ExportError, "last", lambda folder: ()),
+    ):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine"

@@ -281,6 +281,22 @@ def test_odd_requests_get_json_too(client):
         assert answer.status_code == status and set(answer.json()) == {"error", "message", "fix"}
 
 
+def test_head_answers_as_get_without_the_body(client):
+    """Monitors and balancers ask so; a service that refuses is taken for one that is down."""
+    item = client.get("/search", params={"text": "a thing", "top": 1}).json()["results"][0]["id"]
+    paths = ["/", "/page.css", "/healthz", "/metrics", "/indexes", "/openapi.json", "/search?text=a%20thing"]
+    for path in (*paths, f"/items/{item}", f"/thumbnail/{item}", f"/image/{item}"):
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (200, b"") and get.content
+        for name in ("content-type", "content-security-policy", "cache-control"):
+            assert head.headers[name] == get.headers[name]
+        if path not in ("/metrics", "/search?text=a%20thing"):  # the second holds its own time
+            assert int(head.headers["content-length"]) == len(get.content)
+    assert client.head("/items/no-such-item").status_code == 404 and client.head("/search").status_code == 400
+    assert client.head("/session").status_code == client.options("/search").status_code == 405
+    assert 'route="/healthz",status="200"' in client.get("/metrics").text
+
+
 def test_every_answer_carries_the_headers_of_safety(client):
     for path in ("/", "/page.js", "/search?text=x", "/search", "/nowhere", "/thumbnail/nobody"):
         headers = client.get(path).headers

@@ -97,11 +97,17 @@ class Guard:
                 self.metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
     async def _answer(self, scope: Scope, receive: Any, exchange: Exchange) -> None:
+        head = scope["method"] == "HEAD"
+
         async def send(message: Any) -> None:
+            if head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await self._send(message, exchange)
 
         try:
             self._check(scope, exchange)
+            if head:  # monitors and balancers ask so: answered as GET, without the body
+                scope["method"] = "GET"
             body = b""
             if scope["method"] == "POST" and scope["path"] in BODIES:
                 body = await self._body(receive, exchange)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from mmref.arguments import local_path
 from mmref.cluster import sigterm_unwinds
 from mmref.errors import ServeError
 from mmref.retrieval.service.access import LOOPBACK, Access, Network, network
@@ -37,7 +38,11 @@ def serve_main(argv: list[str]) -> int:
         "serves. Beyond this machine a token is needed.",
     )
     parser.add_argument(
-        "indexes", nargs="+", metavar="INDEX", help="directory of `mmref index`; the first is the default"
+        "indexes",
+        nargs="+",
+        type=local_path,
+        metavar="INDEX",
+        help="directory of `mmref index`; the first is the default",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
@@ -46,7 +51,10 @@ def serve_main(argv: list[str]) -> int:
         help="Ray Serve replicas of each index, started by load; 0: in this process, without Ray (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--token-file", metavar="FILE", help=f"file with the token that requests must bring (default: ${TOKEN})"
+        "--token-file",
+        type=local_path,
+        metavar="FILE",
+        help=f"file with the token that requests must bring (default: ${TOKEN})",
     )
     parser.add_argument(
         "--trusted-proxy", metavar="ADDRESS", type=network, action="append", default=[],

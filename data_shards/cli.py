@@ -8,6 +8,7 @@ from typing import Any
 
 from data_shards.build import SOURCES, BuildOptions, build_shards, make_source
 from data_shards.tar_writer import ImageOptions
+from mmref.arguments import local_path, place
 from mmref.data.shards import ShardSet
 from mmref.errors import SourceError
 from mmref.wholefolder import check_output
@@ -20,13 +21,15 @@ def add_parser(subparsers: Any) -> None:
     build = commands.add_parser("build", help="build a shard set from a source")
     _add_sources(build.add_subparsers(dest="source", required=True, metavar="|".join(SOURCES)))
     inspect = commands.add_parser("inspect", help="counts, caption kinds and samples of a set")
-    inspect.add_argument("root", help="folder or URL of the set")
+    inspect.add_argument("root", type=place, help="folder or URL of the set")
     inspect.add_argument("--samples", type=int, default=3, help="samples of a split to print (default: %(default)s)")
-    inspect.add_argument("--sheet", metavar="PNG", help="write a contact sheet of the first split, or of --split")
+    inspect.add_argument(
+        "--sheet", type=local_path, metavar="PNG", help="write a contact sheet of the first split, or of --split"
+    )
     inspect.add_argument("--split", help="only this split")
     inspect.set_defaults(run=run_inspect)
     verify = commands.add_parser("verify", help="check files, checksums, counts and offsets of a set")
-    verify.add_argument("root", help="folder or URL of the set")
+    verify.add_argument("root", type=place, help="folder or URL of the set")
     verify.add_argument("--fast", action="store_true", help="leave out the checksums")
     verify.set_defaults(run=run_verify)
 
@@ -34,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
 def _common_options() -> argparse.ArgumentParser:
     """Options of every source. A new parser each time: `parents` share their actions, so a default would leak."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", required=True, metavar="DIR", help="folder of the new set")
+    common.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder of the new set")
     common.add_argument(
         "--overwrite", action="store_true", help="replace a complete set in --out when the new one is whole"
     )
@@ -61,15 +64,19 @@ def _add_sources(sources: Any) -> None:
         return source
 
     emoji = add("emoji", "the bundled set: emoji drawings, from npm packages")
-    emoji.add_argument("--packages", metavar="DIR", help="folder of the unpacked packages; else npm fetches them")
+    emoji.add_argument(
+        "--packages", type=local_path, metavar="DIR", help="folder of the unpacked packages; else npm fetches them"
+    )
     emoji.add_argument("--size-px", type=int, default=64, help="side of the rendered images (default: %(default)s)")
     emoji.add_argument("--quality", type=int, default=72, help="WebP quality, 1 to 100 (default: %(default)s)")
     emoji.set_defaults(source_options=("packages", "size_px", "quality"), tokenizer_vocab=4000)
     cub = add("cub", "CUB-200-2011 with text_c10 captions, in its native layout")
-    cub.add_argument("path", help="folder that holds CUB_200_2011/ and text_c10/")
+    cub.add_argument("path", type=local_path, help="folder that holds CUB_200_2011/ and text_c10/")
     cub.set_defaults(source_options=("path", "fractions", "val_fraction"))
     flowers = add("flowers", "Oxford Flowers-102 with text_c10 captions, in its native layout")
-    flowers.add_argument("--root", required=True, metavar="DIR", help="folder that holds jpg/ and text_c10/")
+    flowers.add_argument(
+        "--root", required=True, type=local_path, metavar="DIR", help="folder that holds jpg/ and text_c10/"
+    )
     flowers.set_defaults(source_options=("root", "fractions", "val_fraction"))
     for classes in (cub, flowers):
         classes.add_argument(
@@ -85,13 +92,16 @@ def _add_sources(sources: Any) -> None:
     ):
         persons = add(name, text)
         persons.add_argument(
-            "--root", required=True, metavar="DIR", help="folder of the annotation file and the images"
+            "--root", required=True, type=local_path, metavar="DIR", help="folder of the annotation file and the images"
         )
         persons.add_argument(
-            "--annotations", metavar="FILE", help="annotation file, where it has another name or place"
+            "--annotations", type=local_path, metavar="FILE", help="annotation file, where it has another name or place"
         )
         persons.add_argument(
-            "--images", metavar="DIR", help="folder of the images; else imgs/, images/ or the root itself"
+            "--images",
+            type=local_path,
+            metavar="DIR",
+            help="folder of the images; else imgs/, images/ or the root itself",
         )
         persons.set_defaults(source_options=("root", "annotations", "images", *(() if has_val else ("val_fraction",))))
         if not has_val:
@@ -100,12 +110,14 @@ def _add_sources(sources: Any) -> None:
                 help="of the train persons held out as val, by a fixed hash; 0: none (default: %(default)s)",
             )  # fmt: skip
     table = add("table", "your own data: a CSV, TSV, JSONL or Parquet table")
-    table.add_argument("path", help="the table; rows name an image, its object and its captions")
+    table.add_argument("path", type=place, help="the table; rows name an image, its object and its captions")
     table.add_argument("--image", default="image", help="column with the image's path or URL (default: %(default)s)")
     table.add_argument("--object-id", default="object_id", help="column with the object's id (default: %(default)s)")
     table.add_argument("--captions", nargs="+", help="caption columns (texts or lists); else `caption` or `captions`")
     table.add_argument("--split", help="column with the split; else `split`, else a fixed hash of the object id")
-    table.add_argument("--image-root", metavar="DIR", help="what image paths are relative to; else the table's folder")
+    table.add_argument(
+        "--image-root", type=place, metavar="DIR", help="what image paths are relative to; else the table's folder"
+    )
     table.add_argument("--keep", nargs="*", default=[], help="further columns to keep in the samples")
     table.add_argument("--licence", default="not stated", help="licence of the data, for the manifest")
     table.add_argument("--min-images", type=int, default=1, help="leave out objects with fewer usable images")

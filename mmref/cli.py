@@ -11,8 +11,10 @@ from collections.abc import Callable
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from mmref import __version__
-from mmref.errors import MMRefError, ReferencesError
+from mmref import __version__, terminal
+from mmref.arguments import local_path, place, text
+from mmref.errors import MMRefError, OutputError, ReaderLeftError, ReferencesError
+from mmref.locations import absolute
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,14 +25,31 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command; an error of ours is printed as its message, anything else keeps its traceback."""
+    terminal.prepare()
+    try:
+        try:
+            return _named(command)
+        finally:  # where argparse leaves too: at its own end Python could only complain
+            sys.stdout.flush()
+    except OutputError as error:
+        return _report(error)
+
+
+def _named(command: Callable[[], int]) -> int:
     try:
         return command()
     except MMRefError as error:
-        print(f"mmref: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_status
+        return _report(error)
     except KeyboardInterrupt:
         print("mmref: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)
         return 130
+
+
+def _report(error: MMRefError) -> int:
+    """Say what an error is; its exit status."""
+    if not isinstance(error, ReaderLeftError):  # who left wants to hear no more
+        print(f"mmref: {type(error).__name__}: {error}", file=sys.stderr)
+    return error.exit_status
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -68,7 +87,7 @@ def _dispatch(argv: list[str]) -> int:
     from data_shards.cli import add_parser as add_shards
 
     add_shards(commands)
-    for name, text in (
+    for name, what in (
         ("train", "train, evaluate and report; `mmref train --help`"),
         ("sizing", "memory, bytes and FLOPs of a run before it is started; `mmref sizing --help`"),
         ("index", "make a search index of your images, add to it, remove; `mmref index --help`"),
@@ -78,7 +97,7 @@ def _dispatch(argv: list[str]) -> int:
         ("tune", "search hyper-parameters; `mmref tune --help`"),
         ("ablate", "compare configs over seeds; `mmref ablate --help`"),
     ):
-        commands.add_parser(name, help=text, add_help=False)
+        commands.add_parser(name, help=what, add_help=False)
     add_evaluate(commands.add_parser("evaluate", help="score a run's best checkpoint on a split"))
     from mmref.explain.command import add_arguments as add_explain
 
@@ -99,16 +118,18 @@ def train(argv: list[str]) -> int:
     from mmref.train.trainer import train as run
 
     run(config)
-    print(f"report: {os.path.abspath(config.run_dir) if '://' not in config.run_dir else config.run_dir}/report.html")
+    print(f"report: {absolute(config.run_dir)}/report.html")
     return 0
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mmref evaluate` and jobs/evaluate.py."""
-    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory of `mmref train`")
-    parser.add_argument("--data", metavar="SHARDS", help="shard set; default: the one the run was trained on")
+    parser.add_argument("--checkpoint", required=True, type=place, metavar="RUN", help="run directory of `mmref train`")
+    parser.add_argument(
+        "--data", type=place, metavar="SHARDS", help="shard set; default: the one the run was trained on"
+    )
     parser.add_argument("--split", default="test", help="split to report (default: test); refinement is chosen on val")
-    parser.add_argument("--out", metavar="FILE", help="also write the metrics to this file or URL")
+    parser.add_argument("--out", type=place, metavar="FILE", help="also write the metrics to this file or URL")
     parser.add_argument("--workers", type=int, help="Ray actors that compute features (default: eval.workers)")
     parser.add_argument("--no-report", action="store_true", help="do not write report.html")
     parser.set_defaults(run=evaluate)
@@ -129,13 +150,17 @@ def add_references(parser: argparse.ArgumentParser) -> None:
     add = actions.add_parser("add", help="give the objects of a shard set references in the best checkpoint")
     remove = actions.add_parser("remove", help="remove objects from every checkpoint of a run, for good")
     for action in (info, add, remove):
-        action.add_argument("run_dir", metavar="RUN", help="run directory of `mmref train`, not training meanwhile")
-    info.add_argument("--object", nargs="+", default=[], metavar="ID", help="also say whether these are there")
-    add.add_argument("--data", required=True, metavar="SHARDS", help="shard set that holds the new objects")
+        action.add_argument(
+            "run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, not training meanwhile"
+        )
+    info.add_argument(
+        "--object", nargs="+", type=text, default=[], metavar="ID", help="also say whether these are there"
+    )
+    add.add_argument("--data", required=True, type=place, metavar="SHARDS", help="shard set that holds the new objects")
     add.add_argument("--split", default="train", help="split of it (default: train)")
     add.add_argument("--workers", type=int, help="Ray actors that compute features (default: eval.workers)")
-    remove.add_argument("--object", nargs="+", default=[], metavar="ID", help="ids of the objects")
-    remove.add_argument("--file", metavar="FILE", help="text file with an id a line")
+    remove.add_argument("--object", nargs="+", type=text, default=[], metavar="ID", help="ids of the objects")
+    remove.add_argument("--file", type=local_path, metavar="FILE", help="text file with an id a line")
     for action, command in ((info, references_info), (add, references_add), (remove, references_remove)):
         action.set_defaults(run=command)
 
@@ -184,9 +209,11 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "Write the best checkpoint of an evaluated run as one folder: weights, config, tokenizer, references, the "
         "refinement chosen on val, and a copy for plain transformers. `mmref.load(DIR)` reads it."
     )
-    parser.add_argument("run_dir", metavar="RUN", help="run directory of `mmref train`, or its URL")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist yet")
-    parser.add_argument("--data", metavar="SHARDS", help="shard set of the run, where it has been moved")
+    parser.add_argument("run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, or its URL")
+    parser.add_argument(
+        "--out", required=True, type=local_path, metavar="DIR", help="folder to write; must not exist yet"
+    )
+    parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set of the run, where it has been moved")
     parser.set_defaults(run=export)
 
 
@@ -205,7 +232,7 @@ def add_ledger(parser: argparse.ArgumentParser) -> None:
         "how many were lost or repeated by failures, and how many broken ones were replaced. Exit status 1 when any was "
         "lost or repeated."
     )
-    parser.add_argument("run_dir", metavar="RUN", help="run directory of `mmref train`")
+    parser.add_argument("run_dir", type=place, metavar="RUN", help="run directory of `mmref train`")
     parser.set_defaults(run=ledger)
 
 

@@ -10,17 +10,25 @@ import difflib
 import hashlib
 import json
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
 import yaml
 
 from mmref.errors import BatchArithmeticError, ConfigError
-from mmref.locations import absolute, folder_name
+from mmref.locations import absolute, expanded, folder_name
 from mmref.texts import parse_yaml, read_text
 
 MIN_TAU = 0.01
 """Of the alignment, as in CLIP: training keeps a learned temperature above it."""
+PLACES = ("run_dir", "data.root", "train.start_from")
+"""Fields that hold a path or URL."""
+PLACES_ON_NODES = ("data.cache_dir", "model.feature_cache")
+"""Fields that hold a path of each node: `~` is the home directory there."""
+NAMES_OR_PLACES = ("data.tokenizer", "model.dual", "model.vision", "model.text")
+"""Fields that hold a path, URL, hub id or `package://` name."""
 
 
 @dataclass
@@ -367,7 +375,8 @@ def load_config(argv: list[str]) -> Config:
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"config: {error}") from None
     config = parser.instantiate_classes(parsed)
-    return check_config(Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}))
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+    return check_config(with_places(Config(**values), expanded))
 
 
 def _is_key(name: str) -> bool:
@@ -396,6 +405,7 @@ def _with_values(argv: list[str]) -> list[str]:
         if path is None:
             words.append(word)
             continue
+        path = expanded(path)
         text = read_text(path, ConfigError)
         if not (values := parse_yaml(text, path, ConfigError)):
             raise ConfigError(f"{path} is empty: leave it out to train with the defaults.")
@@ -620,6 +630,9 @@ def config_hash(config: Config) -> str:
         values["data"]["mix"] = [[folder_name(root), share] for root, share in config.data.mix.items()]
     values["data"]["max_bad_fraction"] = DataConfig.max_bad_fraction  # when a run ends, not what it learns
     values["train"]["start_from"] = absolute(config.train.start_from) if config.train.start_from else ""
+    for name in NAMES_OR_PLACES:  # runs of older versions hold a folder's path as it was given
+        section, key = name.split(".")
+        values[section][key] = _name_or_place(values[section][key], absolute)
     for key in ("readers", "steps_per_task", "cache_gb", "cache_dir"):
         values["data"].pop(key)
     values["reference"].pop("rows_on")
@@ -631,12 +644,40 @@ def config_hash(config: Config) -> str:
 
 def with_absolute_paths(config: Config) -> Config:
     """A copy that means the same in another directory, as Ray's workers run in."""
-    config = from_dict({**to_dict(config), "run_dir": absolute(config.run_dir)})
-    config.data.root = absolute(config.data.root)
-    config.data.mix = {absolute(root): share for root, share in config.data.mix.items()}
-    if config.train.start_from:
-        config.train.start_from = absolute(config.train.start_from)
-    return config
+    return with_places(config, lambda place: absolute(expanded(place)))
+
+
+def with_places(config: Config, to: Callable[[str], str]) -> Config:
+    """A checked copy in which every path has passed through `to`; hub ids and names of packages are left alone.
+
+    Raises ConfigError where two shard sets of `data.mix` are one and the same.
+    """
+    values = to_dict(config)
+    mix = values["data"]["mix"]
+    values["data"]["mix"] = {to(root): share for root, share in mix.items()}
+    if len(values["data"]["mix"]) < len(mix):
+        raise ConfigError(f"`data.mix` names a shard set twice: {', '.join(mix)}.")
+    for name in (*PLACES, *PLACES_ON_NODES, *NAMES_OR_PLACES):
+        *section, key = name.split(".")
+        at = values[section[0]] if section else values
+        at[key] = placed(name, at[key], to)
+    return from_dict(values)
+
+
+def placed(name: str, value: str, to: Callable[[str], str]) -> str:
+    """The value of a field through `to`, where it is a path that means the same on every node; any other as it is."""
+    if not value and name not in ("run_dir", "data.root"):
+        return value
+    if name in PLACES:
+        return to(value)
+    if name in PLACES_ON_NODES:
+        return value if to(value) and value.startswith("~") else to(value)
+    return _name_or_place(value, to) if name in NAMES_OR_PLACES else value
+
+
+def _name_or_place(value: str, to: Callable[[str], str]) -> str:
+    """A path through `to`; a hub id as it is. Which of the two it is, transformers decides in the same way."""
+    return to(value) if value.startswith(("/", "~", ".")) or os.path.isdir(value) else value
 
 
 def ramp(step: int, max_steps: int, start: float, full: float) -> float:

@@ -7,6 +7,25 @@ class MMRefError(Exception):
     exit_status = 1
 
 
+class PathError(MMRefError):
+    """A path is not what its user can mean: empty, of an unknown user, with a variable that nothing expands, or a URL where
+    only a path of this machine will do."""
+
+
+class TextError(MMRefError):
+    """A text given on the command line is no UTF-8."""
+
+
+class OutputError(MMRefError):
+    """Standard output cannot be written, as on a full disk."""
+
+
+class ReaderLeftError(OutputError):
+    """Whatever read standard output has ended, as `head` does: the command ends without a word."""
+
+    exit_status = 141  # 128 + SIGPIPE, as of other commands
+
+
 class ConfigError(MMRefError):
     """A config file or flag holds an unknown key, a value of the wrong type, or a combination that cannot work."""
 

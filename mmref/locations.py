@@ -11,10 +11,12 @@ import re
 import stat
 from typing import Any
 
-from mmref.errors import FileSystemMissingError
+from mmref.errors import FileSystemMissingError, PathError
 from mmref.storage import retry
 
 ODD_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
+VARIABLE = re.compile(r"(?:^|/)(\$\w+)(?=/|$)|(\$\{\w+\})")
+ONE_SLASH = re.compile(r"(s3a?|gcs|gs|az|abfss?|https?|hdfs|file):/(?!/)")
 
 
 def is_url(place: str) -> bool:
@@ -25,6 +27,34 @@ def is_url(place: str) -> bool:
 def absolute(place: str) -> str:
     """What means the same place in another directory: a path with `~` and `..` resolved, a URL as it is."""
     return place.rstrip("/") if is_url(place) else os.path.abspath(os.path.expanduser(place))
+
+
+def expanded(place: str) -> str:
+    """A path as its user means it, with `~` and `~user` expanded; a URL as it is.
+
+    Shells leave `~` alone behind `=` and in quotes, and nothing expands it or a variable in a YAML file.
+
+    Raises PathError where a folder of that very name would be made in silence: an empty path, a user that is not known here, a
+    variable that nothing expanded, a URL with one slash.
+    """
+    if is_url(place):
+        return place
+    if not place.strip() or "\0" in place:
+        raise PathError(f"{place!r} is no path: give one, or leave the option out.")
+    found = os.path.expanduser(place)
+    if os.path.lexists(found):
+        return found
+    if found.startswith("~"):
+        raise PathError(f"{place}: there is no home directory of {found.partition('/')[0]} here. Give the path itself, or "
+                        f"./{place} for a folder of that name.")  # fmt: skip
+    if variable := VARIABLE.search(found):
+        raise PathError(
+            f"{place} holds {variable[1] or variable[2]}, which nothing expands here: a shell does outside of single quotes. "
+            "Give the path itself."
+        )
+    if ONE_SLASH.match(found):
+        raise PathError(f"{place} is a URL with one slash: write {found.replace(':/', '://', 1)}.")
+    return found
 
 
 def join(root: str, *parts: str) -> str:

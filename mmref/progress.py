@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from typing import Any
 
-from mmref.errors import StorageError
+from mmref.errors import OutputError, StorageError
 from mmref.rundir import RunDir, read_jsonl
 
 POLL_S, POLL_URL_S = 0.5, 5.0
@@ -100,11 +101,12 @@ class Progress:
                 self._bar.set_postfix_str(line.split("  ", 1)[1])
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar where there is one."""
-        if self._bar is None:
-            print(line, flush=True)
-        else:
-            self._bar.write(line)
+        """Print a line, above the bar where there is one. A run goes on where nobody reads it any more."""
+        with contextlib.suppress(OutputError):
+            if self._bar is None:
+                print(line, flush=True)
+            else:
+                self._bar.write(line)
 
 
 def _identity(record: dict[str, Any]) -> tuple[int, str]:

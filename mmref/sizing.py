@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mmref.arguments import local_path
 from mmref.config import Config, ModelConfig, from_dict, load_config, to_dict
 from mmref.livebytes import LiveBytes
 from mmref.packages import trust_own
@@ -259,7 +260,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--batch", type=int, help="pairs of one worker in a step (default: train.global_batch / train.workers)"
     )
-    parser.add_argument("--out", metavar="FILE", help="also write the numbers as JSON, in bytes")
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="also write the numbers as JSON, in bytes")
     args, rest = parser.parse_known_args(argv)
     if args.out:
         check_output("--out", args.out)

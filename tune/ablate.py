@@ -21,6 +21,7 @@ from mmref.cluster import SETTINGS
 from mmref.config import Config, config_hash, from_dict, load_config, to_dict, with_absolute_paths
 from mmref.data.shards import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
+from mmref.locations import expanded
 from mmref.rundir import RunDir
 from mmref.train.trainer import check_inputs, check_same_data
 from tune.ablation import markdown, plot, summarise, table_csv
@@ -37,20 +38,26 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mmref ablate", allow_abbrev=False, description="Train rows of configs over seeds, and compare them.",
         epilog="Any config field is a flag too (`--data.caption_noise 0.2`): `mmref train --help` lists them.",
     )  # fmt: skip
-    parser.add_argument("--rows", default=DEFAULT_ROWS, metavar="FILE", help="rows to compare (default: %(default)s)")
+    parser.add_argument(
+        "--rows", default=DEFAULT_ROWS, type=expanded, metavar="FILE", help="rows to compare (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", metavar="ROW",
                         help="train these rows, and the baseline; of the others the tables show what is there")  # fmt: skip
     parser.add_argument("--baseline", metavar="ROW", help="row that all are compared with (default: the file's)")
-    parser.add_argument("--config", metavar="FILE", help="config that the rows vary")
+    parser.add_argument("--config", type=expanded, metavar="FILE", help="config that the rows vary")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
     parser.add_argument(
         "--split", default="test", help="split reported; refinement is chosen on val (default: %(default)s)"
     )
     parser.add_argument("--kind", default="", help="kind of captions reported besides all of them")
     parser.add_argument(
-        "--run_dir", default="runs/ablation", metavar="DIR", help="directory or URL (default: %(default)s)"
+        "--run_dir",
+        default="runs/ablation",
+        type=expanded,
+        metavar="DIR",
+        help="directory or URL (default: %(default)s)",
     )
-    parser.add_argument("--results", nargs="+", default=[], metavar="FILE",
+    parser.add_argument("--results", nargs="+", default=[], type=expanded, metavar="FILE",
                         help="ablation.json of other ablations: same config and seed, same training: taken from it")  # fmt: skip
     parser.add_argument("--max-concurrent", type=int, metavar="N", help="trainings at a time (default: as many as fit)")
     return parser
@@ -101,7 +108,10 @@ def ablate(
         )
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"`--seeds` names a seed twice: {seeds}.")
-    configs = {t: rows.config(base, t.row, t.point, t.seed, run.join(t.folder)) for t in trainings(rows, seeds)}
+    configs = {
+        t: with_absolute_paths(rows.config(base, t.row, t.point, t.seed, run.join(t.folder)))
+        for t in trainings(rows, seeds)
+    }
     wanted = rows.only(only, "--only") if only else rows
     planned = {t: configs[t] for t in trainings(wanted, seeds)}
     recorded, data = Recorded(files, split), fingerprints(configs)

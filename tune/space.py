@@ -9,13 +9,14 @@ import itertools
 import math
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from mmref.config import Config, EvalConfig, check_config, from_dict, to_dict, unknown_key
+from mmref.config import Config, EvalConfig, check_config, from_dict, placed, to_dict, unknown_key
 from mmref.errors import ConfigError
+from mmref.locations import absolute, expanded
 from mmref.texts import parse_yaml, read_text
 
 KEYS = {
@@ -98,6 +99,15 @@ class Space:
                 "try, or search with optuna or random."
             )
         return [dict(zip(lists, values)) for values in itertools.product(*(v for v in lists.values() if v is not None))]
+
+    def with_absolute_paths(self) -> Space:
+        """A copy whose paths mean the same in another directory, as trials run in. Raises PathError."""
+
+        def means(name: str, value: Any) -> Any:
+            return placed(name, value, lambda place: absolute(expanded(place))) if isinstance(value, str) else value
+
+        parameters = [replace(p, values=tuple(means(p.name, v) for v in p.values)) for p in self.parameters]
+        return replace(self, parameters=tuple(parameters))
 
     def prepare(self, base: Config) -> Config:
         """The base config with this space's refinement grid beside its own, searched in training. Raises ConfigError where some

@@ -21,6 +21,7 @@ from mmref.cli import run_command
 from mmref.config import Config, dump_yaml, load_config, to_dict, with_absolute_paths
 from mmref.data.shards import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError, SweepInterruptedError
+from mmref.locations import expanded
 from mmref.rundir import RunDir, read_jsonl
 from mmref.train.ray_storage import ray_filesystem
 from mmref.train.trainer import DATA, check_inputs, check_same_data
@@ -70,18 +71,22 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Any config field is a flag too (`--train.max_steps 200`): `mmref train --help` lists them.",
     )  # fmt: skip
     parser.add_argument(
-        "--space", default=str(DEFAULT_SPACE), metavar="FILE", help="search space (default: %(default)s)"
+        "--space", default=str(DEFAULT_SPACE), type=expanded, metavar="FILE", help="search space (default: %(default)s)"
     )
     parser.add_argument(
         "--trials", type=_positive, metavar="N", help="number of trials (default: 16; grid: all combinations)"
     )
     parser.add_argument(
-        "--config", default=DEFAULT_CONFIG, metavar="FILE", help="config that the trials vary (default: %(default)s)"
+        "--config",
+        default=DEFAULT_CONFIG,
+        type=expanded,
+        metavar="FILE",
+        help="config that the trials vary (default: %(default)s)",
     )
     parser.add_argument(
-        "--run_dir", default="runs/sweep", metavar="DIR", help="directory or URL (default: %(default)s)"
+        "--run_dir", default="runs/sweep", type=expanded, metavar="DIR", help="directory or URL (default: %(default)s)"
     )
-    parser.add_argument("--resume", metavar="DIR",
+    parser.add_argument("--resume", type=expanded, metavar="DIR",
                         help="go on with the sweep in DIR; --trials, --max-concurrent, --final-seeds may change")  # fmt: skip
     parser.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again")
     parser.add_argument("--workers-per-trial", type=_positive, metavar="N", help="the same as --train.workers")
@@ -256,6 +261,8 @@ def _run(own: Config, base: Config, space: Space, options: Options, run: RunDir)
         base: what `prepare` made of it.
     """
     config = with_absolute_paths(with_values(of_a_trial(base, options), {"train.keep_checkpoints": 1}))
+    if not submitted():
+        space = space.with_absolute_paths()
     steps = config.train.max_steps
     first = space.default_point(config) if options.searcher != "grid" else None
     propose = proposer(space, options.searcher, config.train.seed, first, options.pareto, options.trials)

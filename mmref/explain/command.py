@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from mmref.arguments import place, text
+
 EXAMPLES = 4
 
 
@@ -16,11 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "another split -SPLIT). "
         "Without a query or object: the captions that refinement moved most, and the first training objects."
     )
-    parser.add_argument("run_dir", metavar="RUN", help="run directory of `mmref train`, evaluated")
-    parser.add_argument("--query", nargs="+", default=[], metavar="TEXT", help="sentences that search the split")
-    parser.add_argument("--object", nargs="+", default=[], metavar="ID", help="objects of any split of the set")
+    parser.add_argument("run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, evaluated")
+    parser.add_argument(
+        "--query", nargs="+", type=text, default=[], metavar="TEXT", help="sentences that search the split"
+    )
+    parser.add_argument(
+        "--object", nargs="+", type=text, default=[], metavar="ID", help="objects of any split of the set"
+    )
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="how many, where none is named (%(default)s)")
-    parser.add_argument("--data", metavar="SHARDS", help="shard set; default: the one the run was trained on")
+    parser.add_argument(
+        "--data", type=place, metavar="SHARDS", help="shard set; default: the one the run was trained on"
+    )
     parser.add_argument("--split", default="test", help="split whose images are searched (default: test)")
     parser.add_argument("--grid", type=int, default=7, help="cells of a heat map on each side (default: %(default)s)")
     parser.set_defaults(run=explain)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+from mmref.arguments import local_path, place, text
 from mmref.errors import QueryError
-from mmref.locations import one_line
+from mmref.locations import expanded, one_line
+from mmref.terminal import to_json
 from mmref.texts import read_lines
 from mmref.wholefolder import check_output, write_output
 
@@ -29,7 +30,7 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", default="image", help="column of a table with paths or URLs (default: image)")
     parser.add_argument("--object-column", default="object_id", help="column with object ids, where there is one")
     parser.add_argument(
-        "--image-root", metavar="DIR", help="what a table's paths are relative to; else the table's folder"
+        "--image-root", type=place, metavar="DIR", help="what a table's paths are relative to; else the table's folder"
     )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1,
@@ -53,11 +54,15 @@ def _create(argv: list[str]) -> int:
         "by its first bytes; the rest is counted. The same command again goes on after a kill. "
         "`mmref index add|remove|info INDEX` change or describe one; a folder of such a name is given as ./add.",
     )
-    parser.add_argument("images", metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
     parser.add_argument(
-        "--model", required=True, metavar="RUN|EXPORT", help="run directory, or folder of `mmref export`"
+        "images", type=place, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix"
     )
-    parser.add_argument("--out", required=True, metavar="INDEX", help="the index directory; must not exist yet")
+    parser.add_argument(
+        "--model", required=True, type=place, metavar="RUN|EXPORT", help="run directory, or folder of `mmref export`"
+    )
+    parser.add_argument(
+        "--out", required=True, type=local_path, metavar="INDEX", help="the index directory; must not exist yet"
+    )
     parser.add_argument(
         "--kind", choices=get_args(Kind), default="auto",
         help="exact search (flat) or approximate (ivf, hnsw); auto: exact up to a million images",
@@ -85,9 +90,13 @@ def _add(argv: list[str]) -> int:
         description="Have an index hold what a source holds now: new images are added, changed ones embedded again, those "
         "that are gone named. An image from elsewhere whose id an item has already gets its folder's name before it.",
     )
-    parser.add_argument("index", metavar="INDEX")
-    parser.add_argument("images", metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
-    parser.add_argument("--model", metavar="RUN|EXPORT", help="checked to be the index's own, which is used")
+    parser.add_argument("index", type=local_path, metavar="INDEX")
+    parser.add_argument(
+        "images", type=place, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix"
+    )
+    parser.add_argument(
+        "--model", type=place, metavar="RUN|EXPORT", help="checked to be the index's own, which is used"
+    )
     parser.add_argument(
         "--remove-missing", action="store_true", help="remove the items of IMAGES that are not there any more"
     )
@@ -104,9 +113,9 @@ def _remove(argv: list[str]) -> int:
     from mmref.retrieval import index
 
     parser = argparse.ArgumentParser(prog="mmref index remove", description="Remove items from an index.")
-    parser.add_argument("index", metavar="INDEX")
-    parser.add_argument("ids", metavar="ID", nargs="*", help="ids of items")
-    parser.add_argument("--ids-file", metavar="FILE", help="more ids, one a line")
+    parser.add_argument("index", type=local_path, metavar="INDEX")
+    parser.add_argument("ids", type=text, metavar="ID", nargs="*", help="ids of items")
+    parser.add_argument("--ids-file", type=local_path, metavar="FILE", help="more ids, one a line")
     args = parser.parse_args(argv)
     ids = args.ids + (_lines(args.ids_file) if args.ids_file else [])
     if not ids:
@@ -120,14 +129,14 @@ def _info(argv: list[str]) -> int:
     from mmref.retrieval.segment import Segment
 
     parser = argparse.ArgumentParser(prog="mmref index info", description="What an index holds.")
-    parser.add_argument("index", metavar="INDEX")
+    parser.add_argument("index", type=local_path, metavar="INDEX")
     parser.add_argument("--json", action="store_true", help="print the manifest")
     args = parser.parse_args(argv)
-    folder = Path(args.index).expanduser().absolute()
+    folder = Path(args.index)
     manifest = index.Manifest.read(folder)
     index.check_model(folder, manifest)
     if args.json:
-        print(json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
+        print(to_json(asdict(manifest), indent=1))
         return 0
     _report(args.index, manifest)
     segments: list[Segment] = index.open_segments(folder, manifest)
@@ -165,13 +174,13 @@ def search_main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="mmref search", description="Search an index with a sentence, an image, or both."
     )
-    parser.add_argument("index", metavar="INDEX", help="directory of `mmref index`")
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="what to look for")
-    parser.add_argument("--image", metavar="FILE", help="look for what is like this image")
+    parser.add_argument("index", type=local_path, metavar="INDEX", help="directory of `mmref index`")
+    parser.add_argument("text", nargs="?", type=text, metavar="TEXT", help="what to look for")
+    parser.add_argument("--image", type=expanded, metavar="FILE", help="look for what is like this image")
     parser.add_argument(
         "--image-weight", type=float, default=0.5, help="share of the image beside a sentence (default: %(default)s)"
     )
-    parser.add_argument("--batch", metavar="FILE", help="many sentences, one a line")
+    parser.add_argument("--batch", type=local_path, metavar="FILE", help="many sentences, one a line")
     parser.add_argument("--top", type=int, help="results of each query (default: 10, or all of a smaller index)")
     parser.add_argument("--no-refine", action="store_true", help="do not compare by references")
     parser.add_argument(
@@ -180,13 +189,17 @@ def search_main(argv: list[str]) -> int:
         metavar="P",
         help="refine this many of the first pass; 0: all; default: as in evaluation",
     )
-    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only items with these values")
+    parser.add_argument(
+        "--where", nargs="+", type=text, default=[], metavar="COLUMN=VALUE", help="only items with these values"
+    )
     parser.add_argument("--json", action="store_true", help="print results as JSON, a line for each query")
-    parser.add_argument("--html", metavar="FILE", help="write results as a page with thumbnails")
+    parser.add_argument("--html", type=local_path, metavar="FILE", help="write results as a page with thumbnails")
     parser.add_argument(
         "--judge", action="store_true", help="ask of each result whether it is right, and keep the answers"
     )
-    parser.add_argument("--judgements", metavar="FILE", help="where (default: judgements.jsonl in the index)")
+    parser.add_argument(
+        "--judgements", type=local_path, metavar="FILE", help="where (default: judgements.jsonl in the index)"
+    )
     args = parser.parse_args(argv)
     from mmref.retrieval.searcher import Query, Searcher
     from mmref.retrieval.show import format_results, render_page
@@ -203,7 +216,7 @@ def search_main(argv: list[str]) -> int:
     names = [query.text or str(query.image) for query in queries]
     for name, results in zip(names, answers):
         if args.json:
-            print(json.dumps({"query": name, "results": [r.to_dict() for r in results]}, ensure_ascii=False))
+            print(to_json({"query": name, "results": [r.to_dict() for r in results]}))
         elif not args.html:
             print(name if len(names) > 1 else "", format_results(results), sep="\n" if len(names) > 1 else "")
     if args.html:
@@ -261,11 +274,13 @@ def judge_main(argv: list[str]) -> int:
         description="Say which items are right for a sentence. `mmref judge export INDEX --out DIR` writes what was judged as "
         "a table for `mmref shards build table`, to fine-tune or evaluate with.",
     )
-    parser.add_argument("index", metavar="INDEX")
-    parser.add_argument("text", metavar="TEXT", help="the sentence")
-    parser.add_argument("--right", nargs="+", default=[], metavar="ID", help="items that it asks for")
-    parser.add_argument("--wrong", nargs="+", default=[], metavar="ID", help="items that it does not")
-    parser.add_argument("--judgements", metavar="FILE", help="where to save (default: judgements.jsonl in the index)")
+    parser.add_argument("index", type=local_path, metavar="INDEX")
+    parser.add_argument("text", type=text, metavar="TEXT", help="the sentence")
+    parser.add_argument("--right", nargs="+", type=text, default=[], metavar="ID", help="items that it asks for")
+    parser.add_argument("--wrong", nargs="+", type=text, default=[], metavar="ID", help="items that it does not")
+    parser.add_argument(
+        "--judgements", type=local_path, metavar="FILE", help="where to save (default: judgements.jsonl in the index)"
+    )
     args = parser.parse_args(argv)
     from mmref.retrieval.feedback import Judgements
     from mmref.retrieval.searcher import Searcher
@@ -285,12 +300,16 @@ def judge_main(argv: list[str]) -> int:
 
 def _export_judgements(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mmref judge export", description="Judgements as a table and its images.")
-    parser.add_argument("index", metavar="INDEX")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for table.jsonl and images/")
+    parser.add_argument("index", type=local_path, metavar="INDEX")
+    parser.add_argument(
+        "--out", required=True, type=local_path, metavar="DIR", help="folder for table.jsonl and images/"
+    )
     parser.add_argument(
         "--split", help="split of every row: `test` for an evaluation split; default: by object at build"
     )
-    parser.add_argument("--judgements", metavar="FILE", help="what to export (default: judgements.jsonl in the index)")
+    parser.add_argument(
+        "--judgements", type=local_path, metavar="FILE", help="what to export (default: judgements.jsonl in the index)"
+    )
     args = parser.parse_args(argv)
     from mmref.retrieval.feedback import Judgements, export_table
     from mmref.retrieval.searcher import Searcher

@@ -14,8 +14,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mmref.arguments import local_path
-from mmref.config import Config, ModelConfig, from_dict, load_config, to_dict
+from mmref.arguments import local_path, positive
+from mmref.config import Config, from_dict, load_config, to_dict
 from mmref.livebytes import LiveBytes
 from mmref.packages import trust_own
 from mmref.wholefolder import check_output, write_output
@@ -78,26 +78,17 @@ class Sizing:
         return self.send_features + self.send_gradients + self.send_references
 
 
-def without_weights(config: ModelConfig) -> ModelConfig:
-    """The same towers by their configs, so that building them loads nothing. Raises ModelError."""
-    from mmref.model.backbone import tower_config
-
-    changes: dict[str, Any] = {}
-    for part in ("dual", "vision", "text"):
-        if name := getattr(config, part):
-            changes |= {part: "", f"{part}_config": tower_config(name, None, f"model.{part}").to_dict()}
-    return dataclasses.replace(config, **changes, feature_cache="")
-
-
 def measure_model(config: Config, micro_batch: int) -> ModelSize:
     """Run a forward and a backward pass of a micro-batch on tensors that have shapes and no memory. Raises ModelError."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
+    from mmref.model.backbone import try_towers, without_weights
     from mmref.model.mmref import Masked, build_model
 
     trust_own(config.model)
+    try_towers(config.model, (config.data.image_height, config.data.image_width))
     config = dataclasses.replace(config, model=without_weights(config.model))
     flops = FlopCounterMode(display=False)
     with torch.device("meta"):
@@ -255,10 +246,12 @@ def main(argv: list[str]) -> int:
         description="Memory of a worker, object store, bytes and FLOPs of a step, before a run is started. Flags of "
         "`mmref train` are taken as well: --config, --model.dual, --train.zero_stage, --reference.negatives ...",
     )
-    parser.add_argument("--objects", type=int, required=True, help="training objects, each with its references")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="numbers of workers, a column for each")
+    parser.add_argument("--objects", type=positive, required=True, help="training objects, each with its references")
     parser.add_argument(
-        "--batch", type=int, help="pairs of one worker in a step (default: train.global_batch / train.workers)"
+        "--workers", type=positive, nargs="+", default=[1], help="numbers of workers, a column for each"
+    )
+    parser.add_argument(
+        "--batch", type=positive, help="pairs of one worker in a step (default: train.global_batch / train.workers)"
     )
     parser.add_argument("--out", type=local_path, metavar="FILE", help="also write the numbers as JSON, in bytes")
     args, rest = parser.parse_known_args(argv)

@@ -15,12 +15,14 @@ and gives an object with `last_hidden_state`, tokens (B, N, w) or feature maps (
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from mmref.config import ModelConfig
@@ -28,6 +30,9 @@ from mmref.errors import ModelError
 from mmref.model.adapter import Adapter
 from mmref.model.frozen import FrozenTokens
 from mmref.packages import IMPORT, imported, local_name
+
+DRIVEN = ("clip", "metaclip_2", "siglip")  # families of dual encoders that are tested
+TRIED_TOKENS, TRIED_PX = 8, 64  # of the forward pass that tries towers, where nothing else is known
 
 
 @contextlib.contextmanager
@@ -54,8 +59,20 @@ def tower_config(name: str, config: dict[str, Any] | None, what: str) -> Pretrai
         return AutoConfig.for_model(model_type, **values)
 
 
-def check_towers(config: ModelConfig, end_id: int | None) -> None:
-    """Raise ModelError for a tower that does not exist or a tokenizer that ends captions otherwise; loads no weights."""
+def without_weights(config: ModelConfig) -> ModelConfig:
+    """The same towers by their configs, so that building them loads nothing. Raises ModelError."""
+    changes: dict[str, Any] = {}
+    for part in ("dual", "vision", "text"):
+        if name := getattr(config, part):
+            changes |= {part: "", f"{part}_config": tower_config(name, None, f"model.{part}").to_dict()}
+    return dataclasses.replace(config, **changes, feature_cache="")
+
+
+def check_towers(config: ModelConfig, end_id: int | None, size: tuple[int, int] | None = None) -> None:
+    """Raise ModelError for a tower that does not exist, towers without features, or a tokenizer that ends captions otherwise.
+
+    Loads no weights. `size`: height and width of the images, in pixels.
+    """
     for part in ("dual", "vision", "text"):
         name, values = getattr(config, part), getattr(config, f"{part}_config")
         if not (name or values):
@@ -72,6 +89,63 @@ def check_towers(config: ModelConfig, end_id: int | None) -> None:
                 f"feature would be the same. Set `text_config: {{eos_token_id: {end_id}}}` in model.dual_config, or "
                 "use the tokenizer of the model."
             )
+    try_towers(config, size)
+
+
+def try_towers(config: ModelConfig, size: tuple[int, int] | None = None) -> None:
+    """Raise ModelError for towers that give no features of images of `size` (height, width) and texts.
+
+    One forward pass, on tensors that have shapes and no memory: a moment, however large the towers are. Only one that fails is
+    tried again with random weights, since not every sound tower runs without memory. Towers from an import path are not tried.
+    """
+    if any(IMPORT in (values or {}) for values in (config.dual_config, config.vision_config, config.text_config)):
+        return
+    config = without_weights(config)
+    for real in (False, True):
+        try:
+            _forward(config, size, real)
+            return
+        except ModelError:
+            raise
+        except Exception as error:  # whatever foreign code raises
+            if real:
+                raise _no_features(config, size, error) from error
+
+
+def _forward(config: ModelConfig, size: tuple[int, int] | None, real: bool) -> None:
+    """Build towers and encode two images and two texts, in memory or without. Raises whatever their code raises."""
+    with torch.device("cpu" if real else "meta"):
+        backbone = _towers(config).eval()
+    with torch.no_grad(), contextlib.nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
+        backbone = backbone if real else backbone.to_empty(device="cpu")
+        ids = torch.zeros(2, min(TRIED_TOKENS, backbone.max_positions), dtype=torch.long)
+        image, image_tokens = backbone.encode_image(
+            torch.zeros(2, 3, *(size or backbone.native_size or [TRIED_PX] * 2))
+        )
+        text, text_tokens = backbone.encode_text(ids, torch.ones_like(ids))
+    if not image.shape == text.shape == (2, backbone.embed_dim) or not image_tokens.dim() == text_tokens.dim() == 3:
+        raise ValueError(
+            f"features of shape {tuple(image.shape)} for images and {tuple(text.shape)} for texts, tokens of "
+            f"{tuple(image_tokens.shape)} and {tuple(text_tokens.shape)}"
+        )
+
+
+def _no_features(config: ModelConfig, size: tuple[int, int] | None, error: Exception) -> ModelError:
+    """What to say of towers whose forward pass raised an error."""
+    said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    at = f" of {size[0]} x {size[1]} px" if size else ""
+    if config.dual_config:
+        return ModelError(
+            f"model.dual: a dual encoder of the family `{config.dual_config['model_type']}` gives no features of images{at} and "
+            f"texts ({said}). The families that work are {', '.join(DRIVEN)}; any vision tower and text encoder do as a pair "
+            "(`model.vision`, `model.text`)."
+        )
+    kinds = [(values or {}).get("model_type") for values in (config.vision_config, config.text_config)]
+    return ModelError(
+        f"model.vision `{kinds[0]}` and model.text `{kinds[1]}` give no features of images{at} and texts ({said}). A vision "
+        "tower takes `pixel_values` of that size, a text tower `input_ids` and `attention_mask` alone (an encoder, no "
+        "encoder-decoder), and both give `last_hidden_state`."
+    )
 
 
 def load_tower(name: str, config: dict[str, Any] | None, what: str) -> Any:
@@ -260,16 +334,31 @@ def _tower_width(tower: Any) -> int:
     raise ModelError(f"{type(tower).__name__}: no hidden_size or hidden_sizes in its config, so its width is unknown.")
 
 
-def build_backbone(config: ModelConfig, vocab_size: int) -> Backbone:
-    """Backbone of a config; the text embedding grows to `vocab_size` rows when the tokenizer has more tokens."""
+def _family(config: ModelConfig) -> str:
+    """`model_type` of a dual encoder, "" for one from an import path. Raises ModelError."""
+    if IMPORT in (config.dual_config or {}):
+        return ""
+    return str(tower_config(config.dual, config.dual_config, "model.dual").model_type)
+
+
+def _towers(config: ModelConfig) -> Backbone:
     if config.dual or config.dual_config:
-        backbone: Backbone = DualBackbone(load_tower(config.dual, config.dual_config, "model.dual"))
-    else:
-        backbone = PairBackbone(
-            load_tower(config.vision, config.vision_config, "model.vision"),
-            load_tower(config.text, config.text_config, "model.text"),
-            config,
-        )
+        return DualBackbone(load_tower(config.dual, config.dual_config, "model.dual"))
+    return PairBackbone(
+        load_tower(config.vision, config.vision_config, "model.vision"),
+        load_tower(config.text, config.text_config, "model.text"),
+        config,
+    )
+
+
+def build_backbone(config: ModelConfig, vocab_size: int) -> Backbone:
+    """Backbone of a config; the text embedding grows to `vocab_size` rows when the tokenizer has more tokens.
+
+    Raises ModelError, also for a dual encoder of a family that gives no features.
+    """
+    if (config.dual or config.dual_config) and _family(config) not in DRIVEN:
+        try_towers(config)
+    backbone = _towers(config)
     if vocab_size > backbone.vocab_size:  # a mask token added to a tokenizer without one (CLIP)
         backbone.text_model.resize_token_embeddings(vocab_size, mean_resizing=False)
         backbone.vocab_size = vocab_size

@@ -78,7 +78,8 @@ def check_inputs(config: Config) -> None:
     if config.train.start_from:
         checkpoint.best_checkpoint(RunDir(config.train.start_from))
     tokens = load_tokens(config)
-    check_towers(config.model, tokens.tokenizer.eos_token_id)
+    size = config.data.image_height, config.data.image_width
+    check_towers(config.model, tokens.tokenizer.eos_token_id, size)
 
 
 def prepare_run(config: Config, run: RunDir) -> None:

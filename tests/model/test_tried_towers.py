@@ -1,0 +1,119 @@
+"""Towers that give no features are named before anything starts, by a forward pass without memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_set import BERT, CONVNEXT, VIT
+from transformers import AutoConfig, AutoModel
+
+from mmref.config import ModelConfig
+from mmref.errors import ModelError
+from mmref.model import backbone
+from mmref.model.backbone import build_backbone, check_towers, try_towers
+from mmref.sizing import measure_model
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = {**SIZES, "patch_size": 8, "image_size": 16}
+TEXT = {**SIZES, "vocab_size": 40, "max_position_embeddings": 12}
+EFFICIENT = {
+    "image_size": 16, "hidden_dim": 16, "kernel_sizes": [3], "in_channels": [32], "out_channels": [16], "strides": [1],
+    "num_block_repeats": [1], "expand_ratios": [1], "depthwise_padding": [],
+}  # fmt: skip
+WORK = {
+    "clip": {"projection_dim": 8, "vision_config": VISION, "text_config": {**TEXT, "eos_token_id": 2}},
+    "metaclip_2": {"projection_dim": 8, "vision_config": VISION, "text_config": {**TEXT, "eos_token_id": 2}},
+    "siglip": {"vision_config": VISION, "text_config": {**TEXT, "projection_size": 16}},
+}
+FAIL = {
+    "chinese_clip": {"projection_dim": 8, "vision_config": VISION, "text_config": TEXT},
+    "siglip2": {"vision_config": {**SIZES, "patch_size": 8, "num_patches": 4}, "text_config": {**TEXT, "projection_size": 16}},
+    "align": {"projection_dim": 8, "vision_config": EFFICIENT, "text_config": TEXT},
+    "groupvit": {"projection_dim": 8, "text_config": TEXT, "vision_config": {
+        **SIZES, "image_size": 16, "patch_size": 8, "depths": [1, 1, 1], "num_group_tokens": [2, 1, 0],
+        "num_output_groups": [2, 1, 0]}},
+    "xclip": {"projection_dim": 8, "vision_config": VISION, "text_config": {**TEXT, "eos_token_id": 2}},
+}  # fmt: skip
+NONE = {
+    "flava": {"image_config": VISION, "text_config": TEXT, "multimodal_config": SIZES},
+    "clap": {"projection_dim": 8, "text_config": TEXT},
+    "bert": TEXT,
+}
+T5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+
+
+@pytest.mark.parametrize("family", WORK)
+def test_families_that_work(family, monkeypatch):
+    monkeypatch.setattr(backbone, "_no_features", lambda *_: pytest.fail("needed memory"))
+    check_towers(ModelConfig(dual_config={"model_type": family, **WORK[family]}), 2, (32, 24))
+
+
+@pytest.mark.parametrize("kind", ["config", "folder"])
+@pytest.mark.parametrize("family", FAIL)
+def test_families_that_give_no_features_are_named(family, kind, tmp_path):
+    values = {"model_type": family, **FAIL[family]}
+    config = ModelConfig(dual_config=values)
+    if kind == "folder":
+        AutoModel.from_config(AutoConfig.for_model(**values)).save_pretrained(tmp_path)
+        config = ModelConfig(dual=str(tmp_path))
+    message = rf"model.dual: .*family `{family}` gives no features of images of 16 x 16 px.*clip, metaclip_2, siglip"
+    with pytest.raises(ModelError, match=message):
+        check_towers(config, None, (16, 16))
+    with pytest.raises(ModelError, match=f"family `{family}`"):  # without the check before a run
+        build_backbone(config, 40)
+
+
+@pytest.mark.parametrize("family", NONE)
+def test_models_that_are_no_dual_encoder_are_named(family):
+    with pytest.raises(ModelError, match="needs a dual encoder such as CLIP or SigLIP, found"):
+        check_towers(ModelConfig(dual_config={"model_type": family, **NONE[family]}), None, (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "size", "said"),
+    [
+        (CONVNEXT, T5, (16, 16), "model.text `t5` .*ValueError.* no encoder-decoder"),
+        ({"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}, VIT, (16, 16), "`vit`"),
+        (BERT, BERT, (16, 16), "model.vision `bert`"),
+        ({"model_type": "swin", "image_size": 16, "patch_size": 8, "embed_dim": 8, "depths": [1], "num_heads": [1],
+          "window_size": 2, "num_channels": 1}, BERT, (16, 16), "model.vision `swin`"),
+    ],
+)  # fmt: skip
+def test_pairs_that_give_no_features_are_named(vision, text, size, said):
+    with pytest.raises(ModelError, match=said):
+        check_towers(ModelConfig(vision_config=vision, text_config=text), None, size)
+
+
+def test_pairs_that_work_need_no_memory(monkeypatch):
+    monkeypatch.setattr(backbone, "_no_features", lambda *_: pytest.fail("needed memory"))
+    for vision in (CONVNEXT, {**VIT, "image_size": 32}):
+        for layers in (0, 1):
+            config = ModelConfig(vision_config=vision, text_config=BERT, adapter_layers=layers)
+            check_towers(dataclasses.replace(config, feature_cache="/nowhere"), None, (48, 32))
+
+
+def test_sound_towers_that_cannot_run_without_memory_pass(monkeypatch):
+    """They look at values: the pass without memory fails, the one with it decides."""
+    see = backbone.PairBackbone._see
+
+    def looking(self, pixels):
+        assert float(pixels.sum()) == 0
+        return see(self, pixels)
+
+    monkeypatch.setattr(backbone.PairBackbone, "_see", looking)
+    try_towers(ModelConfig(vision_config=CONVNEXT, text_config=BERT), (32, 32))
+
+
+def test_trying_towers_leaves_random_numbers_alone():
+    before = torch.get_rng_state()
+    check_towers(ModelConfig(dual_config={"model_type": "clip", **WORK["clip"]}), 2, (32, 24))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_sizing_names_them_too(make_config):
+    config = make_config()
+    config.model = ModelConfig(dual_config={"model_type": "chinese_clip", **FAIL["chinese_clip"]})
+    with pytest.raises(ModelError, match="family `chinese_clip`"):
+        measure_model(config, 2)

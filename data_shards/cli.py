@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from data_shards.build import SOURCES, BuildOptions, build_shards, make_source
 from data_shards.tar_writer import ImageOptions
-from mmref.arguments import local_path, place
+from mmref.arguments import count, local_path, place, positive
+from mmref.cluster import workers_that_fit
 from mmref.data.shards import ShardSet
 from mmref.errors import SourceError
 from mmref.wholefolder import check_output
@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     _add_sources(build.add_subparsers(dest="source", required=True, metavar="|".join(SOURCES)))
     inspect = commands.add_parser("inspect", help="counts, caption kinds and samples of a set")
     inspect.add_argument("root", type=place, help="folder or URL of the set")
-    inspect.add_argument("--samples", type=int, default=3, help="samples of a split to print (default: %(default)s)")
+    inspect.add_argument("--samples", type=count, default=3, help="samples of a split to print (default: %(default)s)")
     inspect.add_argument(
         "--sheet", type=local_path, metavar="PNG", help="write a contact sheet of the first split, or of --split"
     )
@@ -42,17 +42,16 @@ def _common_options() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace a complete set in --out when the new one is whole"
     )
     common.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1,
-        help="parallel Ray tasks; 0: in this process (default: %(default)s)",
+        "--workers", type=count, help="parallel Ray tasks; 0: in this process (default: one a core)",
     )  # fmt: skip
     common.add_argument("--target-mb", type=float, default=128, help="size of a shard in MB (default: %(default)s)")
     common.add_argument(
-        "--min-shards", type=int, default=4, help="shards of a split, however small it is (default: %(default)s)"
+        "--min-shards", type=positive, default=4, help="shards of a split, however small it is (default: %(default)s)"
     )
-    common.add_argument("--samples-per-shard", type=int, help="images in a shard, in place of --target-mb")
+    common.add_argument("--samples-per-shard", type=positive, help="images in a shard, in place of --target-mb")
     common.add_argument("--no-check-images", action="store_true", help="do not decode every image once")
-    common.add_argument("--resize-to-px", type=int, help="re-encode images whose shorter side is longer than this")
-    common.add_argument("--tokenizer-vocab", type=int, help="train a tokenizer of this size into DIR/tokenizer")
+    common.add_argument("--resize-to-px", type=positive, help="re-encode images whose shorter side is longer than this")
+    common.add_argument("--tokenizer-vocab", type=positive, help="train a tokenizer of this size into DIR/tokenizer")
     common.add_argument("--pack", action="store_true", help="write .tar.gz beside each tar, for sets that travel")
     return common
 
@@ -67,7 +66,9 @@ def _add_sources(sources: Any) -> None:
     emoji.add_argument(
         "--packages", type=local_path, metavar="DIR", help="folder of the unpacked packages; else npm fetches them"
     )
-    emoji.add_argument("--size-px", type=int, default=64, help="side of the rendered images (default: %(default)s)")
+    emoji.add_argument(
+        "--size-px", type=positive, default=64, help="side of the rendered images (default: %(default)s)"
+    )
     emoji.add_argument("--quality", type=int, default=72, help="WebP quality, 1 to 100 (default: %(default)s)")
     emoji.set_defaults(source_options=("packages", "size_px", "quality"), tokenizer_vocab=4000)
     cub = add("cub", "CUB-200-2011 with text_c10 captions, in its native layout")
@@ -120,7 +121,7 @@ def _add_sources(sources: Any) -> None:
     )
     table.add_argument("--keep", nargs="*", default=[], help="further columns to keep in the samples")
     table.add_argument("--licence", default="not stated", help="licence of the data, for the manifest")
-    table.add_argument("--min-images", type=int, default=1, help="leave out objects with fewer usable images")
+    table.add_argument("--min-images", type=positive, default=1, help="leave out objects with fewer usable images")
     options = ("path", "image", "object_id", "captions", "split", "image_root", "keep", "licence", "min_images")
     table.set_defaults(source_options=(*options, "fractions"))
     for parser in (cub, flowers, table):
@@ -148,7 +149,7 @@ def run_build(args: argparse.Namespace) -> int:
         target_mb=args.target_mb,
         min_shards=args.min_shards,
         samples_per_shard=args.samples_per_shard,
-        workers=args.workers,
+        workers=workers_that_fit(args.workers),
         overwrite=args.overwrite,
         pack=args.pack,
         tokenizer_vocab=args.tokenizer_vocab,

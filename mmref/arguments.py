@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from mmref.errors import PathError, TextError
 from mmref.locations import absolute, expanded, is_url
 
@@ -28,3 +30,20 @@ def text(given: str) -> str:
             "UTF-8), or convert the file it comes from (`iconv -t utf-8`)."
         ) from None
     return given
+
+
+def count(given: str) -> int:
+    """A whole number from 0 up."""
+    return _at_least(0, given)
+
+
+def positive(given: str) -> int:
+    """A whole number from 1 up."""
+    return _at_least(1, given)
+
+
+def _at_least(least: int, given: str) -> int:
+    value = int(given)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, found {given}")
+    return value

@@ -12,9 +12,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from mmref import __version__, terminal
-from mmref.arguments import local_path, place, text
+from mmref.arguments import local_path, place, positive, text
 from mmref.errors import MMRefError, OutputError, ReaderLeftError, ReferencesError
-from mmref.locations import absolute
+from mmref.locations import absolute, bypass_proxies
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_command(command: Callable[[], int]) -> int:
     """Run a command; an error of ours is printed as its message, anything else keeps its traceback."""
     terminal.prepare()
+    bypass_proxies()
     try:
         try:
             return _named(command)
@@ -130,7 +131,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="test", help="split to report (default: test); refinement is chosen on val")
     parser.add_argument("--out", type=place, metavar="FILE", help="also write the metrics to this file or URL")
-    parser.add_argument("--workers", type=int, help="Ray actors that compute features (default: eval.workers)")
+    parser.add_argument("--workers", type=positive, help="Ray actors that compute features (default: eval.workers)")
     parser.add_argument("--no-report", action="store_true", help="do not write report.html")
     parser.set_defaults(run=evaluate)
 
@@ -158,7 +159,7 @@ def add_references(parser: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--data", required=True, type=place, metavar="SHARDS", help="shard set that holds the new objects")
     add.add_argument("--split", default="train", help="split of it (default: train)")
-    add.add_argument("--workers", type=int, help="Ray actors that compute features (default: eval.workers)")
+    add.add_argument("--workers", type=positive, help="Ray actors that compute features (default: eval.workers)")
     remove.add_argument("--object", nargs="+", type=text, default=[], metavar="ID", help="ids of the objects")
     remove.add_argument("--file", type=local_path, metavar="FILE", help="text file with an id a line")
     for action, command in ((info, references_info), (add, references_add), (remove, references_remove)):

@@ -9,11 +9,17 @@ import os
 import platform
 import shutil
 import signal
+import sys
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmref.address import check_answers, cluster_address
 from mmref.config import Config
-from mmref.errors import ClusterTooSmallError
+from mmref.errors import ClusterStartError, ClusterTooSmallError, MMRefError
+from mmref.locations import absolute, expanded
 
 SETTINGS = {  # Ray Train hands variables of this prefix on to its controller and workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report is committed at the next check; the default is 2 s
@@ -27,14 +33,38 @@ SETTINGS = {  # Ray Train hands variables of this prefix on to its controller an
 START_ATTEMPTS = 3
 LOCAL_CPUS = 8  # logical: on a small machine, workers and readers share its cores
 MEMORY_SHARE = 0.3  # most of a machine's memory that the object store of a local cluster takes
+START_LIMIT_S, NOTICE_S = 180.0, 20.0  # until Ray must have started; until what is waited for is said
+SOCKET, SOCKET_BYTES = "sockets/plasma_store", 107  # the longest of a session; what a Unix socket's name may have
 SHM_NEEDED = 10e9  # bytes: from here on Ray insists on /dev/shm; a smaller object store may lie in /tmp
 
 
 def cores() -> int:
-    """CPU cores this process may use: those of its container, where a quota limits it."""
+    """CPU cores this process may use: those of its container, where a quota limits it, or those it is bound to."""
     from ray._private.utils import get_num_cpus
 
-    return max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else get_num_cpus()  # Linux alone has it
+    return max(1, min(int(bound), int(get_num_cpus(override_docker_cpu_warning=True))))
+
+
+def workers_that_fit(asked: int | None) -> int:
+    """Actors or tasks of a CPU each: `asked`, None for one a core, but no more than a local cluster offers; that is said.
+
+    Called before `connect`. A cluster that RAY_ADDRESS names may grow. Raises ClusterStartError as `cluster_address`.
+    """
+    import ray
+
+    if asked == 0:  # in this process
+        return 0
+    wanted = cores() if asked is None else asked
+    if ray.is_initialized() or cluster_address() or wanted <= offered_cpus():
+        return wanted
+    print(f"mmref: {offered_cpus()} workers instead of {wanted}: this machine offers no more CPUs", file=sys.stderr)
+    return offered_cpus()
+
+
+def offered_cpus() -> int:
+    """Logical CPUs of a local cluster."""
+    return max(LOCAL_CPUS, cores())
 
 
 @contextlib.contextmanager
@@ -42,6 +72,10 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
     """Use the cluster of RAY_ADDRESS or of a submitted job, else start a local one and stop it afterwards.
 
     A local cluster offers max(8, cores) logical CPUs; nothing else of it is visible outside this machine.
+
+    Raises:
+        ClusterTooSmallError: a local cluster would not have the CPUs that are needed.
+        ClusterStartError: Ray does not start here, or the cluster of RAY_ADDRESS cannot be joined.
     """
     import ray
 
@@ -50,10 +84,10 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
         return
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    if address := cluster_address():
+        _join(address)
     else:
-        cpus = max(LOCAL_CPUS, cores())
+        cpus = offered_cpus()
         if need_cpus > cpus:
             raise ClusterTooSmallError(
                 f"the run needs {need_cpus:g} CPUs and this machine offers {cpus} (logical); start it on a cluster "
@@ -95,28 +129,117 @@ def object_store_bytes(storage_gb: float, memory: float, shm_free: float | None)
     return int(store)
 
 
+@contextlib.contextmanager
+def in_time(what: str, limit_s: float = START_LIMIT_S) -> Iterator[None]:
+    """Say after NOTICE_S what is waited for, and raise ClusterStartError after `limit_s`: Ray may wait without a word."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives: Ray's own limits hold
+        yield
+        return
+    began = time.monotonic()
+
+    def look(*_: object) -> None:
+        if time.monotonic() - began < limit_s - 1:
+            print(f"mmref: waiting for {what} (up to {limit_s:.0f} s) ...", file=sys.stderr, flush=True)
+            signal.setitimer(signal.ITIMER_REAL, max(1.0, limit_s - (time.monotonic() - began)))
+        else:
+            raise ClusterStartError(f"waited {limit_s:.0f} s in vain for {what}.")
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, min(NOTICE_S, limit_s))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _join(address: str) -> None:
+    """Connect to the cluster at HOST:PORT. Raises ClusterStartError."""
+    import ray
+
+    check_answers(address)
+    cluster = f"the cluster of RAY_ADDRESS={address}"
+    with _named_failure(f"{cluster} cannot be joined"), in_time(cluster):
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextlib.contextmanager
+def _named_failure(what: str) -> Iterator[None]:
+    """What keeps Ray from starting as ClusterStartError: Ray raises errors of every kind, a bare Exception too."""
+    import ray
+
+    try:
+        yield
+    except BaseException as error:
+        ray.shutdown()  # what has started of it
+        if isinstance(error, MMRefError) or not isinstance(error, Exception):
+            raise
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise ClusterStartError(f"{what}: {type(error).__name__}: {said}") from error
+
+
+def local_folder() -> str:
+    """Folder of a local cluster's sessions: RAY_TMPDIR, else TMPDIR where its sockets' names fit there, else /tmp.
+
+    Raises ClusterStartError where Ray could not use it.
+    """
+    given = os.environ.get("RAY_TMPDIR", "")
+    folder = os.path.join(absolute(expanded(given)) if given else os.environ.get("TMPDIR", "") or "/tmp", "ray")
+    if not given and not _fits(folder):
+        folder = "/tmp/ray"
+    if not _fits(folder):
+        raise ClusterStartError(
+            f"RAY_TMPDIR={given} is too long: Ray's sockets below it would have names of more than {SOCKET_BYTES} bytes. Set it "
+            "to a shorter one, such as /tmp."
+        )
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ClusterStartError(
+            f"Ray cannot keep its sessions in {folder}: {error}. Set RAY_TMPDIR to a folder of your own, with a short name: "
+            "`mkdir -p /tmp/$USER && export RAY_TMPDIR=/tmp/$USER`."
+        ) from None
+    return folder
+
+
+def _fits(folder: str) -> bool:
+    """Whether a session's longest socket has a name that the system takes."""
+    return len(os.fsencode(f"{folder}/session_2026-01-01_00-00-00_000000_{os.getpid()}/{SOCKET}")) <= SOCKET_BYTES
+
+
 def _start_local(cpus: int, storage_gb: float) -> None:
-    """Start a cluster on this machine. Ray gives a node 30 s to come up, too short on a busy one: try again."""
+    """Start a cluster on this machine. Ray gives a node 30 s to come up, too short on a busy one: try again.
+
+    Raises ClusterStartError.
+    """
     import ray
     from ray._private.utils import get_system_memory
 
+    folder = local_folder()
     shm = Path("/dev/shm")
     store = object_store_bytes(storage_gb, get_system_memory(), shutil.disk_usage(shm).free if shm.exists() else None)
-    for attempt in range(START_ATTEMPTS):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                object_store_memory=store,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-            return
-        except Exception as error:  # Ray raises a bare Exception here
-            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
-                raise
-            ray.shutdown()
+    with (
+        _named_failure(f"Ray does not start on this machine (its logs: {folder}/session_latest/logs)"),
+        in_time("Ray to start"),
+    ):
+        for attempt in range(START_ATTEMPTS):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    object_store_memory=store,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=folder,
+                )
+                return
+            except Exception as error:  # Ray raises a bare Exception here
+                if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+                    raise
+                ray.shutdown()
 
 
 @contextlib.contextmanager

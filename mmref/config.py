@@ -462,6 +462,7 @@ def check_config(config: Config) -> Config:
         ("train.weight_decay", t.weight_decay),
         ("train.clip_norm", t.clip_norm),
         ("train.eval_every", t.eval_every),
+        ("train.seed", t.seed),
         ("loss.w_fuse", config.loss.w_fuse),
         ("loss.w_rec", config.loss.w_rec),
         ("loss.w_guide", config.loss.w_guide),
@@ -486,9 +487,16 @@ def check_config(config: Config) -> Config:
             f"has the rest), found {mix}."
         )
     for name, positive in (("reference.tau", config.reference.tau), ("train.lr", t.lr),
-                           ("train.lr_new", t.lr_new), ("train.eps", t.eps)):  # fmt: skip
-        if not positive > 0:
-            raise ConfigError(f"`{name}` must be above 0, found {positive}.")
+                           ("train.lr_new", t.lr_new), ("train.eps", t.eps),
+                           ("train.storage_gb", t.storage_gb)):  # fmt: skip
+        if not 0 < positive < math.inf:
+            raise ConfigError(f"`{name}` must be above 0 and finite, found {positive}.")
+    if not 0 <= t.cpus_per_worker < math.inf or (t.cpus_per_worker > 1 and t.cpus_per_worker % 1):
+        raise ConfigError(
+            f"`train.cpus_per_worker` is a whole number, or a share of one CPU, as Ray gives them; found {t.cpus_per_worker}."
+        )
+    if t.max_failures < -1:
+        raise ConfigError(f"`train.max_failures` is a number of failures, or -1 for any; found {t.max_failures}.")
     if not config.loss.tau >= MIN_TAU:
         raise ConfigError(
             f"`loss.tau` must be at least {MIN_TAU} (CLIP's bound, learned or not), found {config.loss.tau}."

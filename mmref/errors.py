@@ -38,6 +38,10 @@ class ClusterTooSmallError(MMRefError):
     """The cluster has too few CPUs or GPUs for the workers and Ray Data beside them."""
 
 
+class ClusterStartError(MMRefError):
+    """Ray does not start on this machine, or the cluster that RAY_ADDRESS names cannot be joined."""
+
+
 class RunDirectoryError(MMRefError):
     """The run directory cannot be written, or holds a run of another config."""
 

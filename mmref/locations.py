@@ -18,6 +18,18 @@ ODD_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
 VARIABLE = re.compile(r"(?:^|/)(\$\w+)(?=/|$)|(\$\{\w+\})")
 ONE_SLASH = re.compile(r"(s3a?|gcs|gs|az|abfss?|https?|hdfs|file):/(?!/)")
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def bypass_proxies() -> None:
+    """Reach this machine directly where proxies are set, as in company networks: an S3 endpoint or table here, Ray's services."""
+    if not any(os.environ.get(name) or os.environ.get(name.upper()) for name in PROXIES):
+        return
+    named = [name.strip() for name in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")]
+    direct = ",".join(dict.fromkeys([*filter(None, named), *LOOPBACK]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "*" if "*" in named else direct
+
 
 def is_url(place: str) -> bool:
     """Whether a place is a URL rather than a path."""

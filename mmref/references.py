@@ -19,7 +19,7 @@ import torch
 from markupsafe import escape
 from torch import Tensor
 
-from mmref.cluster import connect
+from mmref.cluster import connect, workers_that_fit
 from mmref.config import Config
 from mmref.data.shards import ShardSet
 from mmref.errors import ReferencesError, ShardSetError
@@ -110,8 +110,8 @@ def _add(run: RunDir, config: Config, shards: ShardSet, split: str, workers: int
         raise ReferencesError(
             f"{len(object_ids)} objects in {split} of {shards.root}, and {found}: nothing to add to {run.path}."
         )
-    with connect(workers):
-        config.eval.workers = workers
+    config.eval.workers = workers_that_fit(workers)
+    with connect(config.eval.workers):
         features = embed_splits(config, run, info, shards.root, [split])[split]
     rows = rows_of(features, new, config)
     usable = (rows.abs().amax((1, 2)) > 0).nonzero()[:, 0].tolist()

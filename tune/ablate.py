@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mmref.arguments import count, positive
 from mmref.cli import run_command
 from mmref.cluster import SETTINGS
 from mmref.config import Config, config_hash, from_dict, load_config, to_dict, with_absolute_paths
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="train these rows, and the baseline; of the others the tables show what is there")  # fmt: skip
     parser.add_argument("--baseline", metavar="ROW", help="row that all are compared with (default: the file's)")
     parser.add_argument("--config", type=expanded, metavar="FILE", help="config that the rows vary")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
+    parser.add_argument("--seeds", type=count, nargs="+", default=[0, 1, 2], help="default: %(default)s")
     parser.add_argument(
         "--split", default="test", help="split reported; refinement is chosen on val (default: %(default)s)"
     )
@@ -59,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--results", nargs="+", default=[], type=expanded, metavar="FILE",
                         help="ablation.json of other ablations: same config and seed, same training: taken from it")  # fmt: skip
-    parser.add_argument("--max-concurrent", type=int, metavar="N", help="trainings at a time (default: as many as fit)")
+    parser.add_argument(
+        "--max-concurrent", type=positive, metavar="N", help="trainings at a time (default: as many as fit)"
+    )
     return parser
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 
+from mmref.address import cluster_address
 from mmref.cluster import connect, cores, needed_cpus, sigterm_unwinds
 from mmref.config import Config
 from mmref.errors import ClusterTooSmallError
@@ -27,7 +27,7 @@ def connected(config: Config, wanted: int | None, trainings: int) -> Iterator[in
     """
     import ray
 
-    local = not os.environ.get("RAY_ADDRESS") and not ray.is_initialized()
+    local = not ray.is_initialized() and cluster_address() is None
     own = cores()
     at_once = min(trainings, wanted or side_by_side(config, own))
     needed = TRIAL_CPUS + needed_cpus(config) + SPARE_CPUS

@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmref.arguments import count, positive
 from mmref.cli import run_command
 from mmref.config import Config, dump_yaml, load_config, to_dict, with_absolute_paths
 from mmref.data.shards import ShardSet, data_fingerprint
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--space", default=str(DEFAULT_SPACE), type=expanded, metavar="FILE", help="search space (default: %(default)s)"
     )
     parser.add_argument(
-        "--trials", type=_positive, metavar="N", help="number of trials (default: 16; grid: all combinations)"
+        "--trials", type=positive, metavar="N", help="number of trials (default: 16; grid: all combinations)"
     )
     parser.add_argument(
         "--config",
@@ -89,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", type=expanded, metavar="DIR",
                         help="go on with the sweep in DIR; --trials, --max-concurrent, --final-seeds may change")  # fmt: skip
     parser.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again")
-    parser.add_argument("--workers-per-trial", type=_positive, metavar="N", help="the same as --train.workers")
+    parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="the same as --train.workers")
     parser.add_argument("--max-concurrent", type=_concurrency, default=None, metavar="N|auto",
                         help="trials at a time; auto (default): as many as the cluster's CPUs and GPUs hold")  # fmt: skip
     parser.add_argument("--searcher", choices=SEARCHERS, default="optuna", help="default: optuna (TPE)")
@@ -97,14 +98,14 @@ def build_parser() -> argparse.ArgumentParser:
                         help="default: asha (early stops); pbt is refused, and says why")  # fmt: skip
     parser.add_argument("--pareto", action="store_true",
                         help="search for a high score and a short step at once (optuna, --scheduler none)")  # fmt: skip
-    parser.add_argument("--trial-steps", type=_positive, metavar="N",
+    parser.add_argument("--trial-steps", type=positive, metavar="N",
                         help="length of a trial (default: train.max_steps); best.yaml keeps train.max_steps")  # fmt: skip
-    parser.add_argument("--grace-steps", type=_positive, metavar="N",
+    parser.add_argument("--grace-steps", type=positive, metavar="N",
                         help="steps before ASHA may stop a trial (default: until guidance has its full weight, "
                              "loss.guide_full, and at least a quarter of a trial)")  # fmt: skip
     parser.add_argument("--reduction", type=float, default=3.0, metavar="R",
                         help="ASHA lets about the best 1/R pass each rung (default: %(default)g)")  # fmt: skip
-    parser.add_argument("--final-seeds", type=int, metavar="N",
+    parser.add_argument("--final-seeds", type=count, metavar="N",
                         help="fresh seeds for which the best config and the default are trained in full and compared on "
                         f"test at the end; 0: not at all (default: {FINAL_SEEDS})")  # fmt: skip
     return parser
@@ -393,15 +394,8 @@ def _number(value: int | str | None) -> int | None:
     return None if value == AUTO or value is None else int(value)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {text}")
-    return value
-
-
 def _concurrency(text: str) -> int | str:
-    return text if text == AUTO else _positive(text)
+    return text if text == AUTO else positive(text)
 
 
 if __name__ == "__main__":

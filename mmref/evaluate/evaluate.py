@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mmref.cluster import connect
+from mmref.cluster import connect, workers_that_fit
 from mmref.config import Config, config_hash, to_dict
 from mmref.data.shards import SampleReader, ShardSet
 from mmref.errors import RunDirectoryError, ShardSetError, StorageError
@@ -83,6 +83,7 @@ def run_features(
     run: RunDir, config: Config, checkpoint: CheckpointInfo, root: str, splits: list[str]
 ) -> tuple[dict[str, SplitFeatures], ReferenceSpace | None]:
     """Features of splits of the shard set `root` by name, and the references of the checkpoint; None where it has none."""
+    config.eval.workers = workers_that_fit(config.eval.workers)
     with connect(config.eval.workers):
         features = embed_splits(config, run, checkpoint, root, splits)
     with fetched(run, checkpoint, "references") as folder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mmref.arguments import place, text
+from mmref.arguments import count, place, positive, text
 
 EXAMPLES = 4
 
@@ -25,12 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--object", nargs="+", type=text, default=[], metavar="ID", help="objects of any split of the set"
     )
-    parser.add_argument("--examples", type=int, default=EXAMPLES, help="how many, where none is named (%(default)s)")
+    parser.add_argument("--examples", type=count, default=EXAMPLES, help="how many, where none is named (%(default)s)")
     parser.add_argument(
         "--data", type=place, metavar="SHARDS", help="shard set; default: the one the run was trained on"
     )
     parser.add_argument("--split", default="test", help="split whose images are searched (default: test)")
-    parser.add_argument("--grid", type=int, default=7, help="cells of a heat map on each side (default: %(default)s)")
+    parser.add_argument(
+        "--grid", type=positive, default=7, help="cells of a heat map on each side (default: %(default)s)"
+    )
     parser.set_defaults(run=explain)
 
 

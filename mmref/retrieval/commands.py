@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from mmref.arguments import local_path, place, text
+from mmref.arguments import count, local_path, place, positive, text
+from mmref.cluster import workers_that_fit
 from mmref.errors import QueryError
 from mmref.locations import expanded, one_line
 from mmref.terminal import to_json
@@ -33,8 +33,8 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
         "--image-root", type=place, metavar="DIR", help="what a table's paths are relative to; else the table's folder"
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1,
-        help="Ray actors that embed; 0: in this process, quickest for a few thousand images (default: %(default)s)",
+        "--workers", type=count,
+        help="Ray actors that embed; 0: in this process, quickest for a few thousand images (default: one a core)",
     )  # fmt: skip
 
 
@@ -76,7 +76,14 @@ def _create(argv: list[str]) -> int:
     _source_options(parser)
     args = parser.parse_args(argv)
     manifest = index.create(
-        args.images, args.model, args.out, args.split, _columns(args), args.kind, args.workers, args.recall
+        args.images,
+        args.model,
+        args.out,
+        args.split,
+        _columns(args),
+        args.kind,
+        workers_that_fit(args.workers),
+        args.recall,
     )
     _tell(args.out, manifest)
     return 0
@@ -103,7 +110,13 @@ def _add(argv: list[str]) -> int:
     _source_options(parser)
     args = parser.parse_args(argv)
     manifest = index.add(
-        args.index, args.images, args.model, args.split, _columns(args), args.workers, args.remove_missing
+        args.index,
+        args.images,
+        args.model,
+        args.split,
+        _columns(args),
+        workers_that_fit(args.workers),
+        args.remove_missing,
     )
     _tell(args.index, manifest)
     return 0
@@ -181,11 +194,11 @@ def search_main(argv: list[str]) -> int:
         "--image-weight", type=float, default=0.5, help="share of the image beside a sentence (default: %(default)s)"
     )
     parser.add_argument("--batch", type=local_path, metavar="FILE", help="many sentences, one a line")
-    parser.add_argument("--top", type=int, help="results of each query (default: 10, or all of a smaller index)")
+    parser.add_argument("--top", type=positive, help="results of each query (default: 10, or all of a smaller index)")
     parser.add_argument("--no-refine", action="store_true", help="do not compare by references")
     parser.add_argument(
         "--candidates",
-        type=int,
+        type=count,
         metavar="P",
         help="refine this many of the first pass; 0: all; default: as in evaluation",
     )

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from typing import Any, Protocol
 
+from mmref.cluster import cores
 from mmref.retrieval.service.engine import Ask, Engine, Prepared, Reply
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.pools import Pool
@@ -148,7 +149,7 @@ class Replica(Worker):
     """What Ray Serve runs."""
 
     def __init__(self, index: str, limits: Limits, replicas: int) -> None:
-        super().__init__(Engine(index, limits), max(1, (os.cpu_count() or 1) // replicas))
+        super().__init__(Engine(index, limits), max(1, cores() // replicas))
 
 
 class Replicated:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from mmref.arguments import local_path
+from mmref.arguments import count, local_path
 from mmref.cluster import sigterm_unwinds
 from mmref.errors import ServeError
 from mmref.retrieval.service.access import LOOPBACK, Access, Network, network
@@ -45,9 +45,9 @@ def serve_main(argv: list[str]) -> int:
         help="directory of `mmref index`; the first is the default",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
+    parser.add_argument("--port", type=count, default=8000, help="0: a free one (default: %(default)s)")
     parser.add_argument(
-        "--replicas", type=int, default=1,
+        "--replicas", type=count, default=1,
         help="Ray Serve replicas of each index, started by load; 0: in this process, without Ray (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -13,8 +14,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from mmref import __version__, terminal
 from mmref.arguments import local_path, place, positive, text
-from mmref.errors import MMRefError, OutputError, ReaderLeftError, ReferencesError
+from mmref.errors import FileError, MMRefError, OutputError, ReaderLeftError, ReferencesError
 from mmref.locations import absolute, bypass_proxies
+
+OF_FILES = {  # what is wrong with a file that the error names, rather than with us
+    errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EBUSY, errno.ETXTBSY, errno.EXDEV,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +47,10 @@ def _named(command: Callable[[], int]) -> int:
         return command()
     except MMRefError as error:
         return _report(error)
+    except OSError as error:
+        if error.errno not in OF_FILES or error.filename is None:
+            raise
+        return _report(FileError(f"{os.fsdecode(error.filename)}: {error.strerror}."))
     except KeyboardInterrupt:
         print("mmref: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)
         return 130

@@ -12,6 +12,10 @@ class PathError(MMRefError):
     only a path of this machine will do."""
 
 
+class FileError(MMRefError):
+    """A file or folder that a command needs cannot be used: not there, no permission, of another kind, too long a name."""
+
+
 class TextError(MMRefError):
     """A text given on the command line is no UTF-8."""
 

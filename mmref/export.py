@@ -114,7 +114,7 @@ def _write(run_dir: str, data: str | None, target: Path, name: str) -> None:
 
 def _metrics_of(run: RunDir, info: CheckpointInfo) -> dict[str, Any]:
     """The run's metrics.json. Raises ExportError when it is missing or of another checkpoint."""
-    metrics = json.loads(run.read_text("metrics.json")) if run.exists("metrics.json") else {}
+    metrics = run.read_json("metrics.json") if run.exists("metrics.json") else {}
     if metrics.get("checkpoint") != info.folder:
         raise ExportError(
             f"the best checkpoint of {run.path} is {info.folder}, and metrics.json is of "

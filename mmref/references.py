@@ -260,7 +260,7 @@ def _strike(run: RunDir, name: str, wanted: set[str]) -> bool:
             run.remove(name)
         return shown
     named = re.compile(r"(?<![\w.-])(" + "|".join(re.escape(i) for i in sorted(wanted)) + r")(?![\w-]|\.\w)")
-    before = json.loads(text)
+    before = run.read_json(name)
     after = _without(before, named)
     if after != before:
         run.write_text(name, json.dumps(after, indent=1))

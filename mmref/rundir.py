@@ -31,6 +31,7 @@ OBJECT_STORES = {
     "abfs",
     "abfss",
 }  # have no folders to create; a wrong bucket is not created
+PATTERN = "*?["
 UPLOAD_EVERY_S = 5.0
 BAD_SAMPLES = "bad_samples.json"  # of a run: the broken training images that it met
 
@@ -45,6 +46,11 @@ class RunDir:
         self.local = not is_url(path)
         # absolute: `ray job submit` runs in a copy of the working directory that is deleted afterwards
         self.path = absolute(path)
+        if not self.local and (special := set(PATTERN) & set(self.path)):
+            raise RunDirectoryError(
+                f"run directory {self.path} holds {' '.join(sorted(special))}, which object storage takes for a pattern: "
+                "removing a checkpoint could remove other runs'. Give another name."
+            )
         # no cached listings: other processes write here as well
         options = {} if self.local else {"use_listings_cache": False}
         try:
@@ -141,11 +147,20 @@ class RunDir:
 
         return retry(f"read {self.join(name)}", read)
 
+    def read_json(self, name: str) -> Any:
+        """What a JSON file of the run holds. Raises RunDirectoryError where it is damaged, OSError where there is none."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise RunDirectoryError(f"{self.join(name)} is damaged: {error}. Remove it, or make it again.") from None
+
     def read_config(self) -> Config:
         """The run's resolved config. Raises RunDirectoryError where there is none, ConfigError for one of another version."""
         try:
             values = yaml.safe_load(self.read_text("config.yaml"))
-        except (OSError, yaml.YAMLError) as error:
+            if not isinstance(values, dict):
+                raise ValueError("it holds no keys and values")
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise RunDirectoryError(
                 f"{self.join('config.yaml')} cannot be read ({error}): give the run directory of `mmref train`."
             ) from None

@@ -229,3 +229,33 @@ def test_a_storage_that_is_back_soon_is_waited_for(run, monkeypatch):
 def test_a_permanent_answer_is_not_waited_for(run):
     with pytest.raises(FileNotFoundError):
         run.read_text("nothing.txt")
+
+
+@pytest.mark.parametrize("name", ["run-*", "run-?", "run-[ab]"])
+def test_a_url_that_storage_takes_for_a_pattern_is_refused(name):
+    """fsspec expands it: removing a checkpoint of one run would remove those of others."""
+    root = f"memory://{uuid.uuid4().hex}"
+    RunDir(f"{root}/run-a").write_text("checkpoints/x", "kept")
+    with pytest.raises(RunDirectoryError, match="takes for a pattern"):
+        RunDir(f"{root}/{name}").remove("checkpoints")
+    assert RunDir(f"{root}/run-a").read_text("checkpoints/x") == "kept"
+
+
+def test_odd_names_are_names_on_disk(tmp_path):
+    run, other = RunDir(str(tmp_path / "a\nb [*]? #1 %20 é🙂 .")), RunDir(str(tmp_path / "a\nb 1"))
+    for one in (run, other):
+        one.write_text("checkpoints/x", one.path)
+    run.remove("checkpoints")
+    assert run.list("") == [] and other.read_text("checkpoints/x") == other.path
+
+
+def test_damaged_files_are_named(run):
+    for text in ("- a\n", "", "a: [", "text"):
+        run.write_text("config.yaml", text)
+        with pytest.raises(RunDirectoryError, match=r"(?s)config\.yaml cannot be read .*: give the run directory"):
+            run.read_config()
+    run.write_text("metrics.json", "{")
+    with pytest.raises(RunDirectoryError, match=r"metrics\.json is damaged"):
+        run.read_json("metrics.json")
+    with pytest.raises(FileNotFoundError):
+        run.read_json("none.json")

@@ -1,10 +1,13 @@
 """The streams of a command: see mmref/terminal.py. Each case is a process of its own, with the streams that it is about."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+
+from mmref.cli import run_command
 
 RUN = "import sys\nfrom mmref.cli import run_command\nfrom mmref.errors import QueryError\n"
 MANY = RUN + "sys.exit(run_command(lambda: [print('line', i) for i in range(100000)] and 0))"
@@ -72,3 +75,24 @@ def test_json_is_json_in_every_encoding(encoding):
     found = shell(code, "", PYTHONIOENCODING=encoding)
     assert json.loads(found.stdout.decode(encoding)) == {"café": "🙂"}
     assert (b"\\u" in found.stdout) == (encoding in ("ascii", "latin-1"))
+
+
+@pytest.mark.parametrize(
+    ("use", "path"),
+    [
+        (lambda: open("/no/such/file"), "/no/such/file"),
+        (lambda: os.mkdir("/proc"), "/proc"),
+        (lambda: open("/"), "/"),
+        (lambda: open("/" + "x" * 300), "/xxx"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(use, path, capsys):
+    assert run_command(use) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"mmref: FileError: {path}") and error.count("\n") == 1
+
+
+def test_faults_of_our_own_keep_their_traceback():
+    for fault in (OSError(5, "Input/output error"), OSError("of a library"), ValueError("ours")):
+        with pytest.raises(type(fault)):
+            run_command(lambda fault=fault: (_ for _ in ()).throw(fault))

@@ -189,7 +189,7 @@ def read_result(config: Config, split: str, data: str) -> dict[str, Any] | None:
     run = RunDir(config.run_dir)
     if not run.exists(result_name(split)):
         return None
-    metrics = json.loads(run.read_text(result_name(split)))
+    metrics = run.read_json(result_name(split))
     if metrics["config_hash"] != config_hash(config):
         raise RunDirectoryError(
             f"{run.path} holds a training of another config. Give another `--run_dir`, or remove that folder."

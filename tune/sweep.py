@@ -191,7 +191,7 @@ def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None
     if not run.exists("space.yaml"):
         raise RunDirectoryError(f"{run.path} holds no sweep to go on with (there is no space.yaml). Start it without "
                                 "`--resume`.")  # fmt: skip
-    options = Options(**json.loads(run.read_text("sweep.json")))
+    options = Options(**run.read_json("sweep.json"))
     changed = {k: _number(v) for k, v in changes.items() if v is not None}
     options = dataclasses.replace(options, **changed)  # type: ignore[arg-type]
     if (begun := len({line["trial"] for line in read_jsonl(run, LOG)})) > options.trials:

@@ -73,7 +73,7 @@ def chosen_before(run: RunDir, checkpoint: CheckpointInfo, view: str = "") -> tu
         view: of what, as of `view_of`; by default of the run's own set.
     """
     name = metrics_path(view)
-    metrics = json.loads(run.read_text(name)) if run.exists(name) else {}
+    metrics = run.read_json(name) if run.exists(name) else {}
     if metrics.get("checkpoint") != checkpoint.folder:
         return RefinementSettings(weight=0.0), ""
     return settings_of(metrics), metrics["refinement"]["chosen_on"]
@@ -146,7 +146,7 @@ def evaluate_run(
         "checkpoint_step": checkpoint.step,
     }
     metrics["refinement"]["chosen_on"] = chosen_on
-    bad_training = json.loads(run.read_text(BAD_SAMPLES)) if run.exists(BAD_SAMPLES) else []
+    bad_training = run.read_json(BAD_SAMPLES) if run.exists(BAD_SAMPLES) else []
     metrics["bad_training_samples"] = bad_training
     if own and split == "test" and (best := best_on_test(read_jsonl(run))):
         metrics["best_on_test"] = best

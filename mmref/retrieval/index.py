@@ -72,8 +72,11 @@ class Manifest:
             ) from None
         except ValueError as error:
             raise SearchIndexError(f"{path} is damaged ({error}): make the index again.") from None
-        version = values.get("version") if isinstance(values, dict) else None
-        if version != VERSION:
+        if not isinstance(values, dict) or "items" not in values or "splits" in values:
+            raise SearchIndexError(
+                f"{index} is no index, its manifest.json is of something else; give one of `mmref index`."
+            )
+        if (version := values.get("version")) != VERSION:
             raise SearchIndexError(f"{path} has version {version}, this program reads {VERSION}: make the index again.")
         try:
             found = cls(**values)

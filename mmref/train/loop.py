@@ -107,7 +107,7 @@ class Worker:
         self.bad: set[str] = set()  # since this start: shards may have been mended before it
         self.bad_before: set[str] = set()
         if self.start and run.exists(BAD_SAMPLES):
-            self.bad_before = set(json.loads(run.read_text(BAD_SAMPLES)))
+            self.bad_before = set(run.read_json(BAD_SAMPLES))
         elif not self.rank and run.exists(BAD_SAMPLES):  # of an attempt that this one does not go on from
             run.remove(BAD_SAMPLES)
         self.log: RunLog | None = None

@@ -138,6 +138,9 @@ def test_open_errors(root, tmp_path):
         ShardSet.open(str(tmp_path / "nowhere"))
     with pytest.raises(ShardSetError, match=r"no split 'val'. It has: train, test"):
         ShardSet.open(str(root)).index("val")
+    (tmp_path / "manifest.json").write_text("[1]")
+    with pytest.raises(ShardSetError, match=r"is not JSON of a manifest .*expected an object, found list"):
+        ShardSet.open(str(tmp_path))
     edit_manifest(root, lambda m: m.update(version=2))
     with pytest.raises(ShardSetError, match="version 2, this program reads version 1"):
         ShardSet.open(str(root))

@@ -346,6 +346,13 @@ def test_an_index_of_before_tokenizers_counted_opens(own_index):
     assert len(Searcher(str(own_index))) == values["items"]
 
 
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"version": 1, "name": "set", "splits": {}}'])
+def test_a_folder_of_something_else_is_no_index(text, tmp_path):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(SearchIndexError, match=r"is no index, its manifest\.json is of something else"):
+        index.Manifest.read(tmp_path)
+
+
 def test_a_damaged_index_is_named(own_index):
     features = own_index / "segments" / "000000" / "features.npy"
     features.write_bytes(features.read_bytes()[:-8])

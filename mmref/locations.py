@@ -37,8 +37,19 @@ def is_url(place: str) -> bool:
 
 
 def absolute(place: str) -> str:
-    """What means the same place in another directory: a path with `~` and `..` resolved, a URL as it is."""
-    return place.rstrip("/") if is_url(place) else os.path.abspath(os.path.expanduser(place))
+    """What means the same place in another directory: a path with `~` and `..` resolved, a URL as it is.
+
+    Raises PathError for one that is no UTF-8.
+    """
+    found = place.rstrip("/") if is_url(place) else os.path.abspath(os.path.expanduser(place))
+    try:
+        found.encode()
+    except UnicodeEncodeError:  # nothing below takes it: JSON, Parquet, Ray, tokenizers
+        raise PathError(
+            f"{found!a} is no UTF-8: rename the folder (`convmv -f latin1 -t utf-8`), or make a symbolic link to it (`ln -s`) "
+            "and give that."
+        ) from None
+    return found
 
 
 def expanded(place: str) -> str:

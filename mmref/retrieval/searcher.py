@@ -257,6 +257,8 @@ class Searcher:
     def encode(self, queries: Sequence[Query]) -> Encoded:
         """Features and codes of queries; those of sentences alone are kept. Raises QueryError."""
         for query in queries:
+            if (query.text or "").encode(errors="ignore").decode() != (query.text or ""):  # half a surrogate pair
+                raise QueryError(f"the query {query.text!a} is no text that UTF-8 can hold.")
             if not (query.text or "").strip() and query.image is None:
                 raise QueryError("the query is empty: give a sentence, an image, or both.")
             if not 0 <= query.image_weight <= 1:
@@ -326,6 +328,9 @@ class Searcher:
             column = self.items[name]
             text = pc.cast(column, pa.string())
             wanted = value.lower() if pa.types.is_boolean(column.type) else value
+            wanted = pa.scalar(
+                wanted.encode(errors="replace").decode(), pa.string()
+            )  # half a surrogate pair equals nothing
             mask &= np.asarray(pc.fill_null(pc.equal(text, wanted), False))
         rows = np.flatnonzero(mask)
         with self._lock:

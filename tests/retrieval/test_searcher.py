@@ -146,6 +146,9 @@ def test_bad_queries_are_named(searcher):
     for top in (0, len(searcher) + 1):
         with pytest.raises(QueryError, match=f"give 1 to {len(searcher)}"):
             searcher.search("x", top=top)
+    with pytest.raises(QueryError, match=r"the query 'caf\\udce9' is no text that UTF-8 can hold"):
+        searcher.search("caf\udce9")
+    assert searcher.search("a thing", where={"split": "caf\udce9"}) == []
     with pytest.raises(QueryError, match="has no item 'x'"):
         searcher.thumbnail("x")
     with pytest.raises(QueryError, match="weight of the image is 2"):

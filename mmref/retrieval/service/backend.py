@@ -10,7 +10,7 @@ import time
 from collections import deque
 from typing import Any, Protocol
 
-from mmref.cluster import cores
+from mmref.cluster import cores, in_time
 from mmref.retrieval.service.engine import Ask, Engine, Prepared, Reply
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.pools import Pool
@@ -28,6 +28,7 @@ STUCK = Problem(
 ONGOING = 1024  # requests a replica holds: more than the service lets in, or a probe would wait behind them
 ONGOING_WANTED = 8  # more than so many for each replica: one more is started
 RETRY_S = 0.2  # before a request that lost its replica goes to another
+DEPLOY_LIMIT_S = 900.0  # until a replica runs, on a cluster that starts a node for it too
 PATIENCE_S = 45.0  # for another one to be there
 
 
@@ -210,7 +211,8 @@ def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
     )
     application: Any = deployment.bind(os.path.abspath(os.path.expanduser(index)), limits, replicas)
     try:
-        return Replicated(serve.run(application, name=name, route_prefix=None), name)
+        with in_time(f"a replica of {index} (a CPU each)", DEPLOY_LIMIT_S):
+            return Replicated(serve.run(application, name=name, route_prefix=None), name)
     except BaseException:  # an interrupt too: nothing is left running on a cluster
         serve.delete(name)
         raise

@@ -204,8 +204,9 @@ def _backends(
         port = listener.getsockname()[1]
         with contextlib.ExitStack() as stack:
             backends: dict[str, Backend] = {}
-            for name, path in named.items():
-                backends[name] = backend = deploy(path, f"mmref-{port}-{name}", limits, replicas)
+            for number, (name, path) in enumerate(named.items()):
+                # not by its own name, which may hold what Ray Serve takes for a separator
+                backends[name] = backend = deploy(path, f"mmref-{port}-{number}", limits, replicas)
                 stack.callback(backend.close)
             yield backends
 

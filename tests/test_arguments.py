@@ -140,3 +140,27 @@ def test_rows_and_spaces_mean_the_same_in_another_directory(home, tmp_path, monk
     )
     kept = space.with_absolute_paths().grid()
     assert [point["data.tokenizer"] for point in kept] == [f"{home}/tok", "hub/name"] and kept[0]["train.lr"] == 0.1
+
+
+def test_rows_of_an_ablation_mean_the_same_in_another_directory(home, tmp_path, monkeypatch):
+    """Their trainings run in another one."""
+    from tune import ablate
+    from tune.rows import read_rows
+
+    class Told(Exception):
+        pass
+
+    def told(configs):
+        raise Told({t.row: config.data.tokenizer for t, config in configs.items()})
+
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "rows.yaml").write_text(
+        "rows: {a: {set: {data.tokenizer: tok}}, b: {set: {data.tokenizer: '~/tok'}}, c: {set: {data.tokenizer: hub/name}}}"
+    )
+    base = load_config(DUAL)
+    monkeypatch.setattr(ablate, "check_inputs", lambda config: None)
+    monkeypatch.setattr(ablate.ShardSet, "open", lambda root: type("Set", (), {"splits": ["train", "val", "test"]}))
+    monkeypatch.setattr(ablate, "fingerprints", told)
+    with pytest.raises(Told) as found:
+        ablate.ablate(base, read_rows("rows.yaml", base), [0])
+    assert found.value.args[0] == {"a": str(tmp_path / "tok"), "b": f"{home}/tok", "c": "hub/name"}

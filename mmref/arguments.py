@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 
 from mmref.errors import PathError, TextError
-from mmref.locations import absolute, expanded, is_url
+from mmref.locations import absolute, expanded, in_utf8, is_url
 
 
 def place(given: str) -> str:
     """A path, made absolute, or a URL as it is. Raises PathError."""
+    return in_utf8(source(given))
+
+
+def source(given: str) -> str:
+    """As `place`, of files that are only read: their names may be any bytes."""
     return absolute(expanded(given))
 
 

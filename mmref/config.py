@@ -18,7 +18,7 @@ from typing import Any, Literal, Optional
 import yaml
 
 from mmref.errors import BatchArithmeticError, ConfigError
-from mmref.locations import absolute, expanded, folder_name
+from mmref.locations import absolute, expanded, folder_name, in_utf8
 from mmref.texts import parse_yaml, read_text
 
 MIN_TAU = 0.01
@@ -376,7 +376,7 @@ def load_config(argv: list[str]) -> Config:
         raise ConfigError(f"config: {error}") from None
     config = parser.instantiate_classes(parsed)
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
-    return check_config(with_places(Config(**values), expanded))
+    return check_config(with_places(Config(**values), lambda place: in_utf8(expanded(place))))
 
 
 def _is_key(name: str) -> bool:

@@ -37,19 +37,20 @@ def is_url(place: str) -> bool:
 
 
 def absolute(place: str) -> str:
-    """What means the same place in another directory: a path with `~` and `..` resolved, a URL as it is.
+    """What means the same place in another directory: a path with `~` and `..` resolved, a URL as it is."""
+    return place.rstrip("/") if is_url(place) else os.path.abspath(os.path.expanduser(place))
 
-    Raises PathError for one that is no UTF-8.
-    """
-    found = place.rstrip("/") if is_url(place) else os.path.abspath(os.path.expanduser(place))
+
+def in_utf8(place: str) -> str:
+    """The place itself. Raises PathError for one that is no UTF-8, which JSON, Ray and tokenizers do not take."""
     try:
-        found.encode()
-    except UnicodeEncodeError:  # nothing below takes it: JSON, Parquet, Ray, tokenizers
+        place.encode()
+    except UnicodeEncodeError:
         raise PathError(
-            f"{found!a} is no UTF-8: rename the folder (`convmv -f latin1 -t utf-8`), or make a symbolic link to it (`ln -s`) "
+            f"{place!a} is no UTF-8: rename the folder (`convmv -f latin1 -t utf-8`), or make a symbolic link to it (`ln -s`) "
             "and give that."
         ) from None
-    return found
+    return place
 
 
 def expanded(place: str) -> str:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mmref.arguments import local_path, place, text
+from mmref.arguments import local_path, place, source, text
 from mmref.config import config_hash, dump_yaml, from_dict, load_config, to_dict, with_absolute_paths
 from mmref.errors import ConfigError, PathError, TextError
 from mmref.locations import expanded
@@ -89,7 +89,7 @@ def test_every_option_that_takes_a_place_expands_it(monkeypatch):
     places = {"FILE", "DIR", "RUN", "SHARDS", "INDEX", "PNG", "RUN|EXPORT", "IMAGES"}
     found = [a for p in parsers for a in options(p) if a.metavar in places or a.dest in ("path", "root")]
     assert len(found) > 50
-    assert [a.option_strings or a.dest for a in found if a.type not in (place, local_path, expanded)] == []
+    assert [a.option_strings or a.dest for a in found if a.type not in (place, local_path, source, expanded)] == []
     texts = [a for p in parsers for a in options(p) if a.metavar in ("ID", "TEXT", "COLUMN=VALUE")]
     assert len(texts) > 8 and [a.option_strings or a.dest for a in texts if a.type is not text] == []
 

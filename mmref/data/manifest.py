@@ -33,10 +33,12 @@ def read_manifest(root: str) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise ShardSetError(f"{path} is not JSON ({error}). {AGAIN}") from error
-    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
-        version = manifest.get("version") if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict):
+        found = type(manifest).__name__
+        raise ShardSetError(f"{path} is not JSON of a manifest (expected an object, found {found}). {AGAIN}")
+    if manifest.get("version") != VERSION:
         raise ShardSetError(
-            f"{path} has version {version!r}, this program reads version {VERSION}. "
+            f"{path} has version {manifest.get('version')!r}, this program reads version {VERSION}. "
             "Build the shard set again, or use the program version that wrote it."
         )
     if not isinstance(manifest.get("splits"), dict) or not manifest["splits"]:

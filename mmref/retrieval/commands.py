@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from mmref.arguments import count, local_path, place, positive, text
+from mmref.arguments import count, local_path, place, positive, source, text
 from mmref.cluster import workers_that_fit
 from mmref.errors import QueryError
 from mmref.locations import expanded, one_line
@@ -55,7 +55,7 @@ def _create(argv: list[str]) -> int:
         "`mmref index add|remove|info INDEX` change or describe one; a folder of such a name is given as ./add.",
     )
     parser.add_argument(
-        "images", type=place, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix"
+        "images", type=source, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix"
     )
     parser.add_argument(
         "--model", required=True, type=place, metavar="RUN|EXPORT", help="run directory, or folder of `mmref export`"
@@ -99,7 +99,7 @@ def _add(argv: list[str]) -> int:
     )
     parser.add_argument("index", type=local_path, metavar="INDEX")
     parser.add_argument(
-        "images", type=place, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix"
+        "images", type=source, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix"
     )
     parser.add_argument(
         "--model", type=place, metavar="RUN|EXPORT", help="checked to be the index's own, which is used"

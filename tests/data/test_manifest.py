@@ -98,7 +98,7 @@ def test_an_archive_without_end_is_not_unpacked(hostile):
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda m: [1], "version None"), (lambda m: m["splits"].update(train=[]), "no list of shards"),
+    (lambda m: [1], "expected an object, found list"), (lambda m: m["splits"].update(train=[]), "no list of shards"),
     (lambda m: m["splits"]["train"].update(images="9"), "number of images is '9'"),
     (lambda m: m["splits"]["train"].update(objects=-1), "number of objects is -1"),
     (lambda m: m["splits"]["train"]["shards"].append("x"), "a shard is 'x'"),

@@ -20,6 +20,7 @@ from mmref.address import check_answers, cluster_address
 from mmref.config import Config
 from mmref.errors import ClusterStartError, ClusterTooSmallError, MMRefError
 from mmref.locations import absolute, expanded
+from mmref.seclusion import private_folder, secluded
 
 SETTINGS = {  # Ray Train hands variables of this prefix on to its controller and workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report is committed at the next check; the default is 2 s
@@ -71,7 +72,8 @@ def offered_cpus() -> int:
 def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
     """Use the cluster of RAY_ADDRESS or of a submitted job, else start a local one and stop it afterwards.
 
-    A local cluster offers max(8, cores) logical CPUs; nothing else of it is visible outside this machine.
+    A local cluster offers max(8, cores) logical CPUs. It listens on 127.0.0.1 alone, asks for a token, exports no metrics, and
+    its session lies in a folder of this user (`seclusion.py`); process groups of workers are torch's own affair.
 
     Raises:
         ClusterTooSmallError: a local cluster would not have the CPUs that are needed.
@@ -179,26 +181,30 @@ def _named_failure(what: str) -> Iterator[None]:
 
 
 def local_folder() -> str:
-    """Folder of a local cluster's sessions: RAY_TMPDIR, else TMPDIR where its sockets' names fit there, else /tmp.
+    """Folder of a local cluster's sessions, closed to others: below RAY_TMPDIR, else TMPDIR where its sockets' names fit there,
+    else /tmp.
 
     Raises ClusterStartError where Ray could not use it.
     """
     given = os.environ.get("RAY_TMPDIR", "")
-    folder = os.path.join(absolute(expanded(given)) if given else os.environ.get("TMPDIR", "") or "/tmp", "ray")
-    if not given and not _fits(folder):
-        folder = "/tmp/ray"
-    if not _fits(folder):
+    bases = [absolute(expanded(given))] if given else [os.environ.get("TMPDIR", "") or "/tmp", "/tmp"]
+    base = next((base for base in bases if _fits(f"{base}/ray")), None)
+    if base is None:
         raise ClusterStartError(
             f"RAY_TMPDIR={given} is too long: Ray's sockets below it would have names of more than {SOCKET_BYTES} bytes. Set it "
             "to a shorter one, such as /tmp."
         )
     try:
+        os.makedirs(base, exist_ok=True)
+        folder = private_folder(base)
+        if not _fits(folder):
+            folder = f"{base}/ray"
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ClusterStartError(
-            f"Ray cannot keep its sessions in {folder}: {error}. Set RAY_TMPDIR to a folder of your own, with a short name: "
+            f"Ray cannot keep its sessions in {base}: {error}. Set RAY_TMPDIR to a folder of your own, with a short name: "
             "`mkdir -p /tmp/$USER && export RAY_TMPDIR=/tmp/$USER`."
         ) from None
     return folder
@@ -223,6 +229,7 @@ def _start_local(cpus: int, storage_gb: float) -> None:
     with (
         _named_failure(f"Ray does not start on this machine (its logs: {folder}/session_latest/logs)"),
         in_time("Ray to start"),
+        secluded() as more,
     ):
         for attempt in range(START_ATTEMPTS):
             try:
@@ -234,6 +241,7 @@ def _start_local(cpus: int, storage_gb: float) -> None:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     _temp_dir=folder,
+                    **more,
                 )
                 return
             except Exception as error:  # Ray raises a bare Exception here

@@ -1,14 +1,19 @@
-"""Which cluster a command joins, and what a local one takes of its machine."""
+"""Which cluster a command joins, what a local one takes of its machine, and what others see of it."""
 
 from __future__ import annotations
 
+import ipaddress
+import json
 import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +23,7 @@ from mmref.address import cluster_address
 from mmref.cli import run_command
 from mmref.cluster import connect, cores, in_time, local_folder, object_store_bytes, workers_that_fit
 from mmref.errors import ClusterStartError
+from mmref.seclusion import private_folder, write_token
 
 GB = 1e9
 
@@ -157,17 +163,18 @@ def test_where_sessions_of_a_local_cluster_lie(monkeypatch: pytest.MonkeyPatch, 
     long = str(tmp_path / ("x" * 100))
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", long)  # a scheduler's, for other things: sockets would not fit
-    assert local_folder() == "/tmp/ray"
+    own = f"mmref-{os.getuid()}"
+    assert local_folder() in (f"/tmp/{own}/ray", "/tmp/ray")
     monkeypatch.setenv("RAY_TMPDIR", long)
     with pytest.raises(ClusterStartError, match=r"RAY_TMPDIR=.* is too long: .* more than 107 bytes"):
         local_folder()
     short = tempfile.mkdtemp(dir="/tmp", prefix="r")
     monkeypatch.setenv("HOME", short)
     monkeypatch.setenv("RAY_TMPDIR", "~/a")
-    assert local_folder() == f"{short}/a/ray"
+    assert local_folder() == f"{short}/a/{own}/ray"
     Path(short, "b").write_text("a file")
     monkeypatch.setenv("RAY_TMPDIR", f"{short}/b")
-    with pytest.raises(ClusterStartError, match=r"Ray cannot keep its sessions in .*/b/ray: .*RAY_TMPDIR"):
+    with pytest.raises(ClusterStartError, match=r"Ray cannot keep its sessions in .*/b: .*RAY_TMPDIR"):
         local_folder()
     shutil.rmtree(short)
 
@@ -191,3 +198,53 @@ def test_this_machine_is_reached_directly(
     run_command(lambda: 0)
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == after
     assert urllib.request.proxy_bypass("127.0.0.1") and bool(urllib.request.proxy_bypass("b.org")) == (named == "*")
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for sockets."""
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_local_cluster_is_closed_to_others(short_folder: Path) -> None:
+    token = short_folder / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("0" * 64)  # as Ray writes it
+    token.chmod(0o644)
+    apart = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    environment = {k: v for k, v in os.environ.items() if k not in apart}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "tests/support/local_cluster.py"], cwd=root, check=True, stdout=subprocess.PIPE, timeout=300,
+        env=environment | {"HOME": str(short_folder), "RAY_TMPDIR": str(short_folder), "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["listening"]) > 5
+    assert all(ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in found["listening"]), found
+    assert found["modes"] == ["token", "token"] and found["token"] == "0o600" and found["on_clusters"]
+    assert not found["open_to_others"] and found["exports"] == ["-1"]
+
+
+def test_a_token_is_made_for_this_user_alone_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    write_token()
+    token = tmp_path / ".ray" / "auth_token"
+    written = token.read_text()
+    assert len(written) == 64 and token.stat().st_mode & 0o777 == 0o600
+    write_token()
+    assert token.read_text() == written and [p.name for p in token.parent.iterdir()] == ["auth_token"]
+
+
+def test_sessions_lie_where_nobody_else_looks(short_folder: Path) -> None:
+    own = short_folder / f"mmref-{os.getuid()}"
+    assert private_folder(str(short_folder)) == f"{own}/ray" and own.stat().st_mode & 0o777 == 0o700
+    assert private_folder(str(short_folder)) == f"{own}/ray"
+    own.chmod(0o755)  # or another's, made before us
+    assert Path(private_folder(str(short_folder))).parent != own
+    own.rmdir()
+    own.symlink_to("/tmp")
+    other = Path(private_folder(str(short_folder))).parent
+    assert other != own and other.stat().st_mode & 0o777 == 0o700

@@ -11,6 +11,7 @@ from mmref.arguments import count, local_path, place, positive
 from mmref.cluster import workers_that_fit
 from mmref.data.shards import ShardSet
 from mmref.errors import SourceError
+from mmref.terminal import printable
 from mmref.wholefolder import check_output
 
 
@@ -160,13 +161,13 @@ def run_build(args: argparse.Namespace) -> int:
     for split, entry in manifest["splits"].items():
         size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
         counts = f"{entry['objects']:>10,}{entry['images']:>10,}{entry['captions']:>10,}"
-        print(f"{split:8}{counts}{len(entry['shards']):>8}{size:>9.1f}")
+        print(f"{printable(split):8}{counts}{len(entry['shards']):>8}{size:>9.1f}")
     for line in manifest["warnings"]:
-        print(f"warning: {line}")
+        print(f"warning: {printable(line)}")
     skipped = manifest["skipped"]
     if skipped["count"]:
         print(f"{skipped['count']:,} left out; the first are named in manifest.json:")
-        print("\n".join(f"  {line}" for line in skipped["first"][:5]))
+        print("\n".join(f"  {printable(line)}" for line in skipped["first"][:5]))
     print(f"Written to {args.out}")
     return 0
 
@@ -179,21 +180,25 @@ def run_inspect(args: argparse.Namespace) -> int:
         check_output("--sheet", args.sheet)
     shards = ShardSet.open(args.root)
     manifest = shards.manifest
-    print(f"{manifest['name']}: {manifest['source']}\nlicence: {manifest['licence']}")
+    print(printable(f"{manifest['name']}: {manifest['source']}"))
+    print(printable(f"licence: {manifest['licence']}"))
     splits = [args.split] if args.split else shards.splits
     for split in splits:
         found = split_summary(shards, split, args.samples)
+        print()
         print(
-            f"\n{split}: {found['objects']:,} objects, {found['images']:,} images ({found['images_per_object']:.1f} an "
+            f"{printable(split)}: {found['objects']:,} objects, {found['images']:,} images ({found['images_per_object']:.1f} an "
             f"object), {found['captions']:,} captions ({found['captions_per_image']:.1f} an image, "
             f"{found['words_per_caption']:.1f} words), {found['shards']} shards, {found['megabytes']:.1f} MB"
         )
         total = max(sum(found["caption_kinds"].values()), 1)
-        print("  kinds: " + ", ".join(f"{k} {100 * n / total:.0f} %" for k, n in found["caption_kinds"].items()))
+        kinds = ", ".join(f"{printable(k)} {100 * n / total:.0f} %" for k, n in found["caption_kinds"].items())
+        print(f"  kinds: {kinds}")
         if found["broken"]:
             print(f"  {found['broken']} samples cannot be read: run `mmref shards verify {args.root}`")
         for meta in found["samples"]:
-            print(f"  {meta['object_id']} / {meta['image_id']}: " + " | ".join(meta["captions"])[:160])
+            captions = " | ".join(meta["captions"])[:160]
+            print(printable(f"  {meta['object_id']} / {meta['image_id']}: {captions}"))
     if args.sheet:
         contact_sheet(shards, splits[0], args.sheet)
         print(f"\ncontact sheet of {splits[0]}: {args.sheet}")
@@ -204,6 +209,6 @@ def run_verify(args: argparse.Namespace) -> int:
     """Prints every problem, one a line. Returns 1 when there are any."""
     problems = ShardSet.open(args.root).verify(checksums=not args.fast)
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     print(f"{args.root}: " + (f"{len(problems)} problems" if problems else "sound"))
     return 1 if problems else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from mmref import __version__, terminal
 from mmref.arguments import local_path, place, positive, text
 from mmref.errors import FileError, MMRefError, OutputError, ReaderLeftError, ReferencesError
 from mmref.locations import absolute, bypass_proxies
+from mmref.terminal import PrintableFormatter, printable
 
 OF_FILES = {  # what is wrong with a file that the error names, rather than with us
     errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EROFS,
@@ -33,6 +35,8 @@ def run_command(command: Callable[[], int]) -> int:
     """Run a command; an error of ours is printed as its message, anything else keeps its traceback."""
     terminal.prepare()
     bypass_proxies()
+    if logging.lastResort:
+        logging.lastResort.setFormatter(PrintableFormatter())  # of warnings, where no other handler is set up
     try:
         try:
             return _named(command)
@@ -59,7 +63,7 @@ def _named(command: Callable[[], int]) -> int:
 def _report(error: MMRefError) -> int:
     """Say what an error is; its exit status."""
     if not isinstance(error, ReaderLeftError):  # who left wants to hear no more
-        print(f"mmref: {type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"mmref: {type(error).__name__}: {error}", lines=True), file=sys.stderr)
     return error.exit_status
 
 

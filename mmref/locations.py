@@ -115,11 +115,6 @@ def from_text(text: str) -> str:
     return os.fsdecode(escapes.sub(lambda m: bytes.fromhex(m[1].decode()) if m[1] else b"\\", text.encode()))
 
 
-def one_line(text: str) -> str:
-    """A text as a terminal shows it on one line: control characters of a file's name, which may hold any, as `\\n`, `\\x1b`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def below(root: str, name: str) -> str:
     """The file that a manifest names, of the folder it describes.
 

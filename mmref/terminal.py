@@ -1,15 +1,23 @@
-"""The streams of a command: what reads them may stop early, be no UTF-8, be full, or not be there."""
+"""The streams of a command, which may stop early, be no UTF-8, be full or not be there; texts from data on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import logging
 import os
+import re
 import sys
 from typing import Any
 
 from mmref.errors import OutputError, ReaderLeftError
+
+# control characters move the cursor, color and rewrite what was printed; the marks of writing direction reorder it; line
+# separators begin new lines; surrogates are what a name that is no UTF-8 becomes, and cannot be printed
+UNSHOWN = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_ANY = re.compile(f"[{UNSHOWN}]")
+_ANY_BUT_LINES = re.compile(f"(?!\n)[{UNSHOWN}]")
 
 
 def prepare() -> None:
@@ -59,3 +67,19 @@ def to_json(value: Any, **options: Any) -> str:
     """JSON for standard output: letters as they are where it takes them, else escaped as JSON does."""
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     return json.dumps(value, ensure_ascii=not unicode, **options)
+
+
+def printable(text: object, lines: bool = False) -> str:
+    r"""A text with what a terminal would obey, or show in another order, written out: \x1b, \u202e.
+
+    Args:
+        lines: keep ends of lines, for a whole message.
+    """
+    return (_ANY_BUT_LINES if lines else _ANY).sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log records that a terminal can be trusted with."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)

@@ -16,7 +16,6 @@ from mmref.locations import (
     folder_name,
     from_text,
     join,
-    one_line,
     read_bytes,
     size_of,
     to_text,
@@ -110,7 +109,3 @@ def test_every_name_has_a_text_of_its_own(name):
     text = to_text(os.fsdecode(name))
     text.encode()
     assert os.fsencode(from_text(text)) == name
-
-
-def test_names_with_control_characters_take_one_line():
-    assert one_line("caf\u00e9 a\nb\x1b[31m \u2028\udce9") == "caf\u00e9 a\\nb\\x1b[31m \\u2028\\udce9"

@@ -29,6 +29,7 @@ from mmref.evaluate.report import (
 )
 from mmref.packages import check_imports
 from mmref.rundir import BAD_SAMPLES, RunDir, read_jsonl
+from mmref.terminal import printable
 from mmref.train.checkpoint import CheckpointInfo, best_checkpoint, fetched, load_references
 from mmref.wholefolder import check_output, write_output
 
@@ -168,7 +169,7 @@ def evaluate_run(
         if run.exists(section := section_path(checkpoint.folder, view)):
             page = with_section(page, run.read_text(section))
         run.write_text(report_path(view), page)
-    print(format_table(metrics))
+    print(printable(format_table(metrics), lines=True))
     return metrics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mmref.arguments import count, place, positive, text
+from mmref.terminal import printable
 
 EXAMPLES = 4
 
@@ -50,16 +51,15 @@ def explain(args: argparse.Namespace) -> int:
         )
     found = [run.explain_object(name) for name in objects] + [run.explain_query(text) for text in queries]
     for e in found:
-        print(f"{e.kind} {e.title}" + (f"; reference of {e.reference}" if e.reference else ""))
+        print(printable(f"{e.kind} {e.title}" + (f"; reference of {e.reference}" if e.reference else "")))
         if e.read:
-            print(f"  the reference says: {e.read}")
+            print(printable(f"  the reference says: {e.read}"))
         if e.telling:
-            print("  more than others: " + ", ".join(word for word, _ in e.telling))
+            print(printable("  more than others: " + ", ".join(word for word, _ in e.telling)))
         for m in e.moves:
             because = ", ".join(f"{name} {part:+.3f}" for name, part in m.references)
-            print(
-                f"  {m.rank} (before {m.before}) {m.image_id}{' (right)' if m.right else ''}: {because or 'not refined'}"
-            )
+            right = " (right)" if m.right else ""
+            print(printable(f"  {m.rank} (before {m.before}) {m.image_id}{right}: {because or 'not refined'}"))
     for path in write(run.run, run.checkpoint.folder, found, run.view):
         print(f"written to {path}")
     return 0

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from mmref.locations import from_text, is_url, join, one_line, to_text
+from mmref.locations import from_text, is_url, join, to_text
 from mmref.retrieval.images import Listing
+from mmref.terminal import printable
 
 NAMED = 5  # of many ids
 PLACE = ("path", "offset", "length")
@@ -118,13 +119,13 @@ def describe_changes(found: Changes, unread: set[str], source: str, removed: boo
     if found.missing:
         end = "and were removed" if removed else "(--remove-missing removes them)"
         lines.append(
-            f"{len(found.missing):,} items are not in {one_line(source)} any more {end}: {_some(found.missing)}"
+            f"{len(found.missing):,} items are not in {printable(source)} any more {end}: {_some(found.missing)}"
         )
     return lines
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join([one_line(name) for name in names[:NAMED]] + (["..."] if len(names) > NAMED else []))
+    return ", ".join([printable(name) for name in names[:NAMED]] + (["..."] if len(names) > NAMED else []))
 
 
 def _scope(source: str, split: str | None) -> str:

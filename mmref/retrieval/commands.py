@@ -11,8 +11,8 @@ from typing import Any, get_args
 from mmref.arguments import count, local_path, place, positive, source, text
 from mmref.cluster import workers_that_fit
 from mmref.errors import QueryError
-from mmref.locations import expanded, one_line
-from mmref.terminal import to_json
+from mmref.locations import expanded
+from mmref.terminal import printable, to_json
 from mmref.texts import read_lines
 from mmref.wholefolder import check_output, write_output
 
@@ -154,9 +154,9 @@ def _info(argv: list[str]) -> int:
     _report(args.index, manifest)
     segments: list[Segment] = index.open_segments(folder, manifest)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"columns: {', '.join(segments[0].items.column_names)}")
+    print(printable(f"columns: {', '.join(segments[0].items.column_names)}"))
     print(f"model {manifest.model[:12]}, generation {manifest.generation}, {size / 1e6:,.1f} MB on disk")
-    print(f"from: {', '.join(map(one_line, manifest.sources))}")
+    print(printable(f"from: {', '.join(manifest.sources)}"))
     return 0
 
 
@@ -231,7 +231,9 @@ def search_main(argv: list[str]) -> int:
         if args.json:
             print(to_json({"query": name, "results": [r.to_dict() for r in results]}))
         elif not args.html:
-            print(name if len(names) > 1 else "", format_results(results), sep="\n" if len(names) > 1 else "")
+            print(
+                printable(name) if len(names) > 1 else "", format_results(results), sep="\n" if len(names) > 1 else ""
+            )
     if args.html:
         write_output("--html", args.html, render_page(searcher, list(zip(names, answers))))
         print(f"written to {args.html}")
@@ -264,9 +266,8 @@ def _ask(searcher: Any, queries: Sequence[Any], answers: Sequence[Sequence[Any]]
     for query, results in zip(queries, answers):
         for result in results:
             try:
-                answer = input(
-                    f"{result.rank}. {one_line(result.id)}: right for {query.text!r}? [y/n, enter: skip, q: stop] "
-                )
+                asked = f"{result.rank}. {printable(result.id)}: right for {query.text!r}?"
+                answer = input(f"{asked} [y/n, enter: skip, q: stop] ")
             except EOFError:
                 answer = "q"
             if answer.strip().lower() == "q":
@@ -331,5 +332,5 @@ def _export_judgements(argv: list[str]) -> int:
     rows, left_out = export_table(searcher, Judgements.of(searcher, args.judgements).read(), args.out, args.split)
     print(f"{rows} images in {args.out}/table.jsonl; next: mmref shards build table {args.out}/table.jsonl --out SET")
     for line in left_out:
-        print(f"left out: {one_line(line)}")
+        print(f"left out: {printable(line)}")
     return 0

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import jinja2
 
-from mmref.locations import one_line
 from mmref.retrieval.searcher import Result, Searcher
+from mmref.terminal import printable
 
 WIDEST_ID = 48  # characters
 
@@ -18,12 +18,10 @@ def format_results(results: Sequence[Result]) -> str:
     lines = [f"{'rank':>4} {'before':>7} {'score':>7} {'before':>7}  {'object':20} item"]
     for r in results:
         moved = f"({r.rank_before - r.rank:+d})" if r.rank != r.rank_before else ""
-        name = one_line(r.id)
+        name, of = printable(r.id), printable(r.object_id or "-")
         name = name if len(name) <= WIDEST_ID else f"...{name[3 - WIDEST_ID :]}"
         before = f"{r.rank_before}{moved}"
-        lines.append(
-            f"{r.rank:>4} {before:>7} {r.score:>7.3f} {r.initial:>7.3f}  {one_line(r.object_id or '-')[:20]:20} {name}"
-        )
+        lines.append(f"{r.rank:>4} {before:>7} {r.score:>7.3f} {r.initial:>7.3f}  {of[:20]:20} {name}")
     return "\n".join(lines)
 
 
@@ -32,7 +30,7 @@ def render_page(searcher: Searcher, answers: Sequence[tuple[str, Sequence[Result
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmref.retrieval"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["one_line"] = one_line
+    environment.filters["printable"] = printable
     shown = [
         (query, [(r, base64.b64encode(searcher.thumbnail(r.id)).decode()) for r in results])
         for query, results in answers

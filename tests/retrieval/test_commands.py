@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from mmref.cli import main
 from mmref.retrieval.searcher import Searcher
@@ -54,6 +55,21 @@ def test_the_page_is_self_contained(split_index, tmp_path, capsys):
     assert "&lt;b&gt;red &amp; blue&lt;/b&gt;" in text and "<b>red" not in text
     assert len(re.findall(r'src="data:image/webp;base64,[A-Za-z0-9+/=]{50,}"', text)) == 3
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "http" not in text
+
+
+def test_a_name_that_a_terminal_or_a_browser_would_obey(run, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    name = "a\x1b[2J\n<i>\u202e.png"
+    Image.new("RGB", (9, 7)).save(tmp_path / "images" / name)
+    out, page = str(tmp_path / "out"), tmp_path / "page.html"
+    assert main(["index", str(tmp_path / "images"), "--model", str(run), "--out", out, "--workers", "0"]) == 0
+    capsys.readouterr()
+    assert main(["search", out, "red"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(r" a\x1b[2J\n<i>\u202e.png")
+    assert main(["search", out, "red", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["id"] == name, "for programs it stays what it is"
+    assert main(["search", out, "red", "--html", str(page)]) == 0
+    assert "<i>" not in page.read_text() and "&lt;i&gt;" in page.read_text()
 
 
 def test_judging_on_the_terminal_and_by_command(own_index, tmp_path, capsys, monkeypatch):

@@ -73,6 +73,15 @@ def is_of(model: Path, found: str) -> bool:
     return found in (fingerprint(model), fingerprint(model, tokenizer=False))
 
 
+def stamp(model: Path) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of change) of every file of an export: where it is the same, the fingerprint need not be taken again."""
+    try:
+        files = [(str(f.relative_to(model)), f.stat()) for f in sorted(model.rglob("*")) if f.is_file()]
+    except OSError as error:
+        raise ModelError(f"{model} is no whole export: {error}.") from None
+    return [(name, found.st_size, found.st_mtime_ns) for name, found in files]
+
+
 def write_reference_captions(model: Path, config: Config, object_ids: list[str]) -> None:
     """Keep a caption of each reference's object beside the model, where the training set can still be read."""
     captions: dict[str, str] = {}

@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 
 from mmref.errors import QueryError, SampleError, SearchIndexError
 from mmref.inference import ImageLike, Model, load
+from mmref.retrieval import bundle
 from mmref.retrieval import index as directory
-from mmref.retrieval.bundle import read_reference_captions
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.ranking import Encoded, Ranker
 from mmref.retrieval.segment import join_items
@@ -95,7 +95,7 @@ class Searcher:
 
     def _start(self, cached: int, previous: Searcher | None) -> None:
         """Open the index; a model that `previous` has loaded is shared."""
-        approximate = self._open()
+        approximate = self._open(previous)
         same = previous is not None and previous.manifest.model == self.manifest.model
         self.model: Model = previous.model if previous and same else load(self.index / "model", self.device)
         model = self.model
@@ -116,12 +116,16 @@ class Searcher:
         fresh._start(self._cached, self)
         return fresh
 
-    def _open(self) -> Approximate | None:
-        """Open the files of one manifest; a writer may replace it meanwhile."""
+    def _open(self, previous: Searcher | None) -> Approximate | None:
+        """Open the files of one manifest; a writer may replace it meanwhile. A model whose files are those that `previous` has
+        checked is not read again."""
         for attempt in range(OPEN_ATTEMPTS):
             self._stamp = directory.stamp(self.index)
             self.manifest = directory.Manifest.read(self.index)
-            directory.check_model(self.index, self.manifest)
+            self._model_stamp = bundle.stamp(self.index / "model")
+            checked = previous and (previous.manifest.model, previous._model_stamp)
+            if checked != (self.manifest.model, self._model_stamp):
+                directory.check_model(self.index, self.manifest)
             try:
                 self.segments = directory.open_segments(self.index, self.manifest)
                 approximate = directory.open_vectors(self.index, self.manifest)
@@ -250,7 +254,7 @@ class Searcher:
 
     @cached_property
     def _captions(self) -> dict[str, str]:
-        return read_reference_captions(self.index / "model")
+        return bundle.read_reference_captions(self.index / "model")
 
     # -- queries -----------------------------------------------------------------------------------------------------
 

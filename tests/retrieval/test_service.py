@@ -7,12 +7,14 @@ import contextlib
 import io
 import json
 import logging
+import os
 import shutil
 import struct
 import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,8 @@ from PIL import Image
 from services import LIMITS, TOKEN, client_of, listening, png
 from starlette.testclient import TestClient
 
-from mmref.errors import SearchIndexError, ServeError
-from mmref.retrieval import index
+from mmref.errors import ModelMismatchError, SearchIndexError, ServeError
+from mmref.retrieval import bundle, index
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service import server
 from mmref.retrieval.service.access import Access, Rates
@@ -528,6 +530,28 @@ def test_an_index_is_followed_without_losing_a_request(own_index):
     assert client.get(f"/items/{ids[0]}").status_code == 404
 
 
+def test_a_model_that_was_checked_is_read_again_only_when_its_files_change(own_index, monkeypatch):
+    engine = Engine(str(own_index), LIMITS, watch=False)
+    ids, read = Searcher(str(own_index)).items["id"].to_pylist(), []
+    take = bundle.fingerprint
+    monkeypatch.setattr(bundle, "fingerprint", lambda model: read.append(model) or take(model))
+    index.remove(str(own_index), ids[:1])
+    read.clear()  # of the command
+    assert engine.refresh() and not read
+    weights = own_index / "model" / "model.safetensors"
+    os.utime(weights, ns=(0, 0))  # written again, with the same contents
+    index.remove(str(own_index), ids[1:2])
+    read.clear()
+    assert engine.refresh() and read == [own_index / "model"]
+    with open(weights, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    manifest = index.Manifest.read(own_index)
+    replace(manifest, generation=manifest.generation + 1).write(own_index)
+    with pytest.raises(ModelMismatchError):
+        engine.refresh()
+
+
 def test_an_index_in_the_place_of_another_is_opened_and_a_missing_one_is_not(own_index, folder, run, tmp_path):
     engine = Engine(str(own_index), LIMITS, watch=False)
     index.create(str(folder), str(run), str(tmp_path / "other"), workers=0)
@@ -584,8 +608,10 @@ def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert server.read_token(None) is None
     monkeypatch.setenv(server.TOKEN, f" {TOKEN}\n")
     assert server.read_token(None) == TOKEN
+    assert server.TOKEN not in os.environ, "Ray's processes would inherit it"
+    monkeypatch.setenv(server.TOKEN, TOKEN)
     (tmp_path / "token").write_text(TOKEN[::-1] + "\n")
-    assert server.read_token(str(tmp_path / "token")) == TOKEN[::-1]
+    assert server.read_token(str(tmp_path / "token")) == TOKEN[::-1] and server.TOKEN not in os.environ
     monkeypatch.setenv(server.TOKEN, "short")
     with pytest.raises(ServeError, match="too short"):
         server.read_token(None)

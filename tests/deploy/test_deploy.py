@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import importlib.util
+import ipaddress
 import re
 import shlex
 import tomllib
@@ -15,7 +17,10 @@ import kubernetes_validate
 import pytest
 import yaml
 from kuberay_schema import SCHEMAS
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+import mmref
 from mmref.cluster import needed_cpus
 from mmref.config import Config, load_config
 
@@ -150,6 +155,7 @@ def test_storage():
     for resource in resources:
         kubernetes_validate.validate(resource, KUBERNETES_VERSION, strict=True)
     claim, policy = resources
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     labels = policy["spec"]["podSelector"]["matchLabels"]
     for name in RAY_FILES:
@@ -158,6 +164,35 @@ def test_storage():
         for group in groups_of(kuberay(name)):
             volumes = {v["name"]: v for v in group["template"]["spec"]["volumes"]}
             assert volumes["shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+def reached(policy: dict[str, Any], address: str, port: int) -> bool:
+    """Whether a pod may open a connection to an address outside of the cluster's pods."""
+    ip = ipaddress.ip_address(address)
+    for rule in policy["spec"]["egress"]:
+        if "ports" in rule and not any(p["port"] == port for p in rule["ports"]):
+            continue
+        for block in (to["ipBlock"] for to in rule["to"] if "ipBlock" in to):
+            if ip in ipaddress.ip_network(block["cidr"]):
+                return not any(ip in ipaddress.ip_network(n) for n in block["except"])
+    return False
+
+
+def test_pods_reach_storage_and_no_neighbors():
+    *_, policy = yaml.safe_load_all((DEPLOY / "kuberay" / "storage.yaml").read_text())
+    assert all(rule.get("to") for rule in policy["spec"]["egress"]), "a rule without addresses opens all"
+    assert reached(policy, "52.216.0.1", 443) and reached(policy, "2600::1", 443)
+    assert not reached(policy, "52.216.0.1", 80) and not reached(policy, "52.216.0.1", 22)
+    for private in (
+        "169.254.169.254",
+        "10.96.0.1",
+        "172.17.0.2",
+        "192.168.1.1",
+        "100.64.0.9",
+        "fd00:ec2::254",
+        "fe80::1",
+    ):
+        assert not reached(policy, private, 443), private
 
 
 @pytest.mark.parametrize("name", LAUNCHER_FILES)
@@ -290,7 +325,7 @@ def test_the_image_is_built_from_what_is_sent_to_it():
     for copied in of("COPY"):
         *sources, _ = [w for w in copied.split() if not w.startswith("--")]
         for source in sources:
-            assert source == "." or ((ROOT / source).exists() and source.split("/")[0] in sent), source
+            assert source == "." or ((ROOT / source).exists() and {source, source.split("/")[0]} & sent), source
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = project["tool"]["setuptools"]["packages"]["find"]["include"]
     needed = {p.rstrip("*") for p in packages} | {project["project"]["readme"], *project["project"]["license-files"]}
@@ -307,6 +342,44 @@ def test_what_the_image_runs_exists():
     modules = [m for m in re.findall(r"python3? -m ([\w.]+)", text) if m != "venv"]
     assert modules == ["mmref.train.build_ops"] and importlib.util.find_spec(modules[0])
     assert "pip install" in text and "--no-deps" in text
+
+
+def pins() -> dict[str, str]:
+    """Version of each package of constraints.txt."""
+    lines = (DEPLOY / "constraints.txt").read_text().splitlines()
+    found = dict(line.split("==") for line in lines)
+    assert len(found) == len(lines) and not any("/" in line or "+" in line for line in lines)
+    return {canonicalize_name(name): version for name, version in found.items()}
+
+
+def brought(requirement: Requirement) -> list[Requirement]:
+    """What a package that is installed here needs itself. Torch names its own, by platform and exactly."""
+    if requirement.name == "torch":
+        return []
+    needed = [Requirement(text) for text in importlib.metadata.requires(requirement.name) or []]
+    extras = requirement.extras or {""}
+    return [r for r in needed if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras)]
+
+
+def test_the_image_is_made_of_versions_that_were_tested():
+    (install,) = [a for a in of("RUN") if '".[' in a]
+    assert "--constraint constraints.txt" in install
+    (extras,) = re.findall(r'"\.\[([\w,]+)\]"', install)
+    project, pinned, seen = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"], pins(), set()
+    direct = [*project["dependencies"], *(r for e in extras.split(",") for r in project["optional-dependencies"][e])]
+    waiting = [Requirement(text) for text in direct]
+    while waiting:
+        requirement = waiting.pop()
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version and requirement.specifier.contains(version, prereleases=True), (str(requirement), version)
+        waiting += [r for r in brought(requirement) if (key := str(r)) not in seen and not seen.add(key)]
+
+
+def test_images_are_named_by_version():
+    text = "\n".join(path.read_text() for path in DEPLOY.rglob("*") if path.is_file())
+    named = re.findall(r"image: (?:&\w+ )?(\S*mmref:\S+)", text) + re.findall(r"build .*-t (\S+)", text)
+    assert {re.sub(r".*mmref:|-\w+$", "", name) for name in named} == {mmref.__version__} and len(named) > 5
+    assert "latest" not in text and re.search(r"BASE_IMAGE=python:3\.12\.\d+-", text)
 
 
 def test_the_image_has_a_choice_of_base_an_ordinary_user_and_a_token():

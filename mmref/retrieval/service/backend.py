@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import logging
 import os
+import re
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any, Protocol
 
 from mmref.cluster import cores, in_time
 from mmref.retrieval.service.engine import Ask, Engine, Prepared, Reply
+from mmref.retrieval.service.leaving import ANSWER_S
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.pools import Pool
 from mmref.retrieval.service.problems import Problem, Refused, refuse
+
+log = logging.getLogger(__name__)
 
 BATCH = 32  # queries encoded and ranked together
 # requests of one engine that are worked on at once: what is slow keeps none of another kind waiting
@@ -27,9 +33,9 @@ STUCK = Problem(
 )
 ONGOING = 1024  # requests a replica holds: more than the service lets in, or a probe would wait behind them
 ONGOING_WANTED = 8  # more than so many for each replica: one more is started
-RETRY_S = 0.2  # before a request that lost its replica goes to another
 DEPLOY_LIMIT_S = 900.0  # until a replica runs, on a cluster that starts a node for it too
-PATIENCE_S = 45.0  # for another one to be there
+RETRY_S = 0.2  # between looks for a replica, where there is none
+PATIENCE_S = 45.0  # for one to be there
 
 
 class Backend(Protocol):
@@ -154,17 +160,22 @@ class Replica(Worker):
 
 
 class Replicated:
-    """Replicas behind a handle. A request that loses its replica goes to another: every method only reads."""
+    """Replicas behind a handle. What has not reached a replica waits for the next one. A request whose replica dies is asked once
+    more (every method only reads), one of them at a time: if it dies again, nothing but the request has killed two."""
 
     def __init__(self, handle: Any, name: str) -> None:
         self.handle, self.name = handle, name
+        self._again = asyncio.Lock()
 
     def close(self) -> None:
         """Stop the replicas. The handle goes first: what it runs in the background would look for them, and for Ray."""
         from ray import serve
 
-        self.handle.shutdown()
-        serve.delete(self.name)
+        try:
+            self.handle.shutdown()
+            serve.delete(self.name)
+        except Exception as error:  # of many kinds where the cluster is going or gone; there is nothing else to be done
+            log.debug("%s was not seen to stop: %r", self.name, error)
 
     async def search(self, ask: Ask) -> dict[str, Any]:
         """Results of a query."""
@@ -176,18 +187,44 @@ class Replicated:
 
     async def _ask(self, method: str, *args: Any) -> Any:
         from ray.exceptions import RayActorError
+
+        # Ray Serve sends a request on to another replica by itself until one has accepted it: this one had begun
+        try:
+            reply = await self._reach(method, *args)
+        except RayActorError:
+            async with self._again:
+                try:
+                    reply = await self._reach(method, *args)
+                except RayActorError:
+                    log.error("%s: two replicas have died of one request: %s", self.name, _brief(args))
+                    message = "the request ended the process that worked on it, twice."
+                    fix = "Do not ask it again; the log of `mmref serve` names it."
+                    raise refuse(503, "Crashed", message, fix) from None
+        return _answered(reply)
+
+    async def _reach(self, method: str, *args: Any) -> Reply:
+        """What the first replica that accepts a request replies. Raises Refused, and RayActorError where it dies."""
         from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
         until = time.monotonic() + PATIENCE_S
         while True:
             try:
-                return _answered(await getattr(self.handle, method).remote(*args))
+                return await getattr(self.handle, method).remote(*args)
             except BackPressureError:
                 raise refuse(429, "Busy", "too many searches are waiting.", "Ask again in a moment.", 1) from None
-            except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError):
+            except (DeploymentUnavailableError, ReplicaUnavailableError):
                 if time.monotonic() > until:
-                    raise
+                    fix = "Ask again later; the log of `mmref serve` says why none starts."
+                    raise refuse(503, "Unavailable", "no replica of the index is running.", fix, 30) from None
                 await asyncio.sleep(RETRY_S)
+
+
+def _brief(args: tuple[Any, ...]) -> str:
+    """A request for the log: a picture by its digest."""
+    return ", ".join(
+        repr(replace(a, image=hashlib.sha256(a.image).hexdigest().encode()) if isinstance(a, Ask) and a.image else a)
+        for a in args
+    )[:2000]
 
 
 def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
@@ -195,8 +232,9 @@ def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
     HTTP port of Ray Serve is opened.
 
     Args:
-        name: of the Serve application; one that runs already is replaced, request by request.
+        name: of the index. The Serve application is called by this job of the cluster too: no other service has that name.
     """
+    import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -207,12 +245,29 @@ def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
         max_ongoing_requests=ONGOING,
         max_queued_requests=limits.in_flight,
         autoscaling_config={"min_replicas": 1, "max_replicas": replicas, "target_ongoing_requests": ONGOING_WANTED},
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=ANSWER_S,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     application: Any = deployment.bind(os.path.abspath(os.path.expanduser(index)), limits, replicas)
+    called = f"mmref-{ray.get_runtime_context().get_job_id()}-{name}"
     try:
         with in_time(f"a replica of {index} (a CPU each)", DEPLOY_LIMIT_S):
-            return Replicated(serve.run(application, name=name, route_prefix=None), name)
+            return Replicated(serve.run(application, name=called, route_prefix=None), called)
     except BaseException:  # an interrupt too: nothing is left running on a cluster
-        serve.delete(name)
+        serve.delete(called)
         raise
+
+
+def remove_left_behind() -> None:
+    """Delete the applications of services that are gone without having stopped them, as after a kill: a cluster that stays
+    would keep their replicas for ever."""
+    import ray
+    from ray import serve
+
+    alive = {job["JobID"] for job in ray._private.state.jobs() if not job["IsDead"]}
+    for called in serve.status().applications:
+        found = re.fullmatch(r"mmref-([0-9a-f]{8})-.*", called, re.DOTALL)
+        if found and found[1] not in alive:
+            log.warning("%s belongs to a service that has ended: it is deleted", called)
+            serve.delete(called)

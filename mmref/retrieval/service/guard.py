@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl
 from mmref.retrieval.service.access import Access, Rates
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.metrics import Metrics
-from mmref.retrieval.service.problems import INTERNAL, Problem, Refused, refuse
+from mmref.retrieval.service.problems import INTERNAL, LEAVING, Problem, Refused, refuse
 from mmref.retrieval.service.transfers import Transfer, Transfers, busy
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,9 @@ class Guard:
         except Refused as refused:
             if not exchange.status:
                 await respond(send, refused.problem)
+        except asyncio.CancelledError:  # the service has been stopped, and this takes too long
+            if not exchange.status:
+                await respond(send, LEAVING)
         except Exception:
             log.exception("%s %s", scope["method"], scope["path"])
             if not exchange.status:

@@ -44,3 +44,4 @@ def refuse(status: int, error: str, message: str, fix: str, retry_after_s: int |
 
 
 INTERNAL = Problem(500, "InternalError", "the service failed to answer.", "Look into the log of `mmref serve`.")
+LEAVING = Problem(503, "Leaving", "the service is being stopped.", "Ask again in a moment, or another one.", 5)

@@ -6,26 +6,27 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 from mmref.arguments import count, local_path
-from mmref.cluster import sigterm_unwinds
 from mmref.errors import ServeError
 from mmref.retrieval.service.access import LOOPBACK, Access, Network, network
-from mmref.retrieval.service.backend import Backend, Local, deploy
+from mmref.retrieval.service.backend import Backend, Local, Replicated, deploy, remove_left_behind
 from mmref.retrieval.service.engine import Engine
 from mmref.retrieval.service.guard import Guard
+from mmref.retrieval.service.leaving import ANSWER_S, CLOSE_S, Leaving, leaving
 from mmref.retrieval.service.limits import Limits, raise_file_limit
+from mmref.terminal import PrintableFormatter
 from mmref.texts import read_text
 
 TOKEN = "MMREF_TOKEN"
 SHORTEST_TOKEN = 16
-LEAVE_S = 30  # for requests that are being answered when the service is stopped
 WAITING = 2048  # connections the system holds for us
 LARGEST_HEADERS = 32_768  # bytes, the request line with its query among them
 
@@ -76,11 +77,16 @@ def serve_main(argv: list[str]) -> int:
     chosen = {f.name: getattr(args, f"max_{f.name}") for f in fields(Limits) if hasattr(args, f"max_{f.name}")}
     limits, token = Limits(**chosen), read_token(args.token_file)
     serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy)
-    return 0
+    sys.stdout.flush()
+    os._exit(0)  # a search that still computes, and Python's own tidying, would hold the process for seconds
 
 
 def read_token(path: str | None) -> str | None:
-    """The token of a file or of the environment, None where there is none. Raises ServeError."""
+    """The token of a file or of the environment, None where there is none. Raises ServeError.
+
+    The variable is taken out of the environment: whatever is started from here on would inherit it.
+    """
+    given = os.environ.pop(TOKEN, "").strip()
     if path:
         try:
             token = read_text(path, ServeError).strip()
@@ -88,7 +94,7 @@ def read_token(path: str | None) -> str | None:
             raise ServeError(f"the token cannot be read: {error}") from None
         source = path
     else:
-        token, source = os.environ.get(TOKEN, "").strip(), f"${TOKEN}"
+        token, source = given, f"${TOKEN}"
     if (token or path) and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable()):
         raise ServeError(
             f"the token of {source} is too short, or no plain text: give at least {SHORTEST_TOKEN} letters and digits, "
@@ -106,7 +112,7 @@ def serve(
     limits: Limits,
     proxies: Sequence[Network] = (),
 ) -> None:
-    """Answer until SIGINT or SIGTERM; requests that have begun are answered first.
+    """Answer until SIGINT or SIGTERM; requests that have begun are answered first, for as long as `leaving.py` gives them.
 
     Args:
         indexes: directories; they are called by the names of their folders.
@@ -124,8 +130,10 @@ def serve(
     named = _named(indexes)
     for path in named.values():
         Manifest.read(Path(path))  # before anything is started
-    logging.basicConfig(format="mmref: %(message)s", level=logging.WARNING)
-    with _listening(host, port) as listener, _leaving(), _backends(named, limits, replicas, listener) as backends:
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("mmref: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    with _listening(host, port) as listener, leaving() as end, _backends(named, limits, replicas, end) as backends:
         from mmref.retrieval.service.app import build_app
 
         app = build_app(backends, access, limits)
@@ -134,7 +142,7 @@ def serve(
         print(f"serving {', '.join(named)} at {address} (Ctrl-C stops it)", flush=True)
         if token:
             print(f"the page asks for the token, or takes it from {address}#TOKEN", flush=True)
-        _run(app, listener)
+        _run(app, listener, end)
     print("stopped", flush=True)
 
 
@@ -174,20 +182,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def _leaving() -> Iterator[None]:
-    """Whatever stops it while something is being started ends the command; nothing stays behind."""
-    try:
-        with sigterm_unwinds():
-            yield
-    except KeyboardInterrupt:
-        print("stopped before it served", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-@contextlib.contextmanager
-def _backends(
-    named: dict[str, str], limits: Limits, replicas: int, listener: socket.socket
-) -> Iterator[dict[str, Backend]]:
+def _backends(named: dict[str, str], limits: Limits, replicas: int, end: Leaving) -> Iterator[dict[str, Backend]]:
     """Engines of all indexes, here or on Ray."""
     if replicas == 0:
         engines = {name: Engine(path, limits) for name, path in named.items()}
@@ -201,17 +196,29 @@ def _backends(
     from mmref.cluster import connect
 
     with connect(need_cpus=len(named)):
-        port = listener.getsockname()[1]
-        with contextlib.ExitStack() as stack:
-            backends: dict[str, Backend] = {}
+        end.listen()  # Ray has taken SIGTERM
+        remove_left_behind()
+        deployed: dict[str, Replicated] = {}
+        try:
             for number, (name, path) in enumerate(named.items()):
                 # not by its own name, which may hold what Ray Serve takes for a separator
-                backends[name] = backend = deploy(path, f"mmref-{port}-{number}", limits, replicas)
-                stack.callback(backend.close)
-            yield backends
+                deployed[name] = deploy(path, str(number), limits, replicas)
+            yield dict(deployed)
+        finally:
+            _stop(deployed.values())
 
 
-def _run(app: Guard, listener: socket.socket) -> None:
+def _stop(deployed: Iterable[Replicated]) -> None:
+    """Stop all at once. Who is not done in time is left to Ray Serve, which has been told, or ends with our own cluster."""
+    threads = [threading.Thread(target=backend.close, daemon=True) for backend in deployed]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + CLOSE_S
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+
+
+def _run(app: Guard, listener: socket.socket, end: Leaving) -> None:
     import uvicorn
 
     from mmref.retrieval.service.patience import PatientProtocol
@@ -227,15 +234,12 @@ def _run(app: Guard, listener: socket.socket) -> None:
         proxy_headers=False,  # the guard knows whose word on a client's address to take
         server_header=False,
         backlog=WAITING,
-        timeout_graceful_shutdown=LEAVE_S,
+        timeout_graceful_shutdown=ANSWER_S,
     )
-    # uvicorn raises the signal that stopped it once more when it is done: let it pass, ours is an orderly end
-    before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        uvicorn.Server(config).run(sockets=[listener])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]  # `end` takes them
+    end.server = server
+    server.run(sockets=[listener])
 
 
 def _url(host: str, port: int) -> str:

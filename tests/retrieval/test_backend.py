@@ -1,0 +1,96 @@
+"""Replicas that die: who is asked again, and what becomes of a request that kills."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from mmref.retrieval.service import backend
+from mmref.retrieval.service.backend import Replicated
+from mmref.retrieval.service.engine import Ask
+from mmref.retrieval.service.problems import Problem, Refused
+
+
+class Handle:
+    """A deployment of one replica at a time. A poisonous request takes it down with whatever it holds, innocent or not."""
+
+    def __init__(self) -> None:
+        self.deaths, self.asked = 0, Counter[str]()
+        self._held: list[asyncio.Future[Any]] = []
+        self.search = self.call = self
+
+    async def remote(self, *args: Any) -> Any:
+        text = args[0].text if isinstance(args[0], Ask) else args[0]
+        self.asked[text] += 1
+        reply = asyncio.get_running_loop().create_future()
+        self._held.append(reply)
+        await asyncio.sleep(0.01)  # what comes meanwhile is held by the same replica
+        if text == "poison":
+            self.deaths += 1
+            for one in self._held:
+                if not one.done():
+                    one.set_exception(ActorDiedError())
+            self._held = []
+        elif not reply.done():
+            reply.set_result(({"text": text}, None))
+        return await reply
+
+
+async def outcome(work: Any) -> Any:
+    try:
+        return await work
+    except Refused as refused:
+        return refused.problem
+
+
+def test_a_request_that_kills_is_asked_twice_and_takes_nobody_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    handle = Handle()
+    replicated = Replicated(handle, "mmref-test")
+    texts = ["a", "b", "poison", "c", "d"]
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*(outcome(replicated.search(Ask(text, image=b"bytes"))) for text in texts))
+
+    answers = asyncio.run(ask())
+    assert handle.deaths == 2 and handle.asked["poison"] == 2
+    assert [a["text"] for a in answers if isinstance(a, dict)] == ["a", "b", "c", "d"]
+    (problem,) = [a for a in answers if isinstance(a, Problem)]
+    assert (problem.status, problem.error, problem.retry_after_s) == (503, "Crashed", None)
+    assert "poison" in caplog.text and "bytes'" not in caplog.text, "the log names it, without its picture"
+
+
+def test_a_replica_out_of_reach_counts_as_one_that_died() -> None:
+    class Unreachable:
+        async def remote(self, *_: Any) -> Any:
+            asked.append(1)
+            raise ActorUnavailableError("away", None)
+
+    asked: list[int] = []
+    handle = Unreachable()
+    handle.call = handle  # type: ignore[attr-defined]
+    problem = asyncio.run(outcome(Replicated(handle, "x").call("info")))
+    assert problem.error == "Crashed" and len(asked) == 2
+
+
+def test_what_no_replica_has_taken_waits_and_is_told_so_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Starting:
+        async def remote(self, *_: Any) -> Any:
+            asked.append(1)
+            if len(asked) < ready:
+                raise DeploymentUnavailableError(None)
+            return "well", None
+
+    monkeypatch.setattr(backend, "RETRY_S", 0.0)
+    handle = Starting()
+    handle.call = handle  # type: ignore[attr-defined]
+    asked, ready = [], 9
+    assert asyncio.run(Replicated(handle, "x").call("info")) == "well" and len(asked) == 9
+    asked, ready = [], 10**9
+    monkeypatch.setattr(backend, "PATIENCE_S", 0.0)
+    problem = asyncio.run(outcome(Replicated(handle, "x").call("info")))
+    assert (problem.status, problem.error) == (503, "Unavailable") and problem.retry_after_s

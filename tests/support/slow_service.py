@@ -1,0 +1,21 @@
+"""`mmref serve`, whose searches take a minute."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from mmref.cli import run_command
+from mmref.retrieval.service.engine import Engine
+from mmref.retrieval.service.server import serve_main
+
+
+def slow(*_: object) -> list[object]:
+    print("searching", flush=True)
+    time.sleep(60)
+    return []
+
+
+if __name__ == "__main__":
+    Engine.search = slow  # type: ignore[assignment]
+    sys.exit(run_command(lambda: serve_main(sys.argv[1:])))

@@ -226,7 +226,7 @@ def test_services_of_one_cluster_are_apart_and_the_next_removes_what_a_killed_on
         (first, _), (second, two) = (start(str(own_index), address=nodes.address) for _ in range(2))
         ray.init(address=nodes.address, log_to_driver=False, namespace="serve")
         both = applications()
-        assert len(both) == 2 and all(re.fullmatch(r"mmref-[0-9a-f]{8}-own", name) for name in both)
+        assert len(both) == 2 and all(re.fullmatch(r"mmref-[0-9a-f]{8}-0", name) for name in both)
         first.kill()
         assert get(f"{two}search?text=red")[0] == 200 and applications() == both
         third, three = start(str(own_index), address=nodes.address)

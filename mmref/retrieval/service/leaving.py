@@ -43,13 +43,15 @@ class Leaving:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[Leaving]:
-    """Signals are taken inside. Whatever stops it while something is being started ends the command."""
+    """Signals are taken inside. Raises SystemExit where one has stopped what was being started."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     found = Leaving()
     found.listen()
     try:
         yield found
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if isinstance(stopped, SystemExit) and stopped.code != signal.SIGTERM:  # which Ray raises while it starts
+            raise
         print("stopped before it served", file=sys.stderr)
         raise SystemExit(130) from None
     finally:

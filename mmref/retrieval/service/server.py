@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from mmref.arguments import count, local_path
 from mmref.errors import ServeError
@@ -76,9 +77,13 @@ def serve_main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     chosen = {f.name: getattr(args, f"max_{f.name}") for f in fields(Limits) if hasattr(args, f"max_{f.name}")}
     limits, token = Limits(**chosen), read_token(args.token_file)
-    serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy)
+    status: Any = 0
+    try:
+        serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy)
+    except SystemExit as stopped:
+        status = stopped.code
     sys.stdout.flush()
-    os._exit(0)  # a search that still computes, and Python's own tidying, would hold the process for seconds
+    os._exit(status)  # a search that still computes, and Python's own tidying, would hold the process for seconds
 
 
 def read_token(path: str | None) -> str | None:

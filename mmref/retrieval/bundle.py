@@ -70,7 +70,7 @@ def fingerprint(model: Path, tokenizer: bool = True) -> str:
 
 def is_of(model: Path, found: str) -> bool:
     """Whether an export is the one with a fingerprint."""
-    return found in (fingerprint(model), fingerprint(model, tokenizer=False))
+    return found == fingerprint(model) or found == fingerprint(model, tokenizer=False)
 
 
 def stamp(model: Path) -> list[tuple[str, int, int]]:

@@ -534,7 +534,7 @@ def test_a_model_that_was_checked_is_read_again_only_when_its_files_change(own_i
     engine = Engine(str(own_index), LIMITS, watch=False)
     ids, read = Searcher(str(own_index)).items["id"].to_pylist(), []
     take = bundle.fingerprint
-    monkeypatch.setattr(bundle, "fingerprint", lambda model: read.append(model) or take(model))
+    monkeypatch.setattr(bundle, "fingerprint", lambda model, **how: read.append(model) or take(model, **how))
     index.remove(str(own_index), ids[:1])
     read.clear()  # of the command
     assert engine.refresh() and not read

@@ -11,6 +11,7 @@ from mmref.arguments import count, local_path, place, positive
 from mmref.cluster import workers_that_fit
 from mmref.data.shards import ShardSet
 from mmref.errors import SourceError
+from mmref.fetch import OUTSIDE, OUTSIDE_HELP
 from mmref.terminal import printable
 from mmref.wholefolder import check_output
 
@@ -120,11 +121,12 @@ def _add_sources(sources: Any) -> None:
     table.add_argument(
         "--image-root", type=place, metavar="DIR", help="what image paths are relative to; else the table's folder"
     )
+    table.add_argument(OUTSIDE, action="store_true", help=OUTSIDE_HELP)
     table.add_argument("--keep", nargs="*", default=[], help="further columns to keep in the samples")
     table.add_argument("--licence", default="not stated", help="licence of the data, for the manifest")
     table.add_argument("--min-images", type=positive, default=1, help="leave out objects with fewer usable images")
     options = ("path", "image", "object_id", "captions", "split", "image_root", "keep", "licence", "min_images")
-    table.set_defaults(source_options=(*options, "fractions"))
+    table.set_defaults(source_options=(*options, "fractions", "allow_outside"))
     for parser in (cub, flowers, table):
         parser.add_argument(
             "--fractions", type=parse_fractions, default="train=0.7,val=0.1,test=0.2",

@@ -62,6 +62,10 @@ class SampleError(MMRefError):
     """One sample cannot be used: broken image, no caption. Counted and replaced in training, listed in evaluation."""
 
 
+class OutsideError(SampleError):
+    """A table names an image outside of the folder or prefix of its images, and nobody has allowed it."""
+
+
 class PixelLimitError(SampleError):
     """An image has more pixels than are decoded."""
 

@@ -1,4 +1,4 @@
-"""Bytes of an image that a table, a folder or an index names: a path, an http(s) URL, or a URL that fsspec opens.
+"""Images that a table, a folder or an index names: where they lie, whether a table may name them, their bytes and ids.
 
 A name is tried as it is written. Where there is no such file, it may be there in the other form of Unicode (a Mac keeps é as
 two characters), quoted, or with the backslashes of Windows; a file whose name differs in capitals is named in the message.
@@ -7,32 +7,108 @@ two characters), quoted, or with the backslashes of Windows; a file whose name d
 from __future__ import annotations
 
 import errno
-import http.client
+import hashlib
 import os
 import re
-import time
 import unicodedata
-import urllib.error
-import urllib.request
 from collections import deque
 from functools import lru_cache
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import unquote
 
-from mmref import __version__
-from mmref.errors import SampleError
-from mmref.locations import is_url, join, read_bytes, size_of
+from mmref.download import download
+from mmref.errors import OutsideError, SampleError
+from mmref.locations import check_installed, is_url, join, read_bytes, size_of
 
-TIMEOUT_S = 30  # of one download
-ATTEMPTS, PAUSE_S = 3, 0.5  # the pause doubles
-TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # answers that may be another one in a moment
-KEPT = "%/:?[]@!$&'()*+,;=~|"  # in a URL; a browser leaves them too
 FOLDERS = 16  # whose names are kept, to look for other spellings
+OUTSIDE = "--allow-outside"  # the flag of `mmref index` and `mmref shards build table`
+OUTSIDE_HELP = (
+    "take images from anywhere: absolute paths and links that lead out of the image root, file:// and URLs of storage (s3://, "
+    "gs://, ...) beyond it; http(s) URLs and what lies below the root need no flag"
+)
+LONGEST_NAME, HASHED = 80, 12  # characters of an id: of the file's name, and digits that tell such names apart
+SIGNED = re.compile(  # parameters of a URL that differ at each signing (S3, CloudFront, Google, Azure)
+    r"(x-amz-|x-goog-)[^=]*|signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy|"
+    r"sig|s[eptvr]|spr|sip|skoid|sktid|skt|ske|sks|skv",
+    re.IGNORECASE,
+)
+SIGNATURE = re.compile(r"(^|&)(x-amz-signature|x-goog-signature|signature|sig)=", re.IGNORECASE)
 
 
 def locate(ref: str, root: str) -> str:
     """Path or URL of an image cell: a URL, `~` or an absolute path, or relative to `root`."""
     ref = os.path.expanduser(ref) if ref.startswith("~") else ref
     return ref if is_url(ref) or os.path.isabs(ref) else join(root, ref)
+
+
+def locate_inside(ref: str, root: str) -> str:
+    """`locate` of a cell of a table that may be anybody's: http(s), or below `root` with all links followed.
+
+    Raises:
+        OutsideError: it lies elsewhere.
+        SampleError, FileSystemMissingError: nothing here opens such URLs.
+    """
+    place = locate(ref, root)
+    scheme = _scheme(place)
+    if scheme in ("http", "https"):
+        return place
+    if scheme not in ("", "file"):
+        _known(place, scheme)
+        inside = f"{root.rstrip('/')}/"
+        parts = re.split(r"[/\\]", unquote(place))
+        if not place.startswith(inside) or ".." in parts or "::" in place:
+            check_installed(place)  # or the flag would be found to help nothing
+            raise OutsideError(f"{ref!r} lies outside of {root}: {OUTSIDE} allows it")
+        return place
+    if _scheme(root) not in ("", "file"):
+        raise OutsideError(
+            f"{ref!r} is a path of this machine, and the table's images lie below {root}: {OUTSIDE} allows it"
+        )
+    try:
+        found = os.path.realpath(_file(place))
+    except OSError:  # what reads it says so; the name alone decides
+        found = os.path.realpath(unquote(_path(place)).replace("\\", "/"))
+    top = os.path.realpath(_path(root))
+    if os.path.commonpath([found, top]) != top:
+        raise OutsideError(f"{ref!r} leads to {found}, outside of {top}: {OUTSIDE} allows it")
+    return place
+
+
+def outside_most(place: str, root: str, refused: list[tuple[str, str]], rows: int) -> str:
+    """Why a table is not worth beginning with: most of its rows name images outside of the root; "" where that is not so.
+
+    Args:
+        refused: each such row, and why.
+        rows: of the table, all of them.
+    """
+    if 2 * len(refused) <= rows or not refused:
+        return ""
+    row, why = refused[0]
+    return (
+        f"{place}: {len(refused):,} of {rows:,} rows name images outside of {root} ({row}: {why}). If you trust the table, give "
+        f"{OUTSIDE}, or the folder that they lie below with --image-root."
+    )
+
+
+def id_of(ref: str) -> str:
+    """The id of an image that a table names, which everybody sees who searches: the cell where it is relative; else the file's
+    name and digits of a hash of the cell, which tell neither folders nor keys. Another signature changes nothing."""
+    if not (is_url(ref) or ref.startswith("~") or os.path.isabs(ref)):
+        return ref
+    place = unsigned(ref)
+    path = place.partition("://")[2].partition("/")[2] if is_url(place) else place
+    path = re.split(r"[?#]", path)[0] if _scheme(place) in ("http", "https") else path
+    stem, ending = os.path.splitext(re.split(r"[/\\]", path.rstrip("/\\"))[-1])
+    digest = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:HASHED]
+    return f"{stem[:LONGEST_NAME] or 'image'}-{digest}{ending[:LONGEST_NAME]}"
+
+
+def unsigned(ref: str) -> str:
+    """An http(s) URL without what signs it, and when; anything else as it is."""
+    base, mark, query = ref.partition("?")
+    if _scheme(ref) not in ("http", "https") or not SIGNATURE.search(query):
+        return ref
+    kept = [part for part in query.split("&") if not SIGNED.fullmatch(part.partition("=")[0])]
+    return base + (mark + "&".join(kept) if kept else "")
 
 
 def read_location(place: str) -> bytes:
@@ -42,28 +118,44 @@ def read_location(place: str) -> bytes:
         OSError, SampleError: this one cannot be read.
         StorageError: the storage keeps failing. FileSystemMissingError.
     """
-    scheme = place.partition("://")[0].lower() if is_url(place) else ""
+    scheme = _scheme(place)
     if scheme in ("http", "https"):
-        return _download(place)
-    if scheme == "file":
-        place = place[len("file://") :].removeprefix("localhost")
-    elif scheme:
-        return _read_url(place, scheme)
-    if scheme and not os.path.lexists(place) and os.path.lexists(unquote(place)):
-        place = unquote(place)
-    if size_of(place) is None:
-        if os.path.exists(place):  # a pipe would be waited for without end
-            raise OSError(f"{place} is no file")
-        place = _as_spelled(place)
-    return read_bytes(place)
+        return download(place)
+    return read_bytes(_file(place)) if scheme in ("", "file") else _read_url(place, scheme)
 
 
-def _read_url(place: str, scheme: str) -> bytes:
-    """From a file system of fsspec. An unknown kind of URL is a fault of this name; a package that is missing is not."""
+def _scheme(place: str) -> str:
+    return place.partition("://")[0].lower() if is_url(place) else ""
+
+
+def _path(place: str) -> str:
+    """The path that a place of this machine is, or that its file:// URL names."""
+    return re.sub(r"^file://(localhost(?=/))?", "", place, flags=re.IGNORECASE)
+
+
+def _file(place: str) -> str:
+    """The file of this machine that is meant. Raises OSError, StorageError."""
+    path = _path(place)
+    if path != place and not os.path.lexists(path) and os.path.lexists(unquote(path)):
+        path = unquote(path)
+    if size_of(path) is None:
+        if os.path.exists(path):  # a pipe would be waited for without end
+            raise OSError(f"{path} is no file")
+        path = _as_spelled(path)
+    return path
+
+
+def _known(place: str, scheme: str) -> None:
+    """Raise SampleError for a kind of URL that does not exist: a fault of this name; a package that is missing is not."""
     import fsspec
 
     if scheme not in fsspec.available_protocols():
         raise SampleError(f"{place}: nothing opens URLs that begin with {scheme}://")
+
+
+def _read_url(place: str, scheme: str) -> bytes:
+    """From a file system of fsspec."""
+    _known(place, scheme)
     try:
         return read_bytes(place)
     except FileNotFoundError:
@@ -74,40 +166,6 @@ def _read_url(place: str, scheme: str) -> bytes:
                 except FileNotFoundError:
                     continue
         raise
-
-
-# -- the web ---------------------------------------------------------------------------------------------------------
-
-
-def quoted(url: str) -> str:
-    """An http(s) URL as a browser sends it: spaces and letters beyond ASCII quoted, the rest as it is. Raises ValueError."""
-    parts = urlsplit(url.strip())
-    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
-    path, query = quote(parts.path.replace("\\", "/"), safe=KEPT), quote(parts.query, safe=KEPT)
-    return urlunsplit((parts.scheme, host, path, query, ""))
-
-
-def _download(url: str) -> bytes:
-    """Body of an http(s) URL; what may pass is tried again. Raises OSError, SampleError for a page instead of an image."""
-    try:
-        request = urllib.request.Request(quoted(url), headers={"User-Agent": f"mmref/{__version__}", "Accept": "*/*"})
-    except ValueError as error:
-        raise SampleError(f"{url} is no URL: {error}") from None
-    for attempt in range(ATTEMPTS):
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-                data = answer.read()
-            break
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            lasting = isinstance(error, ValueError | http.client.InvalidURL) or (
-                isinstance(error, urllib.error.HTTPError) and error.code not in TRY_AGAIN
-            )
-            if lasting or attempt == ATTEMPTS - 1:
-                raise OSError(f"{url} cannot be fetched: {error}") from error
-            time.sleep(PAUSE_S * 2**attempt)
-    if re.match(rb"\s*(<!doctype html|<html)", data[:200], re.IGNORECASE):
-        raise SampleError(f"{url} is a web page, not an image: it may ask for a login, or show the image")
-    return data
 
 
 # -- names on disk ---------------------------------------------------------------------------------------------------

@@ -145,10 +145,24 @@ def file_system(place: str, **options: Any) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(place, **options)
     except (ImportError, ValueError) as error:
-        raise FileSystemMissingError(
-            f"{place} needs a file system that is not installed: {error}. Install its package with pip on every node (s3://: "
-            "`pip install -e '.[s3]'` in mmref's folder, gs://: gcsfs, az:// and abfs://: adlfs)."
-        ) from None
+        raise _missing(place, error) from None
+
+
+def check_installed(place: str) -> None:
+    """Raise FileSystemMissingError where nothing here opens such URLs; nothing is connected to."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(place.partition("://")[0].lower())
+    except (ImportError, ValueError) as error:
+        raise _missing(place, error) from None
+
+
+def _missing(place: str, error: Exception) -> FileSystemMissingError:
+    return FileSystemMissingError(
+        f"{place} needs a file system that is not installed: {error}. Install its package with pip on every node (s3://: "
+        "`pip install -e '.[s3]'` in mmref's folder, gs://: gcsfs, az:// and abfs://: adlfs)."
+    )
 
 
 def read_bytes(place: str, start: int = 0, size: int | None = None) -> bytes:

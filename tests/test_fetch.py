@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import re
 import sys
 import threading
 import unicodedata
@@ -13,9 +14,10 @@ from urllib.parse import unquote
 
 import pytest
 
-from mmref import fetch
-from mmref.errors import FileSystemMissingError, SampleError
-from mmref.fetch import locate, quoted, read_location
+from mmref import download
+from mmref.download import quoted
+from mmref.errors import FileSystemMissingError, OutsideError, SampleError
+from mmref.fetch import id_of, locate, locate_inside, outside_most, read_location, unsigned
 
 NFC, NFD = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
 
@@ -44,7 +46,7 @@ class Web(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(fetch, "PAUSE_S", 0.0)
+    monkeypatch.setattr(download, "PAUSE_S", 0.0)
     monkeypatch.setattr(Web, "asked", [])
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
@@ -97,7 +99,7 @@ def test_what_may_pass_is_asked_again(web: str, name: str, times: int, said: str
 
 
 def test_what_is_no_url_costs_that_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "PAUSE_S", 0.0)
+    monkeypatch.setattr(download, "PAUSE_S", 0.0)
     for place in ("http://[::1/a.png", "http://", "http://a.b:port/x"):
         with pytest.raises((OSError, SampleError)):
             read_location(place)
@@ -157,3 +159,106 @@ def test_names_of_windows_and_other_spellings(tmp_path: Path, monkeypatch: pytes
     for name in ("pipe.png", "pics"):
         with pytest.raises(OSError, match="is no file"):
             read_location(str(tmp_path / name))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder of images beside which a secret lies, with links inside, out of it and to nothing."""
+    root = tmp_path / "root"
+    (root / "deep").mkdir(parents=True)
+    (root / "deep" / "a b.png").write_bytes(b"image")
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (tmp_path / "root-2").mkdir()
+    (tmp_path / "root-2" / "x.png").write_bytes(b"secret")
+    (root / "out.png").symlink_to(tmp_path / "secret.png")
+    (root / "up").symlink_to(tmp_path)
+    (root / "in.png").symlink_to(root / "deep" / "a b.png")
+    return root
+
+
+def test_a_table_names_what_lies_below_its_root(root: Path) -> None:
+    inside = ["deep/a b.png", "deep\\a b.png", "./deep/../deep/a b.png", "in.png", "up/root/in.png", f"{root}/in.png"]
+    inside += [f"file://{root}/deep/a%20b.png", f"file://localhost{root}/in.png"]
+    for ref in inside:
+        assert locate_inside(ref, str(root)) == locate(ref, str(root))
+        assert read_location(locate_inside(ref, str(root))) == b"image"
+    for ref in ("missing.png", "https://a.b/../c.png", "HTTP://127.0.0.1/c.png"):
+        assert locate_inside(ref, str(root)) == locate(ref, str(root))
+    assert read_location(locate_inside("deep/a b.png", f"file://{root}")) == b"image"
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "../secret.png", "deep/../../secret.png", "..\\secret.png", "deep\\..\\..\\secret.png", "{up}/secret.png", "out.png",
+        "up/secret.png", "up\\secret.png", "file://{up}/secret.png", "FILE://{up}/secret.png", "file://{up}/root/%2e%2e/secret.png",
+        "file://localhost{up}/secret.png", "file://{up}/root/..%2fsecret.png", "~/secret.png", "../root-2/x.png", "/etc/hostname",
+        "../missing.png", "..\\missing.png", "memory://bucket/a.png", "local://{up}/secret.png", "/dev/zero",
+    ],
+)  # fmt: skip
+def test_a_table_names_nothing_beside_its_root(root: Path, monkeypatch: pytest.MonkeyPatch, ref: str) -> None:
+    monkeypatch.setenv("HOME", str(root.parent))
+    with pytest.raises(OutsideError, match="--allow-outside allows it"):
+        locate_inside(ref.replace("{up}", str(root.parent)), str(root))
+
+
+@pytest.mark.parametrize(
+    ("ref", "allowed"),
+    [
+        ("a.png", True), ("memory://bucket/x/deep/a.png", True), ("../y/a.png", False), ("memory://bucket/x/../y/a.png", False),
+        ("memory://bucket/x/%2e%2e/y/a.png", False), ("memory://bucket/xy/a.png", False), ("memory://other/a.png", False),
+        ("/etc/hostname", False), ("file:///etc/hostname", False), ("memory://bucket/x/a::file:///etc/hostname", False),
+        ("https://a.b/c.png", True),
+    ],
+)  # fmt: skip
+def test_a_table_of_a_storage_names_what_lies_below_its_prefix(ref: str, allowed: bool) -> None:
+    if allowed:
+        assert locate_inside(ref, "memory://bucket/x") == locate(ref, "memory://bucket/x")
+    else:
+        with pytest.raises(OutsideError, match="--allow-outside"):
+            locate_inside(ref, "memory://bucket/x")
+
+
+def test_a_storage_that_is_not_installed_is_told_before_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(FileSystemMissingError, match="adlfs"):
+        locate_inside("abfs://a/b.png", str(tmp_path))
+    for ref in ("htp://a.b/c.png", "simplecache::file:///etc/hostname", "file::file:///etc/hostname"):
+        with pytest.raises(SampleError, match="nothing opens URLs"):
+            locate_inside(ref, str(tmp_path))
+
+
+def test_a_table_of_which_most_lies_outside() -> None:
+    assert outside_most("t.csv", "/r", [], 0) == outside_most("t.csv", "/r", [("row 2", "why")], 2) == ""
+    said = outside_most("t.csv", "/r", [("row 2", "why"), ("row 3", "why")], 3)
+    assert "2 of 3 rows" in said and "row 2: why" in said and "--allow-outside" in said and "--image-root" in said
+
+
+def test_ids_tell_neither_folders_nor_keys() -> None:
+    for ref in ("a.png", "deep/../a b.png", "C:\\x\\a.png"):
+        assert id_of(ref) == ref
+    places = ["/home/me/a.png", "/home/you/a.png", "~/a.png", "https://a.b/me/a.png", "https://a.b/me/a.png?w=1", "s3://me/a.png",
+              "http://a.b/me/a.png", "file:///home/me/a.png", "https://me:word@a.b/a.png#me"]  # fmt: skip
+    ids = [id_of(place) for place in places]
+    assert len(set(ids)) == len(places) and ids == [id_of(place) for place in places]
+    assert all(re.fullmatch(r"a-[0-9a-f]{12}\.png", name) for name in ids), ids
+    for place in ("https://me:word@a.b", "https://a.b/?me=1", "http://[::1/", "/"):
+        assert re.fullmatch(r"image-[0-9a-f]{12}", id_of(place)), id_of(place)
+    assert len(id_of(f"/{'x' * 500}.png")) < 120
+
+
+@pytest.mark.parametrize(
+    ("signed", "plain"),
+    [
+        ("X-Amz-Algorithm=A&X-Amz-Date={}&X-Amz-Expires=60&X-Amz-Signature={}", ""),
+        ("w=2&AWSAccessKeyId=A&Expires={}&Signature={}", "?w=2"), ("Policy={}&Signature={}&Key-Pair-Id=K", ""),
+        ("X-Goog-Signature={}&X-Goog-Date={}", ""), ("sv=2024&se={}&sr=b&sp=r&sig={}", ""), ("w=2&expires={}", None),
+        ("version={}&name=sig", None),
+    ],
+)  # fmt: skip
+def test_another_signature_is_the_same_image(signed: str, plain: str | None) -> None:
+    one, other = ("https://a.b/c.png?" + signed.format(*[key] * 2) for key in ("k1", "k2"))
+    assert (id_of(one) == id_of(other)) is (plain is not None)
+    assert unsigned(one) == (one if plain is None else "https://a.b/c.png" + plain)

@@ -286,6 +286,7 @@ def test_images_are_where_the_table_or_the_home_directory_is(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "t.csv", HEADER + "a.png,1,x\n~/b.png,2,y\nhttp://c.d/e f.png,3,z\n")
     for root, found in ((None, tmp_path), ("~/pics", tmp_path / "home" / "pics"), ("pics", tmp_path / "pics")):
-        paths = list_images("t.csv", columns=TableColumns(image_root=root)).items["path"].to_pylist()
+        columns = TableColumns(image_root=root, allow_outside=True)
+        paths = list_images("t.csv", columns=columns).items["path"].to_pylist()
         assert paths == [f"{found}/a.png", f"{tmp_path}/home/b.png", "http://c.d/e f.png"]
         assert TableSource("t.csv", image_root=root).image_root == str(found)

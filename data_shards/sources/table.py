@@ -1,7 +1,7 @@
 """Your own data: a CSV, TSV, JSONL or Parquet table with an image, an object id and captions in every row.
 
 Rows with the same image are one image with more captions; rows with the same object id are one object. The image column
-holds a path (absolute, or relative to `image_root`) or a URL: http(s), or whatever fsspec opens (s3://, gs://, ...).
+holds a path below `image_root` or an http(s) URL; with `allow_outside` any path, and whatever fsspec opens (s3://, gs://, ...).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable, Mapping
 
 from data_shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, hash_split
-from mmref.errors import SampleError, SourceError
-from mmref.fetch import locate, read_location
+from mmref.errors import OutsideError, SampleError, SourceError
+from mmref.fetch import locate, locate_inside, outside_most, read_location
 from mmref.locations import absolute
 from mmref.tables import Row, Table, read_table
 
@@ -36,22 +36,26 @@ class TableSource:
         keep: Iterable[str] = (),
         licence: str = "not stated",
         min_images: int = 1,
+        allow_outside: bool = False,
     ) -> None:
         """image, object_id, captions, split: names of columns. Captions None: `caption`, or the list column `captions`;
         split None: `split` if there is one, else a fixed hash of the object id with `fractions`. keep: further columns
-        to carry in the sample's json. min_images: objects with fewer usable images are left out."""
+        to carry in the sample's json. min_images: objects with fewer usable images are left out. allow_outside: images may lie
+        outside of image_root."""
         self.path, self.image, self.object_id, self.captions, self.split = path, image, object_id, captions, split
         root = os.path.dirname(path) if image_root is None else image_root
         self.image_root = absolute(root)  # workers may run in another directory
+        self.locate = locate if allow_outside else locate_inside
         self.fractions, self.keep, self.licence, self.min_images = dict(fractions), list(keep), licence, min_images
         self.origin = os.path.basename(path)  # the full path says more of your machine than of the data
         self.skipped: list[str] = []
 
     def objects(self) -> Iterable[SourceObject]:
         """Objects in the order of the table. A row that lacks its image, object or split, or has a cell of another type, is
-        listed and left out.
+        listed and left out, and so is one whose image lies where it may not.
 
-        Raises SourceError: no such file, unknown ending, missing column, object in two splits, image of two objects.
+        Raises SourceError: no such file, unknown ending, missing column, object in two splits, image of two objects, most images
+        outside of the root.
         """
         table = read_table(self.path)
         caption_columns, split_column = self._columns(table)
@@ -59,14 +63,21 @@ class TableSource:
         images: dict[str, SourceImage] = {}
         objects: dict[str, SourceObject] = {}
         owner: dict[str, str] = {}
+        outside: list[tuple[str, str]] = []
+        count = 0
         for row in table.rows(needed):
+            count += 1
             try:
                 image, object_id = (self._needed(row, column) for column in (self.image, self.object_id))
+                if image not in images:
+                    self.locate(image, self.image_root)
                 split = self._split_of(row, split_column, object_id)
                 texts = {column: row.texts(column) for column in caption_columns}
                 extra = {name: row.value(name) for name in self.keep}
             except SampleError as error:
                 self.skipped.append(f"row {row.number}: {error}")
+                if isinstance(error, OutsideError):
+                    outside.append((f"row {row.number}", str(error)))
                 continue
             item = objects.setdefault(object_id, SourceObject(split, object_id, []))
             if item.split != split:
@@ -86,6 +97,8 @@ class TableSource:
                 images[image].captions.extend(found)
                 if (kinds := images[image].caption_kinds) is not None:
                     kinds.extend([column] * len(found))
+        if why := outside_most(self.path, self.image_root, outside, count):
+            raise SourceError(why)
         return list(objects.values())
 
     def _columns(self, table: Table) -> tuple[list[str], str | None]:
@@ -113,7 +126,7 @@ class TableSource:
 
     def load(self, ref: str) -> bytes:
         """Bytes of an image file or URL. Raises OSError or SampleError, which leave the image out of the set."""
-        return read_location(locate(ref, self.image_root))
+        return read_location(self.locate(ref, self.image_root))
 
     def write_extras(self, root: str) -> None:
         """Nothing to add."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from mmref.fetch import unsigned
 from mmref.locations import from_text, is_url, join, to_text
 from mmref.retrieval.images import Listing
 from mmref.terminal import printable
@@ -60,7 +61,7 @@ def compare(listing: Listing, held: Sequence[pa.Table], source: str, split: str 
                 kept[row] = there
                 continue  # a part of a file that was written anew may be another image now
         old = of_id.get(name)
-        if old is not None and old not in listed and _has_moved(old, scope, stamp, stamps[name]):
+        if old is not None and old not in listed and _has_moved(old, place, scope, stamp, stamps[name]):
             replaced[name] = None
             kept[row] = name
         elif old is None or there is not None or not _same_file(place, old):
@@ -146,12 +147,13 @@ def _stamps(items: pa.Table) -> list[str | None]:
     return items["file_stamp"].to_pylist() if "file_stamp" in items.column_names else [None] * len(items)
 
 
-def _has_moved(old: Place, scope: str, stamp: str | None, old_stamp: str | None) -> bool:
-    """Whether an item that the source does not list was the source's own, or is the same file gone from where it was.
+def _has_moved(old: Place, new: Place, scope: str, stamp: str | None, old_stamp: str | None) -> bool:
+    """Whether an item that the source does not list was the source's own, is the same file gone from where it was, or the same
+    URL with an older signature.
 
     What is gone and not the same may be on a disk that is not there at the moment.
     """
-    if _is_below(old[0], scope):
+    if _is_below(old[0], scope) or (is_url(old[0]) and unsigned(old[0]) == unsigned(new[0])):
         return True
     return stamp is not None and stamp == old_stamp and not is_url(old[0]) and not os.path.exists(from_text(old[0]))
 

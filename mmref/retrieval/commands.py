@@ -11,6 +11,7 @@ from typing import Any, get_args
 from mmref.arguments import count, local_path, place, positive, source, text
 from mmref.cluster import workers_that_fit
 from mmref.errors import QueryError
+from mmref.fetch import OUTSIDE, OUTSIDE_HELP
 from mmref.locations import expanded
 from mmref.terminal import printable, to_json
 from mmref.texts import read_lines
@@ -33,6 +34,12 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
         "--image-root", type=place, metavar="DIR", help="what a table's paths are relative to; else the table's folder"
     )
     parser.add_argument(
+        "--id-column",
+        metavar="NAME",
+        help="column with the items' ids; else relative paths, and short ids of other places",
+    )
+    parser.add_argument(OUTSIDE, action="store_true", help=f"of a table: {OUTSIDE_HELP}")
+    parser.add_argument(
         "--workers", type=count,
         help="Ray actors that embed; 0: in this process, quickest for a few thousand images (default: one a core)",
     )  # fmt: skip
@@ -41,7 +48,7 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
 def _columns(args: argparse.Namespace) -> Any:
     from mmref.retrieval.images import TableColumns
 
-    return TableColumns(args.image_column, args.object_column, args.image_root)
+    return TableColumns(args.image_column, args.object_column, args.image_root, args.id_column, args.allow_outside)
 
 
 def _create(argv: list[str]) -> int:

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from mmref.data.shards import SampleReader, ShardSet
-from mmref.errors import SampleError, SearchIndexError, StorageError
-from mmref.fetch import locate, read_location
+from mmref.errors import OutsideError, SampleError, SearchIndexError, StorageError
+from mmref.fetch import id_of, locate, locate_inside, outside_most, read_location, unsigned
 from mmref.locations import absolute, from_text, is_url, join, read_bytes, size_of, to_text
 from mmref.retrieval.folder import look_into, stamp_of
-from mmref.tables import TABLE_ENDINGS, Row, read_table
+from mmref.tables import TABLE_ENDINGS, Row, Table, read_table
 
 COLUMNS = {  # of every listing, before metadata columns
     "id": pa.string(), "path": pa.string(), "offset": pa.int64(), "length": pa.int64(), "object_id": pa.string(),
@@ -46,11 +46,13 @@ class Listing:
 
 @dataclass(frozen=True)
 class TableColumns:
-    """Names of a table's columns: the image's path or URL, the object's id (optional), captions."""
+    """Names of a table's columns: the image's path or URL, the object's id (optional), the item's; where images may lie."""
 
     image: str = "image"
     object_id: str = "object_id"
     image_root: str | None = None
+    item_id: str | None = None  # None: the image's own, see `mmref.fetch.id_of`
+    allow_outside: bool = False  # of the image root
 
 
 DEFAULT_COLUMNS = TableColumns()
@@ -164,7 +166,7 @@ def _list_folder(source: str) -> Listing:
 
 
 def _list_shards(shards: ShardSet, split: str | None) -> Listing:
-    """Images of one split or of all; ids are image ids, the first caption and scalar fields become columns."""
+    """Images of one split or of all; ids are those of the images, the first caption and scalar fields become columns."""
     rows, captions = [], []
     extra: dict[str, None] = {"split": None, "caption": None}
     for name in [split] if split else shards.splits:
@@ -183,47 +185,88 @@ def _list_shards(shards: ShardSet, split: str | None) -> Listing:
             extra |= dict.fromkeys(fields)
             path, object_id = index.shard_paths[int(index.shard[i])], index.object_ids[int(index.object_row[i])]
             span = int(index.image_offset[i]), int(index.image_size[i])
-            rows.append(_row(index.image_ids[i], path, *span, object_id, fields, stamps[int(index.shard[i])]))
+            rows.append(_row(id_of(index.image_ids[i]), path, *span, object_id, fields, stamps[int(index.shard[i])]))
     return Listing(_as_table(rows, list(extra)), _sample(captions))
 
 
 def _list_table(source: str, columns: TableColumns) -> Listing:
-    """Distinct images of a table in its order; ids are the cells of the image column, other single values metadata. The first
-    row of an image counts; rows that cannot be used, or give it another object, are listed."""
+    """Distinct images of a table in its order, see `_TableItems`; rows that cannot be used are listed. Raises SearchIndexError
+    where most rows name images that lie outside of the root."""
     table = read_table(source)
     options = {columns.image: "--image-column"}
     if columns.object_id != TableColumns.object_id:
         options[columns.object_id] = "--object-column"
+    if columns.item_id is not None:
+        options[columns.item_id] = "--id-column"
     table.require(options, SearchIndexError)
     root = absolute(os.path.dirname(source) if columns.image_root is None else columns.image_root)
-    kept = [name for name in table.names if name and name not in {columns.image, columns.object_id, *RESERVED}]
-    of_object = [columns.object_id] if columns.object_id in table.names else []
-    of_captions = table.caption_columns()
-    rows: dict[str, dict[str, Any]] = {}
-    captions: list[str] = []
+    items = _TableItems(table, columns, root)
     skipped: list[tuple[str, str]] = []
-    extra: dict[str, None] = {}
-    for row in table.rows(list(dict.fromkeys([columns.image, *of_object, *of_captions, *kept]))):
+    outside: list[tuple[str, str]] = []
+    count = 0
+    for row in table.rows(items.names):
+        count += 1
         try:
-            if not (name := row.text(columns.image)):
-                raise SampleError(f"no {columns.image}")
-            object_id = (row.text(columns.object_id) or None) if of_object else None
-            known = rows[name]["object_id"] if name in rows else None
-            if known and object_id and object_id != known:
-                raise SampleError(
-                    f"image {name!r} belongs to the object {known!r} in an earlier row, here to {object_id!r}"
-                )
-            texts = [text for column in of_captions for text in row.texts(column)]
-            fields = {k: v for k in kept if (v := _metadata(row, k)) is not None}
+            items.take(row)
         except SampleError as error:
             skipped.append((f"row {row.number}", str(error)))
-            continue
-        captions += texts
-        if name not in rows:
-            extra |= dict.fromkeys(fields)
-            rows[name] = _row(name, locate(name, root), 0, 0, object_id, fields)
-        rows[name]["object_id"] = known or object_id
-    return Listing(_as_table(list(rows.values()), list(extra)), _sample(captions), skipped)
+            if isinstance(error, OutsideError):
+                outside.append(skipped[-1])
+    if why := outside_most(source, root, outside, count):
+        raise SearchIndexError(why)
+    return Listing(_as_table(list(items.rows.values()), list(items.extra)), _sample(items.captions), skipped)
+
+
+class _TableItems:
+    """Items of a table, a row at a time. The first row of an image counts, others add captions; single values of columns that
+    are not named otherwise are metadata."""
+
+    def __init__(self, table: Table, columns: TableColumns, root: str) -> None:
+        self.columns, self.root = columns, root
+        self.locate = locate if columns.allow_outside else locate_inside
+        named = {columns.image, columns.object_id, columns.item_id, *RESERVED}
+        self.kept = [name for name in table.names if name and name not in named]
+        self.of_object = columns.object_id in table.names
+        self.of_captions = table.caption_columns()
+        used = [columns.image, *([columns.object_id] if self.of_object else [])]
+        used += [*([columns.item_id] if columns.item_id is not None else []), *self.of_captions, *self.kept]
+        self.names = list(dict.fromkeys(used))
+        self.rows: dict[str, dict[str, Any]] = {}  # by id
+        self.captions: list[str] = []
+        self.extra: dict[str, None] = {}
+        self._images: dict[str, str] = {}  # of each id: the cell, without what signs it
+        self._ids: dict[str, str] = {}  # the other way round
+
+    def take(self, row: Row) -> None:
+        """Raises SampleError for a row that cannot be used, or gives an image another object or id."""
+        cell = _needed(row, self.columns.image)
+        name = id_of(cell) if self.columns.item_id is None else _needed(row, self.columns.item_id)
+        image, known = unsigned(cell), self.rows.get(name)
+        if (before := self._ids.get(image, name)) != name:
+            raise SampleError(f"image {cell!r} has the id {before!r} in an earlier row, here {name!r}")
+        if known is not None and self._images[name] != image:
+            raise SampleError(f"the id {name!r} is that of the image {self._images[name]!r} in an earlier row")
+        place = self.locate(cell, self.root) if known is None else ""
+        object_id = (row.text(self.columns.object_id) or None) if self.of_object else None
+        if known is not None and known["object_id"] and object_id and object_id != known["object_id"]:
+            earlier = known["object_id"]
+            raise SampleError(
+                f"image {cell!r} belongs to the object {earlier!r} in an earlier row, here to {object_id!r}"
+            )
+        texts = [text for column in self.of_captions for text in row.texts(column)]
+        fields = {k: v for k in self.kept if (v := _metadata(row, k)) is not None}
+        self.captions += texts
+        if known is None:
+            self.extra |= dict.fromkeys(fields)
+            self._images[name], self._ids[image] = image, name
+            known = self.rows[name] = _row(name, place, 0, 0, object_id, fields)
+        known["object_id"] = known["object_id"] or object_id
+
+
+def _needed(row: Row, column: str) -> str:
+    if not (text := row.text(column)):
+        raise SampleError(f"no {column}")
+    return text
 
 
 def _metadata(row: Row, column: str) -> Any:

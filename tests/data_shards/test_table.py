@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards.sources.table import TableSource
-from mmref.errors import SourceError
+from mmref.errors import OutsideError, SourceError
 
 ROWS = [
     {"image": "a.png", "object_id": "007", "caption": "a red, small bird", "split": "train"},
@@ -139,3 +139,49 @@ def test_load_paths_and_urls(tmp_path, encode):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_images_outside_of_the_root_need_a_flag(tmp_path, encode):
+    root = tmp_path / "root"
+    root.mkdir()
+    for path in (root / "a.png", root / "b.png", tmp_path / "secret.png"):
+        path.write_bytes(encode(0))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    names = ["a.png", "../secret.png", str(root / "b.png"), "c.png"]
+    table = write(root / "t.csv", [{"image": n, "object_id": n, "caption": "x", "split": "train"} for n in names])
+    source = TableSource(table)
+    assert [o.object_id for o in source.objects()] == ["a.png", str(root / "b.png"), "c.png"]
+    (refused,) = source.skipped
+    assert refused.startswith("row 3: '../secret.png'") and "--allow-outside" in refused
+    for ref in ("../secret.png", "link.png", f"file://{tmp_path}/secret.png"):
+        with pytest.raises(OutsideError):
+            source.load(ref)
+        assert TableSource(table, allow_outside=True).load(ref) == encode(0)
+    assert len(TableSource(table, allow_outside=True).objects()) == 4
+    for more in ("link.png", f"file://{tmp_path}/secret.png", "/etc/hostname"):
+        names.append(more)
+    write(root / "t.csv", [{"image": n, "object_id": n, "caption": "x", "split": "train"} for n in names[1:]])
+    with pytest.raises(SourceError, match=r"4 of 6 rows name images outside of .*row 2: .*--allow-outside"):
+        TableSource(table).objects()
+
+
+def test_the_flag_reaches_the_source(tmp_path, encode, capsys):
+    from mmref.cli import main
+
+    (tmp_path / "t").mkdir()
+    (tmp_path / "a.png").write_bytes(encode(0))
+    table = write(tmp_path / "t" / "t.csv", [{"image": str(tmp_path / "a.png"), "object_id": 1, "caption": "x"}])
+    command = [
+        "shards",
+        "build",
+        "table",
+        table,
+        "--out",
+        str(tmp_path / "set"),
+        "--workers",
+        "0",
+        "--fractions",
+        "train=1",
+    ]
+    assert main(command) == 1 and "--allow-outside" in capsys.readouterr().err
+    assert main([*command, "--allow-outside"]) == 0

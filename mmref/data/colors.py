@@ -100,15 +100,23 @@ def _apply(to_rgb: ImageCms.ImageCmsTransform, colors: Pixels, mode: str) -> Pix
     return np.asarray(ImageCms.applyTransform(image, to_rgb))
 
 
-def upright(pixels: Pixels, exif: bytes | None) -> Pixels:
-    """Turn a photograph as its Exif orientation says; as it is where that is broken."""
+def orientation_of(exif: bytes | None) -> int:
+    """Exif's orientation, 1 to 8; 1 (upright) where there is none, or it is broken."""
     if not exif:
-        return pixels
+        return 1
     try:
         tags = Image.Exif()
         tags.load(exif)
         orientation = tags.get(ExifTags.Base.Orientation)
     except Exception:  # broken Exif tells nothing, whatever is raised about it
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in range(1, 9) else 1
+
+
+def upright(pixels: Pixels, exif: bytes | None) -> Pixels:
+    """Turn a photograph as its Exif orientation says; as it is where that is broken."""
+    orientation = orientation_of(exif)
+    if orientation == 1:
         return pixels
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)

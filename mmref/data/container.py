@@ -89,7 +89,7 @@ def _png(found: Container) -> None:
     data, kept, begin = found.data, [], 0
     width, height, depth, color = struct.unpack_from(">IIBB", data, 16)
     found.size = width, height
-    for name, start, end in _png_chunks(data):
+    for name, start, end in png_chunks(data):
         if name in PNG_PIXELS:
             if name == b"tRNS" and color == 0:
                 found.gray_key = int.from_bytes(data[start : start + 2], "big"), (1 << depth) - 1
@@ -104,7 +104,7 @@ def _png(found: Container) -> None:
         found.data = b"".join([*kept, data[begin:]])
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """(name, begin, end) of the content of each whole chunk."""
     position = 8
     for _ in range(MAX_PARTS):
@@ -125,13 +125,9 @@ def _unpack(packed: bytes) -> bytes | None:
 
 
 def _webp(found: Container) -> None:
-    data, position = found.data, 12
     sizes = []
-    for _ in range(MAX_PARTS):
-        if position + 8 > len(data):
-            break
-        name, length = struct.unpack_from("<4sI", data, position)
-        body = data[position + 8 : position + 8 + length]
+    for name, start, end in webp_chunks(found.data, 12):
+        body = found.data[start:end]
         if name == b"VP8X":
             sizes.append((1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")))
         elif name == b"VP8L":
@@ -144,5 +140,14 @@ def _webp(found: Container) -> None:
             found.exif = body
         elif name == b"ICCP":
             found.icc = body
-        position += 8 + length + (length & 1)
     found.size = max(sizes, key=lambda size: size[0] * size[1]) if sizes else None
+
+
+def webp_chunks(data: bytes, position: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, begin, end) of the content of each chunk from a position on; the last may end behind the file."""
+    for _ in range(MAX_PARTS):
+        if position + 8 > len(data):
+            break
+        name, length = struct.unpack_from("<4sI", data, position)
+        yield name, position + 8, position + 8 + length
+        position += 8 + length + (length & 1)

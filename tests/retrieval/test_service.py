@@ -23,6 +23,7 @@ from PIL import Image
 from services import LIMITS, TOKEN, client_of, listening, png
 from starlette.testclient import TestClient
 
+from mmref.data.decode import decode_rgb
 from mmref.errors import ModelMismatchError, SearchIndexError, ServeError
 from mmref.retrieval import bundle, index
 from mmref.retrieval.searcher import Searcher
@@ -623,3 +624,34 @@ def test_the_page_names_no_other_host():
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")
         assert "://" not in text and "//cdn" not in text, file
     assert json.dumps(sorted(f.name for f in folder.iterdir())) == '["icon.svg", "index.html", "page.css", "page.js"]'
+
+
+def test_images_come_without_what_cameras_write(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shots"
+    folder.mkdir()
+    tags = Image.Exif()
+    tags[0x0112], tags[0x010F] = 6, "Canon"
+    tags.get_ifd(0x8825)[1] = "GPS-IS-HERE"
+    shot = Image.open(io.BytesIO(png(30, 20)))
+    for name in ("a.jpg", "b.webp", "c.png", "d.tif"):
+        shot.save(folder / name, exif=tags.tobytes(), compression=None)
+    (tmp_path / "t.csv").write_text(
+        "image\n" + "".join(f"{folder}/{name}\n" for name in ("a.jpg", "b.webp", "c.png", "d.tif"))
+    )
+    index.create(str(tmp_path / "t.csv"), str(run), str(tmp_path / "out"), workers=0)
+    client = client_of(tmp_path / "out")
+    found = client.get("/search", params={"text": "x"})
+    names = sorted(result["id"] for result in found.json()["results"])
+    assert len(names) == 4 and str(tmp_path) not in found.text
+    for name, file in zip(names, sorted(folder.iterdir())):
+        answer = client.get(f"/image/{name}")
+        assert answer.status_code == 200 and b"GPS-IS-HERE" not in answer.content and b"Canon" not in answer.content
+        np.testing.assert_array_equal(decode_rgb(answer.content), decode_rgb(file.read_bytes()))
+        for what in ("items", "thumbnail"):
+            answer = client.get(f"/{what}/{name}")
+            assert answer.status_code == 200 and str(tmp_path).encode() not in answer.content
+    kept = client_of(tmp_path / "out", limits=replace(LIMITS, keep_metadata=True))
+    assert kept.get(f"/image/{names[0]}").content == (folder / "a.jpg").read_bytes()
+    (folder / "a.jpg").unlink()
+    gone = client.get(f"/image/{names[0]}")
+    assert gone.status_code == 404 and str(tmp_path) not in gone.text

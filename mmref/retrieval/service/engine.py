@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmref.data.decode import decode_rgb, image_format
+from mmref.data.metadata import without_metadata
 from mmref.errors import MMRefError, PixelLimitError, QueryError, SampleError, StorageError
 from mmref.locations import is_url
 from mmref.retrieval.explain import explain
@@ -239,14 +240,16 @@ class Engine:
         return searcher.thumbnail(item_id)
 
     def image(self, item_id: str) -> tuple[bytes, str]:
-        """The image as it was indexed, and its media type; as PNG where browsers would not show it. Raises Refused."""
+        """The image as it was indexed, without metadata, and its media type; as PNG where browsers would not show it, or it has
+        to be decoded to be without. Raises Refused."""
         searcher = self._searcher
         _row(searcher, item_id)
         try:
             data = self._image_bytes(searcher, item_id)
             kind = SHOWN.get(image_format(data) or "")
-            if kind:
-                return data, kind
+            shown = data if self.limits.keep_metadata or not kind else without_metadata(data)
+            if kind and shown is not None:
+                return shown, kind
             file = io.BytesIO()
             Image.fromarray(decode_rgb(data, item_id)).save(file, "PNG")
         except (SampleError, StorageError) as error:

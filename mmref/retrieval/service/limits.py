@@ -25,6 +25,7 @@ class Limits:
     parameters: int = 64  # of a URL
     timeout_s: float = 60.0  # to be answered
     remote_s: float = 10.0  # for an image that lies behind a URL
+    keep_metadata: bool = False  # whether an image is given out with its camera data, places and texts
 
     # of time: who moves less is given up
     headers_s: float = 15.0  # from the first byte of a request, or the connection, to the end of its headers

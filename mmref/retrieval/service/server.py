@@ -62,6 +62,11 @@ def serve_main(argv: list[str]) -> int:
         "--trusted-proxy", metavar="ADDRESS", type=network, action="append", default=[],
         help="address or range (10.0.0.0/8) of a proxy whose X-Forwarded-For names the client that limits count; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--keep-metadata",
+        action="store_true",
+        help="give images out with what cameras and programs wrote into them (GPS, ...)",
+    )
     defaults = Limits()
     for name, text in (
         ("text", "longest query, characters"),
@@ -76,7 +81,7 @@ def serve_main(argv: list[str]) -> int:
         parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: %(default)s)")
     args = parser.parse_args(argv)
     chosen = {f.name: getattr(args, f"max_{f.name}") for f in fields(Limits) if hasattr(args, f"max_{f.name}")}
-    limits, token = Limits(**chosen), read_token(args.token_file)
+    limits, token = Limits(**chosen, keep_metadata=args.keep_metadata), read_token(args.token_file)
     status: Any = 0
     try:
         serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy)

@@ -47,8 +47,8 @@ async def attack(target: Target, rng: random.Random) -> list[int]:
 
 
 async def heavy_images(target: Target, rng: random.Random) -> list[int]:
-    """Images that weigh more than they look."""
-    return [await ask(target, rng, "/search", image, "image/webp") for image in HEAVY]
+    """Images that weigh more than they look, all at once."""
+    return list(await asyncio.gather(*(ask(target, rng, "/search", image, "image/webp") for image in HEAVY * 4)))
 
 
 async def bodies_of_keys(target: Target, rng: random.Random) -> list[int]:
@@ -211,7 +211,7 @@ def plain_webp(width: int, height: int) -> bytes:
 
 
 # images that cost the service more than they cost to send; those that end a replica belong here too
-HEAVY = (plain_webp(6324, 6324), plain_webp(16_383, 16_383))
+HEAVY = (plain_webp(4096, 3072), plain_webp(6324, 6324), plain_webp(16_383, 16_383))
 
 
 @functools.cache

@@ -70,6 +70,10 @@ class PixelLimitError(SampleError):
     """An image has more pixels than are decoded."""
 
 
+class DecodersBusyError(MMRefError):
+    """No room was left in time to decode an image beside the others."""
+
+
 class TooManyBadSamplesError(MMRefError):
     """More samples are broken than `data.max_bad_fraction` allows."""
 

@@ -31,7 +31,8 @@ def to_8_bit(values: NDArray[Any]) -> Pixels:
     if values.dtype.kind == "u" and values.dtype.itemsize == 1:
         return values
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-        return (values // 257).astype(np.uint8)
+        narrow = np.empty(values.shape, np.uint8)
+        return np.floor_divide(values, 257, out=narrow, casting="unsafe")  # type: ignore[no-any-return]
     finite = np.isfinite(values)
     if not finite.any():
         return np.zeros(values.shape, np.uint8)
@@ -135,8 +136,9 @@ def on_white(pixels: Pixels) -> Pixels:
     if pixels.shape[2] == 3:
         return pixels
     flat = np.empty((*pixels.shape[:2], 3), np.uint8)
-    alpha = np.ascontiguousarray(pixels[..., 3])
-    for channel in range(3):  # white less what the picture takes from it; OpenCV rounds products of bytes exactly
-        taken: Any = cv2.multiply(255 - pixels[..., channel], alpha, scale=1 / 255)
-        flat[..., channel] = 255 - taken
+    for top in range(0, len(pixels), 256):  # what is computed with is as large as a band, not as a large picture
+        band, alpha = pixels[top : top + 256], np.ascontiguousarray(pixels[top : top + 256, :, 3])
+        for channel in range(3):  # white less what the picture takes from it; OpenCV rounds products of bytes exactly
+            taken: Any = cv2.multiply(255 - band[..., channel], alpha, scale=1 / 255)
+            flat[top : top + 256, :, channel] = 255 - taken
     return flat

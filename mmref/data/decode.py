@@ -6,9 +6,11 @@ depth, transparency, color profile and orientation are dealt with here, so that 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -16,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, TiffImagePlugin
 
+from mmref.data.budget import Room
 from mmref.data.colors import on_white, to_8_bit, to_srgb, upright
 from mmref.data.container import Container, take_apart
 from mmref.data.kinds import register_plugins
-from mmref.errors import PixelLimitError, SampleError
+from mmref.errors import DecodersBusyError, PixelLimitError, SampleError
 
 MAX_PIXELS = 200_000_000  # the largest photographs of phones; as RGB 600 MB
 NO_PICTURES = {"EPS"}  # Pillow would run Ghostscript for it
@@ -47,13 +50,34 @@ warnings.filterwarnings("ignore", module=r"PIL\b")  # of broken Exif and the lik
 
 
 def decode_image(data: bytes, height: int, width: int, name: str = "image") -> NDArray[np.uint8]:
-    """Decode an image (see `decode_rgb`) and resize it: (height, width, 3) uint8. Raises SampleError."""
-    return resize_rgb(decode_rgb(data, name), height, width)
+    """Decode an image (see `decoded`) and resize it: (height, width, 3) uint8. Raises SampleError."""
+    with decoded(data, name) as rgb:
+        return resize_rgb(rgb, height, width)
 
 
 def decode_rgb(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode an image to RGB in its own size, transparent parts on white: (H, W, 3) uint8. See `decode_pixels`."""
-    return on_white(decode_pixels(data, name, max_pixels))
+    """Decode an image to RGB in its own size: (H, W, 3) uint8. See `decoded`."""
+    with decoded(data, name, max_pixels) as rgb:
+        return rgb
+
+
+@contextlib.contextmanager
+def decoded(
+    data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS, patience_s: float | None = None
+) -> Iterator[NDArray[np.uint8]]:
+    """An image in RGB in its own size, transparent parts on white: (H, W, 3) uint8. See `decode_pixels`.
+
+    Within the block it counts among the pixels that are decoded at once (`mmref.data.budget`): make it small there, and
+    decode no other.
+
+    Args:
+        patience_s: to wait for other images; None: as long as they take.
+
+    Raises:
+        DecodersBusyError: others are still being decoded. PixelLimitError, SampleError.
+    """
+    with Room(name, max_pixels, patience_s) as room:
+        yield on_white(_pixels(data, name, room))
 
 
 def decode_pixels(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -67,16 +91,8 @@ def decode_pixels(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS
         PixelLimitError: more than `max_pixels` pixels; nothing has been decoded.
         SampleError: the bytes are not a whole image.
     """
-    if not data:
-        raise SampleError(f"{name}: the image is empty (0 bytes).")
-    try:
-        return _decode(data, name, max_pixels)
-    except SampleError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise _bomb(error, name) from None
-    except Exception as error:  # decoders raise every kind for broken bytes
-        raise SampleError(f"{name}: does not decode ({len(data)} bytes): {_reason(error, data)}.") from None
+    with Room(name, max_pixels) as room:
+        return _pixels(data, name, room)
 
 
 def image_format(data: bytes) -> str | None:
@@ -130,19 +146,33 @@ def _pillow_pixels(image: Image.Image) -> NDArray[np.uint8]:
     return upright(to_srgb(pixels, icc), exif)
 
 
-def _decode(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8]:
+def _pixels(data: bytes, name: str, room: Room) -> NDArray[np.uint8]:
+    """As `decode_pixels`, once there is room."""
+    if not data:
+        raise SampleError(f"{name}: the image is empty (0 bytes).")
+    try:
+        return _decode(data, room)
+    except (SampleError, DecodersBusyError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise _bomb(error, name) from None
+    except Exception as error:  # decoders raise every kind for broken bytes
+        raise SampleError(f"{name}: does not decode ({len(data)} bytes): {_reason(error, data)}.") from None
+
+
+def _decode(data: bytes, room: Room) -> NDArray[np.uint8]:
     container = take_apart(data)
     if container is None:
         register_plugins()
         data = AVIF_EXIF.sub(rb"\1free", data) if data[4:8] == b"ftyp" else data
     elif container.size is not None:
-        _check_size(*container.size, name, max_pixels)
+        room.take(*container.size)
         pixels = _opencv_container(container)
         if pixels is not None:
             return upright(to_srgb(pixels, container.icc), container.exif)
     try:
         with Image.open(io.BytesIO(data if container is None else container.data)) as image:
-            _check_size(*image.size, name, max_pixels)
+            room.take(*image.size)
             if image.format in NO_PICTURES:
                 raise ValueError(f"{image.format} holds a drawing, not pixels")
             if container is not None:
@@ -151,19 +181,13 @@ def _decode(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8]:
             wraps = image.format == "JPEG2000" and image.mode in ("LA", "RGB", "RGBA")
             pixels = _opencv(data, cv2.IMREAD_UNCHANGED) if wraps else None
             return _pillow_pixels(image) if pixels is None else to_srgb(pixels, image.info.get("icc_profile"))
-    except PixelLimitError:
+    except (PixelLimitError, DecodersBusyError):
         raise
     except Exception:
-        pixels = None if container is not None else _opencv_alone(data, name, max_pixels)
+        pixels = None if container is not None else _opencv_alone(data, room)
         if pixels is None:
             raise
         return pixels
-
-
-def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        limit = f"more than the {max_pixels:,} that are decoded: make it smaller."
-        raise PixelLimitError(f"{name}: {width} x {height} pixels, {limit}")
 
 
 def _bomb(error: Image.DecompressionBombError, name: str) -> PixelLimitError:
@@ -213,7 +237,7 @@ def _opencv(data: bytes, flags: int, gray_key: tuple[int, int] | None = None) ->
     return pixels
 
 
-def _opencv_alone(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8] | None:
+def _opencv_alone(data: bytes, room: Room) -> NDArray[np.uint8] | None:
     """Pixels of what Pillow does not read and OpenCV may; None where it refuses too."""
     try:
         size = _declared_size(data)
@@ -221,7 +245,7 @@ def _opencv_alone(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8] 
         size = None
     if size is None:
         return None
-    _check_size(*size, name, max_pixels)
+    room.take(*size)
     return _opencv(data, cv2.IMREAD_UNCHANGED)
 
 

@@ -19,6 +19,7 @@ from mmref.data.decode import MAX_PIXELS, decode_pixels, decode_rgb, image_forma
 from mmref.errors import PixelLimitError, SampleError
 from mmref.inference import read_image
 from mmref.retrieval.service.engine import FORMATS, decode_query
+from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Refused
 
 HEIGHT, WIDTH = 48, 64
@@ -173,7 +174,7 @@ def test_a_picture_is_the_same_in_every_file(kind):
     half = np.asarray(Image.fromarray(pixels).resize((32, 24), Image.Resampling.BICUBIC))
     assert distance(decode_rgb(small), half)[1] <= 4
     if image_format(data) in FORMATS:
-        assert np.array_equal(decode_query(data, 10_000), pixels)
+        assert np.array_equal(decode_query(data, Limits(pixels=10_000), *pixels.shape[:2]), pixels)
     if image_format(data) not in (None, "JPEG2000"):
         with Image.open(io.BytesIO(data)) as image:
             assert distance(read_image(image, HEIGHT, WIDTH, "query"), pixels)[0] <= 2
@@ -262,7 +263,7 @@ def test_what_is_beside_the_pixels_of_a_png_costs_nothing(between):
     data = data[:33] + between + data[33:]
     assert np.array_equal(decode_rgb(data), RGB)
     assert prepare_image(data, ImageOptions()) == (data, "png")
-    assert np.array_equal(decode_query(data, 10_000), RGB)
+    assert np.array_equal(decode_query(data, Limits(pixels=10_000), HEIGHT, WIDTH), RGB)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF"])
@@ -360,7 +361,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(kind, side, monkeypatch):
         prepare_image(data, ImageOptions(resize_to_px=32))
     if kind not in ("radiance", "pfm"):
         with pytest.raises(Refused) as refused:
-            decode_query(data, 40_000_000)
+            decode_query(data, Limits(), 32, 32)
         assert (refused.value.problem.status, refused.value.problem.error) == (413, "ImageTooLarge")
 
 

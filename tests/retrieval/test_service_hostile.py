@@ -8,14 +8,18 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client.utils import floatToGoString
-from services import PATIENCE_S, begun, client_of, everything, listening, png
+from services import LIMITS, PATIENCE_S, begun, client_of, everything, listening, png
 
+from mmref.data import budget
+from mmref.data.decode import decode_rgb
 from mmref.retrieval.searcher import Searcher
-from mmref.retrieval.service.engine import Engine
+from mmref.retrieval.service.engine import Ask, Engine
 from mmref.retrieval.service.limits import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -322,3 +326,34 @@ uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", ws="none", log_lev
             service.close()
         finally:
             process.kill()
+
+
+# -- images that weigh more than they look ------------------------------------------------------------------------------
+
+
+def test_an_image_waits_in_the_size_that_the_model_sees(split_index):
+    engine, sent = Engine(str(split_index), Limits(), watch=False), png(900, 700)
+    prepared = engine.prepare(Ask(image=sent))
+    data = engine._searcher.model.config.data
+    assert prepared.query.image.shape == (data.image_height, data.image_width, 3) != (700, 900, 3)
+    whole = engine._searcher.encode_pixels([decode_rgb(sent)])
+    assert np.array_equal(engine._searcher.encode_pixels([prepared.query.image]), whole), "as if it had been kept whole"
+
+
+def test_heavy_images_wait_for_each_other_and_then_are_refused_by_name(split_index, monkeypatch):
+    room = budget.PixelBudget(2000)
+    monkeypatch.setattr(budget, "BUDGET", room)
+    client, headers = client_of(split_index, limits=replace(LIMITS, decode_s=0.01)), {"content-type": "image/png"}
+    with client:
+        share = room.acquire(1500, None)
+        refused = client.post("/search", content=png(40, 30), headers=headers)
+        assert (refused.status_code, refused.json()["error"]) == (429, "Busy") and refused.headers["retry-after"]
+        assert client.post("/search", content=png(20, 20), headers=headers).status_code == 200, "a small one fits"
+        assert client.get("/search?text=x").status_code == 200
+        room.release(share)
+        assert client.post("/search", content=png(40, 30), headers=headers).status_code == 200
+    assert room.used == 0
+
+
+def test_a_photograph_of_a_phone_is_within_the_limit():
+    assert 4096 * 3072 <= Limits().pixels < 13_000_000

@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmref.data.decode import decode_rgb, image_format
+from mmref.data.decode import decode_rgb, decoded, image_format, resize_rgb
 from mmref.data.metadata import without_metadata
-from mmref.errors import MMRefError, PixelLimitError, QueryError, SampleError, StorageError
+from mmref.errors import DecodersBusyError, MMRefError, PixelLimitError, QueryError, SampleError, StorageError
 from mmref.locations import is_url
 from mmref.retrieval.explain import explain
 from mmref.retrieval.searcher import Query, Result, Searcher
@@ -54,7 +54,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An ask whose image is decoded."""
+    """An ask whose image is decoded, in the size that the model sees: whatever was sent, little waits."""
 
     ask: Ask
     query: Query
@@ -114,7 +114,10 @@ class Engine:
             raise refuse(400, "EmptyQuery", "the query is empty.", "Give a sentence (text), an image, or both.")
         if ask.where:
             self._rows(self._searcher, ask)
-        pixels = None if ask.image is None else decode_query(ask.image, self.limits.pixels)
+        data = self._searcher.model.config.data
+        pixels = None
+        if ask.image is not None:
+            pixels = decode_query(ask.image, self.limits, data.image_height, data.image_width)
         return Prepared(ask, Query(ask.text, pixels, ask.image_weight))
 
     def search(self, batch: Sequence[Prepared]) -> list[Reply]:
@@ -297,18 +300,21 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def decode_query(data: bytes, most_pixels: int) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of an image that came with a request; its size is read first, so that a small file which
+def decode_query(data: bytes, limits: Limits, height: int, width: int) -> NDArray[np.uint8]:
+    """Pixels (height, width, 3) of an image that came with a request; its size is read first, so that a small file which
     unpacks to a huge image is refused. Raises Refused."""
     fix = f"Send a whole {', '.join(FORMATS)} file."
     try:
         if image_format(data) not in FORMATS:
             raise SampleError("the image cannot be read.")
-        return decode_rgb(data, "the image", most_pixels)
+        with decoded(data, "the image", limits.pixels, limits.decode_s) as rgb:
+            return resize_rgb(rgb, height, width)
     except PixelLimitError as error:
-        raise refuse(413, "ImageTooLarge", str(error), f"Shrink it to at most {most_pixels:,} pixels.") from None
+        raise refuse(413, "ImageTooLarge", str(error), f"Shrink it to at most {limits.pixels:,} pixels.") from None
     except SampleError as error:
         raise refuse(400, "UnreadableImage", str(error), fix) from None
+    except DecodersBusyError:
+        raise refuse(429, "Busy", "too many large images are being decoded.", "Ask again in a moment.", 1) from None
 
 
 def describe(result: Result) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class Limits:
     # of one request
     text: int = 1000  # characters of a query
     image_bytes: int = 10_000_000
-    pixels: int = 40_000_000  # of an image that is searched with
+    pixels: int = 12 * 1024 * 1024  # of an image that is searched with: 4096 x 3072, a photograph of a phone
     json_bytes: int = 65_536  # of a JSON body without its image
     top: int = 100  # results
     candidates: int = 10_000  # that are refined
@@ -26,6 +26,7 @@ class Limits:
     timeout_s: float = 60.0  # to be answered
     remote_s: float = 10.0  # for an image that lies behind a URL
     keep_metadata: bool = False  # whether an image is given out with its camera data, places and texts
+    decode_s: float = 10.0  # for other images to be decoded first
 
     # of time: who moves less is given up
     headers_s: float = 15.0  # from the first byte of a request, or the connection, to the end of its headers

@@ -55,20 +55,27 @@ class Saver:
         storage = ray.train.get_context().get_storage()
         rank = collectives.rank()
         self._idle.clear()
+        begun: list[str] = []
 
         def write(_: ray.train.Checkpoint, folder: str) -> ray.train.Checkpoint:
+            begun.append(folder)
             self._write(f"{checkpoint.FOLDER}/{folder}", state, rank, began)
             path = storage.build_checkpoint_path_from_name(folder)
             return ray.train.Checkpoint(path, storage.storage_filesystem)
 
-        ray.train.report(
-            metrics,
-            ray.train.Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem),
-            checkpoint_dir_name=name,  # rank 0's is everybody's
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC if self.asynchronous else CheckpointUploadMode.SYNC,
-            checkpoint_upload_fn=write,
-            delete_local_checkpoint_after_upload=False,
-        )
+        try:
+            ray.train.report(
+                metrics,
+                ray.train.Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem),
+                checkpoint_dir_name=name,  # rank 0's is everybody's
+                checkpoint_upload_mode=CheckpointUploadMode.ASYNC if self.asynchronous else CheckpointUploadMode.SYNC,
+                checkpoint_upload_fn=write,
+                delete_local_checkpoint_after_upload=False,
+            )
+        except BaseException:
+            if not begun:
+                self._idle.set()  # who waited for its end would wait for ever
+            raise
         return time.perf_counter() - began
 
     def _write(self, folder: str, state: checkpoint.Snapshot, rank: int, began: float) -> None:

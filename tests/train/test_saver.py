@@ -147,3 +147,18 @@ def test_a_storage_that_fails_once_costs_nothing(uploads, training, tmp_path, mo
     (info,) = checkpoint.list_checkpoints(run)
     with checkpoint.fetched(run, info, *checkpoint.KINDS):
         assert len(opened) >= 6
+
+
+def test_a_report_that_fails_is_not_waited_for(uploads, training, tmp_path, monkeypatch):
+    def refuses(*_, **__):
+        raise RuntimeError("the controller is gone")
+
+    writing = Saver(RunDir(str(tmp_path)), *training, asynchronous=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(ray.train, "report", refuses)
+        with pytest.raises(RuntimeError, match="the controller is gone"):
+            writing.save({"step": 1}, {})
+    left = threading.Thread(target=writing.__exit__, args=(RuntimeError,), daemon=True)
+    left.start()
+    left.join(60)
+    assert not left.is_alive(), "whoever trains hears of the error"

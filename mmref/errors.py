@@ -90,6 +90,10 @@ class CheckpointError(MMRefError):
     """A checkpoint is missing, incomplete, damaged, or belongs to another model."""
 
 
+class WorkerDiedError(MMRefError):
+    """Processes that embed images die, whatever they are given."""
+
+
 class StorageError(MMRefError):
     """Storage keeps failing: full, unreachable, or not shared between the nodes; or an output cannot be written."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -93,8 +94,8 @@ def _rename(new: dict[int, str], taken: set[str], source: str) -> list[str]:
 
 
 def skipped_elsewhere(
-    skipped: list[dict[str, str]], listing: Listing, source: str, split: str | None
-) -> list[dict[str, str]]:
+    skipped: list[dict[str, Any]], listing: Listing, source: str, split: str | None
+) -> list[dict[str, Any]]:
     """What was skipped of other sources: it lies not below this one, nor is it listed by it."""
     scope, its = _scope(source, split), {to_text(source), *listing.items["path"].to_pylist()}
     return [s for s in skipped if s["path"] not in its and not _is_below(s["path"], scope)]

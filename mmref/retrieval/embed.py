@@ -1,16 +1,19 @@
 """Images to features, codes and thumbnails, a chunk at a time: by Ray actors that load the model once, or in process.
 
-A finished chunk is a file; after a kill only the missing ones are embedded.
+A finished chunk is a file; after a kill only the missing ones are embedded. An image that ends the process which decodes it
+(a decoder's crash, too little memory) costs itself alone, once it has done so twice (see `journal.py` and `workers.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,17 +24,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mmref.data.decode import decode_rgb, resize_rgb
+from mmref.data.decode import decoded, resize_rgb
 from mmref.errors import SampleError, StorageError
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.retrieval.images import read_image_bytes
+from mmref.retrieval.journal import KILLED, Journal, Watch
 from mmref.storage import sync_files
 
 THUMBNAIL_PX, THUMBNAIL_QUALITY = 256, 80
 SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 32, 512, 200
 READ_THREADS = 4
-LISTING = "listing.parquet"
-IDENTITY = ("id", "path", "offset", "length", "file_stamp")
+LISTING, JOURNAL = "listing.parquet", "decoding"
+PLACE = ("path", "offset", "length", "file_stamp")
+IDENTITY = ("id", *PLACE)
 Arrays = dict[str, NDArray[Any]]
 Location = tuple[str, int, int]  # path, offset, length
 
@@ -67,25 +72,30 @@ def code_arrays(space: ReferenceSpace | None, refinement: RefinementSettings, fe
     }
 
 
-def embed_chunk(model: Any, locations: list[Location]) -> Arrays:
+def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
     """Arrays of the readable images of a chunk: `position` in it, `features`, `size` (n, 2) height and width, codes,
     `thumbnails` (bytes end to end) with `thumbnail_bytes` (n,), and `problems` (JSON: position -> what is wrong)."""
     height, width = model.config.data.image_height, model.config.data.image_width
 
-    def one(location: Location) -> tuple[NDArray[np.uint8], tuple[int, int], bytes] | str:
+    def one(position: int) -> tuple[NDArray[np.uint8], tuple[int, int], bytes] | str:
+        if position in watch.passed_over:
+            return KILLED
+        path = locations[position][0]
         try:
-            rgb = decode_rgb(read_image_bytes(*location), location[0])
-            return resize_rgb(rgb, height, width), (rgb.shape[0], rgb.shape[1]), thumbnail(rgb)
+            with watch.decoding(position), decoded(read_image_bytes(*locations[position]), path) as rgb:
+                return resize_rgb(rgb, height, width), (rgb.shape[0], rgb.shape[1]), thumbnail(rgb)
         except StorageError:  # says nothing of the image
             raise
         except SampleError as error:
             return str(error)
         except Exception as error:  # whatever a decoder raises costs this image alone
-            return f"{location[0]}: {type(error).__name__}: {error}"
+            return f"{path}: {type(error).__name__}: {error}"
 
+    done = {position: one(position) for position in watch.suspects}
+    rest = [position for position in range(len(locations)) if position not in done]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        done = list(pool.map(one, locations))
-    good = [(i, d) for i, d in enumerate(done) if not isinstance(d, str)]
+        done |= zip(rest, pool.map(one, rest))
+    good = [(i, d) for i, d in sorted(done.items()) if not isinstance(d, str)]
     features = model.encode_images([d[0] for _, d in good])
     return {
         "position": np.array([i for i, _ in good], np.int64),
@@ -94,15 +104,14 @@ def embed_chunk(model: Any, locations: list[Location]) -> Arrays:
         "thumbnails": np.frombuffer(b"".join(d[2] for _, d in good), np.uint8),
         "thumbnail_bytes": np.array([len(d[2]) for _, d in good], np.int64),
         "problems": np.frombuffer(
-            json.dumps({i: d for i, d in enumerate(done) if isinstance(d, str)}).encode(), np.uint8
+            json.dumps({i: d for i, d in sorted(done.items()) if isinstance(d, str)}).encode(), np.uint8
         ),
         **(code_arrays(model.space, model.refinement, features) if good else {}),
     }
 
 
 class ImageEmbedder:
-    """Ray Data's actor: a row is a chunk's number and locations, the answer its arrays as one file, or why storage did not
-    answer: an error of ours would come out of Ray as one of Ray's."""
+    """Embeds chunks; the model is loaded once."""
 
     def __init__(self, model: str, gpu: bool, threads: int | None = None) -> None:
         from mmref.inference import load
@@ -113,22 +122,23 @@ class ImageEmbedder:
             torch.set_num_threads(threads)
         self.model = load(model, "cuda" if gpu else "cpu")
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        chunks, failure = [], ""
-        for locations in batch["locations"]:
-            try:
-                chunks.append(self.embed(json.loads(locations)))
-            except StorageError as error:
-                chunks.append(b"")
-                failure = str(error)
-        failures = np.array([failure] * len(chunks), dtype=object)
-        return {"chunk": batch["chunk"], "data": np.array(chunks, dtype=object), "failure": failures}
-
-    def embed(self, locations: list[Location]) -> bytes:
-        """The chunk's arrays in NumPy's archive format."""
+    def embed(self, locations: list[Location], watch: Watch) -> bytes:
+        """The chunk's arrays in NumPy's archive format. Raises StorageError."""
         file = io.BytesIO()
-        np.savez(file, allow_pickle=False, **embed_chunk(self.model, [(p, o, n) for p, o, n in locations]))
+        np.savez(file, allow_pickle=False, **embed_chunk(self.model, locations, watch))
         return file.getvalue()
+
+    def try_embed(self, locations: list[Location], watch: Watch) -> tuple[bytes, str]:
+        """The same for Ray, and why storage did not answer: an error of ours would come out of Ray as one of Ray's."""
+        try:
+            return self.embed(locations, watch), ""
+        except StorageError as error:
+            return b"", str(error)
+
+    def look_at(self, location: Location) -> None:
+        """Decode an image, and do nothing with it: whether the process outlives that is what is to be known."""
+        with contextlib.suppress(Exception), decoded(read_image_bytes(*location), location[0]) as rgb:
+            thumbnail(rgb)
 
 
 class Chunks:
@@ -182,6 +192,10 @@ class Chunks:
         rows = self.rows(number)
         return list(zip(rows["path"].to_pylist(), rows["offset"].to_pylist(), rows["length"].to_pylist()))
 
+    def identities(self, number: int) -> list[str]:
+        """What tells its images from others, a line of text each."""
+        return [identity(row) for row in self.rows(number).select(list(PLACE)).to_pylist()]
+
     def write(self, number: int, data: bytes) -> None:
         temporary = self.folder / f".{number:06d}.tmp"
         with open(temporary, "wb") as file:
@@ -202,49 +216,51 @@ def _identities(items: pa.Table) -> list[tuple[Any, ...]]:
     return list(zip(*(items[name].to_pylist() for name in IDENTITY)))
 
 
-def embed(chunks: Chunks, model: Path, workers: int) -> None:
-    """Embed the chunks that are not finished. `workers` Ray actors, each on a GPU where the cluster has any; 0: here."""
+def identity(row: Mapping[str, Any]) -> str:
+    """Where an image lies and what changes with it, of a row of a listing: a changed one is another, and is tried again."""
+    return json.dumps([row[name] for name in PLACE])
+
+
+def embed(chunks: Chunks, model: Path, workers: int, killers: Collection[str] = ()) -> None:
+    """Embed the chunks that are not finished. `workers` Ray actors, each on a GPU where the cluster has any; 0: here.
+
+    Args:
+        killers: identities of images that ended processes before: they are not decoded.
+
+    Raises:
+        StorageError: it does not answer. WorkerDiedError: workers die whatever they are given.
+    """
     pending = chunks.pending()
     if not pending:
         return
     bar = _bar(len(chunks.items), len(chunks.items) - sum(len(chunks.rows(n)) for n in pending))
     with bar:
-        for number, data in _embedded(chunks, pending, str(model), workers):
+        for number, data in _embedded(chunks, pending, str(model), workers, killers):
             chunks.write(number, data)
             bar.update(len(chunks.rows(number)))
 
 
-def _embedded(chunks: Chunks, pending: list[int], model: str, workers: int) -> Iterator[tuple[int, bytes]]:
+def _embedded(
+    chunks: Chunks, pending: list[int], model: str, workers: int, killers: Collection[str]
+) -> Iterator[tuple[int, bytes]]:
     if workers == 0:
         embedder = ImageEmbedder(model, gpu=False)
-        for number in pending:
-            yield number, embedder.embed(chunks.locations(number))
+        with Journal(chunks.folder.with_name(JOURNAL), killers) as journal:
+            for number in pending:
+                yield number, embedder.embed(chunks.locations(number), journal.watch(chunks.identities(number)))
+                journal.forget()  # the chunk is on the disk
         return
     from mmref.cluster import connect, has_gpu
+    from mmref.retrieval.workers import Job, Workers
 
     with connect(workers):
-        import ray
-        import ray.data
-
-        from mmref.data.stream import quiet_ray_data
-
-        quiet_ray_data()
         gpu = has_gpu()
-        jobs = [{"chunk": n, "locations": json.dumps(chunks.locations(n))} for n in pending]
-        dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
-            ImageEmbedder,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(jobs))),
-            num_cpus=1,
-            num_gpus=1 if gpu else 0,
-            fn_constructor_args=(model, gpu, None if gpu else 1),
-            max_restarts=-1,
-            max_task_retries=-1,
-        )
-        for row in dataset.iter_rows():
-            if row["failure"]:
-                raise StorageError(row["failure"])
-            yield int(row["chunk"]), row["data"]
+        jobs = [
+            Job(n, chunks.locations(n), [i for i, what in enumerate(chunks.identities(n)) if what in killers])
+            for n in pending
+        ]
+        start = functools.partial(ImageEmbedder, model, gpu, None if gpu else 1)
+        yield from Workers(start, gpu, min(workers, len(jobs))).answers(jobs)
 
 
 def _bar(total: int, done: int) -> Any:

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from mmref.errors import ModelMismatchError, SearchIndexError
 from mmref.locations import absolute, below, to_text
 from mmref.retrieval import bundle
 from mmref.retrieval.changes import compare, describe_changes, skipped_elsewhere
-from mmref.retrieval.embed import Chunks, embed
+from mmref.retrieval.embed import JOURNAL, PLACE, Chunks, embed, identity
 from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, describe, list_images
+from mmref.retrieval.journal import KILLED
 from mmref.retrieval.segment import Segment, copy_rows, write_segment
 from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
 from mmref.storage import held, sync_files, told_when_full
@@ -227,8 +228,9 @@ def add(
         listing = _listed(images, split, columns)
         found = compare(listing, [s.items for s in segments], images, split)
         name = f"{manifest.generation:06d}"
-        unread = _embed(work, found.items, work / name, workers, manifest.next_uid, folder / "model")
         before = read_skipped(folder)
+        killers = {identity(s) for s in before if s["problem"] == KILLED}
+        unread = _embed(work, found.items, work / name, workers, manifest.next_uid, folder / "model", killers)
         skipped = [*skipped_elsewhere(before, listing, images, split), *_not_taken(images, listing), *unread]
         embedded = len(found.items) - len(unread)
         gone = {*found.replaced, *(found.missing if remove_missing else ())}
@@ -380,32 +382,35 @@ def _changed_vectors(folder: Path, before: Manifest, after: Manifest, added: Seg
 
 
 def _embed(
-    work: Path, items: pa.Table, target: Path, workers: int, first_uid: int, model: Path
-) -> list[dict[str, str]]:
+    work: Path, items: pa.Table, target: Path, workers: int, first_uid: int, model: Path, killers: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Embed the items of a listing and write its readable images as a segment; returns those that could not be read."""
     chunks = Chunks(work, items)
-    embed(chunks, model, workers)
+    embed(chunks, model, workers, killers)
     count, dim = 0, 0
-    skipped: list[dict[str, str]] = []
+    skipped: list[dict[str, Any]] = []
     for rows, arrays in chunks.read():
         count += len(arrays["position"])
         dim = arrays["features"].shape[1]
-        paths, ids = rows["path"].to_pylist(), rows["id"].to_pylist()
         for position, problem in json.loads(arrays["problems"].tobytes()).items():
-            skipped.append({"id": ids[int(position)], "path": paths[int(position)], "problem": problem})
+            (row,) = rows.slice(int(position), 1).to_pylist()
+            # of one that is never decoded again, what tells that it is still the same
+            kept = ("id", *PLACE) if problem == KILLED else ("id", "path")
+            skipped.append({**{name: row[name] for name in kept}, "problem": problem})
     _discard(target)
     if count:
         write_segment(target, chunks.read(), first_uid, count, dim)
     return skipped
 
 
-def read_skipped(index: Path) -> list[dict[str, str]]:
-    """Images that could not be read or taken: id, path (of what could not be taken: its source), problem."""
+def read_skipped(index: Path) -> list[dict[str, Any]]:
+    """Images that could not be read or taken: id, path (of what could not be taken: its source), problem; of one that ended
+    processes, all of its place (see `embed.identity`)."""
     # not splitlines: it also breaks where a name has one of Unicode's own line ends
     return [json.loads(line) for line in (index / "skipped.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
-def _write_skipped(index: Path, skipped: list[dict[str, str]]) -> None:
+def _write_skipped(index: Path, skipped: list[dict[str, Any]]) -> None:
     lines = (json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
     write_whole(index / "skipped.jsonl", _encoded("".join(lines)))
 
@@ -415,7 +420,7 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _not_taken(source: str, listing: Listing) -> list[dict[str, str]]:
+def _not_taken(source: str, listing: Listing) -> list[dict[str, Any]]:
     return [{"id": what, "path": to_text(source), "problem": why} for what, why in listing.skipped]
 
 
@@ -475,6 +480,7 @@ def _tidy(index: Path) -> None:
     """Delete what making the index needed, and what a killed writer left."""
     for name in (
         "chunks",
+        JOURNAL,
         "plan.json",
         "chunks.new",
         ".*.json*.tmp",

@@ -184,11 +184,11 @@ def test_a_folder_that_changed_since_a_kill_is_listed_anew(folder, run, tmp_path
     seen: list[str] = []
     whole = embed.embed_chunk
 
-    def dies(model, locations):
+    def dies(model, locations, watch):
         if len(seen) >= 6:
             raise KeyboardInterrupt
         seen.extend(Path(path).name for path, _, _ in locations)
-        return whole(model, locations)
+        return whole(model, locations, watch)
 
     monkeypatch.setattr(embed, "embed_chunk", dies)
     out = tmp_path / "out"
@@ -200,9 +200,9 @@ def test_a_folder_that_changed_since_a_kill_is_listed_anew(folder, run, tmp_path
     write_images(folder, [12])
     again: list[str] = []
 
-    def counted(model, locations):
+    def counted(model, locations, watch):
         again.extend(Path(path).name for path, _, _ in locations)
-        return whole(model, locations)
+        return whole(model, locations, watch)
 
     monkeypatch.setattr(embed, "embed_chunk", counted)
     index.create(str(folder), str(run), str(out), workers=0)

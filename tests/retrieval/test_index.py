@@ -18,6 +18,7 @@ from PIL import Image
 from mmref.errors import ModelError, ModelMismatchError, SearchIndexError, StorageError
 from mmref.retrieval import bundle, embed, index
 from mmref.retrieval.images import TableColumns, list_images
+from mmref.retrieval.journal import Watch
 from mmref.retrieval.searcher import Searcher
 
 
@@ -79,15 +80,15 @@ def test_a_killed_build_embeds_nothing_twice(folder, run, tmp_path, monkeypatch)
     seen: list[str] = []
     whole = embed.embed_chunk
 
-    def counted(model, locations):
-        arrays = whole(model, locations)
+    def counted(model, locations, watch):
+        arrays = whole(model, locations, watch)
         seen.extend(path for path, _, _ in locations)
         return arrays
 
-    def dies(model, locations):
+    def dies(model, locations, watch):
         if len(seen) >= 6:
             raise KeyboardInterrupt
-        return counted(model, locations)
+        return counted(model, locations, watch)
 
     monkeypatch.setattr(embed, "embed_chunk", dies)
     out = tmp_path / "out"
@@ -424,14 +425,14 @@ def test_any_name_is_held_shown_and_opened(run, tmp_path, capsys):
     "failure", [RuntimeError("decoder"), ValueError("\udce9"), OSError(5, "torn"), MemoryError(), SyntaxError()]
 )
 def test_whatever_an_image_raises_costs_that_one(folder, run, tmp_path, monkeypatch, failure):
-    decode = embed.decode_rgb
+    decode = embed.decoded
 
     def failing(data, name):
         if name.endswith("02.png"):
             raise failure
         return decode(data, name)
 
-    monkeypatch.setattr(embed, "decode_rgb", failing)
+    monkeypatch.setattr(embed, "decoded", failing)
     manifest = index.create(str(folder), str(run), str(tmp_path / "out"), workers=0)
     assert (manifest.items, manifest.skipped) == (10, 2)
     assert [s["id"] for s in index.read_skipped(tmp_path / "out")] == ["02.png", "deep/broken.jpg"]
@@ -447,8 +448,7 @@ def test_storage_that_does_not_answer_is_no_broken_image(folder, run, tmp_path, 
     actor = embed.ImageEmbedder.__new__(embed.ImageEmbedder)
     actor.model = Searcher.__new__(Searcher)
     monkeypatch.setattr(embed, "embed_chunk", failing)
-    answer = actor({"chunk": np.array([0]), "locations": np.array(["[]"], dtype=object)})
-    assert answer["failure"].tolist() == ["the share is away"], "an actor's error would come as one of Ray's"
+    assert actor.try_embed([], Watch()) == (b"", "the share is away"), "an actor's error would come as one of Ray's"
 
 
 def test_a_pipe_in_a_table_is_not_waited_for(folder, run, tmp_path):

@@ -43,6 +43,7 @@ from attacks import TRAP, Target, attack, head, make_trap, server_errors, slow_h
 from output import write_figures
 from PIL import Image
 
+from mmref.arrayfile import ArrayFile
 from mmref.retrieval.index import Manifest
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.limits import raise_file_limit
@@ -144,12 +145,11 @@ def enlarge(source: Path, target: Path, items: int) -> None:
     features = np.load(first / "features.npy", mmap_mode="r")
     n, dim = features.shape
     rng, at = np.random.default_rng(0), np.arange(items) % n
-    out = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=np.float32, shape=(items, dim))
-    for start in range(0, items, 50_000):
-        some = features[at[start : start + 50_000]]
-        some = some + (NOISE / np.sqrt(dim) * rng.standard_normal(some.shape)).astype(np.float32)
-        out[start : start + len(some)] = some / np.linalg.norm(some, axis=1, keepdims=True)
-    out.flush()
+    with ArrayFile(folder / "features.npy", (items, dim), np.float32) as out:
+        for start in range(0, items, 50_000):
+            some = features[at[start : start + 50_000]]
+            some = some + (NOISE / np.sqrt(dim) * rng.standard_normal(some.shape)).astype(np.float32)
+            out.write(some / np.linalg.norm(some, axis=1, keepdims=True))
     for name in ("near", "weights", "thumbnails"):
         if (first / f"{name}.npy").exists():
             np.save(folder / f"{name}.npy", np.load(first / f"{name}.npy")[at])

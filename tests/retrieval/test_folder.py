@@ -16,6 +16,7 @@ from mmref import storage
 from mmref.errors import SearchIndexError, StorageError
 from mmref.locations import read_bytes
 from mmref.retrieval.folder import look_into
+from mmref.retrieval.images import list_images
 
 
 def picture(kind: str = "PNG") -> bytes:
@@ -184,3 +185,9 @@ def test_a_url_prefix_is_looked_into_alike(root):
     before = found.pictures[0][2]
     fs.pipe("/kinds/a.png", picture())
     assert look_into("memory://kinds").pictures[0][2] != before, "a changed object has another stamp"
+
+
+def test_a_pipe_in_place_of_a_manifest_is_not_waited_for(root):
+    before = names(look_into(str(root)))
+    os.mkfifo(root / "manifest.json")
+    assert sorted(list_images(str(root)).items["id"].to_pylist()) == sorted(before)

@@ -19,9 +19,9 @@ from mmref.config import (
     from_dict,
     known_keys,
     load_config,
-    ramp,
     to_dict,
 )
+from mmref.config.option import options
 from mmref.errors import BatchArithmeticError, ConfigError
 
 MODEL = {"vision_config": {"model_type": "vit", "hidden_size": 16}, "text_config": {"model_type": "bert"}}
@@ -256,13 +256,6 @@ def test_hash_covers_what_changes_results_alone():
     assert changed("data.mix", {"/c/one": 0.1}) == hashes[-1], "a set may be moved"
 
 
-def test_ramp():
-    weights = [ramp(step, 100, 0.2, 0.4) for step in (0, 19, 20, 25, 30, 40, 99)]
-    assert weights == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1])
-    assert ramp(0, 100, 0.0, 0.0) == 1.0 and ramp(49, 100, 0.5, 0.5) == 0.0 and ramp(50, 100, 0.5, 0.5) == 1.0
-    assert ramp(0, 0, 0.2, 0.4) == 0.0
-
-
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_configs_of_the_project_load(path):
     config = load_config(["--config", str(path)])
@@ -289,3 +282,47 @@ def test_a_pair_of_towers_over_a_config_that_names_a_dual_one(file):
     with pytest.raises(ConfigError, match=r"openai/clip-vit-base-patch16 and a pair .* add `--model.dual ''`"):
         load_config(["--config", path, *pair])
     assert load_config(["--config", path, *pair, "--model.dual", ""]).model.vision == "facebook/dinov2-small"
+
+
+def test_every_number_says_its_bounds():
+    """What has none is bound by what it is used with."""
+    free = {name for name, option, value in options(Config()) if type(value) in (int, float) and not str(option)}
+    assert free == {"train.zero_stage"}  # its type lists the stages
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("data.flip", 1.5, "`data.flip` is a share between 0 and 1, found 1.5"),
+    ("data.flip", float("nan"), "`data.flip` is a share"), ("train.lr", 0.0, "`train.lr` must be above 0, found 0.0"),
+    ("loss.tau", 0.001, "`loss.tau` must be at least 0.01, found 0.001"), ("loss.w_rec", float("nan"), "at least 0, found nan"),
+    ("train.max_steps", 0, "`train.max_steps` must be at least 1, found 0"), ("data.image_height", 0, "at least 1"),
+    ("model.feature_cache_gb", 0.0, "above 0"), ("data.cache_gb", -1.0, "at least 0"), ("reference.lr", -0.1, "above 0"),
+    ("train.lr", float("inf"), "`train.lr` must be finite, found inf"),
+])  # fmt: skip
+def test_a_value_out_of_bounds_is_named(field, value, said):
+    section, name = field.split(".")
+    with pytest.raises(ConfigError, match=said):
+        from_dict({section: {name: value}, "model": {**MODEL, **({name: value} if section == "model" else {})}})
+
+
+def test_help_tells_bounds_and_units():
+    text = " ".join(build_parser().format_help().split())
+    assert "Height in pixels that images are resized to. [at least 1 px]" in text
+    assert "Probability of a horizontal flip in training. [from 0 to 1]" in text
+
+
+def test_identity_is_what_changes_results():
+    """Each field by itself: another value is another run, or it is not."""
+    base = from_dict({"model": MODEL})
+    same = {name for name, option, _ in options(base) if not option.identity}
+    for name, value in (
+        ("train.workers", 2),
+        ("eval.batch", 7),
+        ("run_dir", "elsewhere"),
+        ("train.lr", 0.5),
+        ("data.flip", 0.1),
+    ):
+        changed = from_dict({"model": MODEL})
+        *section, last = name.split(".")
+        setattr(getattr(changed, section[0]) if section else changed, last, value)
+        covered = name in same or (bool(section) and section[0] in same)
+        assert (config_hash(changed) == config_hash(base)) == covered, name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmref.config import Config, ramp
+from mmref.config import Config
 from mmref.data.augment import augment
 from mmref.data.reader import Batch
 from mmref.data.tokens import Tokens
@@ -293,3 +293,11 @@ def _set_random_state(device: torch.device, state: Any) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
+
+
+def ramp(step: int, max_steps: int, start: float, full: float) -> float:
+    """Weight in [0, 1] of a loss that ramps in linearly between two shares of training."""
+    done = step / max(max_steps, 1)
+    if done >= full:
+        return 1.0
+    return 0.0 if done < start else (done - start) / (full - start)

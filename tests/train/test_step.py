@@ -22,7 +22,7 @@ from tiny_set import BERT, VIT, damage_image, tiny_config
 from mmref.losses import agreement, agreement_weights, infonce, reference_loss, sdm, soft_targets
 from mmref.train import collectives
 from mmref.train.engine import learning_rate
-from mmref.train.step import LOSSES
+from mmref.train.step import LOSSES, ramp
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
@@ -435,3 +435,10 @@ if __name__ == "__main__":
     if sys.argv[1:] != ["--update"]:
         sys.exit(__doc__)
     update_golden()
+
+
+def test_ramp():
+    weights = [ramp(step, 100, 0.2, 0.4) for step in (0, 19, 20, 25, 30, 40, 99)]
+    assert weights == pytest.approx([0, 0, 0, 0.25, 0.5, 1, 1])
+    assert ramp(0, 100, 0.0, 0.0) == 1.0 and ramp(49, 100, 0.5, 0.5) == 0.0 and ramp(50, 100, 0.5, 0.5) == 1.0
+    assert ramp(0, 0, 0.2, 0.4) == 0.0

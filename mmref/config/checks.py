@@ -1,0 +1,121 @@
+"""What the types and bounds of single fields cannot say: which values go together."""
+
+from __future__ import annotations
+
+import math
+
+from mmref.config.option import options
+from mmref.config.tree import Config
+from mmref.errors import BatchArithmeticError, ConfigError
+
+
+def check_config(config: Config) -> Config:
+    """Check bounds and combinations; returns the config. Raises ConfigError."""
+    t, m = config.train, config.model
+    for name, option, value in options(config):
+        option.check(name, value)
+    mix = config.data.mix
+    if any(not 0.001 <= share < 1 for share in mix.values()) or sum(mix.values()) >= 1:
+        raise ConfigError(
+            f"`data.mix` gives each further shard set a share of the steps, from 0.001 up and below 1 in all (`data.root` "
+            f"has the rest), found {mix}."
+        )
+    if t.cpus_per_worker > 1 and t.cpus_per_worker % 1:
+        raise ConfigError(
+            f"`train.cpus_per_worker` is a whole number, or a share of one CPU, as Ray gives them; found {t.cpus_per_worker}."
+        )
+    if config.loss.guide_full < config.loss.guide_from:
+        raise ConfigError(
+            f"`loss.guide_full` ({config.loss.guide_full}) comes before `loss.guide_from` ({config.loss.guide_from})."
+        )
+    loss, reference = config.loss, config.reference
+    random = reference.update == "gradient" and reference.init == "random" and not t.start_from
+    if random and loss.w_guide > 0 and not (loss.w_fuse or loss.w_rec):
+        raise ConfigError(
+            "`reference.update: gradient` learns references by fusion, and `loss.w_fuse` is 0: guidance would follow random "
+            "references. Set `loss.w_fuse` to 1, `reference.init: mean` or `reference.update: moving_average`."
+        )
+    if config.reference.assign == "modality" and config.reference.per_object % 2:
+        raise ConfigError(
+            "`reference.assign: modality` needs an even `reference.per_object` (image and text references)."
+        )
+    check_batch(t.global_batch, t.workers, t.accumulation, t.images_per_object)
+    if t.compile and t.zero_stage == 3:
+        raise ConfigError(
+            "`train.compile` works at ZeRO stages 0 to 2: at stage 3 DeepSpeed gathers every layer's parameters in between, "
+            "which leaves nothing to compile. Lower `train.zero_stage`, or leave `train.compile` off."
+        )
+    if not 0 <= t.min_workers <= t.workers:
+        raise ConfigError(
+            f"`train.min_workers` must be between 0 and `train.workers` {t.workers}, found {t.min_workers}."
+        )
+    if t.min_workers and t.global_batch % t.min_workers:
+        counts = [n for n in range(1, t.workers + 1) if t.global_batch % n == 0]
+        raise BatchArithmeticError(
+            f"train.global_batch {t.global_batch} does not divide over train.min_workers {t.min_workers} "
+            f"({t.global_batch} / {t.min_workers} = {t.global_batch / t.min_workers:.2f}); it does over {counts}."
+        )
+    duals = bool(m.dual) + bool(m.dual_config)
+    pair = bool(m.vision or m.vision_config), bool(m.text or m.text_config)
+    if m.dual and all(pair):
+        raise ConfigError(
+            f"the model is `model.dual` {m.dual} and a pair of towers as well: for the pair over a config that names the other, "
+            "add `--model.dual ''`."
+        )
+    if duals + any(pair) != 1 or (any(pair) and not all(pair)):
+        raise ConfigError(
+            "the model needs either one of `model.dual` / `model.dual_config`, or both a vision tower "
+            "(`model.vision` / `model.vision_config`) and a text tower (`model.text` / `model.text_config`); "
+            "configs/emoji.yaml and configs/clip_vit_b16.yaml show both."
+        )
+    _check_towers(config)
+    return config
+
+
+def _check_towers(config: Config) -> None:
+    """Raise ConfigError for adapters or a feature cache where they cannot work."""
+    m, d = config.model, config.data
+    if (m.adapter_layers or m.feature_cache) and (m.dual or m.dual_config):
+        raise ConfigError(
+            "`model.adapter_layers` and `model.feature_cache` are for a pair of towers (`model.vision`, `model.text`); a dual "
+            "encoder (`model.dual`) brings its own projections."
+        )
+    if not m.feature_cache:
+        return
+    if not m.freeze_backbone:
+        raise ConfigError(
+            "`model.feature_cache` needs `model.freeze_backbone: true`: features of trained towers change."
+        )
+    if m.pool == "auto" and not m.adapter_layers:
+        raise ConfigError(
+            "`model.feature_cache` keeps tokens, and `model.pool: auto` would read a tower's own pooler: set `model.pool` to "
+            "mean or first, or `model.adapter_layers` to 1 or more."
+        )
+    random = {"data.crop_padding": d.crop_padding, "data.erase": d.erase, "data.colour_jitter": d.colour_jitter}
+    if changing := {name: value for name, value in random.items() if value}:
+        raise ConfigError(
+            f"`model.feature_cache` cannot help while every image is new: set {', '.join(f'{n}: 0' for n in changing)} (found "
+            f"{changing}); flips may stay, both sides of an image are kept."
+        )
+    if config.train.zero_stage == 3:
+        raise ConfigError(
+            "`model.feature_cache` works at ZeRO stages 0 to 2: at stage 3 all workers must run a tower together, and one may "
+            "have to where another need not."
+        )
+
+
+def check_batch(global_batch: int, workers: int, accumulation: int, images_per_object: int) -> None:
+    """Raise BatchArithmeticError, with the numbers, when the global batch does not divide."""
+    parts = workers * accumulation
+    unit = math.lcm(parts, images_per_object)
+    near = max(1, round(global_batch / unit)) * unit  # divides in every way
+    if global_batch % parts:
+        raise BatchArithmeticError(
+            f"train.global_batch {global_batch} does not divide over {workers} workers x {accumulation} accumulation "
+            f"= {parts} micro-batches ({global_batch} / {parts} = {global_batch / parts:.2f}); the nearest that works: {near}."
+        )
+    if global_batch % images_per_object:
+        raise BatchArithmeticError(
+            f"train.global_batch {global_batch} is not a multiple of train.images_per_object {images_per_object}; "
+            f"the nearest that works: {near}."
+        )

@@ -1,0 +1,226 @@
+"""Configs from flags and YAML files, as plain values, their paths, and their identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from mmref.config.checks import check_config
+from mmref.config.option import options
+from mmref.config.tree import Config, DataConfig
+from mmref.errors import ConfigError
+from mmref.locations import absolute, expanded, folder_name, in_utf8
+from mmref.texts import parse_yaml, read_text
+
+PLACES = ("run_dir", "data.root", "train.start_from")
+"""Fields that hold a path or URL."""
+PLACES_ON_NODES = ("data.cache_dir", "model.feature_cache")
+"""Fields that hold a path of each node: `~` is the home directory there."""
+NAMES_OR_PLACES = ("data.tokenizer", "model.dual", "model.vision", "model.text")
+"""Fields that hold a path, URL, hub id or `package://` name."""
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of every field: ["run_dir", "data.root", ...]."""
+    keys = []
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            keys += known_keys(type(default), f"{prefix}{f.name}.")
+        else:
+            keys.append(prefix + f.name)
+    return keys
+
+
+def _check_keys(given: dict[str, Any], cls: type, where: str, prefix: str = "") -> None:
+    """Raise ConfigError for the first key of a nested dict that is no field, naming the nearest one."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in given.items():
+        if key not in fields:
+            raise unknown_key(prefix + str(key), where)
+        factory: Any = fields[key].default_factory
+        default = factory() if factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: `{prefix}{key}` is a section and takes keys below it, found {value!r}.")
+            _check_keys(value, type(default), where, f"{prefix}{key}.")
+
+
+def unknown_key(key: str, where: str) -> ConfigError:
+    """The error for a key that does not exist, with the nearest that does."""
+    sections = [f.name for f in dataclasses.fields(Config) if f.name != "run_dir"]
+
+    def alike(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
+    def closeness(known: str) -> tuple[float, bool, float]:
+        """By the whole name or, where the section is wrong or missing, by the last part; most keys are of `train`."""
+        whole, last = alike(key, known), alike(key.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1])
+        return max(whole, last), known.startswith("train."), whole
+
+    near = max(known_keys() + sections, key=closeness)
+    hint = f" Did you mean `{near}`?" if closeness(near)[0] >= 0.7 else " `mmref train --help` lists all keys."
+    return ConfigError(f"{where}: unknown config key `{key}`.{hint}")
+
+
+def build_parser() -> Any:
+    """The jsonargparse parser of a run: `--config FILE` and a flag for every field."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="mmref train", exit_on_error=False, description="Train MMRef, evaluate it on val and test, write a report."
+    )
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file; flags after it win.")
+    parser.add_class_arguments(Config, nested_key=None)
+    said = {name: str(option) for name, option, _ in options(Config())}
+    for action in parser._actions:
+        if bounds := said.get(action.dest):
+            action.help = f"{action.help} [{bounds}]"
+    return parser
+
+
+def load_config(argv: list[str]) -> Config:
+    """Config from flags (and the YAML files they name). Raises ConfigError; `--help` prints and exits."""
+    import jsonargparse
+
+    argv = _with_values(argv)
+    for word in argv:
+        name = word[2:].split("=")[0].removesuffix("+")
+        if word.startswith("--") and name not in {"config", "help", "print_config"} and not _is_key(name):
+            raise unknown_key(name, "command line")
+    parser = build_parser()
+    try:
+        parsed = parser.parse_args(argv)
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"config: {error}") from None
+    config = parser.instantiate_classes(parsed)
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+    return check_config(with_places(Config(**values), lambda place: in_utf8(expanded(place))))
+
+
+def _is_key(name: str) -> bool:
+    keys = known_keys()
+    return name in keys or any(name.startswith(k + ".") for k in keys if k.endswith("_config"))
+
+
+class _Plain(yaml.SafeDumper):
+    """YAML in ASCII with every text in quotation marks, so that none is read as a number."""
+
+
+_Plain.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+
+
+def _with_values(argv: list[str]) -> list[str]:
+    """The command line with the values of its config files, their keys checked, in place of the names. Raises ConfigError.
+
+    jsonargparse takes either, and would read a file in the encoding of the terminal.
+    """
+    import jsonargparse
+
+    load, flag, words = jsonargparse.get_loader("yaml"), "--config=", []
+    rest = iter(argv)
+    for word in rest:
+        path = next(rest, None) if word == "--config" else word.removeprefix(flag) if word.startswith(flag) else None
+        if path is None:
+            words.append(word)
+            continue
+        path = expanded(path)
+        text = read_text(path, ConfigError)
+        if not (values := parse_yaml(text, path, ConfigError)):
+            raise ConfigError(f"{path} is empty: leave it out to train with the defaults.")
+        _check_keys(values, Config, path)
+        words.append(flag + yaml.dump(load(text), Dumper=_Plain, sort_keys=False))  # as it reads numbers itself
+    return words
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Keys and values of a YAML file. Raises ConfigError that names the file, and the line where there is one."""
+    return parse_yaml(read_text(path, ConfigError), path, ConfigError)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict of a config."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], where: str = "config") -> Config:
+    """Config from a nested dict, unknown keys refused. Raises ConfigError."""
+    _check_keys(values, Config, where)
+    config = Config()
+    for key, value in values.items():
+        section = getattr(config, key)
+        if dataclasses.is_dataclass(section):
+            setattr(config, key, dataclasses.replace(section, **value))  # type: ignore[type-var]
+        else:
+            setattr(config, key, value)
+    return check_config(config)
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved tree as YAML, in field order."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def config_hash(config: Config) -> str:
+    """12 hex digits of everything that changes results: not the run directory, scale or logging."""
+    values = to_dict(config)
+    values["data"]["root"] = folder_name(config.data.root)  # a set may be moved
+    values["data"]["mix"] = [
+        [folder_name(root), share] for root, share in config.data.mix.items()
+    ] or {}  # its order counts
+    values["train"]["start_from"] = absolute(config.train.start_from) if config.train.start_from else ""
+    for name in NAMES_OR_PLACES:  # runs of older versions hold a folder's path as it was given
+        section, key = name.split(".")
+        values[section][key] = _name_or_place(values[section][key], absolute)
+    for name, option, _ in options(config):
+        if not option.identity:
+            *sections, last = name.split(".")
+            (values[sections[0]] if sections else values).pop(last)
+    values["data"]["max_bad_fraction"] = DataConfig.max_bad_fraction  # as the hashes of published results have it
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """A copy that means the same in another directory, as Ray's workers run in."""
+    return with_places(config, lambda place: absolute(expanded(place)))
+
+
+def with_places(config: Config, to: Callable[[str], str]) -> Config:
+    """A checked copy in which every path has passed through `to`; hub ids and names of packages are left alone.
+
+    Raises ConfigError where two shard sets of `data.mix` are one and the same.
+    """
+    values = to_dict(config)
+    mix = values["data"]["mix"]
+    values["data"]["mix"] = {to(root): share for root, share in mix.items()}
+    if len(values["data"]["mix"]) < len(mix):
+        raise ConfigError(f"`data.mix` names a shard set twice: {', '.join(mix)}.")
+    for name in (*PLACES, *PLACES_ON_NODES, *NAMES_OR_PLACES):
+        *section, key = name.split(".")
+        at = values[section[0]] if section else values
+        at[key] = placed(name, at[key], to)
+    return from_dict(values)
+
+
+def placed(name: str, value: str, to: Callable[[str], str]) -> str:
+    """The value of a field through `to`, where it is a path that means the same on every node; any other as it is."""
+    if not value and name not in ("run_dir", "data.root"):
+        return value
+    if name in PLACES:
+        return to(value)
+    if name in PLACES_ON_NODES:
+        return value if to(value) and value.startswith("~") else to(value)
+    return _name_or_place(value, to) if name in NAMES_OR_PLACES else value
+
+
+def _name_or_place(value: str, to: Callable[[str], str]) -> str:
+    """A path through `to`; a hub id as it is. Which of the two it is, transformers decides in the same way."""
+    return to(value) if value.startswith(("/", "~", ".")) or os.path.isdir(value) else value

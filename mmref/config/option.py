@@ -1,0 +1,66 @@
+"""What a field of the config says of itself beside its type: bounds, unit, and whether it is part of a run's identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mmref.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Option:
+    """Metadata of a field.
+
+    Args:
+        at_least, above: the lower bound, itself allowed or not.
+        share: a number from 0 to 1.
+        unit: what is counted.
+        identity: whether another value makes another run; False for scale, logging and what only says when a run ends.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    share: bool = False
+    unit: str = ""
+    identity: bool = True
+
+    def __str__(self) -> str:
+        """The bounds and the unit in words, "" without any."""
+        bound = "from 0 to 1" if self.share else ""
+        if self.at_least is not None:
+            bound = f"at least {self.at_least:g}"
+        if self.above is not None:
+            bound = f"above {self.above:g}"
+        return " ".join(part for part in (bound, self.unit) if part)
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ConfigError for a value out of bounds, infinity and NaN among them."""
+        if self.share and not 0 <= value <= 1:
+            raise ConfigError(f"`{name}` is a share between 0 and 1, found {value}.")
+        if self.at_least is not None and not value >= self.at_least:
+            raise ConfigError(f"`{name}` must be at least {self.at_least:g}, found {value}.")
+        if self.above is not None and not value > self.above:
+            raise ConfigError(f"`{name}` must be above {self.above:g}, found {value}.")
+        if value == math.inf:
+            raise ConfigError(f"`{name}` must be finite, found {value}.")
+
+
+PLAIN = Option()
+
+
+def option(default: Any, **about: Any) -> Any:
+    """A dataclass field with an `Option`."""
+    return dataclasses.field(default=default, metadata={"option": Option(**about)})
+
+
+def options(section: Any, prefix: str = "") -> Iterator[tuple[str, Option, Any]]:
+    """(dotted name, option, value) of every field of a config, sections before what they hold."""
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        yield prefix + f.name, f.metadata.get("option", PLAIN), value
+        if dataclasses.is_dataclass(value):
+            yield from options(value, f"{prefix}{f.name}.")

@@ -35,7 +35,7 @@ from mmref.evaluate.features import Floats, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.inference import FORMAT, load, pack_strings
 from mmref.model.backbone import IMPORT, DualBackbone, PairBackbone, tower_config
-from mmref.model.mmref import MMRef, build_model
+from mmref.model.mmref import HEADS, TRAINING_ONLY, MMRef, build_model
 from mmref.rundir import RunDir
 from mmref.train.checkpoint import (
     CheckpointInfo,
@@ -139,13 +139,13 @@ def portable_config(config: Config, module: MMRef) -> Config:
                 model |= {name: "", f"{name}_config": tower.to_dict()}
         model |= {"feature_cache": ""}
     values["data"]["tokenizer"] = ""
-    values["loss"]["w_rec"] = 0.0
+    values["loss"] |= {"w_rec": 0.0, "w_mlm": 0.0, "w_id": 0.0}  # no heads
     values["train"] |= {"precision": "fp32", "gpu": False, "gradient_checkpointing": False}
     return from_dict(values)
 
 
 def _write_model(folder: Path, config: Config, module: MMRef, tokens: Tokens) -> None:
-    weights = {n: t.contiguous() for n, t in module.state_dict().items() if not n.startswith("reconstruct.")}
+    weights = {n: t.contiguous() for n, t in module.state_dict().items() if not n.startswith((*HEADS, *TRAINING_ONLY))}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.yaml").write_text(dump_yaml(config))
     tokens.tokenizer.save_pretrained(folder / "tokenizer")

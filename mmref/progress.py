@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from mmref.errors import OutputError, StorageError
+from mmref.losses.objective import LOSSES
 from mmref.rundir import RunDir, read_jsonl
 
 POLL_S, POLL_URL_S = 0.5, 5.0
@@ -28,11 +29,7 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
         return f"{head}  checkpoint complete after {record['checkpoint_seconds']:.1f} s"
     if "loss" not in record:  # no val split
         return f"{head}  stopped {record['checkpoint_blocking_seconds']:.2f} s for the checkpoint"
-    parts = "  ".join(
-        f"{name.removeprefix('loss_')} {record[name]:.3f}"
-        for name in ("loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide", "loss_id", "loss_mlm")
-        if record.get(name)
-    )
+    parts = "  ".join(f"{name.removeprefix('loss_')} {record[name]:.3f}" for name in LOSSES if record.get(name))
     left = "" if eta_s is None else f"  eta {_clock(eta_s)}"
     return (
         f"{head}  {parts}  {record['images_per_second']:.0f} images/s  wait {100 * record['data_wait']:.1f} %  "

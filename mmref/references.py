@@ -102,11 +102,8 @@ def _add(run: RunDir, config: Config, shards: ShardSet, split: str, workers: int
     with fetched(run, info, "references") as folder, row_files(folder, info.meta) as files:
         known = {name for file in files for name in file.object_ids.to_pylist()}
     new = [row for row, name in enumerate(object_ids) if name not in known]
-    loss = config.loss
-    if not new or max(loss.w_guide, loss.w_fuse, loss.w_rec) == 0:
-        found = (
-            "all have references" if not new else "this run trains none (`loss.w_guide`, `w_fuse` and `w_rec` are 0)"
-        )
+    if not new or not config.loss.uses_references:
+        found = "all have references" if not new else "this run trains none (its `loss` has no weight on them)"
         raise ReferencesError(
             f"{len(object_ids)} objects in {split} of {shards.root}, and {found}: nothing to add to {run.path}."
         )

@@ -78,8 +78,12 @@ class Sizing:
         return self.send_features + self.send_gradients + self.send_references
 
 
-def measure_model(config: Config, micro_batch: int) -> ModelSize:
-    """Run a forward and a backward pass of a micro-batch on tensors that have shapes and no memory. Raises ModelError."""
+def measure_model(config: Config, micro_batch: int, objects: int = 0) -> ModelSize:
+    """Run a forward and a backward pass of a micro-batch on tensors that have shapes and no memory. Raises ModelError.
+
+    Args:
+        objects: of training, which the classifier of `loss.w_id` has a row for.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
@@ -92,21 +96,22 @@ def measure_model(config: Config, micro_batch: int) -> ModelSize:
     config = dataclasses.replace(config, model=without_weights(config.model))
     flops = FlopCounterMode(display=False)
     with torch.device("meta"):
-        model = build_model(config, 0)
+        model = build_model(config, 0, objects)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         pixels = torch.zeros(micro_batch, 3, config.data.image_height, config.data.image_width)
         ids = torch.zeros(micro_batch, config.data.max_tokens, dtype=torch.long)
         masked = None
-        if config.loss.w_rec > 0:
+        if max(config.loss.w_rec, config.loss.w_mlm) > 0:
             words = round(config.loss.mask_rate * ids.numel())
             at: Any = (torch.zeros(words, dtype=torch.long),) * 2  # where they are does not matter, how many does
             masked = Masked(ids, at, ids, torch.zeros(micro_batch, config.reference.per_object, model.embed_dim))
         with LiveBytes() as memory, flops:
-            out = model(pixels, ids, torch.ones_like(ids), masked)
+            out = model(pixels, ids, torch.ones_like(ids), masked, torch.zeros(micro_batch, dtype=torch.long))
         forward = flops.get_total_flops()
         assert out.image is not None and out.text is not None
-        loss = out.image.sum() + out.text.sum() + (0 if out.rec_sum is None else out.rec_sum)
+        heads = [part for part in (out.rec_sum, out.mlm_sum, out.id_sum) if part is not None]
+        loss = sum(heads, out.image.sum() + out.text.sum())
         with flops:
             loss.backward()
     parameters = list(model.parameters())
@@ -125,7 +130,7 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
     t, r = config.train, config.reference
     world, stage = t.workers, t.zero_stage
     batch, micro = t.global_batch // world, config.micro_batch
-    model = model or measure_model(config, micro)
+    model = model or measure_model(config, micro, objects)
     weights, trained, dim = FP32 * model.parameters, FP32 * model.trained, model.embed_dim
     bucket = FP32 * min(BUCKET, model.trained)
     shards = world if stage else 1  # over how many workers the optimizer is sharded
@@ -141,7 +146,7 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
         r.negatives
     ]
     rows = contrasted * row
-    uses_references = config.loss.w_guide > 0 or config.loss.w_rec > 0 or config.loss.w_fuse > 0
+    uses_references = config.loss.uses_references
     features = 2 * FP32 * t.global_batch * dim  # of the global batch: images and texts
     align = 2 * FP32 * batch * t.global_batch  # logits of both directions
     against_rows = FP32 * 2 * batch * contrasted * r.per_object
@@ -260,7 +265,7 @@ def main(argv: list[str]) -> int:
     config = load_config(rest)
     batch = args.batch or config.train.global_batch // config.train.workers
     configs = [scaled(config, workers, batch) for workers in args.workers]
-    model = measure_model(configs[0], configs[0].micro_batch)
+    model = measure_model(configs[0], configs[0].micro_batch, args.objects)
     sizings = [compute_sizing(c, args.objects, model) for c in configs]
     print(
         f"{model.parameters:,} parameters ({model.trained:,} trained), {args.objects:,} objects x "

@@ -202,6 +202,18 @@ def test_the_card_holds_the_metrics_and_its_three_lines_work(exported, tmp_path,
     assert not [n for n in folder.rglob("*") if n.suffix in (".bin", ".pt", ".pkl")], "nothing is pickled"
 
 
+def test_heads_of_training_stay_behind(make_config, tmp_path):
+    """Every loss with a head switched on: what an export holds is what features need."""
+    config = make_config({"loss.w_rec": 0.2, "loss.w_mlm": 0.2, "loss.w_id": 0.2})
+    make_run(config, str(tmp_path / "run"), {})
+    folder = exporting.export_run(str(tmp_path / "run"), str(tmp_path / "out"))
+    kept = load_file(folder / "model.safetensors")
+    assert not [name for name in kept if not name.startswith(("backbone.", "log_scale"))]
+    loaded = mmref.load(folder)
+    assert loaded.module.image_words is None and loaded.module.reconstruct is None and loaded.module.classify is None
+    assert loaded.encode_text(["red"]).shape == (1, loaded.dim)
+
+
 def test_an_export_is_whole_or_absent(make_config, tmp_path, monkeypatch):
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     make_run(make_config(), run, {})

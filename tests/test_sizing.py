@@ -35,6 +35,13 @@ def test_flops_and_activations_grow_with_the_batch_and_with_reconstruction(make_
     assert with_words.flops > 1.2 * one.flops and with_words.activations > one.activations
 
 
+def test_the_heads_of_irra_are_counted(make_config):
+    config = make_config({"loss.w_id": 1.0, "loss.w_mlm": 1.0})
+    one, more = measure_model(make_config(), 4), measure_model(config, 4, 1000)
+    assert more.parameters == sum(p.numel() for p in build_model(config, 0, 1000).parameters())
+    assert more.flops > one.flops + 3 * 2 * 4 * 2 * 1000 * one.embed_dim and more.activations > one.activations
+
+
 def test_recomputed_activations_are_smaller_and_cost_a_forward(make_config):
     towers = {"model.vision_config": {**make_config().model.vision_config, "num_hidden_layers": 6}}
     plain = measure_model(make_config(towers), 8)

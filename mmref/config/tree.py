@@ -164,6 +164,11 @@ class LossConfig:
     rec_detach_text: bool = False
     """Stop the gradient of reconstruction into the text tower."""
 
+    @property
+    def uses_references(self) -> bool:
+        """Whether anything in training needs references: then they are kept, set and refined with."""
+        return max(self.w_guide, self.w_fuse, self.w_rec, self.caption_weight) > 0
+
 
 @dataclass
 class TrainConfig:
@@ -187,7 +192,7 @@ class TrainConfig:
     """Micro-batches of a step on each worker: the same losses and gradients in less memory, about 1.4 x the time."""
     max_steps: int = option(400, at_least=1, unit="steps")
     """Length of training in steps."""
-    seed: int = option(0, at_least=0)
+    seed: int = 0
     """Seed of the initial weights, the sample stream, masks and augmentation."""
     start_from: str = ""
     """Run directory whose best checkpoint gives the first weights, and the references of objects that both sets have."""

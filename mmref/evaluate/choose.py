@@ -13,10 +13,8 @@ from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, choose
 
 def trained_space(config: Config, references: Floats) -> ReferenceSpace | None:
     """The references (m, K, d) that training has set, None for a run that trains none (align-only)."""
-    loss = config.loss
     seen = np.abs(references).max((1, 2)) > 0
-    trained = loss.w_guide > 0 or loss.w_fuse > 0 or loss.w_rec > 0
-    return ReferenceSpace(references[seen]) if trained and seen.any() else None
+    return ReferenceSpace(references[seen]) if config.loss.uses_references and seen.any() else None
 
 
 def settings_of(metrics: dict[str, Any]) -> RefinementSettings:

@@ -19,18 +19,10 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from mmref.evaluate.figures import FAINT, INK, axes_of, legend, to_svg
+from mmref.evaluate.figures import FAINT, axes_of, legend, to_svg
 from mmref.evaluate.metrics import METRIC_NAMES
+from mmref.losses.objective import LOSSES, TOTAL
 
-_LOSSES = {  # key of a history line: (label, colour, line style)
-    "loss": ("total", INK, "-"),
-    "loss_align": ("alignment", "#010000", "-"),
-    "loss_fuse": ("fusion", "#020000", "--"),
-    "loss_rec": ("reconstruction", "#030000", "-."),
-    "loss_guide": ("guidance", "#040000", ":"),
-    "loss_id": ("identity", "#050000", "-"),
-    "loss_mlm": ("words from images", "#030000", (0, (1, 3))),
-}
 _VAL_STYLES = (("#010000", "o", "-"), ("#020000", "s", "--"), ("#030000", "^", "-."), ("#040000", "D", ":"))
 _SMOOTH_ABOVE = 60  # log lines from which a curve is drawn as a rolling mean
 _TRIED_SHOWN = 12
@@ -278,18 +270,18 @@ def _rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def _loss_figure(history: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Total loss and its parts over steps, or None without training lines."""
-    curves = {key: _series(history, key) for key in _LOSSES}
+    curves = {key: _series(history, key) for key in LOSSES}
     # A part that was switched off is logged as 0 throughout: a flat line at the bottom says nothing.
-    curves = {key: xy for key, xy in curves.items() if len(xy[0]) and (key == "loss" or np.any(xy[1]))}
+    curves = {key: xy for key, xy in curves.items() if len(xy[0]) and (key == TOTAL or np.any(xy[1]))}
     if not curves:
         return None
     figure, axes = axes_of("step", "loss")
     for key, (steps, values) in curves.items():
-        label, colour, style = _LOSSES[key]
+        label, colour, style = LOSSES[key]
         window = len(values) // 20 if len(values) > _SMOOTH_ABOVE else 1
-        if window > 1 and key == "loss":
+        if window > 1 and key == TOTAL:
             axes.plot(steps, values, color=FAINT, linewidth=0.8)
-        width = 2.2 if key == "loss" else 1.6
+        width = 2.2 if key == TOTAL else 1.6
         axes.plot(steps, _rolling_mean(values, window), color=colour, linestyle=style, linewidth=width, label=label)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     legend(axes)

@@ -16,6 +16,7 @@ from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
 from mmref.errors import NonFiniteLossError, TooManyBadSamplesError
 from mmref.evaluate.features import Encoder
+from mmref.losses.objective import LOSSES, unpack
 from mmref.model.mmref import build_model
 from mmref.packages import trust_own
 from mmref.rundir import BAD_SAMPLES, RunDir
@@ -26,7 +27,7 @@ from mmref.train.engine import all_finite, average_statistics, build_engine, set
 from mmref.train.ledger import Ledger
 from mmref.train.logs import RunLog
 from mmref.train.saver import Saver
-from mmref.train.step import LOSSES, StepRunner
+from mmref.train.step import StepRunner
 from mmref.train.stop import StopNotice
 from mmref.train.validation import Validation, score_of
 
@@ -153,10 +154,10 @@ class Worker:
     def _line(self, done: int, lr: float, window: Window) -> dict[str, Any]:
         """One record of metrics.jsonl; every rank takes part in the means."""
         assert self.stream is not None
-        losses = (collectives.sum_over_ranks(window.losses) / (self.world * window.steps)).tolist()
+        losses = unpack(collectives.sum_over_ranks(window.losses) / (self.world * window.steps))
         seconds = window.seconds()
         images = self.config.train.global_batch * window.steps / seconds
-        record = {"step": done, **dict(zip(LOSSES, losses))}
+        record: dict[str, Any] = {"step": done, **losses}
         if self.config.loss.learn_tau:
             record["tau"] = 1 / float(self.runner.scale)
         record |= {

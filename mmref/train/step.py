@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,12 @@ from mmref.config import Config
 from mmref.data.augment import augment
 from mmref.data.reader import Batch
 from mmref.data.tokens import Tokens
-from mmref.losses import agreement, agreement_weights, infonce, reference_loss, sdm, soft_targets
-from mmref.model.mmref import Masked
+from mmref.losses.agreement import agreement, agreement_weights
+from mmref.losses.objective import TOTAL, References, Share, loss_weights, objective, pack, ramp
+from mmref.model.mmref import Masked, Output
 from mmref.model.reconstruction import mask_words
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
-
-LOSSES = ("loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide", "loss_id", "loss_mlm")
 
 
 @dataclass
@@ -37,13 +36,23 @@ class MicroBatch:
     objects: Tensor  # (b,) object rows
 
 
+class Common(NamedTuple):
+    """What all micro-batches of a step have in common."""
+
+    all_objects: Tensor  # (N,) object rows of the global batch
+    active: Tensor | None  # (A,) sorted object rows whose references are contrasted; None for a run without references
+    rows: Tensor | None  # (A, K, d) their references
+    ramped: float  # of guidance and caption weights
+    words: Tensor  # () masked words in the global batch
+
+
 class StepRunner:
     """Runs steps. `model` gives an `Output`, `backward(loss)` adds to the gradients; `boundary()` follows each backward."""
 
     def __init__(
         self,
         config: Config,
-        model: Callable[..., Any],
+        model: Callable[..., Output],
         backward: Callable[[Tensor], Any],
         boundary: Callable[[], Any],
         bank: ReferenceBank,
@@ -55,34 +64,26 @@ class StepRunner:
         self.special_ids = torch.as_tensor(tokens.special_ids, device=device)
         self.scale = torch.tensor([1 / config.loss.tau])  # inverse temperature of the last step
         self.reference_norm = torch.zeros((), device=device)  # of the references' gradient in the last step
-        c = config.loss
-        self.with_masks = max(c.w_rec, c.w_mlm) > 0
-        self.needs_references = max(c.w_guide, c.w_rec, c.w_fuse, c.caption_weight) > 0
+        self.with_masks = max(config.loss.w_rec, config.loss.w_mlm) > 0
 
     def run(self, step: int, batch: Batch) -> Tensor:
-        """Forward and backward of one step and the references' update: the LOSSES of this rank's share, one each."""
+        """Forward and backward of one step and the references' update: this rank's losses, as `objective.pack` lays them out."""
         config = self.config
-        ramped = ramp(step, config.train.max_steps, config.loss.guide_from, config.loss.guide_full)
         micro = self._micro_batches(step, batch, self.with_masks)
         objects = torch.cat([m.objects for m in micro])
-        all_objects = collectives.gather(objects)  # (N,)
-        active, rows = self._references(all_objects, step)
-        rec_count = self._masked_words(micro)
+        common = self._common(step, objects, micro)
         self._seed_dropout(step)
-        if len(micro) == 1:
-            values, image, text = self._plain(micro[0], all_objects, active, rows, ramped, rec_count)
-        else:
-            values, image, text = self._cached(micro, all_objects, active, rows, ramped, rec_count)
-        if rows is not None and rows.requires_grad:
-            assert active is not None
-            self.reference_norm = self.bank.apply_gradient(
-                active, rows.grad, config.reference.lr * self._lr_share(step)
-            )
+        run = self._plain if len(micro) == 1 else self._cached
+        losses, image, text = run(micro, common)
+        if common.rows is not None and common.rows.requires_grad:
+            assert common.active is not None
+            lr = config.reference.lr * self._lr_share(step)
+            self.reference_norm = self.bank.apply_gradient(common.active, common.rows.grad, lr)
             if config.reference.init == "mean":
-                self.bank.follow(image, text, objects, all_objects, momentum=1.0)
-        elif self.needs_references:
-            self.bank.follow(image, text, objects, all_objects)
-        return values
+                self.bank.follow(image, text, objects, common.all_objects, momentum=1.0)
+        elif config.loss.uses_references:
+            self.bank.follow(image, text, objects, common.all_objects)
+        return pack(losses)
 
     def _lr_share(self, step: int) -> float:
         """References anneal with the encoders."""
@@ -92,17 +93,21 @@ class StepRunner:
 
     # -- the two ways to a gradient ------------------------------------------------------------------------------
 
-    def _plain(self, m: MicroBatch, all_objects, active, rows, ramped: float, rec_count: Tensor):  # type: ignore[no-untyped-def]
-        out = self.model(m.pixels, m.ids, m.mask, self._masked(m, active, rows), m.objects)
-        loss, values = self._objective(out.image, out.text, out.scale, m.objects, all_objects, active, rows, ramped)
-        loss, values = self._add_sums(loss, values, out, rec_count)
-        self.backward(loss)
+    def _plain(self, micro: list[MicroBatch], common: Common) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Losses by name, and the features (n, d) of both modalities."""
+        (m,) = micro
+        out = self._forward(m, common)
+        image, text = _features(out)
+        losses = self._objective(image, text, out.scale, m.objects, common) | self._head_losses(out, common.words)
+        total = self._weighted(losses, common.ramped)
+        self.backward(total)
         self.boundary()
         self.scale = out.scale.detach()
-        return values, out.image.detach(), out.text.detach()
+        return {TOTAL: total, **losses}, image.detach(), text.detach()
 
-    def _cached(self, micro: list[MicroBatch], all_objects, active, rows, ramped: float, rec_count: Tensor):  # type: ignore[no-untyped-def]
-        """Gradient caching (Gao et al. 2021): the losses see the features of the whole batch, the towers one micro-batch.
+    def _cached(self, micro: list[MicroBatch], common: Common) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """As `_plain`, by gradient caching (Gao et al. 2021): the losses see the features of the whole batch, the towers one
+        micro-batch.
 
         Pass 1 computes all features without a graph, the losses give the gradient at the features, pass 2 repeats each
         micro-batch with a graph and feeds it its rows of that gradient.
@@ -112,109 +117,88 @@ class StepRunner:
             for m in micro:
                 states.append(_random_state(self.device))
                 out = self.model(m.pixels, m.ids, m.mask)
-                images.append(out.image)
-                texts.append(out.text)
-        image = torch.cat(images).requires_grad_()
-        text = torch.cat(texts).requires_grad_()
+                image, text = _features(out)
+                images.append(image)
+                texts.append(text)
+        image, text = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
         scale = out.scale.detach().clone().requires_grad_()
         self.scale = scale.detach()
         objects = torch.cat([m.objects for m in micro])
-        loss, values = self._objective(image, text, scale, objects, all_objects, active, rows, ramped)
-        loss.backward()  # down to the features (and the references); the towers follow below
+        losses = self._objective(image, text, scale, objects, common)
+        total = self._weighted(losses, common.ramped)
+        total.backward()  # down to the features (and the references); the towers follow below
+        total = total.detach()
+        assert image.grad is not None and text.grad is not None and scale.grad is not None
         first = 0
         for state, m in zip(states, micro):
             _set_random_state(self.device, state)
-            out = self.model(m.pixels, m.ids, m.mask, self._masked(m, active, rows), m.objects)
+            out = self._forward(m, common)
+            own_image, own_text = _features(out)
             own = slice(first, first + len(m.objects))
             first += len(m.objects)
-            surrogate = (out.image * image.grad[own]).sum() + (out.text * text.grad[own]).sum()  # type: ignore[index]
+            surrogate = (own_image * image.grad[own]).sum() + (own_text * text.grad[own]).sum()
             surrogate = surrogate + (out.scale * scale.grad).sum() / len(micro)
-            surrogate, values = self._add_sums(surrogate, values, out, rec_count)
+            heads = self._head_losses(out, common.words)
+            if heads:
+                of_heads = self._weighted(heads, common.ramped)
+                surrogate, total = surrogate + of_heads, total + of_heads.detach()
+            for name, part in heads.items():
+                losses[name] = losses.get(name, 0.0) + part.detach()
             self.backward(surrogate)
             self.boundary()
-        return values, image.detach(), text.detach()
+        return {TOTAL: total, **losses}, image.detach(), text.detach()
+
+    def _forward(self, m: MicroBatch, common: Common) -> Output:
+        return self.model(m.pixels, m.ids, m.mask, self._masked(m, common), m.objects)
 
     # -- losses --------------------------------------------------------------------------------------------------
 
-    def _objective(self, image, text, scale, objects, all_objects, active, rows, ramped: float):  # type: ignore[no-untyped-def]
-        """Loss of this rank's rows (n) against the global batch (N), and the values to log."""
-        c = self.config
-        all_image, all_text = collectives.gather_with_gradient(image), collectives.gather_with_gradient(text)
-        # (n,) rows of the own objects among the references
-        targets = None if active is None else torch.searchsorted(active, objects)
-        all_weights = self._caption_weights(text, rows, targets, ramped)
+    def _objective(
+        self, image: Tensor, text: Tensor, scale: Tensor, objects: Tensor, common: Common
+    ) -> dict[str, Tensor]:
+        """Losses of this rank's rows (n) against the global batch (N)."""
+        config, references = self.config, None
+        if common.active is not None and common.rows is not None:
+            references = References(common.rows, torch.searchsorted(common.active, objects))
+        all_weights = self._caption_weights(text, references, common.ramped)
         first = collectives.rank() * len(text)
-        weights = None if all_weights is None else all_weights[first : first + len(text)]
-        align_loss = infonce if c.loss.align == "infonce" else sdm
-        align = 0.5 * (
-            align_loss(image, all_text, objects, all_objects, scale, other_weights=all_weights)
-            + align_loss(text, all_image, objects, all_objects, scale, weights)
+        share = Share(
+            image,
+            text,
+            objects,
+            collectives.gather_with_gradient(image),
+            collectives.gather_with_gradient(text),
+            common.all_objects,
+            scale,
+            None if all_weights is None else all_weights[first : first + len(text)],
+            all_weights,
         )
-        if c.loss.align == "sdm":
-            align = 2 * align  # IRRA adds the two directions
-        if rows is None:
-            return align, _values(loss=align, loss_align=align)
-        assert targets is not None
-        weight = c.loss.w_guide * ramped
-        guide = fuse = torch.zeros_like(align)  # what is switched off is logged as 0
-        if c.loss.w_guide > 0:
-            with torch.set_grad_enabled(weight > 0):
-                guide = self._guidance(image, text, rows.detach(), targets, weights)
-        total = align + weight * guide
-        if rows.requires_grad:
-            both = torch.cat([image, text]).detach()
-            fuse = reference_loss(
-                both,
-                rows,
-                targets.repeat(2),
-                1 / c.reference.tau,
-                c.reference.score,
-                weights=None if weights is None else torch.cat([torch.ones_like(weights), weights]),
-            )
-            total = total + c.loss.w_fuse * fuse
-        return total, _values(loss=total, loss_align=align, loss_fuse=fuse, loss_guide=guide)
+        return objective(share, references, config.loss, config.reference, common.ramped)
 
-    def _guidance(self, image: Tensor, text: Tensor, rows: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-        """Cross-entropy of the guided features' objects among the references (A, K, d), which get no gradient."""
-        c, r = self.config.loss, self.config.reference
-        soft = soft_targets(rows, targets, c.guide_soft, 1 / r.tau) if c.guide_soft > 0 else None
-        one = torch.ones_like(targets, dtype=torch.float32)
-        parts = [(image, one)] if c.guide_on != "text" else []
-        parts += [(text, one if weights is None else weights)] if c.guide_on != "image" else []
-        return reference_loss(
-            torch.cat([features for features, _ in parts]),
-            rows,
-            targets.repeat(len(parts)),
-            1 / (c.guide_tau or r.tau),
-            r.score,
-            None if soft is None else soft.repeat(len(parts), 1),
-            None if weights is None else torch.cat([weight for _, weight in parts]),
-        )
+    def _weighted(self, losses: dict[str, Tensor], ramped: float) -> Tensor:
+        weights = loss_weights(self.config.loss, ramped)
+        return torch.stack([weights[name] * part for name, part in losses.items()]).sum()
 
-    def _caption_weights(
-        self, text: Tensor, rows: Tensor | None, targets: Tensor | None, ramped: float
-    ) -> Tensor | None:
+    def _caption_weights(self, text: Tensor, references: References | None, ramped: float) -> Tensor | None:
         """(N,) weights of the global batch's captions, 1 on average; None where all weigh alike."""
         sharpness = self.config.loss.caption_weight * ramped
-        if sharpness == 0 or rows is None or targets is None:
+        if sharpness == 0 or references is None:
             return None
-        everyone = collectives.gather(agreement(text, rows, targets, self.config.reference.score))  # (N,)
-        return agreement_weights(everyone, sharpness)
+        own = agreement(text, references.rows, references.targets, self.config.reference.score)
+        return agreement_weights(collectives.gather(own), sharpness)
 
-    def _add_sums(self, loss, values, out, words: Tensor):  # type: ignore[no-untyped-def]
-        """Add the heads' losses, which come as sums over a micro-batch: `words` masked in the global batch."""
-        c, samples = self.config.loss, self.config.train.global_batch
-        for name, weight, part, count in (
-            ("loss_rec", c.w_rec, out.rec_sum, words),
-            ("loss_mlm", c.w_mlm, out.mlm_sum, words),
-            ("loss_id", c.w_id, out.id_sum, 2 * samples),
-        ):
-            if part is not None:
-                # the mean over ranks is taken by the engine: the sum over this rank's share is scaled up by the world size
-                mean = part * (collectives.world_size() / count)
-                loss = loss + weight * mean
-                values = values + _values(loss=weight * mean, **{name: mean})
-        return loss, values
+    def _head_losses(self, out: Output, words: Tensor) -> dict[str, Tensor]:
+        """The heads' losses, which come as sums over a micro-batch: `words` masked in the global batch.
+
+        The mean over ranks is taken by the engine: the sum over this rank's share is scaled up by the world size.
+        """
+        world = collectives.world_size()
+        sums: dict[str, tuple[Tensor | None, Tensor | int]] = {
+            "loss_rec": (out.rec_sum, words),
+            "loss_mlm": (out.mlm_sum, words),
+            "loss_id": (out.id_sum, 2 * self.config.train.global_batch),
+        }
+        return {name: part * (world / count) for name, (part, count) in sums.items() if part is not None}
 
     # -- inputs --------------------------------------------------------------------------------------------------
 
@@ -245,39 +229,43 @@ class StepRunner:
         own = slice(first, first + len(ids))
         return masked[own], at[own]
 
+    def _common(self, step: int, objects: Tensor, micro: list[MicroBatch]) -> Common:
+        c = self.config
+        ramped = ramp(step, c.train.max_steps, c.loss.guide_from, c.loss.guide_full)
+        all_objects = collectives.gather(objects)
+        active = rows = None
+        if c.loss.uses_references:
+            active = self.bank.select(all_objects, step)
+            rows = self.bank.fetch(active)
+            if c.reference.init == "mean" and step < c.loss.guide_from * c.train.max_steps:
+                rows = rows.detach()  # they follow first
+        return Common(all_objects, active, rows, ramped, self._masked_words(micro))
+
     def _masked_words(self, micro: list[MicroBatch]) -> Tensor:
-        """Number of masked words in the global batch, at least 1."""
-        if micro[0].masked is None:
+        """Number of masked words in the global batch, at least 1: ()."""
+        masks = [m.masked[1] for m in micro if m.masked is not None]
+        if not masks:
             return torch.ones((), device=self.device)
-        count = torch.stack([m.masked[1].sum() for m in micro if m.masked is not None]).sum().float()
+        count = torch.stack([mask.sum() for mask in masks]).sum().float()
         return collectives.sum_over_ranks(count[None])[0].clamp(min=1)
 
-    def _masked(self, m: MicroBatch, active: Tensor | None, rows: Tensor | None) -> Masked | None:
+    def _masked(self, m: MicroBatch, common: Common) -> Masked | None:
         if m.masked is None:
             return None
         own = None
-        if active is not None and rows is not None:
-            own = torch.nn.functional.normalize(rows[torch.searchsorted(active, m.objects)], dim=-1)  # (b, K, d)
+        if common.active is not None and common.rows is not None:
+            own = common.rows[torch.searchsorted(common.active, m.objects)]
+            own = torch.nn.functional.normalize(own, dim=-1)  # (b, K, d)
         return Masked(m.masked[0], m.masked[1], m.ids, own)
-
-    def _references(self, all_objects: Tensor, step: int) -> tuple[Tensor | None, Tensor | None]:
-        if not self.needs_references:
-            return None, None
-        active = self.bank.select(all_objects, step)
-        rows = self.bank.fetch(active)
-        c = self.config
-        follows_first = c.reference.init == "mean" and step < c.loss.guide_from * c.train.max_steps
-        return active, rows.detach() if follows_first else rows
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout depends on (seed, step, rank): a resumed run draws what the undisturbed one would have drawn."""
         torch.manual_seed(((self.config.train.seed * 7_000_003 + step) * 4096 + collectives.rank()) % (1 << 62))
 
 
-def _values(**losses: Tensor) -> Tensor:
-    """The named ones of LOSSES as a vector, detached, the others 0."""
-    zero = torch.zeros_like(losses["loss"])
-    return torch.stack([losses.get(name, zero) for name in LOSSES]).detach()
+def _features(out: Output) -> tuple[Tensor, Tensor]:
+    assert out.image is not None and out.text is not None
+    return out.image, out.text
 
 
 def _writable(array: Any) -> Any:
@@ -293,11 +281,3 @@ def _set_random_state(device: torch.device, state: Any) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
-
-
-def ramp(step: int, max_steps: int, start: float, full: float) -> float:
-    """Weight in [0, 1] of a loss that ramps in linearly between two shares of training."""
-    done = step / max(max_steps, 1)
-    if done >= full:
-        return 1.0
-    return 0.0 if done < start else (done - start) / (full - start)

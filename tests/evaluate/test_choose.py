@@ -46,6 +46,12 @@ def test_a_small_val_keeps_the_cap_that_larger_galleries_need(make_config: Calla
     assert {s.top_p for s in config_grid(make_config({"eval.top_p": 0}))} == {None}
 
 
+def test_references_of_caption_weights_alone_take_part(make_config: Callable[..., Config]) -> None:
+    """Training keeps them, so the space that results are refined in is theirs."""
+    config = make_config({"loss.w_guide": 0.0, "loss.w_fuse": 0.0, "loss.caption_weight": 5.0})
+    assert trained_space(config, np.ones((3, 1, 4), np.float32)) is not None
+
+
 def test_only_trained_references_take_part(make_config: Callable[..., Config]) -> None:
     references = unit(np.random.default_rng(1), 5, 2, 8)
     references[3] = 0  # an object that no step has visited

@@ -216,7 +216,7 @@ def test_figures_take_the_colours_of_the_page():
     html = render()
     assert not [colour for colour in CSS_COLOURS if colour in html]
     assert "var(--series-1)" in html and "var(--ink)" in html
-    html = render(history=[{"step": i, **dict.fromkeys(report._LOSSES, 1.0 + i)} for i in (1, 2)])
+    html = render(history=[{"step": i, **dict.fromkeys(report.LOSSES, 1.0 + i)} for i in (1, 2)])
     assert set(re.findall(r"var\((--[\w-]+)\)", html)) <= set(re.findall(r"(--[\w-]+):", html)), (
         "a colour is not defined"
     )

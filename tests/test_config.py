@@ -149,11 +149,14 @@ def test_derived_sizes():
     ("train.workers", 0), ("train.max_steps", 0), ("train.images_per_object", -1), ("data.readers", 0),
     ("reference.per_object", 0), ("data.flip", 1.5), ("loss.mask_rate", -0.1), ("reference.momentum", 1.01),
     ("loss.tau", 0.0), ("loss.tau", 0.005), ("reference.tau", -1.0), ("train.lr", 0.0),
+    ("data.image_height", 0), ("data.image_width", -16), ("data.crop_padding", -3), ("data.colour_jitter", -1.0),
+    ("model.embed_dim", 0), ("train.seed", 2**63), ("data.image_std", [0.2, 0.0, 0.2]), ("data.image_std", [0.2]),
+    ("data.image_mean", [0.5, 0.5]), ("data.image_mean", [float("nan"), 0.5, 0.5]),
 ])  # fmt: skip
 def test_values_out_of_range_are_named(name, value):
     section, key = name.split(".")
     with pytest.raises(ConfigError, match=f"`{name}`.*{re.escape(str(value))}"):
-        from_dict({"model": MODEL, section: {key: value}})
+        from_dict({"model": MODEL} | {section: (MODEL if section == "model" else {}) | {key: value}})
 
 
 def test_combinations_that_cannot_work():

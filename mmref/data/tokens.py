@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from mmref.packages import local_name
 from mmref.storage import retry
 
 MASK_TOKEN = "<|mask|>"
+SAID = 400  # characters of an error of transformers, which may list every tokenizer it knows
 
 
 class Tokens:
@@ -55,7 +57,7 @@ def tokenizer_path(config: Config) -> str:
 
 
 def load_tokens(config: Config) -> Tokens:
-    """Tokenizer of a config. Raises ModelError that names the place that was tried."""
+    """Tokenizer of a config. Raises ModelError that names the place that was tried, or leaves no room for a word."""
     from transformers import AutoTokenizer
 
     path = local_name(tokenizer_path(config))
@@ -63,9 +65,16 @@ def load_tokens(config: Config) -> Tokens:
         with _local(path) as folder:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        said = textwrap.shorten(str(error), SAID, placeholder=" ...")
         raise ModelError(
-            f"no tokenizer at {path}: {error}. Set `data.tokenizer` to a hub id or a directory with tokenizer.json."
+            f"no tokenizer at {path}: {said}. Set `data.tokenizer` to a hub id or a directory with tokenizer.json."
         ) from error
+    special = tokenizer.num_special_tokens_to_add()
+    if config.data.max_tokens <= special:  # nothing of a caption would be left, and every text the same
+        raise ModelError(
+            f"data.max_tokens {config.data.max_tokens} leaves no word of a caption: the tokenizer at {path} puts {special} "
+            f"special tokens around it. Set data.max_tokens to at least {special + 1}."
+        )
     return Tokens(tokenizer, config.data.max_tokens)
 
 

@@ -74,3 +74,14 @@ def test_the_path_is_the_first_that_is_set(make_config):
 def test_a_missing_tokenizer_is_named(make_config, tmp_path):
     with pytest.raises(ModelError, match=rf"no tokenizer at {tmp_path}/nothing.*`data.tokenizer`"):
         load_tokens(make_config({"data.tokenizer": str(tmp_path / "nothing")}))
+
+
+@pytest.mark.parametrize("room, works", [(1, False), (2, False), (3, True)])
+def test_a_caption_without_room_for_a_word_is_named(make_config, room, works):
+    config = make_config({"data.max_tokens": room})
+    if works:
+        ids, _ = load_tokens(config)(["red circle", "grey star"])
+        assert (ids[0] != ids[1]).any()
+    else:
+        with pytest.raises(ModelError, match=rf"max_tokens {room} leaves no word.*2 special tokens.*at least 3"):
+            load_tokens(config)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,8 @@ from mmref.model.frozen import FrozenTokens
 from mmref.packages import IMPORT, imported, local_name
 
 DRIVEN = ("clip", "metaclip_2", "siglip")  # families of dual encoders that are tested
+NOT_IN_EVERY_FILE = ("pooler", "mask_token", "logit_")  # weights a tower may start without: trained anew, or not read
+SAID = 400  # characters of a foreign error: transformers lists every model it knows
 TRIED_TOKENS, TRIED_PX = 8, 64  # of the forward pass that tries towers, where nothing else is known
 
 
@@ -43,8 +46,9 @@ def _named_errors(what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # transformers, its hub client and safetensors each have errors of their own
+        said = textwrap.shorten(str(error), SAID, placeholder=" ...")
         raise ModelError(
-            f"{what} cannot be loaded: {error}. Give a hub id, a directory written by save_pretrained, "
+            f"{what} cannot be loaded: {said}. Give a hub id, a directory written by save_pretrained, "
             f"or a `*_config` mapping with a `model_type` that transformers knows or an `import` path."
         ) from error
 
@@ -55,7 +59,8 @@ def tower_config(name: str, config: dict[str, Any] | None, what: str) -> Pretrai
         if name:
             return AutoConfig.from_pretrained(local_name(name), trust_remote_code=False)
         values = dict(config or {})
-        model_type = values.pop("model_type")
+        if not (model_type := values.pop("model_type", None)):
+            raise ValueError("its `model_type` is missing")
         return AutoConfig.for_model(model_type, **values)
 
 
@@ -123,10 +128,13 @@ def _forward(config: ModelConfig, size: tuple[int, int] | None, real: bool) -> N
             torch.zeros(2, 3, *(size or backbone.native_size or [TRIED_PX] * 2))
         )
         text, text_tokens = backbone.encode_text(ids, torch.ones_like(ids))
-    if not image.shape == text.shape == (2, backbone.embed_dim) or not image_tokens.dim() == text_tokens.dim() == 3:
+        backbone.text_model.get_input_embeddings()  # which grow for a mask token
+    features = image.shape == text.shape == (2, backbone.embed_dim)
+    widths = backbone.image_width, backbone.text_width
+    if not features or any(t.dim() != 3 or t.shape[2] != w for t, w in zip((image_tokens, text_tokens), widths)):
         raise ValueError(
             f"features of shape {tuple(image.shape)} for images and {tuple(text.shape)} for texts, tokens of "
-            f"{tuple(image_tokens.shape)} and {tuple(text_tokens.shape)}"
+            f"{tuple(image_tokens.shape)} and {tuple(text_tokens.shape)} where {widths[0]} and {widths[1]} wide ones are expected"
         )
 
 
@@ -149,10 +157,22 @@ def _no_features(config: ModelConfig, size: tuple[int, int] | None, error: Excep
 
 
 def load_tower(name: str, config: dict[str, Any] | None, what: str) -> Any:
-    """A transformers model by hub id or directory (`name`), with random weights from `config`, or from an import path."""
+    """A transformers model by hub id or directory (`name`), with random weights from `config`, or from an import path.
+
+    Raises ModelError, also for a directory whose weights are not all there: transformers fills up with random ones.
+    """
     with _named_errors(f"{what} {name or config}"):
         if name:
-            return AutoModel.from_pretrained(local_name(name), dtype=torch.float32, trust_remote_code=False)
+            tower, info = AutoModel.from_pretrained(
+                local_name(name), dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
+            lacking = sorted(key for key in info["missing_keys"] if not any(part in key for part in NOT_IN_EVERY_FILE))
+            if lacking:
+                raise ModelError(
+                    f"{what} {name}: its files hold no weights for {len(lacking)} of the model's tensors, such as {lacking[0]}; "
+                    "they would start at random. Give the files of this very model: its config and its weights belong together."
+                )
+            return tower
         if IMPORT in (config or {}):
             return _imported_tower(dict(config or {}), what)
         return AutoModel.from_config(tower_config(name, config, what))

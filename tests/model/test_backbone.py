@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_set import BERT, CONVNEXT, VIT
 from transformers import AutoConfig, AutoModel
 
@@ -226,6 +227,38 @@ def test_a_directory_without_a_model_is_a_named_error(tmp_path):
     with pytest.raises(ModelError, match="save_pretrained") as raised:
         load_tower(str(tmp_path), None, "model.dual")
     assert str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "kept, found", [("text", "vision_model."), ("", "logit|text_model.|vision_model."), ("all", None)]
+)
+def test_weights_that_are_not_there_are_not_made_up(kept, found, tmp_path):
+    model = AutoModel.from_config(AutoConfig.for_model(**CLIP))
+    weights = model.state_dict()
+    model.save_pretrained(tmp_path)
+    given = {n: w for n, w in weights.items() if kept and ("vision" not in n or kept == "all")}
+    save_file(given or {f"other.{n}": w for n, w in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    if found is None:
+        loaded = load_tower(str(tmp_path), None, "model.dual").state_dict()
+        assert all(torch.equal(weights[n], loaded[n]) for n in weights)
+    else:
+        with pytest.raises(ModelError, match=rf"{tmp_path}: its files hold no weights for \d+ .* such as ({found})"):
+            load_tower(str(tmp_path), None, "model.dual")
+
+
+def test_a_pooler_may_start_anew(tmp_path):
+    model = AutoModel.from_config(AutoConfig.for_model(**BERT))
+    model.save_pretrained(tmp_path)
+    weights = {n: w for n, w in model.state_dict().items() if "pooler" not in n}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load_tower(str(tmp_path), None, "model.text").state_dict()
+    assert all(torch.equal(weights[n], loaded[n]) for n in weights)
+
+
+def test_a_long_list_of_known_models_is_cut():
+    with pytest.raises(ModelError) as raised:
+        load_tower("", {"model_type": "klip"}, "model.dual")
+    assert "klip" in str(raised.value) and len(str(raised.value)) < 1000
 
 
 def test_single_towers_are_no_dual_encoder():

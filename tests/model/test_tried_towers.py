@@ -36,6 +36,14 @@ FAIL = {
         "num_output_groups": [2, 1, 0]}},
     "xclip": {"projection_dim": 8, "vision_config": VISION, "text_config": {**TEXT, "eos_token_id": 2}},
 }  # fmt: skip
+WITHOUT_PLACES = {  # families whose features are sound, but not what heads and masked captions need of them
+    "altclip": {
+        "projection_dim": 8,
+        "vision_config": VISION,
+        "text_config": {**TEXT, "project_dim": 8, "pad_token_id": 1},
+    },
+    "owlvit": {"projection_dim": 8, "vision_config": VISION, "text_config": TEXT},
+}
 NONE = {
     "flava": {"image_config": VISION, "text_config": TEXT, "multimodal_config": SIZES},
     "clap": {"projection_dim": 8, "text_config": TEXT},
@@ -63,6 +71,15 @@ def test_families_that_give_no_features_are_named(family, kind, tmp_path):
         check_towers(config, None, (16, 16))
     with pytest.raises(ModelError, match=f"family `{family}`"):  # without the check before a run
         build_backbone(config, 40)
+
+
+@pytest.mark.parametrize(
+    "family, said", [("altclip", "(2, 8, 8) where 16 and 16 wide"), ("owlvit", "get_input_embeddings")]
+)
+def test_tokens_of_another_width_and_fixed_vocabularies_are_named(family, said):
+    with pytest.raises(ModelError, match=f"family `{family}`") as raised:
+        check_towers(ModelConfig(dual_config={"model_type": family, **WITHOUT_PLACES[family]}), None, (16, 16))
+    assert said in str(raised.value)
 
 
 @pytest.mark.parametrize("family", NONE)

@@ -29,6 +29,10 @@ ELASTIC_START_TIMEOUT_S = "10"
 START_ATTEMPTS = 3
 RESIZE_CHECK_S = 30.0  # how often a group with fewer workers than asked for looks for places
 DATA = "data_fingerprint"  # file of a run
+OF_OTHERS = (
+    "manifest.json",
+    "model.safetensors",
+)  # what a shard set or an index, or an export, holds, and a run does not
 LEFT = {
     DRAIN: "a node is being taken away: the workers checkpointed and left it",
     GROW: "there are places for more workers: they checkpointed to start again with more",
@@ -83,7 +87,12 @@ def check_inputs(config: Config) -> None:
 
 
 def prepare_run(config: Config, run: RunDir) -> None:
-    """Write the resolved config. Raises RunDirectoryError for another config's run."""
+    """Write the resolved config. Raises RunDirectoryError for another config's run, or what another command wrote."""
+    if found := next((name for name in OF_OTHERS if run.exists(name)), None):
+        raise RunDirectoryError(
+            f"{run.path} is no run's: it holds {found}, as a shard set, an index or an export does, whose files would be "
+            "overwritten. Give another `--run_dir`."
+        )
     data = data_fingerprint(config)
     if run.exists("config.yaml"):
         before = run.read_config()

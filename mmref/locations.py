@@ -59,9 +59,11 @@ def expanded(place: str) -> str:
     Shells leave `~` alone behind `=` and in quotes, and nothing expands it or a variable in a YAML file.
 
     Raises PathError where a folder of that very name would be made in silence: an empty path, a user that is not known here, a
-    variable that nothing expanded, a URL with one slash.
+    variable that nothing expanded, a URL with one slash or with nothing behind its slashes.
     """
     if is_url(place):
+        if not place.partition("://")[2].strip("/"):
+            raise PathError(f"{place} is a URL without a place: write {place.partition('://')[0]}://BUCKET/FOLDER.")
         return place
     if not place.strip() or "\0" in place:
         raise PathError(f"{place!r} is no path: give one, or leave the option out.")

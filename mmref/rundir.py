@@ -75,8 +75,9 @@ class RunDir:
                 file.write(b"mmref")
             self.fs.rm(probe)
         except Exception as error:  # every file system has its own exceptions
+            said = str(error) or type(error).__name__  # http's has no text
             raise RunDirectoryError(
-                f"run directory {self.path} cannot be written: {error}. Choose another with `--run_dir`."
+                f"run directory {self.path} cannot be written: {said}. Choose another with `--run_dir`."
             ) from None
 
     @contextlib.contextmanager

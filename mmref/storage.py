@@ -27,7 +27,7 @@ PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirector
 PERMANENT_CODES = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EROFS, errno.ENOTSUP, errno.ENXIO}
 FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the limit on a file's size
 # libraries below fsspec whose errors are not OSErrors
-CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure")
+CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "httpx", "httpcore")
 
 log = logging.getLogger("mmref")
 

@@ -41,6 +41,8 @@ def test_places(home, tmp_path):
         ("$HOME/x", "holds $HOME, which nothing expands"),
         ("/scratch/$USER/x", "holds $USER, which nothing expands"),
         ("/scratch/${USER}-x", "holds ${USER}, which nothing expands"),
+        ("s3://", "s3:// is a URL without a place"),
+        ("file:///", "file:/// is a URL without a place"),
         ("s3:/bucket/x", "is a URL with one slash: write s3://bucket/x"),
     ],
 )

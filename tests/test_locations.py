@@ -2,6 +2,7 @@
 
 import errno
 import os
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -66,6 +67,17 @@ def test_mounted_storage_is_waited_for_as_a_network_is(tmp_path, monkeypatch, co
     monkeypatch.setattr(storage, "PATIENCE_S", 0.01)
     with pytest.raises(StorageError, match=f"cannot read {tmp_path}/x: "):
         read_bytes(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("library", ["aiohttp", "httpx"])
+def test_libraries_below_urls_with_errors_of_their_own_are_waited_for(library, monkeypatch):
+    failed = {"aiohttp": "ClientConnectionError", "httpx": "ConnectError"}[library]
+    error = getattr(pytest.importorskip(library), failed)("no way there")
+    memory = file_system("memory://bucket")[0]
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(type(memory), "cat_file", Mock(side_effect=error))
+    with pytest.raises(StorageError, match=f"cannot read memory://bucket/x: {failed}: no way there"):
+        read_bytes("memory://bucket/x")
 
 
 def test_answers_are_not_waited_for(tmp_path, monkeypatch):

@@ -53,12 +53,25 @@ def private_folder(base: str) -> str:
 
 
 def write_token() -> None:
-    """Have a token where Ray looks for it, readable to this user alone: Ray would write it for everybody to read."""
-    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+    """Have a token where Ray looks for it, readable to this user alone: Ray would write it for everybody to read.
 
+    In the home directory, or, where nothing can be written there (a container's user without one), in a private folder.
+    """
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
-    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path = Path.home() / ".ray" / "auth_token"
+        _have_token(path)
+    except (OSError, RuntimeError):  # RuntimeError: no home directory is known
+        path = Path(private_folder(tempfile.gettempdir())).parent / "auth_token"
+        _have_token(path)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def _have_token(path: Path) -> None:
+    """A token in a file of this user alone, the one that is there or a new one. Raises OSError."""
+    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # of mode 0600

@@ -238,6 +238,18 @@ def test_a_token_is_made_for_this_user_alone_and_kept(tmp_path: Path, monkeypatc
     assert token.read_text() == written and [p.name for p in token.parent.iterdir()] == ["auth_token"]
 
 
+@pytest.mark.parametrize("home", ["/proc/nothing", "/dev/null"])
+def test_a_token_needs_no_home_directory(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "")  # so that what is set here ends with the test
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    write_token()
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert token.parent.parent == tmp_path and token.parent.stat().st_mode & 0o777 == 0o700
+    assert len(token.read_text()) == 64 and token.stat().st_mode & 0o777 == 0o600
+
+
 def test_sessions_lie_where_nobody_else_looks(short_folder: Path) -> None:
     own = short_folder / f"mmref-{os.getuid()}"
     assert private_folder(str(short_folder)) == f"{own}/ray" and own.stat().st_mode & 0o777 == 0o700

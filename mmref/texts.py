@@ -113,8 +113,9 @@ class _DistinctKeys(yaml.SafeLoader):
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[Hashable, int] = {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
-                name, line = self.construct_object(key), key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                name = MERGE if key.tag == MERGE else self.construct_object(key)
+                line = key.start_mark.line + 1
                 if name in lines:
                     raise _KeyTwiceError(
                         f"`{key.value}` is given twice, in line {lines[name]} and in line {line}: keep one of them."

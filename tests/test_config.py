@@ -65,6 +65,7 @@ def test_values_have_the_types_of_their_fields(file):
     ({"loss": {"w_guid": 3}}, "loss.w_guid", "loss.w_guide"),
     ({"global_batch": 3}, "global_batch", "train.global_batch"),
     ({"xyzzy": 3}, "xyzzy", "--help"),
+    ({"train.lr": 3}, "train.lr", "in its section: `train:` and, indented below, `lr: ...`"),
 ])  # fmt: skip
 def test_unknown_key_in_a_file_names_the_file_and_the_nearest(file, content, found, meant):
     path = file(**content)
@@ -100,6 +101,28 @@ def test_wrong_type_in_a_file(file):
         load_config(["--config", file(train={"workers": "many"})])
     with pytest.raises(ConfigError, match="`train` is a section"):
         load_config(["--config", file(train=3)])
+
+
+@pytest.mark.parametrize("content, name", [
+    ({"run_dir": None}, "run_dir"), ({"train": {"lr": None}}, "train.lr"), ({"data": {"mix": None}}, "data.mix"),
+])  # fmt: skip
+def test_a_field_without_a_value_is_named(file, content, name):
+    """`run_dir: ~` is no home directory to YAML, and nothing behind a colon no default."""
+    with pytest.raises(ConfigError, match=f"`{name}` has no value"):
+        load_config(["--config", file(**content)])
+
+
+def test_names_of_shard_sets_are_texts(file):
+    with pytest.raises(ConfigError, match=r"`data.mix` names the shard set 2024, which YAML reads as a int: quote it"):
+        load_config(["--config", file(data={"mix": {2024: 0.1}})])
+    assert load_config(["--config", file(data={"mix": {"2024": 0.1}})]).data.mix == {"2024": 0.1}
+
+
+@pytest.mark.parametrize("argv", [["--data.mix", "{a: 0.1, a: 0.2}"], ["--data.mix={a: 0.1, 'a': 0.2}"]])
+def test_a_key_that_the_command_line_gives_twice(file, argv):
+    with pytest.raises(ConfigError, match=r"--data\.mix: `a` is given twice"):
+        load_config(["--config", file(), *argv])
+    assert load_config(["--config", file(), "--data.mix", "{a: 0.1}"]).data.mix == {"a": 0.1}
 
 
 @pytest.mark.parametrize("text, said", [("- a\n- b\n", "list"), ("a: [1", "not YAML"), (None, "cannot be read")])

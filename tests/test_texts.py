@@ -84,6 +84,7 @@ def test_missing_files_and_pipes(tmp_path: Path) -> None:
         ("a: [1, {b: 1, b: 2}]", "`b` is given twice, in line 1 and in line 1"),
         ("rows:\n  'x': {}\n  x: {}\n", "`x` is given twice, in line 2 and in line 3"),
         ("1: a\n0x1: b\n", "`0x1` is given twice"),
+        ("a: &a {x: 1}\nb: &b {x: 2}\nc:\n  <<: *a\n  <<: *b\n", "`<<` is given twice, in line 4 and in line 5"),
         ("a:\n\tb: 1\n", "line 2, column 1 is not YAML.*tabs"),
         ("a: 1\n---\nb: 2\n", "not YAML: expected a single document"),
         ("a: 2024-02-31\n", "not YAML: day is out of range"),

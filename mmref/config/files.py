@@ -40,7 +40,7 @@ def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
 
 
 def _check_keys(given: dict[str, Any], cls: type, where: str, prefix: str = "") -> None:
-    """Raise ConfigError for the first key of a nested dict that is no field, naming the nearest one."""
+    """Raise ConfigError for the first key of a nested dict that is no field, naming the nearest one, or that has no value."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in given.items():
         if key not in fields:
@@ -51,6 +51,11 @@ def _check_keys(given: dict[str, Any], cls: type, where: str, prefix: str = "") 
             if not isinstance(value, dict):
                 raise ConfigError(f"{where}: `{prefix}{key}` is a section and takes keys below it, found {value!r}.")
             _check_keys(value, type(default), where, f"{prefix}{key}.")
+        elif value is None and fields[key].default is not None:
+            raise ConfigError(
+                f"{where}: `{prefix}{key}` has no value: give one, or leave the line out. To YAML `~` alone is none, nor is "
+                "`null`; in quotation marks they are texts."
+            )
 
 
 def unknown_key(key: str, where: str) -> ConfigError:
@@ -67,6 +72,9 @@ def unknown_key(key: str, where: str) -> ConfigError:
 
     near = max(known_keys() + sections, key=closeness)
     hint = f" Did you mean `{near}`?" if closeness(near)[0] >= 0.7 else " `mmref train --help` lists all keys."
+    section, dot, name = key.partition(".")
+    if key == near and dot:  # as flags are written
+        hint = f" A file has it in its section: `{section}:` and, indented below, `{name}: ...`."
     return ConfigError(f"{where}: unknown config key `{key}`.{hint}")
 
 
@@ -92,10 +100,13 @@ def load_config(argv: list[str]) -> Config:
     import jsonargparse
 
     argv = _with_values(argv)
-    for word in argv:
-        name = word[2:].split("=")[0].removesuffix("+")
+    for word, following in zip(argv, [*argv[1:], ""]):
+        name, given, value = word[2:].partition("=")
+        name = name.removesuffix("+")
         if word.startswith("--") and name not in {"config", "help", "print_config"} and not _is_key(name):
             raise unknown_key(name, "command line")
+        if (name == "data.mix" or "_config" in name) and (text := value if given else following).startswith("{"):
+            parse_yaml(text, f"--{name}", ConfigError)  # a key that is given twice is one too many here as well
     parser = build_parser()
     try:
         parsed = parser.parse_args(argv)
@@ -196,10 +207,14 @@ def with_absolute_paths(config: Config) -> Config:
 def with_places(config: Config, to: Callable[[str], str]) -> Config:
     """A checked copy in which every path has passed through `to`; hub ids and names of packages are left alone.
 
-    Raises ConfigError where two shard sets of `data.mix` are one and the same.
+    Raises ConfigError where two shard sets of `data.mix` are one and the same, or one has no text for its name.
     """
     values = to_dict(config)
     mix = values["data"]["mix"]
+    if odd := [root for root in mix if not isinstance(root, str)]:
+        raise ConfigError(
+            f"`data.mix` names the shard set {odd[0]!r}, which YAML reads as a {type(odd[0]).__name__}: quote it."
+        )
     values["data"]["mix"] = {to(root): share for root, share in mix.items()}
     if len(values["data"]["mix"]) < len(mix):
         raise ConfigError(f"`data.mix` names a shard set twice: {', '.join(mix)}.")

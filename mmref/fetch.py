@@ -35,8 +35,11 @@ SIGNATURE = re.compile(r"(^|&)(x-amz-signature|x-goog-signature|signature|sig)="
 
 
 def locate(ref: str, root: str) -> str:
-    """Path or URL of an image cell: a URL, `~` or an absolute path, or relative to `root`."""
+    """Path or URL of an image cell: a URL, `~` or an absolute path, or relative to `root`. `./a.png` is `a.png`."""
     ref = os.path.expanduser(ref) if ref.startswith("~") else ref
+    if not is_url(ref):
+        parts = "/".join(part for part in ref.split("/") if part != ".")
+        ref = parts if os.path.isabs(ref) else parts.lstrip("/")
     return ref if is_url(ref) or os.path.isabs(ref) else join(root, ref)
 
 

@@ -281,6 +281,10 @@ def _parquet(place: str) -> Table:
 
 def _cells(column: Any) -> list[Any]:
     """Values of an Arrow array; where one has no Python value (text that is no UTF-8, the year 20000), that one alone is none."""
+    import pyarrow as pa
+
+    if pa.types.is_float32(column.type):  # 0.1 of 32 bits is not 0.10000000149011612
+        column = column.cast(pa.string()).cast(pa.float64())
     try:
         return column.to_pylist()
     except (ValueError, OverflowError):

@@ -15,6 +15,7 @@ from mmref.fetch import locate, locate_inside, outside_most, read_location
 from mmref.locations import absolute
 from mmref.tables import Row, Table, read_table
 
+RESERVED = ("object_id", "image_id", "captions", "caption_kinds")  # fields that a set writes itself
 SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 
 
@@ -60,7 +61,7 @@ class TableSource:
         table = read_table(self.path)
         caption_columns, split_column = self._columns(table)
         needed = [self.image, self.object_id, *caption_columns, *self.keep, *([split_column] if split_column else [])]
-        images: dict[str, SourceImage] = {}
+        images: dict[str, SourceImage] = {}  # by their place, as `owner`
         objects: dict[str, SourceObject] = {}
         owner: dict[str, str] = {}
         outside: list[tuple[str, str]] = []
@@ -85,17 +86,18 @@ class TableSource:
                     f"{self.path}, row {row.number}: object {object_id!r} is in {item.split!r} and in {split!r}. "
                     f"Splits are by object: give all of its rows one {split_column}."
                 )
-            if owner.setdefault(image, object_id) != object_id:
+            place = locate(image, self.image_root)
+            if owner.setdefault(place, object_id) != object_id:
                 raise SourceError(
-                    f"{self.path}, row {row.number}: image {image!r} belongs to the objects {owner[image]!r} and "
+                    f"{self.path}, row {row.number}: image {image!r} belongs to the objects {owner[place]!r} and "
                     f"{object_id!r}. An image shows one object: copy the file under another name if that is meant."
                 )
-            if image not in images:
-                images[image] = SourceImage(image, image, [], [] if len(caption_columns) > 1 else None, extra)
-                item.images.append(images[image])
+            if place not in images:
+                images[place] = SourceImage(image, image, [], [] if len(caption_columns) > 1 else None, extra)
+                item.images.append(images[place])
             for column, found in texts.items():
-                images[image].captions.extend(found)
-                if (kinds := images[image].caption_kinds) is not None:
+                images[place].captions.extend(found)
+                if (kinds := images[place].caption_kinds) is not None:
                     kinds.extend([column] * len(found))
         if why := outside_most(self.path, self.image_root, outside, count):
             raise SourceError(why)
@@ -108,6 +110,10 @@ class TableSource:
         options = {self.image: "--image", self.object_id: "--object-id", **dict.fromkeys(captions, "--captions")}
         options.update(dict.fromkeys([split] if split else [], "--split") | dict.fromkeys(self.keep, "--keep"))
         table.require(options)
+        if lost := [name for name in self.keep if name in RESERVED and name != self.object_id]:
+            raise SourceError(
+                f"--keep {lost[0]}: a sample has a field of that name already, of the set's own: rename the column to keep it."
+            )
         return captions, split
 
     def _needed(self, row: Row, column: str) -> str:

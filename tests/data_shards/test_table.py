@@ -89,6 +89,23 @@ def test_contradictions(tmp_path, change, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("spelled", ["./a.png", ".//a.png", "././a.png"])
+def test_two_spellings_of_a_path_are_one_image(tmp_path, spelled):
+    first, second = ({"image": image, "object_id": "1", "caption": image} for image in ("a.png", spelled))
+    (found,) = TableSource(write(tmp_path / "t.csv", [first, second])).objects()
+    assert [(image.image_id, image.captions) for image in found.images] == [("a.png", ["a.png", spelled])]
+    with pytest.raises(SourceError, match="belongs to the objects '1' and '2'"):
+        TableSource(write(tmp_path / "t.csv", [first, {**second, "object_id": "2"}])).objects()
+
+
+def test_a_field_of_the_set_is_not_kept(tmp_path):
+    """It would be lost in silence."""
+    path = write(tmp_path / "t.csv", [{"image": "a.png", "object_id": "1", "caption": "x", "image_id": "7"}])
+    with pytest.raises(SourceError, match="--keep image_id: a sample has a field of that name already"):
+        TableSource(path, keep=["image_id"]).objects()
+    assert TableSource(path, keep=["object_id"]).objects(), "the same value"
+
+
 def test_unreadable_tables(tmp_path):
     for name, text, words in [
         ("t.xlsx", "", "ending"),

@@ -39,12 +39,14 @@ from mmref.evaluate.refinement import (
     reference_similarity,
     refine,
 )
+from mmref.fetch import read_location
+from mmref.locations import read_bytes
 from mmref.model.mmref import MMRef, build_model
 
 FORMAT = 1
 T = TypeVar("T")
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
-"""A file, its bytes, a PIL image, or an RGB array (H, W, 3) uint8."""
+"""A file or URL, its bytes, a PIL image, or an RGB array (H, W, 3) uint8."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,12 @@ def read_image(image: ImageLike, height: int, width: int, name: str) -> NDArray[
     if isinstance(image, bytes):
         return decode_image(image, height, width, name)
     try:
-        return decode_image(Path(image).read_bytes(), height, width, str(image))
+        place = os.fspath(image)
+        # what is there may also be a pipe, as the shell's <(...) makes
+        data = read_bytes(place) if os.path.exists(place) else read_location(place)
     except OSError as error:
-        raise SampleError(f"{image}: cannot be read: {error.strerror}.") from None
+        raise SampleError(f"{image}: cannot be read: {error.strerror or error}.") from None
+    return decode_image(data, height, width, place)
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:

@@ -42,6 +42,7 @@ class Listing:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # what was left out (a row, a file), and why
     passed_over: dict[str, int] = field(default_factory=dict)  # files that are no images, by ending
     closed: list[str] = field(default_factory=list)  # folders that could not be looked into
+    columns_left: dict[str, str] = field(default_factory=dict)  # columns of a table that are no metadata, and why
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,10 @@ def _list_table(source: str, columns: TableColumns) -> Listing:
                 outside.append(skipped[-1])
     if why := outside_most(source, root, outside, count):
         raise SearchIndexError(why)
-    return Listing(_as_table(list(items.rows.values()), list(items.extra)), _sample(items.captions), skipped)
+    # A list of captions is taken, as captions.
+    left = {name: why for name, why in items.left.items() if name not in items.of_captions}
+    rows = _as_table(list(items.rows.values()), list(items.extra))
+    return Listing(rows, _sample(items.captions), skipped, columns_left=left)
 
 
 class _TableItems:
@@ -226,6 +230,12 @@ class _TableItems:
         self.locate = locate if columns.allow_outside else locate_inside
         named = {columns.image, columns.object_id, columns.item_id, *RESERVED}
         self.kept = [name for name in table.names if name and name not in named]
+        own = [name for name in table.names if name in RESERVED]
+        self.left = {
+            name: "the index has its own"
+            for name in own
+            if name not in {columns.image, columns.object_id, columns.item_id}
+        }
         self.of_object = columns.object_id in table.names
         self.of_captions = table.caption_columns()
         used = [columns.image, *([columns.object_id] if self.of_object else [])]
@@ -239,7 +249,7 @@ class _TableItems:
 
     def take(self, row: Row) -> None:
         """Raises SampleError for a row that cannot be used, or gives an image another object or id."""
-        cell = _needed(row, self.columns.image)
+        cell = _needed(row, self.columns.image).removeprefix("./")
         name = id_of(cell) if self.columns.item_id is None else _needed(row, self.columns.item_id)
         image, known = unsigned(cell), self.rows.get(name)
         if (before := self._ids.get(image, name)) != name:
@@ -254,7 +264,7 @@ class _TableItems:
                 f"image {cell!r} belongs to the object {earlier!r} in an earlier row, here to {object_id!r}"
             )
         texts = [text for column in self.of_captions for text in row.texts(column)]
-        fields = {k: v for k in self.kept if (v := _metadata(row, k)) is not None}
+        fields = {k: v for k in self.kept if (v := _metadata(row, k, self.left)) is not None}
         self.captions += texts
         if known is None:
             self.extra |= dict.fromkeys(fields)
@@ -269,7 +279,16 @@ def _needed(row: Row, column: str) -> str:
     return text
 
 
-def _metadata(row: Row, column: str) -> Any:
-    """A single value; times and decimals as text, None for lists and mappings."""
-    value = row.value(column)
-    return value if _is_scalar(value) else None if isinstance(value, list | dict) else str(value)
+def _metadata(row: Row, column: str, left: dict[str, str]) -> Any:
+    """A single value, times and decimals as text. None for lists, mappings and bytes that are no text, whose columns are added
+    to `left`. Raises SampleError."""
+    try:
+        value = row.value(column)
+    except SampleError:
+        if not isinstance(row.cells.get(column), bytes):
+            raise
+        value = []
+    if isinstance(value, list | dict):
+        left[column] = "no single values"
+        return None
+    return value if _is_scalar(value) else str(value)

@@ -35,6 +35,7 @@ from mmref.retrieval.journal import KILLED
 from mmref.retrieval.segment import Segment, copy_rows, write_segment
 from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
 from mmref.storage import held, sync_files, told_when_full
+from mmref.terminal import printable
 from mmref.wholefolder import held_folder, write_whole
 
 VERSION = 1
@@ -427,7 +428,10 @@ def _not_taken(source: str, listing: Listing) -> list[dict[str, Any]]:
 def _passed_over(listing: Listing) -> list[str]:
     """What lies beside the images of a listing, in words."""
     count = sum(listing.passed_over.values())
-    return [f"{count:,} files passed over: {describe(listing.passed_over)}"] if count else []
+    lines = [f"{count:,} files passed over: {describe(listing.passed_over)}"] if count else []
+    if left := [f"{printable(name)} ({why})" for name, why in listing.columns_left.items()]:
+        lines.append(f"columns of the table that were not taken: {', '.join(left)}")
+    return lines
 
 
 def _build_vectors(

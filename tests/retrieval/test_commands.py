@@ -6,10 +6,13 @@ import builtins
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from mmref.cli import main
+from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
 
 
@@ -110,3 +113,31 @@ def test_errors_are_named_without_a_traceback(argv, said, split_index, capsys):
     assert main([part.format(index=split_index) for part in argv]) == 1
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+def test_columns_that_are_no_metadata(run, tmp_path, capsys):
+    """They are named, and cost no image."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / name)
+    columns = {
+        "image": ["a.png", "./b.png"], "id": [7, 8], "thumb": [b"\xff\xd8", b"\xff\xd8"], "tags": [["x"], ["y"]],
+        "kind": [b"bird", b"cat"], "caption": [["one"], ["two"]],
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    out = str(tmp_path / "out")
+    assert main(["index", str(tmp_path / "t.parquet"), "--model", str(run), "--out", out, "--workers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "not taken: id (the index has its own), thumb (no single values), tags (no single values)\n" in said
+    assert Searcher(out).items["kind"].to_pylist() == ["bird", "cat"] and not index.read_skipped(tmp_path / "out")
+    assert index.add(out, str(tmp_path), workers=0).items == 2, "./b.png is the b.png of the folder"
+
+
+def test_the_image_of_a_query_is_found_as_those_of_a_table(split_index, tmp_path, capsys):
+    """By a URL, and by a name in the other form of Unicode."""
+    path = tmp_path / "cafe\u0301.png"
+    Image.new("RGB", (20, 20), "red").save(path)
+    answers = set()
+    for image in (path, tmp_path / "caf\u00e9.png", path.as_uri()):
+        assert main(["search", str(split_index), "--image", str(image), "--top", "1", "--json"]) == 0
+        answers.add(json.dumps(json.loads(capsys.readouterr().out)["results"]))
+    assert len(answers) == 1

@@ -313,6 +313,8 @@ def test_other_names_and_other_sites_are_refused(client, split_index):
     assert client.get("/search?text=x", headers={"host": "localhost:8000"}).status_code == 200
     assert client.get("/search?text=x", headers={"sec-fetch-site": "cross-site"}).status_code == 403
     assert client.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200
+    assert client.get("/healthz", headers={"host": ""}).status_code == 200, "as balancers ask, by HTTP/1.0"
+    assert client.get("/metrics", headers={"host": ""}).status_code == 421
     elsewhere = client_of(split_index, access=Access(TOKEN), host="search.example")
     assert elsewhere.get("/healthz").status_code == 200, "where there is a token, any name will do"
 

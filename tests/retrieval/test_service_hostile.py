@@ -160,6 +160,16 @@ def test_who_leaves_in_the_middle_of_an_upload_is_no_error(split_index, caplog):
     assert not any("/search" in record.getMessage() or record.exc_info for record in caplog.records), caplog.text
 
 
+def test_what_is_no_http_behind_a_refused_request_is_no_error(split_index, caplog):
+    with listening(split_index) as service:
+        logging.getLogger("uvicorn.error").addHandler(caplog.handler)  # whose records go no further
+        for host in ("elsewhere", "localhost"):
+            head = f"POST /search HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+            assert everything(service.connect(head.encode())).startswith(b"HTTP/1.1 400")
+        logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    assert "Invalid HTTP request" in caplog.text and not any(record.exc_info for record in caplog.records), caplog.text
+
+
 # -- uploads, connections, answers -----------------------------------------------------------------------------------
 
 

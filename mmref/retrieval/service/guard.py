@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
+from h11 import LocalProtocolError
+
 from mmref.retrieval.service.access import Access, Rates
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.metrics import Metrics
@@ -89,7 +91,8 @@ class Guard:
             abort = transport.abort if transport else lambda: None
             exchange = Exchange(client, headers, transfer, send, abort)
             try:
-                await self._answer(scope, receive, exchange)
+                with contextlib.suppress(ClientLeft):
+                    await self._answer(scope, receive, exchange)
             finally:
                 exchange.flight.close()
                 route = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in BODIES else "other")
@@ -132,7 +135,11 @@ class Guard:
     def _check(self, scope: Scope, exchange: Exchange) -> None:
         """Raise Refused for a request that is not to be read."""
         headers, path, client = exchange.headers, scope["path"], exchange.client
-        if self.access.token is None and _host(headers.get("host", "")) not in self.access.hosts:
+        # balancers ask for the health without a host (HTTP/1.0), or by another name
+        known = (
+            self.access.token is not None or path == "/healthz" or _host(headers.get("host", "")) in self.access.hosts
+        )
+        if not known:
             message = f"the host {headers.get('host', '')[:100]!r} is not this service."
             raise refuse(421, "WrongHost", message, f"Ask for it by {' or '.join(self.access.hosts)}.")
         # the page's own requests say same-origin or none; another site's are refused before they cost anything
@@ -260,7 +267,12 @@ class Guard:
                 return
             exchange.flight.close()
             exchange.status = message["status"]
-            await exchange.send(message | {"headers": _with_headers(message["headers"])})
+            try:
+                await exchange.send(message | {"headers": _with_headers(message["headers"])})
+            except (
+                LocalProtocolError
+            ) as error:  # what followed the headers was no HTTP: uvicorn has answered and closed
+                raise ClientLeft from error
             return
         if exchange.refused and not exchange.status:
             return

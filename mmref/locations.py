@@ -121,7 +121,8 @@ def below(root: str, name: str) -> str:
     """The file that a manifest names, of the folder it describes.
 
     Raises:
-        ValueError: the name, or a link on the way, leads elsewhere. Whoever wrote the manifest may not be a friend.
+        ValueError: the name, or a link on the way, leads elsewhere, or to what keeps a reader waiting. Whoever wrote the
+            manifest may not be a friend.
     """
     parts = name.split("/") if isinstance(name, str) else []
     if not parts or any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts) or is_url(name):
@@ -133,7 +134,16 @@ def below(root: str, name: str) -> str:
             raise ValueError(
                 f"{path} is a link that leads out of {root}, to {found}: copy or link the whole folder instead"
             )
+        if why := endless(path):
+            raise ValueError(why)
     return path
+
+
+def endless(path: str) -> str:
+    """Why a local file cannot be read to its end, in words: it is a pipe, a socket or a device. "" for any other."""
+    if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):
+        return ""
+    return f"{path} is no file but a pipe, a socket or a device"
 
 
 def file_system(place: str, **options: Any) -> tuple[Any, str]:

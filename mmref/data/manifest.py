@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mmref.errors import ShardSetError
-from mmref.locations import below, join, read_bytes
+from mmref.locations import below, endless, is_url, join, read_bytes
 
 VERSION = 1
 AGAIN = "Build the shard set again."
@@ -22,6 +22,8 @@ def read_manifest(root: str) -> dict[str, Any]:
             files that lie elsewhere.
     """
     path = join(root, "manifest.json")
+    if not is_url(path) and (why := endless(path)):
+        raise ShardSetError(f"{why}. Copy the shard set again.")
     try:
         manifest = json.loads(read_bytes(path))
     except (PermissionError, IsADirectoryError) as error:
@@ -58,6 +60,7 @@ def _problem(root: str, split: str, entry: Any) -> str:
     if wrong := [name for name in COUNTS if not _is_count(entry.get(name))]:
         return f"its number of {wrong[0]} is {entry.get(wrong[0])!r:.100}"
     try:
+        below(root, "objects.parquet")
         below(root, f"{split}/{split}.index.parquet")
         for shard in entry["shards"]:
             if not isinstance(shard, dict):

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmref.errors import ModelMismatchError, SearchIndexError
-from mmref.locations import absolute, below, to_text
+from mmref.locations import absolute, below, endless, to_text
 from mmref.retrieval import bundle
 from mmref.retrieval.changes import compare, describe_changes, skipped_elsewhere
 from mmref.retrieval.embed import JOURNAL, PLACE, Chunks, embed, identity
@@ -64,6 +64,8 @@ class Manifest:
     def read(cls, index: Path) -> Manifest:
         """Raises SearchIndexError where there is no complete index of this version."""
         path = index / "manifest.json"
+        if why := endless(str(path)):
+            raise SearchIndexError(f"{why}: make the index again.")
         try:
             values = json.loads(path.read_text())
         except OSError:

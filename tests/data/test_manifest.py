@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmref.cli import main
 from mmref.data.manifest import read_manifest
 from mmref.data.shards import ShardSet
 from mmref.errors import ShardSetError
@@ -63,6 +64,23 @@ def test_links_out_of_the_set_are_refused(hostile, linked):
         (root / "train").symlink_to(root.parent / "elsewhere")
     with pytest.raises(ShardSetError, match="link that leads out of"):
         ShardSet.open(str(root))
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "objects.parquet", "train/train.index.parquet", "a shard", "a packed one"]
+)
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_pipe_keeps_nobody_waiting(hostile, name, command, capsys):
+    root, manifest, _ = hostile
+    shard = manifest["splits"]["train"]["shards"][0]
+    if name == "a packed one":
+        shard["packed"] = f"{shard['file']}.gz"
+        rewrite(root, manifest)
+    path = root / {"a shard": shard["file"], "a packed one": f"{shard['file']}.gz"}.get(name, name)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert main(["shards", command, str(root)]) == 1
+    assert f"{path} is no file but a pipe" in capsys.readouterr().err
 
 
 def test_a_set_behind_a_link_is_a_set(hostile):

@@ -354,6 +354,12 @@ def test_a_folder_of_something_else_is_no_index(text, tmp_path):
         index.Manifest.read(tmp_path)
 
 
+def test_an_index_whose_manifest_is_a_pipe_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(SearchIndexError, match="is no file but a pipe"):
+        Searcher(tmp_path)
+
+
 def test_a_damaged_index_is_named(own_index):
     features = own_index / "segments" / "000000" / "features.npy"
     features.write_bytes(features.read_bytes()[:-8])

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import resource
 import shutil
 import signal
 import sys
@@ -36,6 +37,7 @@ LOCAL_CPUS = 8  # logical: on a small machine, workers and readers share its cor
 MEMORY_SHARE = 0.3  # most of a machine's memory that the object store of a local cluster takes
 START_LIMIT_S, NOTICE_S = 180.0, 20.0  # until Ray must have started; until what is waited for is said
 SOCKET, SOCKET_BYTES = "sockets/plasma_store", 107  # the longest of a session; what a Unix socket's name may have
+FILES, FILES_NEEDED = 65_536, 128  # open at once: as Ray's makers advise; with half of that it waits without a word
 SHM_NEEDED = 10e9  # bytes: from here on Ray insists on /dev/shm; a smaller object store may lie in /tmp
 
 
@@ -215,6 +217,26 @@ def _fits(folder: str) -> bool:
     return len(os.fsencode(f"{folder}/session_2026-01-01_00-00-00_000000_{os.getpid()}/{SOCKET}")) <= SOCKET_BYTES
 
 
+def raise_file_limit() -> int:
+    """Let this process open as many files at once as the system allows it, up to FILES; how many these are then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # some systems say "unlimited" and mean less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def need_files() -> None:
+    """Raises ClusterStartError where Ray could not open enough files to start."""
+    if (files := raise_file_limit()) < FILES_NEEDED:
+        raise ClusterStartError(
+            f"this process may have {files} files open, and Ray needs {FILES_NEEDED} or more to start: `ulimit -n 65536`, or "
+            "raise the limit of the container or service (`LimitNOFILE`, `--ulimit nofile`)."
+        )
+
+
 def _start_local(cpus: int, storage_gb: float) -> None:
     """Start a cluster on this machine. Ray gives a node 30 s to come up, too short on a busy one: try again.
 
@@ -223,6 +245,7 @@ def _start_local(cpus: int, storage_gb: float) -> None:
     import ray
     from ray._private.utils import get_system_memory
 
+    need_files()
     folder = local_folder()
     shm = Path("/dev/shm")
     store = object_store_bytes(storage_gb, get_system_memory(), shutil.disk_usage(shm).free if shm.exists() else None)

@@ -250,6 +250,23 @@ def test_a_token_needs_no_home_directory(home: str, tmp_path: Path, monkeypatch:
     assert len(token.read_text()) == 64 and token.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize(
+    "limits, after", [((64, 64), None), ((64, 900), (900, 900)), ((100_000, 200_000), (100_000, 200_000))]
+)
+def test_files_that_may_be_open_are_enough_or_named(
+    limits: tuple[int, int], after: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [limits]
+    monkeypatch.setattr(cluster.resource, "getrlimit", lambda _: now[-1])
+    monkeypatch.setattr(cluster.resource, "setrlimit", lambda _, given: now.append(given))
+    if after is None:
+        with pytest.raises(ClusterStartError, match="may have 64 files open, and Ray needs 128"):
+            cluster.need_files()
+    else:
+        cluster.need_files()
+        assert now[-1] == after
+
+
 def test_sessions_lie_where_nobody_else_looks(short_folder: Path) -> None:
     own = short_folder / f"mmref-{os.getuid()}"
     assert private_folder(str(short_folder)) == f"{own}/ray" and own.stat().st_mode & 0o777 == 0o700

@@ -309,8 +309,8 @@ def test_files_run_out_and_the_service_goes_on():
     program = """
 import resource, socket, sys, threading
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 80))
-from mmref.retrieval.service.limits import raise_file_limit
-assert raise_file_limit() == 40 and resource.getrlimit(resource.RLIMIT_NOFILE) == (80, 80)
+from mmref.retrieval.service.limits import room_for_connections
+assert room_for_connections() == 40 and resource.getrlimit(resource.RLIMIT_NOFILE) == (80, 80)
 import uvicorn
 from mmref.retrieval.service.access import Access
 from mmref.retrieval.service.limits import Limits
@@ -320,7 +320,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": b"ok"})
 listener = socket.create_server(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
-http = PatientProtocol.of(Limits(connections=raise_file_limit()), Access())
+http = PatientProtocol.of(Limits(connections=room_for_connections()), Access())
 uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", ws="none", log_level="critical")).run(sockets=[listener])
 """
     command = [sys.executable, "-c", program]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
 from dataclasses import dataclass
+
+from mmref.cluster import raise_file_limit
 
 FILES_KEPT = 256  # descriptors that are left to indexes, images and Ray
 
@@ -55,11 +55,7 @@ class Limits:
         return self.image_bytes * 4 // 3 + self.json_bytes
 
 
-def raise_file_limit() -> int:
-    """Let this process open as many files as the system allows it; the most connections which that leaves room for."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):  # some systems say "unlimited" and mean less
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1_000_000 if soft == resource.RLIM_INFINITY else max(soft - FILES_KEPT, soft // 2)
+def room_for_connections() -> int:
+    """The most connections for which there are files, with the process's limit raised as far as the system allows it."""
+    files = raise_file_limit()
+    return max(files - FILES_KEPT, files // 2)

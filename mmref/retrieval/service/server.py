@@ -22,7 +22,7 @@ from mmref.retrieval.service.backend import Backend, Local, Replicated, deploy, 
 from mmref.retrieval.service.engine import Engine
 from mmref.retrieval.service.guard import Guard
 from mmref.retrieval.service.leaving import ANSWER_S, CLOSE_S, Leaving, leaving
-from mmref.retrieval.service.limits import Limits, raise_file_limit
+from mmref.retrieval.service.limits import Limits, room_for_connections
 from mmref.terminal import PrintableFormatter
 from mmref.texts import read_text
 
@@ -136,7 +136,7 @@ def serve(
     from mmref.retrieval.index import Manifest
 
     access = _access(host, token, proxies)
-    limits = replace(limits, connections=min(limits.connections, raise_file_limit()))
+    limits = replace(limits, connections=min(limits.connections, room_for_connections()))
     named = _named(indexes)
     for path in named.values():
         Manifest.read(Path(path))  # before anything is started

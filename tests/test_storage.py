@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
-from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from disks import files_below
 from safetensors.torch import save_file
 
 from mmref.errors import ModelError, StorageError
@@ -26,17 +25,8 @@ def test_each_way_to_be_full_is_told(tmp_path, code):
         raise OSError(code, os.strerror(code))
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 10,000 bytes: the kernel refuses it as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("library", ["safetensors", "faiss", "shutil", "parquet"])
-def test_libraries_with_errors_of_their_own_are_understood(tmp_path, small_files, library):
+def test_libraries_with_errors_of_their_own_are_understood(tmp_path, library):
     import faiss
 
     vectors = faiss.IndexFlatIP(256)
@@ -48,7 +38,7 @@ def test_libraries_with_errors_of_their_own_are_understood(tmp_path, small_files
         "shutil": lambda: shutil.copytree(os.path.dirname(np.__file__), tmp_path / "x"),
         "parquet": lambda: pq.write_table(pa.table({"x": random}), tmp_path / "x"),
     }[library]
-    with pytest.raises(StorageError, match="no space left"), told_when_full(tmp_path):
+    with pytest.raises(StorageError, match="no space left"), told_when_full(tmp_path), files_below(10_000):
         write()
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import files_below
 from images import write_images
 from PIL import Image
 
@@ -465,16 +464,6 @@ def test_a_pipe_in_a_table_is_not_waited_for(folder, run, tmp_path):
     assert "is no file" in index.read_skipped(tmp_path / "out")[0]["problem"]
 
 
-def below(limit: int, action: Callable[[], object]) -> None:
-    """Run where no file may grow beyond a limit: the kernel refuses it as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        action()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_is_told_and_leaves_the_index_whole(folder, run, tmp_path):
     out = tmp_path / "out"
     index.create(str(folder), str(run), str(out), workers=0)
@@ -483,7 +472,8 @@ def test_a_full_disk_is_told_and_leaves_the_index_whole(folder, run, tmp_path):
     told = set()
     for limit in (0, 500, 3_000, 20_000, 60_000, 150_000):
         try:
-            below(limit, lambda: index.add(str(out), str(folder), workers=0))
+            with files_below(limit):
+                index.add(str(out), str(folder), workers=0)
         except StorageError as error:
             assert "no space left for" in str(error) and "bytes are free" in str(error)
             told.add(limit)
@@ -498,8 +488,8 @@ def test_a_full_disk_does_not_blame_the_model(folder, run, tmp_path, limit):
     from mmref.export import export_run
 
     model = export_run(str(run), str(tmp_path / "model"))
-    with pytest.raises(StorageError, match="no space left for"):
-        below(limit, lambda: index.create(str(folder), str(model), str(tmp_path / "out"), workers=0))
+    with pytest.raises(StorageError, match="no space left for"), files_below(limit):
+        index.create(str(folder), str(model), str(tmp_path / "out"), workers=0)
     assert not (tmp_path / "out").exists()
     assert index.create(str(folder), str(model), str(tmp_path / "out"), workers=0).items == 11
 

@@ -436,12 +436,14 @@ class ShardSet:
         """Ids of the training objects by row. Raises ShardSetError when objects.parquet is missing or out of order."""
         path = join(self.root, "objects.parquet")
         try:
-            table = pq.read_table(io.BytesIO(read_bytes(path)), columns=["object_id", "row"])
+            # pq.read_table leaves threads behind that abort a process which ends right after
+            table = pq.ParquetFile(io.BytesIO(read_bytes(path))).read(["object_id", "row"], use_threads=False)
+            ids, rows = table["object_id"].to_pylist(), table["row"].to_numpy()
         except (OSError, ValueError, KeyError) as error:
             raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error
-        if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))):
+        if not np.array_equal(rows, np.arange(len(rows))):
             raise ShardSetError(f"{path}: rows are not 0, 1, 2, ... Build the shard set again.")
-        return table["object_id"].to_pylist()
+        return ids
 
     def verify(self, checksums: bool = True) -> list[str]:
         """Every problem found, one line each, starting with its name; an empty list means the set is sound.

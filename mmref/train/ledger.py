@@ -70,7 +70,9 @@ def read_ledger(run: RunDir) -> dict[str, NDArray[np.int64]]:
         raise LedgerError(f"{run.join(FOLDER)} holds no segment: the run has not reached its first checkpoint, or "
                           "the path is no run directory.")  # fmt: skip
     try:
-        tables = [pq.read_table(io.BytesIO(run.read_bytes(f"{FOLDER}/{name}"))) for name in names]
+        tables = [
+            pq.ParquetFile(io.BytesIO(run.read_bytes(f"{FOLDER}/{name}"))).read(use_threads=False) for name in names
+        ]
     except (OSError, pa.ArrowInvalid) as error:
         raise LedgerError(f"{run.join(FOLDER)} cannot be read: {error}.") from error
     table = pa.concat_tables(tables)

@@ -41,7 +41,7 @@ test-slow: setup  ## the slow tests: failures, sweeps, many workers
 	$(BIN)/python -m pytest -m slow
 
 lint: setup  ## ruff and mypy
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy mmref data_shards tune jobs
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy mmref jobs tune data_shards benchmarks
 
 format: setup  ## let ruff lay out the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -16,12 +16,12 @@ from output import write_figures
 
 from mmref.config import Config
 from mmref.data.captions import CaptionNoise
-from mmref.data.shards import SampleReader
-from mmref.evaluate.embed import SplitFeatures
-from mmref.evaluate.evaluate import open_run, run_features
+from mmref.data.sample_reader import SampleReader
+from mmref.evaluate.evaluation import open_run, run_features
+from mmref.evaluate.split_features import SplitFeatures
 from mmref.losses import agreement, agreement_weights
-from mmref.losses.reference import reference_scores
-from mmref.train.checkpoint import fetched, load_references
+from mmref.losses.reference_contrast import reference_scores
+from mmref.run.checkpoints import fetched, load_references
 
 SHARE, COSINES = 20.0, (4.0, 8.0)  # sharpness of the weights: of the share of objects, of the cosine
 CHUNK = 4096  # captions scored at a time

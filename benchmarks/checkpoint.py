@@ -30,7 +30,8 @@ import torch
 from torch import nn
 
 from mmref.config import ReferenceConfig
-from mmref.rundir import RunDir
+from mmref.run import checkpoints
+from mmref.run.directory import RunDir
 from mmref.train import checkpoint
 from mmref.train.bank import ReferenceBank
 
@@ -126,15 +127,15 @@ class Target:
         self.note("torch_save", time.perf_counter() - began)
 
     def load(self) -> None:
-        (info,) = checkpoint.list_checkpoints(self.run)
+        (info,) = checkpoints.list_checkpoints(self.run)
         began = time.perf_counter()
-        with checkpoint.fetched(self.run, info, *checkpoint.KINDS) as folder:
+        with checkpoints.fetched(self.run, info, *checkpoints.KINDS) as folder:
             self.note("verify", time.perf_counter() - began)
             checkpoint.load(folder, self.loop.engine, self.loop.bank, info.meta)
         self.note("load", time.perf_counter() - began)
 
     def _folder(self) -> str:
-        return f"{checkpoint.FOLDER}/step-00000001-{uuid.uuid4().hex[:6]}"
+        return f"{checkpoints.FOLDER}/step-00000001-{uuid.uuid4().hex[:6]}"
 
     def round(self) -> None:
         """One loop of each kind."""
@@ -143,10 +144,10 @@ class Target:
             if self.thread:
                 self.thread.join()
                 self.thread = None
-        self.run.remove(checkpoint.FOLDER)
+        self.run.remove(checkpoints.FOLDER)
         self.blocking()
         self.load()
-        self.run.remove(checkpoint.FOLDER)
+        self.run.remove(checkpoints.FOLDER)
         if self.run.local:
             self.torch_save()
             self.run.remove("checkpoint.pt")

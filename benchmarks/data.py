@@ -22,15 +22,15 @@ import cv2
 import numpy as np
 import torch
 
-from data_shards.build import BuildOptions, build_shards
-from data_shards.samples import SourceImage, SourceObject
-from mmref.cluster import connect
+from mmref.cluster.connection import connect
 from mmref.config import Config, from_dict, load_config, to_dict
 from mmref.data.captions import usable_captions
 from mmref.data.decode import decode_image
-from mmref.data.shards import ShardSet
+from mmref.data.shard_set import ShardSet
 from mmref.data.stream import Stream, quiet_ray_data
 from mmref.data.tokens import load_tokens
+from mmref.shards.build import BuildOptions, build_shards
+from mmref.shards.samples import SourceImage, SourceObject
 
 SHUFFLE_BUFFER = 500  # samples of one webdataset reader, encoded
 JPEG_SIDE = (227, 376)  # pixels of a made photograph's sides, at least and below

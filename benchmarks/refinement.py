@@ -14,7 +14,7 @@ import numpy as np
 from output import write_figures
 
 from mmref.evaluate.choose import config_grid
-from mmref.evaluate.evaluate import open_run, run_features
+from mmref.evaluate.evaluation import open_run, run_features
 from mmref.evaluate.metrics import METRIC_NAMES
 from mmref.evaluate.refinement import RefinementSettings, score_refinements
 

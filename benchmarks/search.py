@@ -28,7 +28,7 @@ from output import write_figures
 
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.retrieval import index
-from mmref.retrieval.embed import code_arrays
+from mmref.retrieval.chunks import code_arrays
 from mmref.retrieval.ranking import Ranker
 from mmref.retrieval.searcher import Query, Searcher
 from mmref.retrieval.segment import Segment, write_segment

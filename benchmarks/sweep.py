@@ -34,13 +34,13 @@ from output import write_figures
 
 from mmref.config import Config
 from mmref.evaluate.choose import choose_on_val
-from mmref.evaluate.evaluate import open_run, run_features
-from mmref.rundir import RunDir
-from tune.asha import Asha, grace_steps
-from tune.space import parse_space, with_values
-from tune.sweep import Options, of_a_trial
-from tune.trial import evaluations
-from tune.trials import Trial, TrialLog, best_of, folder
+from mmref.evaluate.evaluation import open_run, run_features
+from mmref.run.directory import RunDir
+from mmref.tuning.asha import Asha, grace_steps
+from mmref.tuning.space import parse_space, with_values
+from mmref.tuning.sweep import Options, of_a_trial
+from mmref.tuning.trial_log import Trial, TrialLog, best_of, folder
+from mmref.tuning.trial_run import evaluations
 
 GO_ON = """
 import sys

@@ -1,11 +1,11 @@
 """mmref: fine-grained text-to-image retrieval with multi-modal references, from a laptop to a Ray cluster."""
 
-__version__ = "0.1.0"
+from mmref.version import __version__ as __version__
 
 
 def load(path, device="cpu"):  # type: ignore[no-untyped-def]
-    """The model of a folder written by `mmref export`: `mmref.inference.Model`. Raises ModelError."""
-    from mmref.inference import load
+    """The model of a folder written by `mmref export`: `mmref.export.model.Model`. Raises ModelError."""
+    from mmref.export.model import load
 
     return load(path, device)
 

@@ -13,11 +13,12 @@ from collections.abc import Callable
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from mmref import __version__, terminal
-from mmref.arguments import local_path, place, positive, text
 from mmref.errors import FileError, MMRefError, OutputError, ReaderLeftError, ReferencesError
-from mmref.locations import absolute, bypass_proxies
-from mmref.terminal import PrintableFormatter, printable
+from mmref.storage.locations import absolute, bypass_proxies
+from mmref.terminal import output
+from mmref.terminal.arguments import local_path, place, positive, text
+from mmref.terminal.output import PrintableFormatter, printable
+from mmref.version import __version__
 
 OF_FILES = {  # what is wrong with a file that the error names, rather than with us
     errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EROFS,
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command; an error of ours is printed as its message, anything else keeps its traceback."""
-    terminal.prepare()
+    output.prepare()
     bypass_proxies()
     if logging.lastResort:
         logging.lastResort.setFormatter(PrintableFormatter())  # of warnings, where no other handler is set up
@@ -71,15 +72,15 @@ def _dispatch(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
         return train(argv[1:])
     if argv[:1] == ["sizing"]:
-        from mmref.sizing import main as sizing
+        from mmref.sizing.command import main as sizing
 
         return sizing(argv[1:])
     if argv[:1] == ["tune"]:
-        from tune.sweep import main as tune
+        from mmref.tuning.sweep import main as tune
 
         return tune(argv[1:])
     if argv[:1] == ["ablate"]:
-        from tune.ablate import main as ablate
+        from mmref.tuning.ablate import main as ablate
 
         return ablate(argv[1:])
     if argv[:1] and argv[0] in ("index", "search", "judge"):
@@ -99,7 +100,7 @@ def _dispatch(argv: list[str]) -> int:
         required=True,
         metavar="{shards,train,sizing,evaluate,explain,references,export,index,search,serve,judge,ledger,tune,ablate}",
     )
-    from data_shards.cli import add_parser as add_shards
+    from mmref.shards.command import add_parser as add_shards
 
     add_shards(commands)
     for name, what in (
@@ -152,7 +153,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """`mmref evaluate` and jobs/evaluate.py."""
-    from mmref.evaluate.evaluate import evaluate_run
+    from mmref.evaluate.evaluation import evaluate_run
 
     evaluate_run(args.checkpoint, args.data, args.split, args.out, args.workers, report=not args.no_report)
     return 0
@@ -182,7 +183,7 @@ def add_references(parser: argparse.ArgumentParser) -> None:
 
 def references_info(args: argparse.Namespace) -> int:
     """`mmref references info`."""
-    from mmref.references import describe
+    from mmref.references.bank_rows import describe
 
     print("\n".join(describe(args.run_dir, args.object)))
     return 0
@@ -190,7 +191,7 @@ def references_info(args: argparse.Namespace) -> int:
 
 def references_add(args: argparse.Namespace) -> int:
     """`mmref references add`."""
-    from mmref.references import add_objects
+    from mmref.references.bank_rows import add_objects
 
     added = add_objects(args.run_dir, args.data, args.split, args.workers)
     print(
@@ -202,8 +203,8 @@ def references_add(args: argparse.Namespace) -> int:
 
 def references_remove(args: argparse.Namespace) -> int:
     """`mmref references remove`."""
-    from mmref.references import remove_objects
-    from mmref.texts import read_lines
+    from mmref.references.bank_rows import remove_objects
+    from mmref.storage.texts import read_lines
 
     listed = read_lines(args.file, ReferencesError) if args.file else []
     named = [*args.object, *filter(None, listed)]
@@ -234,7 +235,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 def export(args: argparse.Namespace) -> int:
     """`mmref export`."""
-    from mmref.export import export_run
+    from mmref.export.write import export_run
 
     print(f"exported to {export_run(args.run_dir, args.out, args.data)}")
     return 0

@@ -16,8 +16,8 @@ from mmref.config.checks import check_config
 from mmref.config.option import options
 from mmref.config.tree import Config, DataConfig
 from mmref.errors import ConfigError
-from mmref.locations import absolute, expanded, folder_name, in_utf8
-from mmref.texts import parse_yaml, read_text
+from mmref.storage.locations import absolute, expanded, folder_name, in_utf8
+from mmref.storage.texts import parse_yaml, read_text
 
 PLACES = ("run_dir", "data.root", "train.start_from")
 """Fields that hold a path or URL."""

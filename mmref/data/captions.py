@@ -12,7 +12,7 @@ import numpy as np
 
 from mmref.config import DataConfig
 from mmref.data.plan import mix
-from mmref.data.shards import SampleReader, SplitIndex
+from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.errors import SampleError
 
 DONORS = 20  # images whose captions are tried before a caption is left as it is

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmref.arrayfile import ArrayFile
-from mmref.storage import told_when_full
+from mmref.storage.array_file import ArrayFile
+from mmref.storage.disk import told_when_full
 
 IN_MEMORY_ROWS = 500_000  # up to about 100 MB
 CACHE = "~/.cache/mmref/indexes"

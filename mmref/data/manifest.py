@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mmref.errors import ShardSetError
-from mmref.locations import below, endless, is_url, join, read_bytes
+from mmref.storage.locations import below, endless, is_url, join, read_bytes
 
 VERSION = 1
 AGAIN = "Build the shard set again."

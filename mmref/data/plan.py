@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmref.config import Config
-from mmref.data.shards import SplitIndex
+from mmref.data.sample_reader import SplitIndex
 from mmref.errors import TooFewObjectsError
 
 STAND_INS = 256  # objects that are tried, at least, where a set has so many, before a step is given up as unreadable

@@ -17,7 +17,7 @@ from mmref.config import Config
 from mmref.data.captions import CaptionNoise, usable_captions
 from mmref.data.decode import decode_image
 from mmref.data.plan import Step, build_plan
-from mmref.data.shards import open_reader, train_index
+from mmref.data.shard_set import open_reader, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import SampleError
 

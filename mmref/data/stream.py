@@ -13,10 +13,10 @@ from typing import Any
 
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from mmref.cluster.reservations import take_reader_place
 from mmref.config import Config
 from mmref.data.reader import Batch, TaskReader
 from mmref.errors import ShardSetError
-from mmref.reservations import take_reader_place
 
 SCHEDULING_PAUSE_S = 0.02
 

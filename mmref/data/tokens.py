@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmref.config import Config
+from mmref.config.packages import local_name
 from mmref.errors import ModelError
-from mmref.locations import file_system, is_url
-from mmref.packages import local_name
-from mmref.storage import retry
+from mmref.storage.locations import file_system, is_url
+from mmref.storage.retries import retry
 
 MASK_TOKEN = "<|mask|>"
 SAID = 400  # characters of an error of transformers, which may list every tokenizer it knows

@@ -14,7 +14,7 @@ from mmref.config import DataConfig
 from mmref.data.augment import normalize
 from mmref.data.captions import usable_captions
 from mmref.data.decode import decode_image
-from mmref.data.shards import SampleReader, SplitIndex
+from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.tokens import Tokens
 from mmref.errors import SampleError
 

@@ -19,8 +19,8 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from mmref.evaluate.figures import FAINT, axes_of, legend, to_svg
 from mmref.evaluate.metrics import METRIC_NAMES
+from mmref.evaluate.plotting import FAINT, axes_of, legend, to_svg
 from mmref.losses.objective import LOSSES, TOTAL
 
 _VAL_STYLES = (("#010000", "o", "-"), ("#020000", "s", "--"), ("#030000", "^", "-."), ("#040000", "D", ":"))

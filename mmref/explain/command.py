@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from mmref.arguments import count, place, positive, text
-from mmref.terminal import printable
+from mmref.terminal.arguments import count, place, positive, text
+from mmref.terminal.output import printable
 
 EXAMPLES = 4
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def explain(args: argparse.Namespace) -> int:
     """Explain, write, and print what was found."""
-    from mmref.explain.run import ExplainedRun
+    from mmref.explain.explained_run import ExplainedRun
     from mmref.explain.section import write
 
     run = ExplainedRun(args.run_dir, args.data, args.split, args.grid)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmref.explain.run import MAPS, Explanation
+from mmref.explain.explained_run import MAPS, Explanation
 
 MIN_SIDE = 200  # pixels that small images are enlarged to
 HEADS = {

@@ -11,9 +11,9 @@ from pathlib import Path
 import jinja2
 
 from mmref.evaluate.report import explanations_folder, report_path, section_path, with_section
+from mmref.explain.explained_run import Explanation
 from mmref.explain.figure import draw
-from mmref.explain.run import Explanation
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 
 OWN = re.compile(r"\d+-(query|object)-[\w-]+\.png|step-[\w-]+\.html")  # names of pictures and sections
 CAPTIONS = 6  # of an object, shown beside the words of its reference

@@ -7,7 +7,7 @@ from mmref.losses.agreement import agreement, agreement_weights
 from mmref.losses.identity import identity_loss
 from mmref.losses.infonce import infonce
 from mmref.losses.reconstruction import reconstruction_loss
-from mmref.losses.reference import reference_loss
+from mmref.losses.reference_contrast import reference_loss
 from mmref.losses.sdm import sdm
 from mmref.losses.soft_targets import soft_targets
 

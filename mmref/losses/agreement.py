@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmref.losses.reference import reference_scores
+from mmref.losses.reference_contrast import reference_scores
 
 
 def agreement(text: Tensor, references: Tensor, targets: Tensor, reduce: Literal["max", "lme"] = "max") -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmref.config import LossConfig, ReferenceConfig
 from mmref.losses.infonce import infonce
-from mmref.losses.reference import reference_loss
+from mmref.losses.reference_contrast import reference_loss
 from mmref.losses.sdm import sdm
 from mmref.losses.soft_targets import soft_targets
 
@@ -26,7 +26,7 @@ class Curve(NamedTuple):
     """How a loss is called and drawn."""
 
     label: str
-    color: str  # of the report's palette, see mmref/evaluate/figures.py
+    color: str  # of the report's palette, see mmref/evaluate/plotting.py
     style: str | tuple[int, tuple[int, ...]]  # of the line, as matplotlib has it
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmref.model.reconstruction import Attention, FeedForward, heads_of
+from mmref.model.word_decoder import Attention, FeedForward, heads_of
 
 
 class Adapter(nn.Module):

@@ -27,10 +27,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from mmref.config import ModelConfig
+from mmref.config.packages import IMPORT, imported, local_name
 from mmref.errors import ModelError
 from mmref.model.adapter import Adapter
 from mmref.model.frozen import FrozenTokens
-from mmref.packages import IMPORT, imported, local_name
 
 DRIVEN = ("clip", "metaclip_2", "siglip")  # families of dual encoders that are tested
 NOT_IN_EVERY_FILE = ("pooler", "mask_token", "logit_")  # weights a tower may start without: trained anew, or not read

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmref.errors import StorageError
-from mmref.storage import one_at_a_time
+from mmref.storage.locks import one_at_a_time
 
 log = logging.getLogger("mmref")
 

@@ -15,7 +15,7 @@ from mmref.config import MIN_TAU, Config, LossConfig, ReferenceConfig
 from mmref.errors import ModelError
 from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, PairBackbone, build_backbone
-from mmref.model.reconstruction import ImageWordHead, ReconstructionHead
+from mmref.model.word_decoder import ImageWordHead, ReconstructionHead
 
 TRAINING_ONLY = ("classify.",)  # parameters that a model which only encodes is built without
 HEADS = ("reconstruct.", "image_words.")  # of losses that a run may have or not

@@ -10,9 +10,10 @@ import tempfile
 from pathlib import Path
 
 from mmref.config import Config
-from mmref.data.shards import SampleReader, ShardSet, sha256_of
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import ShardSet, sha256_of
 from mmref.errors import ModelError, SampleError, ShardSetError
-from mmref.storage import is_full, sync_files
+from mmref.storage.disk import is_full, sync_files
 
 # what a search needs of an export; the copy for plain transformers stays behind
 FILES = ("config.json", "config.yaml", "model.safetensors", "references.safetensors", "README.md")
@@ -28,7 +29,7 @@ def bundle_model(source: str, target: Path) -> None:
         raise ModelError(
             f"{source} is neither a run directory of `mmref train` nor a folder of `mmref export`: give one of the two."
         )
-    from mmref.export import export_run
+    from mmref.export.write import export_run
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
         _copy(export_run(source, f"{folder}/model"), target)

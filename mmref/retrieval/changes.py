@@ -13,10 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmref.fetch import unsigned
-from mmref.locations import from_text, is_url, join, to_text
 from mmref.retrieval.images import Listing
-from mmref.terminal import printable
+from mmref.storage.fetch import unsigned
+from mmref.storage.locations import from_text, is_url, join, to_text
+from mmref.terminal.output import printable
 
 NAMED = 5  # of many ids
 PLACE = ("path", "offset", "length")

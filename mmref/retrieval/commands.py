@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from mmref.arguments import count, local_path, place, positive, source, text
-from mmref.cluster import workers_that_fit
+from mmref.cluster.resources import workers_that_fit
 from mmref.errors import QueryError
-from mmref.fetch import OUTSIDE, OUTSIDE_HELP
-from mmref.locations import expanded
-from mmref.terminal import printable, to_json
-from mmref.texts import read_lines
-from mmref.wholefolder import check_output, write_output
+from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
+from mmref.storage.locations import expanded
+from mmref.storage.texts import read_lines
+from mmref.storage.whole_folder import check_output, write_output
+from mmref.terminal.arguments import count, local_path, place, positive, source, text
+from mmref.terminal.output import printable, to_json
 
 INDEX_VERBS = ("add", "remove", "info")
 

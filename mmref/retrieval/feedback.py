@@ -15,8 +15,8 @@ from pathlib import Path
 from mmref.data.container import image_ext
 from mmref.errors import QueryError, SampleError
 from mmref.retrieval.searcher import Searcher
-from mmref.texts import read_lines
-from mmref.wholefolder import strangers, whole_folder
+from mmref.storage.texts import read_lines
+from mmref.storage.whole_folder import strangers, whole_folder
 
 TABLE = "table.jsonl"  # of an export
 FILE = "judgements.jsonl"  # in the index, where no other is named

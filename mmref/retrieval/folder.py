@@ -14,8 +14,8 @@ from typing import Any
 
 from mmref.data.kinds import PREFIX, ending_of, is_picture, kind_of, why_unread
 from mmref.errors import SearchIndexError, StorageError
-from mmref.locations import file_system, is_url, read_bytes, to_text
-from mmref.storage import retry
+from mmref.storage.locations import file_system, is_url, read_bytes, to_text
+from mmref.storage.retries import retry
 
 HIDDEN, UNENDED, INDEX, LINKED, OTHER = "hidden", "without an ending", "search index", "linked twice", "no file"
 LONGEST_ENDING = 12  # a longer one is a name with a dot in it

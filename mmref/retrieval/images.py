@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmref.data.shards import SampleReader, ShardSet
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import ShardSet
 from mmref.errors import OutsideError, SampleError, SearchIndexError, StorageError
-from mmref.fetch import id_of, locate, locate_inside, outside_most, read_location, unsigned
-from mmref.locations import absolute, from_text, is_url, join, read_bytes, size_of, to_text
 from mmref.retrieval.folder import look_into, stamp_of
-from mmref.tables import TABLE_ENDINGS, Row, Table, read_table
+from mmref.storage.fetch import id_of, locate, locate_inside, outside_most, read_location, unsigned
+from mmref.storage.locations import absolute, from_text, is_url, join, read_bytes, size_of, to_text
+from mmref.storage.tables import TABLE_ENDINGS, Row, Table, read_table
 
 COLUMNS = {  # of every listing, before metadata columns
     "id": pa.string(), "path": pa.string(), "offset": pa.int64(), "length": pa.int64(), "object_id": pa.string(),
@@ -33,7 +34,7 @@ QUERIES = 256  # captions kept to measure the recall of an approximate index wit
 class Listing:
     """Images of a source: `COLUMNS` and its metadata columns.
 
-    Ids and paths are texts as of `mmref.locations.to_text`. object_id is null where it is not known, file_stamp too: it is
+    Ids and paths are texts as of `storage.locations.to_text`. object_id is null where it is not known, file_stamp too: it is
     another one when the file has changed.
     """
 
@@ -52,7 +53,7 @@ class TableColumns:
     image: str = "image"
     object_id: str = "object_id"
     image_root: str | None = None
-    item_id: str | None = None  # None: the image's own, see `mmref.fetch.id_of`
+    item_id: str | None = None  # None: the image's own, see `mmref.storage.fetch.id_of`
     allow_outside: bool = False  # of the image root
 
 

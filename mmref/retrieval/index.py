@@ -26,17 +26,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmref.errors import ModelMismatchError, SearchIndexError
-from mmref.locations import absolute, below, endless, to_text
 from mmref.retrieval import bundle
 from mmref.retrieval.changes import compare, describe_changes, skipped_elsewhere
-from mmref.retrieval.embed import JOURNAL, PLACE, Chunks, embed, identity
+from mmref.retrieval.chunks import JOURNAL, PLACE, Chunks, embed, identity
 from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, describe, list_images
 from mmref.retrieval.journal import KILLED
 from mmref.retrieval.segment import Segment, copy_rows, write_segment
 from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
-from mmref.storage import held, sync_files, told_when_full
-from mmref.terminal import printable
-from mmref.wholefolder import held_folder, write_whole
+from mmref.storage.disk import sync_files, told_when_full
+from mmref.storage.locations import absolute, below, endless, to_text
+from mmref.storage.locks import held
+from mmref.storage.whole_folder import held_folder, write_whole
+from mmref.terminal.output import printable
 
 VERSION = 1
 MOST_SEGMENTS = 8  # more are joined: every search looks into each
@@ -512,7 +513,7 @@ def _check_same_model(index: Path, other: Path, manifest: Manifest, model: str) 
 
 
 def _load(model: Path) -> Any:
-    from mmref.inference import load
+    from mmref.export.model import load
 
     return load(model)
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from mmref.errors import StorageError
-from mmref.storage import told_when_full
+from mmref.storage.disk import told_when_full
 
 DEATHS = 2
 KILLED = "killed the process that decoded it twice"

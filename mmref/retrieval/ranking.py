@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mmref.errors import QueryError
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, reference_similarity
-from mmref.retrieval.embed import code_arrays
+from mmref.retrieval.chunks import code_arrays
 from mmref.retrieval.segment import Segment
 from mmref.retrieval.vectors import Approximate, Floats, Rows, exact, exact_among, gather
 

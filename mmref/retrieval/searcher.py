@@ -14,25 +14,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmref.data.decode import decode_rgb, resize_rgb
 from mmref.errors import QueryError, SampleError, SearchIndexError
-from mmref.inference import ImageLike, Model, load
+from mmref.evaluate.refinement import ReferenceSpace
+from mmref.export.model import ImageLike, Model, load
 from mmref.retrieval import bundle
 from mmref.retrieval import index as directory
+from mmref.retrieval.heat_maps import GRID, Explanation, heat_maps, hidden, nearest
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.ranking import Encoded, Ranker
 from mmref.retrieval.segment import join_items
 from mmref.retrieval.vectors import Approximate, Floats, Rows
 
-if TYPE_CHECKING:
-    from mmref.retrieval.explain import Explanation
-
 DEFAULT_TOP = 10
+HIDDEN_BATCH = 10  # images with a hidden part that are encoded at a time
 SHARED = 3  # references named with each result
 CACHED_FILTERS = 16
 OPEN_ATTEMPTS = 3
@@ -241,11 +242,44 @@ class Searcher:
 
         return references
 
-    def explain(self, query: Query | str, item_id: str) -> Explanation:
-        """Where in the image the match lies, and the references nearest to both; see `explain.py`."""
-        from mmref.retrieval.explain import explain
+    def explain(self, query: Query | str, item_id: str, grid: int = GRID, encoded: bytes | None = None) -> Explanation:
+        """Why an item ranks where it does: where in its image the match lies, and the references that the two resemble.
 
-        return explain(self, query, item_id)
+        Args:
+            grid: cells of the map on each side. Each is hidden in turn, under a patch twice its side so that neighbours
+                overlap, painted in the image's mean color.
+            encoded: the image as it was indexed, where it has been read already.
+
+        Raises:
+            QueryError: an empty query or an unknown item. SampleError: the image is gone.
+        """
+        if grid < 1:
+            raise QueryError(f"the grid of a heat map is {grid}: give at least 1 cell on each side.")
+        query = query if isinstance(query, Query) else Query(query)
+        wanted = self.encode([query]).features[0]
+        data = self.model.config.data
+        rgb = decode_rgb(self.image_bytes(item_id) if encoded is None else encoded, item_id)
+        images = hidden(resize_rgb(rgb, data.image_height, data.image_width), grid)
+        # a few at a time: searches of other threads want the model too
+        parts = [self.encode_pixels(images[i : i + HIDDEN_BATCH]) for i in range(0, len(images), HIDDEN_BATCH)]
+        features = np.concatenate(parts)
+        cosines = np.zeros((2, 0), np.float32)
+        if self.model.references is not None:
+            space = self.model.space or ReferenceSpace(self.model.references)
+            cosines = space.similarities(np.stack([wanted, features[0]]))
+
+        def named(row: int) -> tuple[str, str]:
+            reference = self.reference(row, 0.0)
+            return reference.object_id, reference.caption
+
+        return Explanation(
+            id=item_id,
+            cosine=float(features[0] @ wanted),
+            heat=heat_maps(features, wanted[None], grid)[0],
+            references=nearest(cosines, np.minimum, named),
+            query_references=nearest(cosines, lambda query, item: query, named),
+            item_references=nearest(cosines, lambda query, item: item, named),
+        )
 
     def reference(self, row: int, gain: float) -> Reference:
         """A reference by its row."""

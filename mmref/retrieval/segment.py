@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mmref.arrayfile import ArrayFile, save_array
 from mmref.errors import SearchIndexError
-from mmref.retrieval.embed import Arrays
-from mmref.storage import sync_files
+from mmref.retrieval.chunks import Arrays
+from mmref.storage.array_file import ArrayFile, save_array
+from mmref.storage.disk import sync_files
 
 CODES = ("near", "weights")
 COPIED_ROWS = 65_536  # at a time

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jinja2
 
 from mmref.retrieval.searcher import Result, Searcher
-from mmref.terminal import printable
+from mmref.terminal.output import printable
 
 WIDEST_ID = 48  # characters
 

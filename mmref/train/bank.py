@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mmref.config import ReferenceConfig
-from mmref.model.reference import assign_features, initial_rows, moving_average
+from mmref.model.reference_rows import assign_features, initial_rows, moving_average
 from mmref.train import collectives
 
 

@@ -17,10 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmref.config import Config, TrainConfig
 from mmref.model.mmref import MMRef
-from mmref.storage import one_at_a_time
+from mmref.run.checkpoints import MOMENTS
+from mmref.storage.locks import one_at_a_time
 from mmref.train import collectives
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from mmref.data.plan import MixedPlan, Plan, build_plan
 from mmref.data.reader import Batch
-from mmref.data.shards import train_index
+from mmref.data.shard_set import train_index
 from mmref.errors import LedgerError
-from mmref.rundir import RunDir
+from mmref.run.checkpoints import latest_checkpoint
+from mmref.run.directory import RunDir
 from mmref.train import collectives
-from mmref.train.checkpoint import latest_checkpoint
 
 FOLDER, ENDING = "ledger", ".parquet"
 COLUMNS = ("step", "position", "image_index")

@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from typing import Any
 
-from mmref.rundir import JsonLines, RunDir
-from mmref.storage import retry
+from mmref.run.directory import JsonLines, RunDir
+from mmref.storage.retries import retry
 
 FOLDER = "tensorboard"
 

@@ -11,15 +11,15 @@ from typing import Any, NoReturn
 import torch
 
 from mmref.config import Config, check_batch, config_hash, from_dict
-from mmref.data.shards import ShardSet, train_index
+from mmref.config.packages import trust_own
+from mmref.data.shard_set import ShardSet, train_index
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
 from mmref.errors import NonFiniteLossError, TooManyBadSamplesError
 from mmref.evaluate.features import Encoder
 from mmref.losses.objective import LOSSES, unpack
 from mmref.model.mmref import build_model
-from mmref.packages import trust_own
-from mmref.rundir import BAD_SAMPLES, RunDir
+from mmref.run.directory import BAD_SAMPLES, RunDir
 from mmref.train import checkpoint, collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.elastic import accumulation_for

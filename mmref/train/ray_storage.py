@@ -13,7 +13,7 @@ from typing import Any
 from pyarrow import PythonFile
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 
 log = logging.getLogger(__name__)
 

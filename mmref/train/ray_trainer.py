@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 
 from mmref.config import Config
 from mmref.errors import MMRefError
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 from mmref.train.elastic import largest_count
 from mmref.train.stop import GROW, request_stop
 

@@ -11,7 +11,8 @@ import time
 import uuid
 from typing import Any
 
-from mmref.rundir import RunDir
+from mmref.run import checkpoints
+from mmref.run.directory import RunDir
 from mmref.train import checkpoint, collectives
 from mmref.train.bank import ReferenceBank
 
@@ -59,7 +60,7 @@ class Saver:
 
         def write(_: ray.train.Checkpoint, folder: str) -> ray.train.Checkpoint:
             begun.append(folder)
-            self._write(f"{checkpoint.FOLDER}/{folder}", state, rank, began)
+            self._write(f"{checkpoints.FOLDER}/{folder}", state, rank, began)
             path = storage.build_checkpoint_path_from_name(folder)
             return ray.train.Checkpoint(path, storage.storage_filesystem)
 

@@ -20,7 +20,7 @@ from mmref.data.tokens import Tokens
 from mmref.losses.agreement import agreement, agreement_weights
 from mmref.losses.objective import TOTAL, References, Share, loss_weights, objective, pack, ramp
 from mmref.model.mmref import Masked, Output
-from mmref.model.reconstruction import mask_words
+from mmref.model.word_decoder import mask_words
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
 

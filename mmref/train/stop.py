@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mmref.errors import TrainingStoppedError
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 
 DRAIN, GROW, TERMINATE = 1, 2, 3  # why a run leaves early; where several hold, the highest counts
 POLL_S = 0.5

@@ -6,18 +6,20 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from mmref.cluster import SETTINGS, check_resources, connect, needed_cpus
+from mmref.cluster.connection import SETTINGS, connect
+from mmref.cluster.reservations import take_place
+from mmref.cluster.resources import check_resources, needed_cpus
 from mmref.config import Config, config_hash, dump_yaml, to_dict, with_absolute_paths
+from mmref.config.packages import trust_own
 from mmref.data.plan import build_plan
-from mmref.data.shards import ShardSet, data_fingerprint, train_index
+from mmref.data.shard_set import ShardSet, data_fingerprint, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import RunDirectoryError, ShardSetError
 from mmref.evaluate.choose import config_grid
 from mmref.model.backbone import check_towers
-from mmref.packages import trust_own
-from mmref.progress import Progress
-from mmref.reservations import take_place
-from mmref.rundir import RunDir
+from mmref.run import checkpoints
+from mmref.run.directory import RunDir
+from mmref.run.progress import Progress
 from mmref.train import checkpoint
 from mmref.train.loop import train_worker
 from mmref.train.ray_storage import ray_filesystem
@@ -46,7 +48,7 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
 
     Returns the final metrics, None without an evaluation. Raises the errors of mmref.errors.
     """
-    from mmref.evaluate.evaluate import evaluate_run, reported_split
+    from mmref.evaluate.evaluation import evaluate_run, reported_split
 
     run = RunDir(config.run_dir)
     config = with_absolute_paths(config)
@@ -80,7 +82,7 @@ def check_inputs(config: Config) -> None:
     build_plan(config, index)
     config_grid(config)
     if config.train.start_from:
-        checkpoint.best_checkpoint(RunDir(config.train.start_from))
+        checkpoints.best_checkpoint(RunDir(config.train.start_from))
     tokens = load_tokens(config)
     size = config.data.image_height, config.data.image_width
     check_towers(config.model, tokens.tokenizer.eos_token_id, size)
@@ -96,7 +98,7 @@ def prepare_run(config: Config, run: RunDir) -> None:
     data = data_fingerprint(config)
     if run.exists("config.yaml"):
         before = run.read_config()
-        if checkpoint.latest_checkpoint(run):
+        if checkpoints.latest_checkpoint(run):
             if config_hash(before) != config_hash(config):
                 raise RunDirectoryError(
                     f"{run.path} holds checkpoints of another config: {_differences(before, config)}. Resume with the same "
@@ -186,7 +188,7 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = (), termination:
 
 
 def _latest_step(run: RunDir) -> int:
-    latest = checkpoint.latest_checkpoint(run)
+    latest = checkpoints.latest_checkpoint(run)
     return latest.step if latest else 0
 
 
@@ -213,7 +215,7 @@ def _trainer(config: Config, run: RunDir, callbacks: Sequence[Any]) -> Any:
             resources_per_worker={"CPU": t.cpus_per_worker, **({"GPU": 1} if t.gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=checkpoint.FOLDER,
+            name=checkpoints.FOLDER,
             storage_path=run.root,
             storage_filesystem=ray_filesystem(run),
             callbacks=list(callbacks),

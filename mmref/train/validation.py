@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmref.config import Config
-from mmref.data.shards import ShardSet, open_reader
+from mmref.data.shard_set import ShardSet, open_reader
 from mmref.evaluate.choose import choose_on_val, gain_by_value, trained_space
 from mmref.evaluate.features import Encoder, Floats, read_pixels, read_queries
 from mmref.evaluate.metrics import METRIC_NAMES, evaluate_features, summarize

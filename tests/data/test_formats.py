@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from data_shards.tar_writer import ImageOptions, prepare_image
 from mmref.data.colors import on_white, to_8_bit
 from mmref.data.decode import MAX_PIXELS, decode_pixels, decode_rgb, image_format
 from mmref.errors import PixelLimitError, SampleError
-from mmref.inference import read_image
-from mmref.retrieval.service.engine import FORMATS, decode_query
+from mmref.export.model import read_image
+from mmref.retrieval.service.answering import FORMATS, decode_query
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Refused
+from mmref.shards.tar_writer import ImageOptions, prepare_image
 
 HEIGHT, WIDTH = 48, 64
 ORIENTATION = 0x112

@@ -15,10 +15,10 @@ from tiny_set import SPLITS, TinySource, build_tiny_set
 
 from mmref.config import Config
 from mmref.data import columns
-from mmref.data.cache import ShardCache
 from mmref.data.reader import Batch, StepReader, concatenate
-from mmref.data.shards import ShardSet, train_index
+from mmref.data.shard_set import ShardSet, train_index
 from mmref.errors import ConfigError, ShardSetError
+from mmref.storage.cache import ShardCache
 from mmref.train.trainer import check_inputs
 
 MakeConfig = Callable[..., Config]

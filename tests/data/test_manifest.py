@@ -14,9 +14,9 @@ import pytest
 
 from mmref.cli import main
 from mmref.data.manifest import read_manifest
-from mmref.data.shards import ShardSet
+from mmref.data.shard_set import ShardSet
 from mmref.errors import ShardSetError
-from mmref.locations import below
+from mmref.storage.locations import below
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tiny_set import damage_image, replace_json
 
 from mmref.data.decode import decode_image
 from mmref.data.reader import StepReader, TaskReader, concatenate
-from mmref.data.shards import SampleReader
+from mmref.data.sample_reader import SampleReader
 from mmref.errors import SampleError, ShardSetError, TooFewObjectsError
 
 

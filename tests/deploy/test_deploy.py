@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mmref
-from mmref.cluster import needed_cpus
+from mmref.cluster.resources import needed_cpus
 from mmref.config import Config, load_config
 
 ROOT = Path(__file__).parents[2]

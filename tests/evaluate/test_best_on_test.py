@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmref.evaluate.evaluate import best_on_test
+from mmref.evaluate.evaluation import best_on_test
 from mmref.evaluate.metrics import METRIC_NAMES
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mmref.evaluate import report
-from mmref.evaluate.figures import CSS_COLOURS
 from mmref.evaluate.metrics import METRIC_NAMES
+from mmref.evaluate.plotting import CSS_COLOURS
 from mmref.evaluate.report import format_table, render_report
 
 IMAGE = b"\x89PNG pretend"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_shards.cli import add_parser
 from jobs import ROOT, Job
+from mmref.shards.command import add_parser
 
 CLIP = {
     "model_type": "clip", "projection_dim": 16,

@@ -12,7 +12,7 @@ import pytest
 
 from jobs import Job, losses, records, wait_for, write_config
 from mmref.config import Config
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 from mmref.train.ledger import audit_run, read_ledger
 
 STEPS, EVERY = 120, 30
@@ -92,13 +92,13 @@ def test_references_of_one_set_refine_another(undisturbed: Path, tmp_path: Path)
     """Features, and what refines them, written out: the other set's captions and images, the run's references."""
     from tiny_set import TinySource, build_tiny_set
 
-    from mmref.data.shards import ShardSet
-    from mmref.evaluate.embed import Embedder
-    from mmref.evaluate.evaluate import open_run
+    from mmref.data.shard_set import ShardSet
+    from mmref.evaluate.evaluation import open_run
     from mmref.evaluate.features import read_queries
     from mmref.evaluate.metrics import evaluate_features, summarize
     from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
-    from mmref.train.checkpoint import load_references
+    from mmref.evaluate.split_features import Embedder
+    from mmref.run.checkpoints import load_references
 
     other, out = build_tiny_set(tmp_path / "other", TinySource("other", first=1000)), tmp_path / "metrics.json"
     before = (undisturbed / "metrics.json").read_text()
@@ -203,7 +203,7 @@ def test_a_named_error_of_a_reader_ends_the_run_by_its_name(own_set: Path, tmp_p
     """It comes through Ray Data, from another process than the worker's, and the workers are not started again for it."""
     from tiny_set import damage_image, tiny_config
 
-    from mmref.data.shards import ShardSet
+    from mmref.data.shard_set import ShardSet
 
     for image in range(len(ShardSet.open(str(own_set)).index("train"))):
         damage_image(own_set, image)

@@ -11,20 +11,21 @@ import torch
 
 from jobs import Job, losses, write_config
 from mmref.cli import main
-from mmref.cluster import connect
-from mmref.data.shards import SampleReader, ShardSet
+from mmref.cluster.connection import connect
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
 from mmref.evaluate.features import Encoder, read_pixels, read_queries
-from mmref.rundir import RunDir
-from mmref.train import checkpoint
+from mmref.run import checkpoints
+from mmref.run.directory import RunDir
 
 
 def held(run: Path) -> dict[str, torch.Tensor]:
     """{object id: reference (K, d)} of a run's best checkpoint."""
     there = RunDir(str(run))
-    info = checkpoint.best_checkpoint(there)
-    with checkpoint.fetched(there, info, "references") as folder:
-        ids, rows = checkpoint.load_object_ids(folder, info.meta), checkpoint.load_references(folder, info.meta)
+    info = checkpoints.best_checkpoint(there)
+    with checkpoints.fetched(there, info, "references") as folder:
+        ids, rows = checkpoints.load_object_ids(folder, info.meta), checkpoints.load_references(folder, info.meta)
     return dict(zip(ids, rows))
 
 

@@ -9,8 +9,8 @@ import pytest
 
 import mmref
 from jobs import Job, wait_for, write_config
-from mmref.rundir import RunDir, read_jsonl
-from mmref.train.checkpoint import latest_checkpoint
+from mmref.run.checkpoints import latest_checkpoint
+from mmref.run.directory import RunDir, read_jsonl
 from mmref.train.ledger import audit_run
 
 STEPS, EVERY = 60, 15
@@ -59,7 +59,7 @@ def test_a_run_lives_on_s3(s3_bucket: str, tiny_set: Path, tmp_path: Path) -> No
     assert status == 0, output
     assert json.loads(out.read_text())["refined"] == json.loads(run.read_text("metrics.json"))["refined"]
 
-    from mmref.export import export_run
+    from mmref.export.write import export_run
 
     model = mmref.load(export_run(url, str(tmp_path / "exported")))
     assert model.encode_text(["red circle 0"]).shape == (1, model.dim)

@@ -179,9 +179,9 @@ def test_it_leaves_in_time_with_ray(own_index, start):
 def test_a_request_that_kills_its_replica_costs_two_and_nobody_else(own_index, monkeypatch):
     import ray
 
-    from mmref.cluster import connect
+    from mmref.cluster.connection import connect
     from mmref.retrieval.service import backend
-    from mmref.retrieval.service.engine import Ask, Engine
+    from mmref.retrieval.service.answering import Ask, Engine
     from mmref.retrieval.service.limits import Limits
     from mmref.retrieval.service.problems import Refused
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from stream_ranks import Killer, ledger, planned, streamed
 
-from mmref.cluster import SETTINGS, START_ATTEMPTS, connect
+from mmref.cluster.connection import SETTINGS, START_ATTEMPTS, connect
 from mmref.config import Config
 from mmref.data.reader import concatenate
 from mmref.data.stream import Stream

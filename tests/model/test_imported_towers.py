@@ -14,11 +14,11 @@ import mmref
 from mmref.config import ModelConfig
 from mmref.data.tokens import load_tokens
 from mmref.errors import ConfigError, ModelError
-from mmref.export import export_run
+from mmref.export.write import export_run
 from mmref.model.adapter import Adapter
 from mmref.model.backbone import build_backbone, check_towers, load_tower
 from mmref.model.mmref import build_model
-from mmref.sizing import measure_model
+from mmref.sizing.command import measure_model
 
 
 def inputs(n=4):

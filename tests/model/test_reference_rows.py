@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmref.model.reference import assign_features, initial_rows, moving_average
+from mmref.model.reference_rows import assign_features, initial_rows, moving_average
 
 
 @settings(max_examples=25, deadline=None)

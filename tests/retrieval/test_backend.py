@@ -11,8 +11,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from mmref.retrieval.service import backend
+from mmref.retrieval.service.answering import Ask
 from mmref.retrieval.service.backend import Replicated
-from mmref.retrieval.service.engine import Ask
 from mmref.retrieval.service.problems import Problem, Refused
 
 

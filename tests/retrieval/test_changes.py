@@ -13,7 +13,7 @@ from images import write_images
 from PIL import Image
 
 from mmref.errors import SearchIndexError
-from mmref.retrieval import embed, index
+from mmref.retrieval import chunks, index
 from mmref.retrieval.searcher import Searcher
 
 
@@ -180,9 +180,9 @@ def test_a_shard_set_built_anew_is_held_as_it_is_now(run, tiny_set, tmp_path):
 
 
 def test_a_folder_that_changed_since_a_kill_is_listed_anew(folder, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "SMALLEST_CHUNK", 2)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 2)
     seen: list[str] = []
-    whole = embed.embed_chunk
+    whole = chunks.embed_chunk
 
     def dies(model, locations, watch):
         if len(seen) >= 6:
@@ -190,7 +190,7 @@ def test_a_folder_that_changed_since_a_kill_is_listed_anew(folder, run, tmp_path
         seen.extend(Path(path).name for path, _, _ in locations)
         return whole(model, locations, watch)
 
-    monkeypatch.setattr(embed, "embed_chunk", dies)
+    monkeypatch.setattr(chunks, "embed_chunk", dies)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         index.create(str(folder), str(run), str(out), workers=0)
@@ -204,10 +204,10 @@ def test_a_folder_that_changed_since_a_kill_is_listed_anew(folder, run, tmp_path
         again.extend(Path(path).name for path, _, _ in locations)
         return whole(model, locations, watch)
 
-    monkeypatch.setattr(embed, "embed_chunk", counted)
+    monkeypatch.setattr(chunks, "embed_chunk", counted)
     index.create(str(folder), str(run), str(out), workers=0)
     assert not {"04.png", "06.png"} & set(again) and {"00.png", "08.png", "10.png", "12.png"} <= set(again)
-    monkeypatch.setattr(embed, "embed_chunk", whole)
+    monkeypatch.setattr(chunks, "embed_chunk", whole)
     index.create(str(folder), str(run), str(tmp_path / "reference"), workers=0)
     assert set(paths(out)) == set(paths(tmp_path / "reference"))
     for item in paths(out):

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.build import BuildOptions, build_shards, make_source
-from mmref.data.shards import SampleReader, ShardSet
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import ShardSet
 from mmref.errors import QueryError
 from mmref.evaluate.features import read_queries
 from mmref.retrieval import index
 from mmref.retrieval.feedback import Judgements, export_table
 from mmref.retrieval.searcher import Searcher
+from mmref.shards.build import BuildOptions, build_shards, make_source
 
 
 def test_the_last_judgement_of_a_pair_counts(own_index):

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmref import storage
 from mmref.errors import SearchIndexError, StorageError
-from mmref.locations import read_bytes
 from mmref.retrieval.folder import look_into
 from mmref.retrieval.images import list_images
+from mmref.storage import retries
+from mmref.storage.locations import read_bytes
 
 
 def picture(kind: str = "PNG") -> bytes:
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_listed_costs_itself(root, monkeypatch):
 
 
 def test_storage_that_fails_ends_it(root, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(retries, "PATIENCE_S", 0.0)
     refuse(monkeypatch, "deep", errno.EIO)
     with pytest.raises(StorageError, match=r"cannot list .*deep"):
         look_into(str(root))

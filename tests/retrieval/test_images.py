@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.build import BuildOptions, build_shards, make_source
 from mmref.errors import SearchIndexError
 from mmref.retrieval import images, index
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.searcher import Searcher
+from mmref.shards.build import BuildOptions, build_shards, make_source
 
 
 def ids(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ from images import write_images
 from PIL import Image
 
 from mmref.errors import ModelError, ModelMismatchError, SearchIndexError, StorageError
-from mmref.retrieval import bundle, embed, index
+from mmref.retrieval import bundle, chunks, index
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.journal import Watch
 from mmref.retrieval.searcher import Searcher
@@ -75,9 +75,9 @@ def test_a_url_prefix_is_listed_and_read(folder, run, tmp_path):
 
 
 def test_a_killed_build_embeds_nothing_twice(folder, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "SMALLEST_CHUNK", 2)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 2)
     seen: list[str] = []
-    whole = embed.embed_chunk
+    whole = chunks.embed_chunk
 
     def counted(model, locations, watch):
         arrays = whole(model, locations, watch)
@@ -89,18 +89,18 @@ def test_a_killed_build_embeds_nothing_twice(folder, run, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return counted(model, locations, watch)
 
-    monkeypatch.setattr(embed, "embed_chunk", dies)
+    monkeypatch.setattr(chunks, "embed_chunk", dies)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         index.create(str(folder), str(run), str(out), workers=0)
     with pytest.raises(SearchIndexError, match="was begun and is not finished"):
         Searcher(str(out))
     (tmp_path / "out.partial" / "chunks" / ".000009.tmp").write_bytes(b"half")
-    monkeypatch.setattr(embed, "embed_chunk", counted)
+    monkeypatch.setattr(chunks, "embed_chunk", counted)
     index.create(str(folder), str(run), str(out), workers=0)
     assert len(seen) == len(set(seen)) == 12
     reference = tmp_path / "reference"
-    monkeypatch.setattr(embed, "embed_chunk", whole)
+    monkeypatch.setattr(chunks, "embed_chunk", whole)
     index.create(str(folder), str(run), str(reference), workers=0)
     for name in ("features", "near", "weights", "uids"):
         arrays = [np.load(p / "segments" / "000000" / f"{name}.npy") for p in (out, reference)]
@@ -383,9 +383,9 @@ def test_any_name_is_held_shown_and_opened(run, tmp_path, capsys):
     from starlette.testclient import TestClient
 
     from mmref.cli import main
+    from mmref.retrieval.service.answering import Engine
     from mmref.retrieval.service.app import build_app
     from mmref.retrieval.service.backend import Local
-    from mmref.retrieval.service.engine import Engine
     from mmref.retrieval.service.limits import Limits
 
     root = os.fsencode(tmp_path / "photos") + b"\xe9"
@@ -430,14 +430,14 @@ def test_any_name_is_held_shown_and_opened(run, tmp_path, capsys):
     "failure", [RuntimeError("decoder"), ValueError("\udce9"), OSError(5, "torn"), MemoryError(), SyntaxError()]
 )
 def test_whatever_an_image_raises_costs_that_one(folder, run, tmp_path, monkeypatch, failure):
-    decode = embed.decoded
+    decode = chunks.decoded
 
     def failing(data, name):
         if name.endswith("02.png"):
             raise failure
         return decode(data, name)
 
-    monkeypatch.setattr(embed, "decoded", failing)
+    monkeypatch.setattr(chunks, "decoded", failing)
     manifest = index.create(str(folder), str(run), str(tmp_path / "out"), workers=0)
     assert (manifest.items, manifest.skipped) == (10, 2)
     assert [s["id"] for s in index.read_skipped(tmp_path / "out")] == ["02.png", "deep/broken.jpg"]
@@ -447,12 +447,12 @@ def test_storage_that_does_not_answer_is_no_broken_image(folder, run, tmp_path, 
     def failing(*_):
         raise StorageError("the share is away")
 
-    monkeypatch.setattr(embed, "read_image_bytes", failing)
+    monkeypatch.setattr(chunks, "read_image_bytes", failing)
     with pytest.raises(StorageError, match="the share is away"):
         index.create(str(folder), str(run), str(tmp_path / "out"), workers=0)
-    actor = embed.ImageEmbedder.__new__(embed.ImageEmbedder)
+    actor = chunks.ImageEmbedder.__new__(chunks.ImageEmbedder)
     actor.model = Searcher.__new__(Searcher)
-    monkeypatch.setattr(embed, "embed_chunk", failing)
+    monkeypatch.setattr(chunks, "embed_chunk", failing)
     assert actor.try_embed([], Watch()) == (b"", "the share is away"), "an actor's error would come as one of Ray's"
 
 
@@ -485,7 +485,7 @@ def test_a_full_disk_is_told_and_leaves_the_index_whole(folder, run, tmp_path):
 
 @pytest.mark.parametrize("limit", [0, 1_000, 30_000])
 def test_a_full_disk_does_not_blame_the_model(folder, run, tmp_path, limit):
-    from mmref.export import export_run
+    from mmref.export.write import export_run
 
     model = export_run(str(run), str(tmp_path / "model"))
     with pytest.raises(StorageError, match="no space left for"), files_below(limit):

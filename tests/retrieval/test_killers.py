@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mmref.errors import StorageError
-from mmref.retrieval import embed, index
+from mmref.retrieval import chunks, index
 from mmref.retrieval.journal import KILLED, Journal
 from mmref.retrieval.searcher import Searcher
 
@@ -21,12 +21,12 @@ KILLER = "02.png"
 START = """
 import os, signal, sys
 from mmref.retrieval import embed, index
-decoded = embed.decoded
+decoded = chunks.decoded
 def deadly(data, name, *rest):
     if name.endswith(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
     return decoded(data, name, *rest)
-embed.decoded, embed.SMALLEST_CHUNK = deadly, 4
+chunks.decoded, chunks.SMALLEST_CHUNK = deadly, 4
 index.create(*sys.argv[1:4], workers=0)
 """
 
@@ -40,17 +40,17 @@ def test_an_image_that_kills_the_process_twice_is_passed_over(folder, run, tmp_p
     for _ in range(2):
         command = [sys.executable, "-c", START, str(folder), str(run), str(out), KILLER]
         assert subprocess.run(command, timeout=300, check=False).returncode == -signal.SIGKILL
-    decoded, seen = embed.decoded, []
+    decoded, seen = chunks.decoded, []
 
     def noted(data, name):
         seen.append(Path(name).name)
         return decoded(data, name)
 
-    monkeypatch.setattr(embed, "decoded", noted)
+    monkeypatch.setattr(chunks, "decoded", noted)
     manifest = index.create(str(folder), str(run), str(out), workers=0)
     assert (manifest.items, manifest.skipped) == (10, 2)
     assert listed(out)[KILLER] == KILLED and "not an image" in listed(out)["deep/broken.jpg"]
-    assert not (out / embed.JOURNAL).exists()
+    assert not (out / chunks.JOURNAL).exists()
     assert index.add(str(out), str(folder), workers=0).items == 10
     assert seen and KILLER not in seen, "it is never decoded a third time"
     os.utime(folder / KILLER, (1, 1))  # somebody has mended it
@@ -95,25 +95,25 @@ def test_a_journal_that_cannot_be_written_blames_no_image(folder, run, tmp_path,
 
 @pytest.mark.slow
 def test_ray_workers_die_of_it_twice_at_a_time_and_the_rest_is_embedded(folder, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "SMALLEST_CHUNK", 4)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 4)
 
-    class Deadly(embed.ImageEmbedder):
+    class Deadly(chunks.ImageEmbedder):
         """Defined here, so that it travels to the workers as it is."""
 
         def __init__(self, *args):
             super().__init__(*args)
-            from mmref.retrieval import embed
+            from mmref.retrieval import chunks
 
-            decoded = embed.decoded
+            decoded = chunks.decoded
 
             def deadly(data, name, *rest):
                 if name.endswith("02.png"):
                     os._exit(1)
                 return decoded(data, name, *rest)
 
-            embed.decoded = deadly
+            chunks.decoded = deadly
 
-    monkeypatch.setattr(embed, "ImageEmbedder", Deadly)
+    monkeypatch.setattr(chunks, "ImageEmbedder", Deadly)
     index.create(str(folder), str(run), str(tmp_path / "out"), workers=2)
     monkeypatch.undo()
     assert listed(tmp_path / "out")["02.png"] == KILLED and len(listed(tmp_path / "out")) == 2

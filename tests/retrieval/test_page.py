@@ -15,9 +15,9 @@ from PIL import Image
 
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.access import Access
+from mmref.retrieval.service.answering import Engine
 from mmref.retrieval.service.app import build_app
 from mmref.retrieval.service.backend import Local
-from mmref.retrieval.service.engine import Engine
 from mmref.retrieval.service.limits import Limits
 
 pytest.importorskip("websockets", reason="speaks to the browser")

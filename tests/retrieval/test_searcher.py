@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 import mmref
-from mmref.data.shards import SampleReader, ShardSet
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import ShardSet
 from mmref.errors import QueryError
-from mmref.evaluate.embed import SplitFeatures
-from mmref.evaluate.evaluate import Evaluation
+from mmref.evaluate.evaluation import Evaluation
 from mmref.evaluate.features import read_pixels, read_queries
+from mmref.evaluate.split_features import SplitFeatures
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Query, Searcher
 

@@ -29,9 +29,9 @@ from mmref.retrieval import bundle, index
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service import server
 from mmref.retrieval.service.access import Access, Rates
+from mmref.retrieval.service.answering import Ask, Engine
 from mmref.retrieval.service.app import build_app
 from mmref.retrieval.service.backend import Local
-from mmref.retrieval.service.engine import Ask, Engine
 from mmref.retrieval.service.limits import Limits
 
 
@@ -568,7 +568,7 @@ def test_an_index_in_the_place_of_another_is_opened_and_a_missing_one_is_not(own
 
 
 def test_the_watch_follows_by_itself(own_index, monkeypatch):
-    monkeypatch.setattr("mmref.retrieval.service.engine.WATCH_S", 0.05)
+    monkeypatch.setattr("mmref.retrieval.service.answering.WATCH_S", 0.05)
     engine = Engine(str(own_index), LIMITS)
     name = engine.info()["name"]
     index.remove(str(own_index), [Searcher(str(own_index)).items["id"][0].as_py()])

@@ -19,7 +19,7 @@ from services import LIMITS, PATIENCE_S, begun, client_of, everything, listening
 from mmref.data import budget
 from mmref.data.decode import decode_rgb
 from mmref.retrieval.searcher import Searcher
-from mmref.retrieval.service.engine import Ask, Engine
+from mmref.retrieval.service.answering import Ask, Engine
 from mmref.retrieval.service.limits import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_what_is_slow_keeps_nothing_else_waiting(split_index, item, held, monkey
 
 def test_images_to_decode_keep_no_sentence_waiting(split_index, monkeypatch):
     client, slow = client_of(split_index), threading.Event()
-    monkeypatch.setattr("mmref.retrieval.service.engine.decode_query", lambda *_: slow.wait(PATIENCE_S))
+    monkeypatch.setattr("mmref.retrieval.service.answering.decode_query", lambda *_: slow.wait(PATIENCE_S))
     with client, ThreadPoolExecutor(20) as pool:
         for _ in range(20):
             pool.submit(client.post, "/search", content=png(), headers={"content-type": "image/png"})

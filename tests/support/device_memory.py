@@ -25,8 +25,8 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any]) -> None
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=300))
 
     from mmref.data.reader import StepReader
-    from mmref.livebytes import LiveBytes
     from mmref.model.mmref import build_model
+    from mmref.sizing.live_bytes import LiveBytes
     from mmref.train.bank import ReferenceBank
     from mmref.train.engine import build_engine, set_learning_rate
     from mmref.train.step import StepRunner

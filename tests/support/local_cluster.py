@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from mmref.cluster import connect
+from mmref.cluster.connection import connect
 
 
 def look() -> dict[str, object]:

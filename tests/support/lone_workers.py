@@ -79,7 +79,7 @@ def _spoil(worker: Any, what: str, at: int) -> None:
 def _train(root: str, folder: str, rank: int, what: str, at: int, overrides: dict[str, Any]) -> str:
     """What ended a run of six steps, with a checkpoint due after every second one."""
     from mmref.errors import MMRefError
-    from mmref.rundir import RunDir
+    from mmref.run.directory import RunDir
     from mmref.train.loop import Worker
 
     every = {"train.max_steps": 6, "train.eval_every": 2, "train.log_every": 100, "train.workers": WORLD}

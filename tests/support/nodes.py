@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from jobs import titled
-from mmref.cluster import SETTINGS
+from mmref.cluster.connection import SETTINGS
 
 STORE_BYTES = 100 * 1024**2
 START_ATTEMPTS = 3

@@ -24,7 +24,7 @@ from nodes import Nodes
 from tiny_set import damage_image, tiny_config
 
 from jobs import Job, losses, records, wait_for, write_config
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 from mmref.train.ledger import audit_run, read_ledger
 
 STEPS, EVERY = 240, 40

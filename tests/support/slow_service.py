@@ -6,7 +6,7 @@ import sys
 import time
 
 from mmref.cli import run_command
-from mmref.retrieval.service.engine import Engine
+from mmref.retrieval.service.answering import Engine
 from mmref.retrieval.service.server import serve_main
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from mmref.cli import run_command
 from mmref.config import load_config
-from tune import sweep as module
-from tune.space import read_space
-from tune.sweep import Options
-from tune.trials import folder
+from mmref.tuning import sweep as module
+from mmref.tuning.space import read_space
+from mmref.tuning.sweep import Options
+from mmref.tuning.trial_log import folder
 
 STEPS, STEP_S = 6, 0.3
 

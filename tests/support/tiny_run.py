@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from mmref.config import Config, dump_yaml
-from mmref.data.shards import ShardSet
+from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
 from mmref.model.mmref import MMRef, build_model
-from mmref.rundir import RunDir
+from mmref.run import checkpoints
+from mmref.run.directory import RunDir
 from mmref.train import checkpoint
 from mmref.train.bank import ReferenceBank
 
@@ -32,7 +33,7 @@ def make_run(config: Config, path: str, refinement: dict[str, Any]) -> MMRef:
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
         bank.rows[UNSEEN:] = torch.randn(bank.rows[UNSEEN:].shape, generator=torch.Generator().manual_seed(1))
     scores = {"R@1": 40.0, "R@5": 60.0, "R@10": 70.0, "mAP": 45.0, "mINP": 30.0}
-    folder = f"{checkpoint.FOLDER}/step-00000020-a"
+    folder = f"{checkpoints.FOLDER}/step-00000020-a"
     state = checkpoint.snapshot(engine, bank, {"step": 20, "score": 85.0, "val": scores})
     checkpoint.write(run, folder, state, 0)
     checkpoint.commit(run, folder, state.meta)

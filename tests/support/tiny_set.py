@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_shards.build import BuildOptions, build_shards
-from data_shards.samples import SourceImage, SourceObject
 from mmref.config import Config, from_dict, to_dict
-from mmref.data.shards import ShardSet
+from mmref.data.shard_set import ShardSet
+from mmref.shards.build import BuildOptions, build_shards
+from mmref.shards.samples import SourceImage, SourceObject
 
 SPLITS = {"train": 14, "val": 4, "test": 4}  # objects of each
 COLOURS = ("red", "green", "blue", "grey")

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmref.config import ReferenceConfig
-from mmref.model.reference import initial_rows
+from mmref.model.reference_rows import initial_rows
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from mmref.errors import CheckpointError
 from mmref.model.mmref import build_model
-from mmref.rundir import RunDir
+from mmref.run import checkpoints
+from mmref.run.directory import RunDir
 from mmref.train import checkpoint, collectives
 
 OVERRIDES = {"reference.update": "gradient", "reference.per_object": 2, "loss.w_rec": 0.3, "loss.learn_tau": True}
@@ -107,10 +108,10 @@ def test_frozen_parameters_are_saved_without_moments(make_config, tmp_path, monk
 def test_weights_and_references_alone_for_evaluation(make_config, trained, tmp_path, monkeypatch):
     meta = trained.save(tmp_path, monkeypatch, world=3)
     model = build_model(make_config({**OVERRIDES, "train.seed": 9}), trained.reader.tokens.vocab_size)
-    checkpoint.load_model(str(tmp_path), model)
+    checkpoints.load_model(str(tmp_path), model)
     pixels = torch.randn(2, 3, 16, 16)
     assert torch.equal(model.eval()(pixels).image, trained.model.eval()(pixels).image)
-    assert torch.equal(checkpoint.load_references(str(tmp_path), meta), trained.bank.rows)
+    assert torch.equal(checkpoints.load_references(str(tmp_path), meta), trained.bank.rows)
 
 
 def test_the_classifier_of_the_objects_is_left_behind_in_evaluation(make_config, tmp_path, monkeypatch):
@@ -118,7 +119,7 @@ def test_the_classifier_of_the_objects_is_left_behind_in_evaluation(make_config,
     assert run.model.classify is not None
     meta = run.save(tmp_path, monkeypatch)
     model = build_model(make_config({**OVERRIDES, "loss.w_id": 1.0, "train.seed": 9}), run.reader.tokens.vocab_size)
-    checkpoint.load_model(str(tmp_path), model)
+    checkpoints.load_model(str(tmp_path), model)
     pixels = torch.randn(2, 3, 16, 16)
     assert model.classify is None and torch.equal(model.eval()(pixels).image, run.model.eval()(pixels).image)
     again = Training(make_config({**OVERRIDES, "loss.w_id": 1.0, "train.seed": 9}))
@@ -129,7 +130,7 @@ def test_the_classifier_of_the_objects_is_left_behind_in_evaluation(make_config,
 def test_references_stored_in_bf16_are_read_as_fp32(make_config, tmp_path, monkeypatch):
     run = Training(make_config({"reference.row_dtype": "bf16"}))
     run.train(0, 2)
-    found = checkpoint.load_references(str(tmp_path), run.save(tmp_path, monkeypatch, world=2))
+    found = checkpoints.load_references(str(tmp_path), run.save(tmp_path, monkeypatch, world=2))
     assert found.dtype == torch.float32 and torch.equal(found, run.bank.rows.float()) and found.abs().sum() > 0
 
 
@@ -144,7 +145,7 @@ def test_another_model_s_checkpoint_is_refused(make_config, trained, tmp_path, m
     before = [p.clone() for p in other.model.parameters()]
     for attempt in (
         lambda: checkpoint.load(str(tmp_path), other.engine, other.bank, meta),
-        lambda: checkpoint.load_model(str(tmp_path), other.model),
+        lambda: checkpoints.load_model(str(tmp_path), other.model),
     ):
         with pytest.raises(CheckpointError, match=rf"{tmp_path} belongs to another model.*{said}"):
             attempt()
@@ -166,7 +167,7 @@ def write(run: RunDir, step: int, tag: str = "a", world: int = 2, score: float |
     folder = f"checkpoints/step-{step:08d}-{tag}"
     files = {}
     for rank in range(world):
-        for kind in checkpoint.KINDS:
+        for kind in checkpoints.KINDS:
             name, text = f"{kind}-{rank}.safetensors", "x" * (10 + rank)
             run.write_text(f"{folder}/{name}", text)
             files[name] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -177,12 +178,12 @@ def write(run: RunDir, step: int, tag: str = "a", world: int = 2, score: float |
 
 def test_checkpoints_are_listed_by_step(tmp_path):
     for run in (RunDir(str(tmp_path)), RunDir(f"memory://{tmp_path.name}")):
-        assert checkpoint.list_checkpoints(run) == [] and checkpoint.latest_checkpoint(run) is None
+        assert checkpoints.list_checkpoints(run) == [] and checkpoints.latest_checkpoint(run) is None
         folders = [write(run, step) for step in (200, 50, 1000)]
         run.write_text("checkpoints/checkpoint_manager_snapshot.json", "{}")
-        found = checkpoint.list_checkpoints(run)
+        found = checkpoints.list_checkpoints(run)
         assert [info.step for info in found] == [50, 200, 1000]
-        assert checkpoint.latest_checkpoint(run).folder == folders[2]
+        assert checkpoints.latest_checkpoint(run).folder == folders[2]
 
 
 WHOLE = ["meta.json", "model-1.safetensors", "optimizer-0.safetensors",
@@ -199,24 +200,24 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path, name, damage):
         path.unlink()
     else:
         os.truncate(path, path.stat().st_size - 1 if damage == "cut" else 0)
-    assert [info.folder for info in checkpoint.list_checkpoints(run)] == [old]
-    assert checkpoint.latest_checkpoint(run).step == 50
+    assert [info.folder for info in checkpoints.list_checkpoints(run)] == [old]
+    assert checkpoints.latest_checkpoint(run).step == 50
 
 
 def test_best_has_the_highest_score_and_is_the_later_on_a_tie(tmp_path):
     run = RunDir(str(tmp_path))
     for step, score in ((10, 3.0), (20, 7.5), (30, 7.5), (40, 1.0), (50, None)):
         write(run, step, score=score)
-    assert checkpoint.best_checkpoint(run).step == 30 and checkpoint.latest_checkpoint(run).step == 50
+    assert checkpoints.best_checkpoint(run).step == 30 and checkpoints.latest_checkpoint(run).step == 50
 
 
 def test_no_checkpoint_is_a_named_error_with_what_was_found(tmp_path):
     run = RunDir(str(tmp_path))
     with pytest.raises(CheckpointError, match=f"no complete checkpoint in {tmp_path}/checkpoints: found nothing"):
-        checkpoint.best_checkpoint(run)
+        checkpoints.best_checkpoint(run)
     (tmp_path / write(run, 100) / "meta.json").unlink()
     with pytest.raises(CheckpointError, match=r"found .*step-00000100-a.*run directory"):
-        checkpoint.best_checkpoint(run)
+        checkpoints.best_checkpoint(run)
 
 
 @settings(max_examples=50, deadline=None)
@@ -244,7 +245,7 @@ def test_ray_s_list_of_checkpoints_goes_when_it_would_stop_a_restart(tmp_path, t
     write(run, 50)
     run.write_text(SNAPSHOT, text)
     checkpoint.repair_snapshot(run)
-    assert run.exists(SNAPSHOT) == stays and checkpoint.latest_checkpoint(run).step == 50
+    assert run.exists(SNAPSHOT) == stays and checkpoints.latest_checkpoint(run).step == 50
 
 
 # -- integrity -------------------------------------------------------------------------------------------------------
@@ -259,23 +260,23 @@ def flip_a_byte(path: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-@pytest.mark.parametrize("kind", checkpoint.KINDS)
+@pytest.mark.parametrize("kind", checkpoints.KINDS)
 def test_a_damaged_file_is_named_and_not_loaded(trained, tmp_path, monkeypatch, kind):
     run = RunDir(str(tmp_path))
     trained.save(tmp_path / "checkpoints" / "step-00000002-a", monkeypatch, world=2)
-    (info,) = checkpoint.list_checkpoints(run)
-    with checkpoint.fetched(run, info, *checkpoint.KINDS) as folder:
+    (info,) = checkpoints.list_checkpoints(run)
+    with checkpoints.fetched(run, info, *checkpoints.KINDS) as folder:
         assert sorted(info.files()) == sorted(n for n in os.listdir(folder) if n.endswith(".safetensors"))
     damaged = tmp_path / info.folder / f"{kind}-1.safetensors"
     flip_a_byte(damaged)
-    others = [k for k in checkpoint.KINDS if k != kind]
-    with checkpoint.fetched(run, info, *others):
+    others = [k for k in checkpoints.KINDS if k != kind]
+    with checkpoints.fetched(run, info, *others):
         pass  # what is not read is not checked
     with (
         pytest.raises(
             CheckpointError, match=rf"{damaged} is damaged: its SHA-256 is \w+, \w+ was written.*Remove that"
         ),
-        checkpoint.fetched(run, info, kind),
+        checkpoints.fetched(run, info, kind),
     ):
         raise AssertionError("a damaged checkpoint was handed out")
 
@@ -313,7 +314,7 @@ def test_resume_passes_a_damaged_checkpoint_over_and_says_so(two_checkpoints, ca
 
 def test_without_a_sound_checkpoint_training_does_not_start_again(two_checkpoints):
     run = two_checkpoints
-    for info in checkpoint.list_checkpoints(run):
+    for info in checkpoints.list_checkpoints(run):
         run.write_bytes(f"{info.folder}/model-0.safetensors", b"x" * info.files()["model-0.safetensors"]["bytes"])
     with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* is sound.*model-0.*from the beginning"):
         checkpoint.resume_point(run).__enter__()
@@ -351,8 +352,8 @@ def test_a_checkpoint_does_not_exist_before_every_rank_has_written(trained, tmp_
     waiting = threading.Thread(target=checkpoint.commit, args=(run, folder, states[0].meta), daemon=True)
     waiting.start()
     waiting.join(timeout=0.2)
-    assert waiting.is_alive() and checkpoint.list_checkpoints(run) == [] and not run.exists(f"{folder}/meta.json")
+    assert waiting.is_alive() and checkpoints.list_checkpoints(run) == [] and not run.exists(f"{folder}/meta.json")
     checkpoint.write(run, folder, states[1], 1)
     waiting.join(timeout=60)
-    (info,) = checkpoint.list_checkpoints(run)
+    (info,) = checkpoints.list_checkpoints(run)
     assert len(info.files()) == 6 and info.meta["world"] == 2

@@ -10,7 +10,7 @@ from plain_training import PlainTraining, train, train_adam
 from tiny_set import BERT, CONVNEXT, VIT
 
 from mmref.errors import ConfigError, ModelError
-from mmref.livebytes import LiveBytes
+from mmref.sizing.live_bytes import LiveBytes
 
 CLIP_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = {

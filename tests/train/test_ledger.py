@@ -9,7 +9,7 @@ import pytest
 
 from mmref.data.plan import Plan
 from mmref.errors import LedgerError
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 from mmref.train.ledger import Ledger, audit, read_ledger
 
 PLAN = Plan(np.array([0, 2, 5, 6, 9, 11]), objects_per_step=2, images_per_object=2, seed=3)

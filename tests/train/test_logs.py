@@ -7,7 +7,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmref.rundir import RunDir, read_jsonl
+from mmref.run.directory import RunDir, read_jsonl
 from mmref.train.logs import RunLog
 
 

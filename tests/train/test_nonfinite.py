@@ -9,9 +9,9 @@ import pytest
 import torch
 from lone_workers import SCENARIOS, outcomes
 
-from mmref.data.shards import ShardSet
-from mmref.rundir import RunDir, read_jsonl
-from mmref.train.checkpoint import list_checkpoints
+from mmref.data.shard_set import ShardSet
+from mmref.run.checkpoints import list_checkpoints
+from mmref.run.directory import RunDir, read_jsonl
 from mmref.train.loop import CHECKED, Window
 
 

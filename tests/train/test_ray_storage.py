@@ -7,7 +7,7 @@ import pickle
 
 import pyarrow.fs as pafs
 
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 from mmref.train.ray_storage import ray_filesystem
 
 

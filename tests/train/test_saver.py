@@ -9,11 +9,11 @@ import pytest
 import ray.train
 import torch
 
-from mmref import storage
 from mmref.config import ReferenceConfig
 from mmref.errors import StorageError
-from mmref.rundir import RunDir
-from mmref.train import checkpoint
+from mmref.run import checkpoints
+from mmref.run.directory import RunDir
+from mmref.storage import retries
 from mmref.train.bank import ReferenceBank
 from mmref.train.saver import Saver
 
@@ -72,16 +72,16 @@ def test_training_goes_on_while_the_checkpoint_is_written(uploads, training, tmp
         assert writing.save({"step": 5, "score": 1.0}, {"step": 5}) >= 0
         with torch.no_grad():
             engine.module.weight.zero_()  # the next step
-        assert checkpoint.list_checkpoints(run) == [] and writing.take_finished() == []
+        assert checkpoints.list_checkpoints(run) == [] and writing.take_finished() == []
         uploads.gate.set()
         writing.wait()
-        (info,) = checkpoint.list_checkpoints(run)
+        (info,) = checkpoints.list_checkpoints(run)
         (record,) = writing.take_finished()
         assert record["step"] == info.step == 5 and record["checkpoint_seconds"] > 0 and writing.take_finished() == []
     uploads.threads[0].join()
     assert uploads.reported == [({"step": 5}, f"{tmp_path}/{info.folder}")], "Ray hears of it when it is complete"
-    with checkpoint.fetched(run, info, "model") as folder:
-        assert torch.equal(checkpoint.TensorFolder(folder, "model").get("weight"), weight), "as it was when saved"
+    with checkpoints.fetched(run, info, "model") as folder:
+        assert torch.equal(checkpoints.TensorFolder(folder, "model").get("weight"), weight), "as it was when saved"
 
 
 def test_one_is_in_flight_and_the_last_is_waited_for(uploads, training, tmp_path):
@@ -92,8 +92,8 @@ def test_one_is_in_flight_and_the_last_is_waited_for(uploads, training, tmp_path
         writing.save({"step": 1}, {})
         assert not uploads.gate.is_set(), "the first does not wait"
         writing.save({"step": 2}, {})
-        assert uploads.gate.is_set() and [c.step for c in checkpoint.list_checkpoints(run)][:1] == [1]
-    assert [c.step for c in checkpoint.list_checkpoints(run)] == [1, 2]
+        assert uploads.gate.is_set() and [c.step for c in checkpoints.list_checkpoints(run)][:1] == [1]
+    assert [c.step for c in checkpoints.list_checkpoints(run)] == [1, 2]
 
 
 def test_the_checkpoint_in_flight_is_written_when_training_fails(uploads, training, tmp_path):
@@ -103,7 +103,7 @@ def test_the_checkpoint_in_flight_is_written_when_training_fails(uploads, traini
     with pytest.raises(ZeroDivisionError), Saver(run, *training, asynchronous=True) as writing:
         writing.save({"step": 1}, {})
         raise ZeroDivisionError
-    assert [c.step for c in checkpoint.list_checkpoints(run)] == [1]
+    assert [c.step for c in checkpoints.list_checkpoints(run)] == [1]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -111,8 +111,8 @@ def test_a_storage_that_stays_away_is_an_error_and_leaves_no_checkpoint(
     uploads, training, tmp_path, monkeypatch, asynchronous
 ):
     run = RunDir(str(tmp_path))
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(retries, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(retries, "FIRST_DELAY_S", 0.01)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -125,13 +125,13 @@ def test_a_storage_that_stays_away_is_an_error_and_leaves_no_checkpoint(
         writing.save({"step": 2}, {})
         writing.save({"step": 3}, {})  # training hears of it at the next checkpoint at the latest
     monkeypatch.undo()
-    assert [c.step for c in checkpoint.list_checkpoints(run)] == [1]
+    assert [c.step for c in checkpoints.list_checkpoints(run)] == [1]
     assert len(uploads.errors) == 1 and isinstance(uploads.errors[0], StorageError), "Ray hears of it at once"
 
 
 def test_a_storage_that_fails_once_costs_nothing(uploads, training, tmp_path, monkeypatch):
     run = RunDir(str(tmp_path))
-    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(retries, "FIRST_DELAY_S", 0.001)
     opened, original = [], run.fs.open
 
     def unsteady(path, mode):
@@ -144,8 +144,8 @@ def test_a_storage_that_fails_once_costs_nothing(uploads, training, tmp_path, mo
     with Saver(run, *training, asynchronous=True) as writing:
         writing.save({"step": 1}, {})
     monkeypatch.undo()
-    (info,) = checkpoint.list_checkpoints(run)
-    with checkpoint.fetched(run, info, *checkpoint.KINDS):
+    (info,) = checkpoints.list_checkpoints(run)
+    with checkpoints.fetched(run, info, *checkpoints.KINDS):
         assert len(opened) >= 6
 
 

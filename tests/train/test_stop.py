@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from mmref.config import Config
 from mmref.errors import TrainingStoppedError
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 from mmref.train import stop, trainer
 
 STEPS = 500

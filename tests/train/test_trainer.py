@@ -6,7 +6,7 @@ import pytest
 from tiny_set import tiny_config
 
 from mmref.errors import RunDirectoryError
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 from mmref.train.trainer import prepare_run
 
 

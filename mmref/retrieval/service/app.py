@@ -15,12 +15,11 @@ from pydantic import BaseModel, ValidationError
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
-from mmref import __version__
 from mmref.retrieval.service.access import Access
 from mmref.retrieval.service.backend import Backend
+from mmref.retrieval.service.counters import Metrics
 from mmref.retrieval.service.guard import Guard
 from mmref.retrieval.service.limits import Limits
-from mmref.retrieval.service.metrics import Metrics
 from mmref.retrieval.service.pools import Pool
 from mmref.retrieval.service.problems import INTERNAL, Problem, Refused, refuse
 from mmref.retrieval.service.queries import (
@@ -33,6 +32,7 @@ from mmref.retrieval.service.queries import (
     read_json,
     to_ask,
 )
+from mmref.version import __version__
 
 PAGE = {
     "/": ("index.html", "text/html"),

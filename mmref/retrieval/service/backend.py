@@ -13,8 +13,9 @@ from collections import deque
 from dataclasses import replace
 from typing import Any, Protocol
 
-from mmref.cluster import cores, in_time
-from mmref.retrieval.service.engine import Ask, Engine, Prepared, Reply
+from mmref.cluster.connection import in_time
+from mmref.cluster.resources import cores
+from mmref.retrieval.service.answering import Ask, Engine, Prepared, Reply
 from mmref.retrieval.service.leaving import ANSWER_S
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.pools import Pool

@@ -20,8 +20,8 @@ from urllib.parse import parse_qsl
 from h11 import LocalProtocolError
 
 from mmref.retrieval.service.access import Access, Rates
+from mmref.retrieval.service.counters import Metrics
 from mmref.retrieval.service.limits import Limits
-from mmref.retrieval.service.metrics import Metrics
 from mmref.retrieval.service.problems import INTERNAL, LEAVING, Problem, Refused, refuse
 from mmref.retrieval.service.transfers import Transfer, Transfers, busy
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmref.cluster import raise_file_limit
+from mmref.cluster.resources import raise_file_limit
 
 FILES_KEPT = 256  # descriptors that are left to indexes, images and Ray
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmref.retrieval.service.engine import Ask
+from mmref.retrieval.service.answering import Ask
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused, refuse
 

@@ -15,16 +15,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from mmref.arguments import count, local_path
 from mmref.errors import ServeError
 from mmref.retrieval.service.access import LOOPBACK, Access, Network, network
+from mmref.retrieval.service.answering import Engine
 from mmref.retrieval.service.backend import Backend, Local, Replicated, deploy, remove_left_behind
-from mmref.retrieval.service.engine import Engine
 from mmref.retrieval.service.guard import Guard
 from mmref.retrieval.service.leaving import ANSWER_S, CLOSE_S, Leaving, leaving
 from mmref.retrieval.service.limits import Limits, room_for_connections
-from mmref.terminal import PrintableFormatter
-from mmref.texts import read_text
+from mmref.storage.texts import read_text
+from mmref.terminal.arguments import count, local_path
+from mmref.terminal.output import PrintableFormatter
 
 TOKEN = "MMREF_TOKEN"
 SHORTEST_TOKEN = 16
@@ -203,7 +203,7 @@ def _backends(named: dict[str, str], limits: Limits, replicas: int, end: Leaving
                 engine.close()
         return
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # or a late call of Serve's threads starts another cluster
-    from mmref.cluster import connect
+    from mmref.cluster.connection import connect
 
     with connect(need_cpus=len(named)):
         end.listen()  # Ray has taken SIGTERM

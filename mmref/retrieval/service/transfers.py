@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from mmref.retrieval.service.counters import Metrics
 from mmref.retrieval.service.limits import Limits
-from mmref.retrieval.service.metrics import Metrics
 from mmref.retrieval.service.problems import Refused, refuse
 
 GRACE_S = 1.0  # a client that has been fast may rest for so long

@@ -1,0 +1,114 @@
+"""What a cluster or this machine has, and whether it is enough: cores, workers, open files, GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+from mmref.cluster.address import cluster_address
+from mmref.config import Config
+from mmref.errors import ClusterTooSmallError
+
+LOCAL_CPUS = 8  # logical: on a small machine, workers and readers share its cores
+FILES, FILES_NEEDED = 65_536, 128  # open at once: as Ray's makers advise; with half of that it waits without a word
+
+
+def cores() -> int:
+    """CPU cores this process may use: those of its container, where a quota limits it, or those it is bound to."""
+    from ray._private.utils import get_num_cpus
+
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else get_num_cpus()  # Linux alone has it
+    return max(1, min(int(bound), int(get_num_cpus(override_docker_cpu_warning=True))))
+
+
+def workers_that_fit(asked: int | None) -> int:
+    """Actors or tasks of a CPU each: `asked`, None for one a core, but no more than a local cluster offers; that is said.
+
+    Called before `connect`. A cluster that RAY_ADDRESS names may grow. Raises ClusterStartError as `cluster_address`.
+    """
+    import ray
+
+    if asked == 0:  # in this process
+        return 0
+    wanted = cores() if asked is None else asked
+    if ray.is_initialized() or cluster_address() or wanted <= offered_cpus():
+        return wanted
+    print(f"mmref: {offered_cpus()} workers instead of {wanted}: this machine offers no more CPUs", file=sys.stderr)
+    return offered_cpus()
+
+
+def offered_cpus() -> int:
+    """Logical CPUs of a local cluster."""
+    return max(LOCAL_CPUS, cores())
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files at once as the system allows it, up to FILES; how many these are then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # some systems say "unlimited" and mean less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def machine(config: Config) -> str:
+    """What a run trains on, called on a node of the cluster it is connected to: "AMD EPYC, workers: 2 of 1 thread", "H200,
+    workers: 2". The times of steps compare where it is the same."""
+    if config.train.gpu:
+        import ray
+
+        kind = "accelerator_type:"
+        kinds = sorted(name.removeprefix(kind) for name in ray.cluster_resources() if name.startswith(kind))
+        return f"{' or '.join(kinds) or 'GPU'}, workers: {config.train.workers}"
+    try:
+        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:  # not Linux
+        lines = []
+    processor = lines[0].partition(":")[2].strip() if lines else platform.machine()
+    threads = f"{config.train.threads} thread{'' if config.train.threads == 1 else 's'}"
+    return f"{processor}, workers: {config.train.workers} of {threads}"
+
+
+def has_gpu() -> bool:
+    """Whether the cluster that Ray is connected to has a GPU: Ray Data would wait for one without a word."""
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def needed_cpus(config: Config) -> float:
+    """CPUs of a training run: its workers, and the readers of each beside them."""
+    return config.train.workers * (config.train.cpus_per_worker + config.data.readers)
+
+
+def check_resources(config: Config) -> None:
+    """Raise ClusterTooSmallError, with the arithmetic, when workers would leave Ray Data no CPU to read with.
+
+    Ray Data would not fail in that case: it would wait in silence. A run with `train.min_workers` starts with those.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    t = config.train
+    workers = t.min_workers or t.workers
+    need = workers * (t.cpus_per_worker + config.data.readers)
+    if have.get("CPU", 0) + 1e-6 < need:
+        cpus = have.get("CPU", 0)
+        readers = math.floor(cpus / workers - t.cpus_per_worker)
+        raise ClusterTooSmallError(
+            f"{workers} workers x ({t.cpus_per_worker:g} CPU + {config.data.readers} readers) = {need:g} CPUs, the cluster "
+            f"has {cpus:g}: Ray Data would starve. Lower {f'`--data.readers` to at most {readers}, or ' if readers > 0 else ''}"
+            f"`--train.workers` to at most {max(1, math.floor(cpus / (t.cpus_per_worker + config.data.readers)))}, or add nodes."
+        )
+    if t.gpu and have.get("GPU", 0) < workers:
+        raise ClusterTooSmallError(
+            f"{workers} workers need a GPU each, the cluster has {have.get('GPU', 0):g}. Lower `--train.workers`, or "
+            "train on CPUs with `--train.gpu false`."
+        )

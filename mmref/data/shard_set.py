@@ -1,0 +1,278 @@
+"""Shard sets: WebDataset tars with an index of byte offsets beside them, so that any sample can be read alone.
+
+Layout (written by `mmref/shards/build.py`): `manifest.json` last, so a set with a manifest is complete;
+`objects.parquet` (train objects and their rows); per split the tars and `<split>.index.parquet`, one row per image, an
+object's images side by side. A set may travel packed (`.tar.gz` for every tar): `ShardSet.open` unpacks it once.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import tarfile
+import tempfile
+import zlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from mmref.data.manifest import read_manifest
+from mmref.errors import ShardSetError
+from mmref.storage.cache import ShardCache
+from mmref.storage.locations import absolute, file_system, folder_name, is_url, join, read_bytes, size_of
+from mmref.storage.retries import retry
+
+if TYPE_CHECKING:
+    from mmref.config import Config
+
+from mmref.data.sample_reader import SampleReader, SplitIndex
+
+SMALLEST_SAMPLE = 1024  # bytes in a tar: the headers of an image and its json
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    """Bytes of the files in a folder of object storage, by name."""
+    fs, inner = file_system(folder)
+    found = retry(f"list {folder}", lambda: fs.find(inner, detail=True))
+    return {name.rsplit("/", 1)[-1]: int(entry["size"]) for name, entry in found.items()}
+
+
+def sha256_of(path: str) -> str:
+    """Hex digest of a local file or URL, read in 1 MiB pieces."""
+    if is_url(path):
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+
+    def digest() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return retry(f"read {path}", digest)
+
+
+class ShardSet:
+    """A complete shard set. `root` is a folder or a URL; `manifest` the parsed manifest.json."""
+
+    def __init__(self, root: str, manifest: dict[str, Any]) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, root: str) -> ShardSet:
+        """Raises ShardSetError when the set is missing, incomplete or of an unknown version."""
+        root = absolute(root)
+        found = cls(root, read_manifest(root))
+        found._unpack()
+        return found
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.manifest["splits"])
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits of the shards' contents, split by split, wherever the set lies."""
+        contents = {name: [s["sha256"] for s in split["shards"]] for name, split in self.manifest["splits"].items()}
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _unpack(self) -> None:
+        """Unpacks what travels as .tar.gz. Safe beside other processes: each moves its own file into place."""
+        for shard in (s for split in self.manifest["splits"].values() for s in split["shards"]):
+            path = join(self.root, shard["file"])
+            packed = join(self.root, shard["packed"]) if "packed" in shard else None
+            if packed is None or is_url(self.root) or not os.path.exists(packed):
+                continue  # a shard that is missing altogether is reported by index() and verify()
+            if os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(packed):
+                continue  # an older one was unpacked from another version of the set
+            try:
+                self._unpack_one(packed, path, shard)
+            except (OSError, EOFError, zlib.error) as error:  # EOFError: the packed file ends early
+                raise ShardSetError(
+                    f"Cannot unpack {packed}: {error}. The folder must be writable the first time; else copy the shard "
+                    "set somewhere writable. If the file is damaged, fetch it again."
+                ) from error
+
+    @staticmethod
+    def _unpack_one(packed: str, path: str, shard: dict[str, Any]) -> None:
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".unpack-")
+        try:
+            with gzip.open(packed, "rb") as source, os.fdopen(handle, "wb") as target:
+                left = shard["bytes"] + 1  # a small file may unpack to one without end
+                while left and (piece := source.read(min(left, 1 << 20))):
+                    left -= target.write(piece)
+            if not left or sha256_of(temporary) != shard["sha256"]:
+                raise ShardSetError(f"{packed} does not hold the shard that the manifest names. Fetch it again.")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    def _split(self, split: str) -> dict[str, Any]:
+        if split not in self.manifest["splits"]:
+            raise ShardSetError(f"{self.root} has no split {split!r}. It has: {', '.join(self.splits)}.")
+        return self.manifest["splits"][split]
+
+    def shard_paths(self, split: str) -> list[str]:
+        return [join(self.root, shard["file"]) for shard in self._split(split)["shards"]]
+
+    def index(self, split: str) -> SplitIndex:
+        """Loads the index of a split. Raises ShardSetError for an unknown split, or shards unlike the manifest."""
+        entry = self._split(split)
+        sizes = _sizes(join(self.root, split)) if is_url(self.root) else None  # one listing, not a request a shard
+        for path, shard in zip(self.shard_paths(split), entry["shards"], strict=True):
+            size = size_of(path) if sizes is None else sizes.get(path.rsplit("/", 1)[-1])
+            if problem := _size_problem(path, size, shard["bytes"]):
+                raise ShardSetError(f"{problem}. Copy or build the set again; `mmref shards verify` says more.")
+        index = self._load_index(split)
+        ends = np.array([shard["bytes"] for shard in entry["shards"]])
+        for what in ("image", "json"):
+            start, size = getattr(index, f"{what}_offset"), getattr(index, f"{what}_size")
+            inside = (index.shard >= 0) & (index.shard < len(ends))
+            if not np.all(inside & (start >= 0) & (size >= 0) & (size <= ends[index.shard * inside] - start)):
+                raise ShardSetError(
+                    f"{self.root}: the index of {split} points outside its shards. Build the set again."
+                )
+        if (len(index), index.n_objects) != (entry["images"], entry["objects"]):
+            raise ShardSetError(
+                f"{self.root}: the index of {split} has {len(index)} images of {index.n_objects} objects, the manifest "
+                f"says {entry['images']} of {entry['objects']}. Files of two builds are mixed: build the set again."
+            )
+        return index
+
+    def _load_index(self, split: str) -> SplitIndex:
+        path = join(self.root, split, f"{split}.index.parquet")
+        room = sum(shard["bytes"] for shard in self._split(split)["shards"]) // SMALLEST_SAMPLE
+        try:
+            index = SplitIndex.from_parquet(path, split, self.shard_paths(split), room)
+        except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
+            raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error
+        return replace(index, shard_sha256=tuple(shard["sha256"] for shard in self._split(split)["shards"]))
+
+    def train_object_ids(self) -> list[str]:
+        """Ids of the training objects by row. Raises ShardSetError when objects.parquet is missing or out of order."""
+        path = join(self.root, "objects.parquet")
+        try:
+            # pq.read_table leaves threads behind that abort a process which ends right after
+            table = pq.ParquetFile(io.BytesIO(read_bytes(path))).read(["object_id", "row"], use_threads=False)
+            ids, rows = table["object_id"].to_pylist(), table["row"].to_numpy()
+        except (OSError, ValueError, KeyError) as error:
+            raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error
+        if not np.array_equal(rows, np.arange(len(rows))):
+            raise ShardSetError(f"{path}: rows are not 0, 1, 2, ... Build the shard set again.")
+        return ids
+
+    def verify(self, checksums: bool = True) -> list[str]:
+        """Every problem found, one line each, starting with its name; an empty list means the set is sound.
+
+        Names: missing_shard, wrong_size, wrong_checksum, broken_tar, wrong_count, wrong_offset, broken_index,
+        wrong_objects, split_overlap. `checksums=False` leaves out reading every byte for the sha256.
+        """
+        problems: list[str] = []
+        owners: dict[str, str] = {}
+        for split in self.splits:
+            try:
+                index = self._load_index(split)
+            except ShardSetError as error:
+                problems.append(f"broken_index: {error}")
+                continue
+            problems += self._verify_counts(split, index)
+            for number, shard in enumerate(self.manifest["splits"][split]["shards"]):
+                problems += self._verify_shard(index, number, shard, checksums)
+            shared = [i for i in index.object_ids if owners.setdefault(i, split) != split]
+            if shared:
+                problems.append(f"split_overlap: {len(shared)} objects of {split} are elsewhere too, e.g. {shared[:3]}")
+            if split == "train":
+                problems += self._verify_objects(index)
+        return problems
+
+    def _verify_counts(self, split: str, index: SplitIndex) -> list[str]:
+        entry = self.manifest["splits"][split]
+        found = {"objects": index.n_objects, "images": len(index), "captions": int(index.n_captions.sum())}
+        found["samples in shards"] = sum(shard["samples"] for shard in entry["shards"])
+        expected = {**entry, "samples in shards": entry["images"]}
+        return [
+            f"wrong_count: {split}: {found[name]} {name} found, the manifest says {expected[name]}"
+            for name in found
+            if found[name] != expected[name]
+        ]
+
+    def _verify_objects(self, index: SplitIndex) -> list[str]:
+        try:
+            same = self.train_object_ids() == index.object_ids
+        except ShardSetError as error:
+            return [f"wrong_objects: {error}"]
+        return [] if same else ["wrong_objects: objects.parquet and the train index list different objects"]
+
+    def _verify_shard(self, index: SplitIndex, number: int, shard: dict[str, Any], checksums: bool) -> list[str]:
+        path = index.shard_paths[number]
+        problem = _size_problem(path, size_of(path), shard["bytes"])
+        problems = [problem] if problem else []
+        if problem and problem.startswith("missing_shard"):
+            return problems
+        if checksums and sha256_of(path) != shard["sha256"]:
+            problems.append(f"wrong_checksum: {path}: its sha256 is not the one in the manifest")
+        try:
+            with tarfile.open(fileobj=io.BytesIO(read_bytes(path)) if is_url(path) else open(path, "rb")) as tar:
+                members = {member.name: (member.offset_data, member.size) for member in tar}
+        except (tarfile.TarError, EOFError) as error:
+            return [*problems, f"broken_tar: {path}: {error}"]
+        rows = np.flatnonzero(index.shard == number)
+        if len(rows) != shard["samples"] or len(members) != 2 * shard["samples"]:
+            problems.append(
+                f"wrong_count: {path}: {len(members)} members and {len(rows)} index rows, "
+                f"the manifest says {shard['samples']} samples of 2 members"
+            )
+        wrong = [index.keys[i] for i in rows.tolist() if not _row_matches(index, i, members)]
+        if wrong:
+            problems.append(f"wrong_offset: {path}: {len(wrong)} index rows miss their members, e.g. {wrong[:3]}")
+        return problems
+
+
+def train_index(config: Config) -> SplitIndex:
+    """The training samples of a run: `data.root`'s, and those of `data.mix` after them. Raises ShardSetError."""
+    parts, names = [], []
+    roots = (config.data.root, *config.data.mix)
+    for root in roots:
+        shards = ShardSet.open(root)
+        if "train" not in shards.splits:
+            raise ShardSetError(f"{root} has no train split, only {shards.splits}.")
+        parts.append(shards.index("train"))
+        names.append(str(shards.manifest.get("name") or folder_name(root)))
+    added = names[1:]  # a name that several have says nothing: every set built of a table is called `table`
+    prefixes = [folder_name(root) if added.count(name) > 1 else name for root, name in zip(roots[1:], added)]
+    if len(set(prefixes)) < len(prefixes):
+        raise ShardSetError(
+            f"`data.mix` has two sets of one name, {', '.join(prefixes)}, by which their objects are told apart: rename the "
+            "folder of one."
+        )
+    names[1:] = prefixes
+    return parts[0] if len(parts) == 1 else SplitIndex.merge(parts, names)
+
+
+def data_fingerprint(config: Config) -> str:
+    """Of the contents of the shard sets that a config trains on: the config itself knows them by their folders' names."""
+    roots = [config.data.root, *config.data.mix]
+    return " ".join(ShardSet.open(root).fingerprint for root in roots)
+
+
+def open_reader(config: Config, index: SplitIndex) -> SampleReader:
+    """Reader with the node's cache of the config, for sets on object storage."""
+    data = config.data
+    return SampleReader(index, ShardCache(data.cache_dir, int(data.cache_gb * 1e9)) if data.cache_gb else None)
+
+
+def _row_matches(index: SplitIndex, i: int, members: dict[str, tuple[int, int]]) -> bool:
+    image = members.get(f"{index.keys[i]}.{index.image_ext[i]}")
+    meta = members.get(f"{index.keys[i]}.json")
+    return image == (index.image_offset[i], index.image_size[i]) and meta == (index.json_offset[i], index.json_size[i])
+
+
+def _size_problem(path: str, size: int | None, expected: int) -> str | None:
+    if size is None:
+        return f"missing_shard: {path} does not exist"
+    return None if size == expected else f"wrong_size: {path} has {size} bytes, the manifest says {expected}"

@@ -1,0 +1,342 @@
+"""From a checkpoint to metrics.json and report.html: the protocol of person retrieval, refinement chosen on val."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from mmref.cluster.connection import connect
+from mmref.cluster.resources import workers_that_fit
+from mmref.config import Config, config_hash, to_dict
+from mmref.config.packages import check_imports
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import ShardSet
+from mmref.errors import RunDirectoryError, ShardSetError, StorageError
+from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
+from mmref.evaluate.choose import choose_on_val, settings_of, trained_space
+from mmref.evaluate.class_protocol import class_metrics, class_queries
+from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
+from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
+from mmref.evaluate.report import (
+    format_table,
+    metrics_path,
+    render_report,
+    report_path,
+    section_path,
+    with_section,
+)
+from mmref.evaluate.split_features import SplitFeatures, embed_splits
+from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_references
+from mmref.run.directory import BAD_SAMPLES, RunDir, read_jsonl
+from mmref.storage.whole_folder import check_output, write_output
+from mmref.terminal.output import printable
+
+SHOWN = 10  # results of an example in the report
+
+
+def open_run(run_dir: str) -> tuple[RunDir, Config, CheckpointInfo]:
+    """A run, its config and its best checkpoint.
+
+    Raises:
+        RunDirectoryError, CheckpointError: there is none. ModelError: its config imports what nobody here vouches for.
+    """
+    run = RunDir(run_dir)
+    config = run.read_config()
+    check_imports(config.model)
+    return run, config, best_checkpoint(run)
+
+
+def reported_split(shards: ShardSet) -> str | None:
+    """The split that a run reports at its end: test, val where there is no test, None where there is neither."""
+    return next((split for split in ("test", "val") if split in shards.splits), None)
+
+
+def is_own(config: Config, root: str) -> bool:
+    """Whether a shard set is the one that a run was trained on."""
+    return RunDir(root).path == RunDir(config.data.root).path
+
+
+def view_of(config: Config, shards: ShardSet, split: str) -> str:
+    """Name of what a run's files of an evaluation are of, "" for the reported split of the run's own set: of another set its
+    name, of another split the split."""
+    other = [] if is_own(config, shards.root) else [shards.manifest["name"]]
+    return "-".join([*other, *([] if split == reported_split(shards) else [split])])
+
+
+def chosen_before(run: RunDir, checkpoint: CheckpointInfo, view: str = "") -> tuple[RefinementSettings, str]:
+    """The refinement that an evaluation chose for this checkpoint, and what it was chosen on.
+
+    None, of weight 0, and "" where there was no such evaluation.
+
+    Args:
+        view: of what, as of `view_of`; by default of the run's own set.
+    """
+    name = metrics_path(view)
+    metrics = run.read_json(name) if run.exists(name) else {}
+    if metrics.get("checkpoint") != checkpoint.folder:
+        return RefinementSettings(weight=0.0), ""
+    return settings_of(metrics), metrics["refinement"]["chosen_on"]
+
+
+def run_features(
+    run: RunDir, config: Config, checkpoint: CheckpointInfo, root: str, splits: list[str]
+) -> tuple[dict[str, SplitFeatures], ReferenceSpace | None]:
+    """Features of splits of the shard set `root` by name, and the references of the checkpoint; None where it has none."""
+    config.eval.workers = workers_that_fit(config.eval.workers)
+    with connect(config.eval.workers):
+        features = embed_splits(config, run, checkpoint, root, splits)
+    with fetched(run, checkpoint, "references") as folder:
+        return features, trained_space(config, load_references(folder, checkpoint.meta).numpy())
+
+
+def evaluate_run(
+    run_dir: str, data: str | None = None, split: str = "test", out: str | None = None, workers: int | None = None,
+    report: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate the best checkpoint of a run on a split; refinement is chosen on the set's val split.
+
+    A set without val has the refinement that was chosen on the val split of the run's own set, or none: never one that was
+    chosen on the split reported.
+
+    Args:
+        run_dir: run directory of `mmref train`.
+        data: shard set, by default the one it was trained on. The references stay those of training: they refine the
+            results on another set as well, with weights chosen on that set's val.
+        split: the split reported.
+        out: where metrics are written besides the run directory, which gets metrics.json of its own set, metrics-SET.json
+            of another set; of a split that is not the one reported at the end, metrics-SPLIT.json.
+        workers: Ray actors, by default `eval.workers`.
+        report: write report.html, named alike, into the run directory.
+
+    Returns:
+        The metrics, as in metrics.json.
+    """
+    run, config, checkpoint = open_run(run_dir)
+    if out:
+        _check_copy(out)
+    root = data or config.data.root
+    shards = ShardSet.open(root)
+    if split not in shards.splits:
+        raise ShardSetError(f"{root} has no split `{split}`, only {shards.splits}.")
+    if workers:
+        config.eval.workers = workers
+    began = time.perf_counter()
+    own = is_own(config, root)
+    features, space = run_features(run, config, checkpoint, root, sorted({split, "val"} & set(shards.splits)))
+    embedded = time.perf_counter() - began
+    tried: list[dict[str, Any]] = []
+    if val := features.get("val"):
+        settings, tried = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
+        chosen_on = "val"
+    elif own or space is None:
+        settings, chosen_on = RefinementSettings(weight=0.0), ""
+    else:
+        settings, chosen_on = chosen_before(run, checkpoint)
+        chosen_on = chosen_on and f"{chosen_on} of {ShardSet.open(config.data.root).manifest['name']}"
+    evaluation = Evaluation(config, features[split], space, settings, tried)
+    metrics = {
+        "data": shards.manifest["name"],
+        "split": split,
+        **evaluation.metrics(),
+        "wall_seconds": time.perf_counter() - began,
+        "images_per_second": sum(len(f.image) for f in features.values()) / embedded,
+        "config_hash": config_hash(config),
+        "checkpoint": checkpoint.folder,
+        "checkpoint_step": checkpoint.step,
+    }
+    metrics["refinement"]["chosen_on"] = chosen_on
+    bad_training = run.read_json(BAD_SAMPLES) if run.exists(BAD_SAMPLES) else []
+    metrics["bad_training_samples"] = bad_training
+    if own and split == "test" and (best := best_on_test(read_jsonl(run))):
+        metrics["best_on_test"] = best
+    text = json.dumps(metrics, indent=1)
+    view = view_of(config, shards, split)
+    run.write_text(metrics_path(view), text)
+    if own and not run.exists("metrics.json"):  # of a run that reported nothing so far, for `mmref export`
+        run.write_text("metrics.json", text)
+    if out:
+        _write_copy(out, text)
+    if report:
+        page = render_report(
+            metrics=metrics,
+            history=read_jsonl(run),
+            examples=evaluation.examples(config.eval.examples),
+            title=f"{shards.manifest['name']} · {run.path.rsplit('/', 1)[-1]}",
+            config=to_dict(config),
+        )
+        if run.exists(section := section_path(checkpoint.folder, view)):
+            page = with_section(page, run.read_text(section))
+        run.write_text(report_path(view), page)
+    print(printable(format_table(metrics), lines=True))
+    return metrics
+
+
+def _check_copy(out: str) -> None:
+    """Raise StorageError where the metrics cannot be written, before they are computed."""
+    run, name = _parent(out)
+    try:
+        run.check_writable()
+    except RunDirectoryError as error:
+        raise StorageError(f"--out {out} cannot be written: {error.__context__}.") from None
+    if run.local:
+        check_output("--out", run.join(name))
+
+
+def _write_copy(out: str, text: str) -> None:
+    run, name = _parent(out)
+    if run.local:
+        write_output("--out", run.join(name), text)
+    else:
+        run.write_text(name, text)
+
+
+def _parent(out: str) -> tuple[RunDir, str]:
+    """The folder or URL that holds a file, and its name there."""
+    folder, _, name = RunDir(out).path.rpartition("/")
+    return RunDir(folder or "/"), name
+
+
+def best_on_test(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The best evaluation on test during training by R@1, the earlier on a tie: {"step", "R@1", ..., "chosen_on": "test"}.
+
+    What papers report that keep the best epoch on test; None where `eval.test_in_training` was off. Not comparable with a
+    checkpoint chosen on val: it is the largest of several draws.
+    """
+    lines = [line for line in history if "test_R@1" in line]
+    if not lines:
+        return None
+    best = max(lines, key=lambda line: line["test_R@1"])
+    return {"step": best["step"], **{m: best[f"test_{m}"] for m in METRIC_NAMES}, "chosen_on": "test"}
+
+
+class Evaluation:
+    """Scores of a split's features with and without refinement."""
+
+    def __init__(
+        self,
+        config: Config,
+        features: SplitFeatures,
+        space: ReferenceSpace | None,
+        settings: RefinementSettings,
+        tried: list[dict[str, Any]],
+    ) -> None:
+        self.config, self.features, self.space, self.settings, self.tried = config, features, space, settings, tried
+        q = features.queries
+        # the same words for the same object rank alike: each pair of text and object is scored once
+        pairs, of = np.unique(np.stack([q.text, q.objects], 1), axis=0, return_inverse=True)
+        self.pair_of = of.reshape(-1)  # (q,) pair of each caption
+        self.pair_features, self.pair_objects = features.text[pairs[:, 0]], pairs[:, 1]
+        self.refine_images = self._refiner(self.pair_features, features.image)
+
+    def _refiner(
+        self, queries: np.ndarray, gallery: np.ndarray, settings: RefinementSettings | None = None
+    ) -> ScoreFn | None:
+        return None if self.space is None else refined_scores(self.space, settings or self.settings, queries, gallery)
+
+    def text_to_image(self, score_fn: ScoreFn | None) -> PerQuery:
+        """Every caption queries every image."""
+        f = self.features
+        ranked = evaluate_features(self.pair_features, f.image, self.pair_objects, f.image_objects, score_fn=score_fn)
+        return ranked.take(self.pair_of)
+
+    def image_to_text(self, score_fn: ScoreFn | None) -> PerQuery:
+        """Every image queries every caption."""
+        f = self.features
+        texts = f.text[f.queries.text]
+        return evaluate_features(f.image, texts, f.image_objects, f.queries.objects, score_fn=score_fn)
+
+    def metrics(self) -> dict[str, Any]:
+        """Metrics of both directions, intervals, per caption kind; keys as in metrics.json."""
+        f, q, n = self.features, self.features.queries, self.config.eval.bootstrap
+        initial, refined = self.text_to_image(None), self.text_to_image(self.refine_images)
+        texts = f.text[q.text]
+        back, back_refined = self.image_to_text(None), self.image_to_text(self._refiner(f.image, texts))
+        kinds = {}
+        for kind in sorted(set(q.kinds.tolist()) - {""}):
+            at = np.flatnonzero(q.kinds == kind)
+            if not initial.valid[at].any():
+                continue  # none of its images could be read
+            kinds[kind] = {
+                "n_queries": int(initial.valid[at].sum()),
+                "initial": summarize(initial, at),
+                "refined": summarize(refined, at),
+                "ci95": bootstrap_ci(refined.take(at), q.objects[at], n),
+            }
+        s = asdict(self.settings)
+        return {
+            "n_queries": len(initial),
+            "n_excluded": initial.n_excluded,
+            "n_gallery": len(f.image),
+            "n_objects": len(np.unique(f.image_objects)),
+            "initial": summarize(initial),
+            "refined": summarize(refined),
+            "refinement": {**{k: s[k] for k in ("weight", "top_r", "tau", "kind", "top_p")}, "tried": self.tried},
+            "ci95": bootstrap_ci(refined, q.objects, n),
+            "ci95_initial": bootstrap_ci(initial, q.objects, n),
+            "refinement_gain": paired_difference(initial, refined, q.objects, n),
+            "image_to_text": {
+                "initial": summarize(back),
+                "refined": summarize(back_refined),
+                "ci95": bootstrap_ci(back_refined, f.image_objects, n),
+            },
+            "by_caption_kind": kinds,
+            "skipped": f.skipped,
+            **({"class_protocol": self.class_protocol()} if self.config.eval.class_protocol else {}),
+        }
+
+    def class_protocol(self) -> dict[str, Any]:
+        """Reed's protocol with and without refinement."""
+        f, q = self.features, self.features.queries
+        queries, classes = class_queries(f.text[q.text], q.objects)
+        given = queries, classes, f.image, f.image_objects
+        refined = self._refiner(queries, f.image)
+        # an image's classes are all its candidates
+        everywhere = self._refiner(queries, f.image, replace(self.settings, top_p=None))
+        return {"initial": class_metrics(*given), "refined": class_metrics(*given, refined, everywhere)}
+
+    def examples(self, count: int) -> list[dict[str, Any]]:
+        """Queries with their first results before and after refinement: half where refinement moved the first hit."""
+        f, q = self.features, self.features.queries
+        before = self.text_to_image(None).first_rank
+        after = self.text_to_image(self.refine_images).first_rank
+        rng = np.random.default_rng(0)
+        moved = rng.permutation(np.flatnonzero(before != after))[: count // 2]
+        others = np.setdiff1d(np.arange(len(before)), moved)
+        chosen = [*moved, *rng.permutation(others)[: count - len(moved)]]
+        reader = SampleReader(f.index)
+        shown = []
+        for i in chosen:
+            pair = slice(int(self.pair_of[i]), int(self.pair_of[i]) + 1)
+            initial = self.pair_features[pair] @ f.image.T
+            refined = self.refine_images(pair, initial.copy()) if self.refine_images else initial
+            shown.append(
+                {
+                    "query": q.texts[q.text[i]],
+                    "kind": str(q.kinds[i]),
+                    "object_id": f.index.object_ids[q.objects[i]],
+                    "before": self._results(reader, initial[0], int(q.objects[i])),
+                    "after": self._results(reader, refined[0], int(q.objects[i])),
+                }
+            )
+        return shown
+
+    def _results(self, reader: SampleReader, scores: np.ndarray, target: int) -> list[dict[str, Any]]:
+        f, results = self.features, []
+        for at in np.argsort(-scores, kind="stable")[:SHOWN]:
+            row = int(f.image_rows[at])
+            raw = reader.read(row)
+            results.append(
+                {
+                    "image": raw.image_bytes,
+                    "ext": raw.image_ext,
+                    "object_id": f.index.object_ids[int(f.image_objects[at])],
+                    "image_id": f.index.image_ids[row],
+                    "score": float(scores[at]),
+                    "hit": int(f.image_objects[at]) == target,
+                }
+            )
+        return results

@@ -1,0 +1,198 @@
+"""A trained model as a file system folder gives it back: text and images to features, results refined.
+
+    import mmref
+    model = mmref.load("exported")
+    text = model.encode_text(["a red bird with a black mask"])     # (1, d) float32, L2-normalised
+    images = model.encode_images(["a.jpg", "b.jpg"])               # (2, d)
+    scores = model.refine(text, images)                            # (1, 2), higher is better
+
+Needs no Ray, DeepSpeed or shard set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file
+
+from mmref.config import Config, from_dict
+from mmref.data.decode import decode_image, pillow_rgb, resize_rgb
+from mmref.data.tokens import Tokens
+from mmref.errors import ModelError, SampleError
+from mmref.evaluate.features import Encoder, Floats
+from mmref.evaluate.refinement import (
+    Codes,
+    ReferenceSpace,
+    RefinementSettings,
+    candidates,
+    reference_similarity,
+    refine,
+)
+from mmref.model.mmref import MMRef, build_model
+from mmref.storage.fetch import read_location
+from mmref.storage.locations import read_bytes
+
+FORMAT = 1
+T = TypeVar("T")
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
+"""A file or URL, its bytes, a PIL image, or an RGB array (H, W, 3) uint8."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images to be searched: features (g, d), and their codes in the space of references (None: no refinement)."""
+
+    features: Floats
+    codes: Codes | None
+
+
+class Model:
+    """A trained model: encoders, references with their object ids, and the refinement chosen on val.
+
+    All features are float32 NumPy arrays, L2-normalised, so that a cosine is a dot product; `torch.from_numpy` shares
+    their memory. Not thread-safe: one instance per thread or process.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        module: MMRef,
+        tokens: Tokens,
+        references: Floats | None,
+        object_ids: list[str],
+        refinement: RefinementSettings,
+        text_mean: Floats | None,
+        device: torch.device,
+        card: dict[str, Any],
+    ) -> None:
+        self.config, self.module, self.device = config, module.to(device).eval(), device
+        self.references, self.object_ids = references, object_ids  # (m, K, d), None where training set none
+        self.refinement, self.text_mean, self.card = refinement, text_mean, card
+        self.space = None if references is None or refinement.weight == 0 else ReferenceSpace(references)
+        self._encoder = Encoder(self.module, self.module, config.data, tokens, device)
+
+    @property
+    def dim(self) -> int:
+        """Width d of the shared space."""
+        return int(self.module.embed_dim)
+
+    def encode_text(self, texts: Sequence[str], batch: int = 128) -> Floats:
+        """n sentences -> (n, d). Longer ones are cut to `config.data.max_tokens` tokens."""
+        if isinstance(texts, str):
+            raise TypeError("encode_text takes a list of sentences: encode_text([sentence]).")
+        return self._batched(list(texts), batch, self._encoder.texts)
+
+    def encode_images(self, images: Sequence[ImageLike], batch: int = 128) -> Floats:
+        """n images -> (n, d). Raises SampleError that names the image which cannot be read."""
+        return self._batched(list(images), batch, lambda part: self._encoder.images(self.pixels(part)))
+
+    def pixels(self, images: Sequence[ImageLike]) -> NDArray[np.uint8]:
+        """Decoded and resized images (n, H, W, 3) uint8, as in training. Raises SampleError."""
+        height, width = self.config.data.image_height, self.config.data.image_width
+        return np.stack([read_image(image, height, width, f"image {i}") for i, image in enumerate(images)])
+
+    def _batched(self, items: list[T], batch: int, encode: Callable[[list[T]], Floats]) -> Floats:
+        if not items:
+            return np.zeros((0, self.dim), np.float32)
+        with self._encoder:
+            return np.concatenate([encode(items[i : i + batch]) for i in range(0, len(items), batch)])
+
+    def gallery(self, features: Floats) -> Gallery:
+        """Prepare image features (g, d) for many calls of `refine`."""
+        return Gallery(
+            features, None if self.space is None else self.space.encode(features, self.refinement, gallery=True)
+        )
+
+    def refine(self, text: Floats, images: Floats | Gallery) -> Floats:
+        """Scores (q, g) of text features (q, d) with images: cosines, and on the first candidates the refinement.
+
+        A sentence's scores do not depend on the other sentences of the call. `images` is the whole gallery: dense
+        codes are centred by its mean.
+        """
+        gallery = images if isinstance(images, Gallery) else self.gallery(images)
+        scores = text @ gallery.features.T
+        if self.space is None or gallery.codes is None or not len(text):
+            return scores
+        codes = self.space.encode(text, self.refinement, self.text_mean)
+        top_p = self.refinement.top_p
+        inside = None if top_p is None else candidates(scores, top_p)
+        return refine(scores, reference_similarity(codes, gallery.codes), self.refinement.weight, inside)
+
+
+def read_image(image: ImageLike, height: int, width: int, name: str) -> NDArray[np.uint8]:
+    """One image as RGB pixels (height, width, 3). Raises SampleError."""
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise SampleError(f"{name}: an array must be RGB (H, W, 3) uint8, found {image.shape} {image.dtype}.")
+        return resize_rgb(image, height, width)
+    if isinstance(image, Image.Image):
+        return resize_rgb(pillow_rgb(image, name), height, width)
+    if isinstance(image, bytes):
+        return decode_image(image, height, width, name)
+    try:
+        place = os.fspath(image)
+        # what is there may also be a pipe, as the shell's <(...) makes
+        data = read_bytes(place) if os.path.exists(place) else read_location(place)
+    except OSError as error:
+        raise SampleError(f"{image}: cannot be read: {error.strerror or error}.") from None
+    return decode_image(data, height, width, place)
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
+    """The model of a folder written by `mmref export`. Raises ModelError."""
+    folder = Path(path)
+    try:
+        card = json.loads((folder / "config.json").read_text("utf-8"))
+        if card.get("format") != FORMAT:
+            raise ModelError(
+                f"{folder} has export format {card.get('format')}, this version of mmref reads {FORMAT}: export the run again."
+            )
+        config = from_dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), str(folder / "config.yaml"))
+        weights = load_file(folder / "model.safetensors")
+        arrays = load_arrays(folder / "references.safetensors")
+    except OSError as error:
+        raise ModelError(
+            f"{folder} is no exported model: {error}. Write one with `mmref export RUN --out DIR`."
+        ) from None
+    if named := [n for n in (config.model.dual, config.model.vision, config.model.text) if n]:  # an export names none
+        raise ModelError(f"{folder}/config.yaml wants the model {named[0]} from elsewhere: export the run again.")
+    from transformers import AutoTokenizer
+
+    tokens = Tokens(
+        AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False), config.data.max_tokens
+    )
+    module = build_model(config, tokens.vocab_size)
+    missing, unknown = module.load_state_dict(weights, strict=False)
+    if missing or unknown:
+        raise ModelError(
+            f"{folder}/model.safetensors does not fit its config: missing {missing[:3]}, unknown {unknown[:3]}. Export again."
+        )
+    ids = unpack_strings(arrays["object_id_bytes"], arrays["object_id_ends"])
+    settings = RefinementSettings(**card["refinement"])
+    return Model(
+        config, module, tokens, arrays.get("rows"), ids, settings, arrays.get("text_mean"), torch.device(device), card
+    )
+
+
+def pack_strings(strings: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Strings as their UTF-8 bytes end to end, and where each ends."""
+    parts = [s.encode() for s in strings]
+    ends = np.cumsum([len(p) for p in parts], dtype=np.int64) if parts else np.zeros(0, np.int64)
+    return np.frombuffer(b"".join(parts), np.uint8), ends
+
+
+def unpack_strings(data: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
+    """The inverse of `pack_strings`."""
+    raw, starts = data.tobytes(), [0, *ends.tolist()]
+    return [raw[a:b].decode() for a, b in zip(starts, ends.tolist())]

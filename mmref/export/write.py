@@ -1,0 +1,289 @@
+"""From a run to a folder that loads anywhere: consolidated weights, references, tokenizer, refinement, model card.
+
+    model.safetensors        weights of towers and projections (the reconstruction head serves training only)
+    config.json              format, sizes, refinement, metrics; config.yaml: the run's config, towers spelt out
+    tokenizer/               as transformers saves it
+    references.safetensors   rows (m, K, d) of the training objects, their ids, mean text code of dense refinement
+    transformers/            the same towers for plain transformers, where it has such a model
+    README.md                the model card
+
+Every weight is a safetensors file; nothing is pickled. The folder appears as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import save_file
+from transformers import AutoModel
+from transformers.utils.logging import disable_progress_bar
+
+from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict
+from mmref.data.shard_set import ShardSet
+from mmref.data.tokens import Tokens, load_tokens
+from mmref.errors import ExportError
+from mmref.evaluate.choose import settings_of, trained_space
+from mmref.evaluate.features import Floats, read_queries
+from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
+from mmref.export.model import FORMAT, load, pack_strings
+from mmref.model.backbone import IMPORT, DualBackbone, PairBackbone, tower_config
+from mmref.model.mmref import HEADS, TRAINING_ONLY, MMRef, build_model
+from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_model, load_object_ids, load_references
+from mmref.run.directory import RunDir
+from mmref.storage.whole_folder import whole_folder
+from mmref.version import __version__
+
+MEAN_TEXTS = 4096  # captions of val whose mean centres dense codes of single queries
+
+
+def export_run(run_dir: str, out: str, data: str | None = None) -> Path:
+    """Write the best checkpoint of an evaluated run as a folder.
+
+    Args:
+        run_dir: run directory of `mmref train`, local or a URL.
+        out: the folder; must not exist.
+        data: the run's shard set, by default where its config says.
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        ExportError: `out` exists, is being written by another process or cannot be written, or the run's best checkpoint has not
+            been evaluated. StorageError when the disk is full.
+    """
+    target = Path(out).absolute()
+    with whole_folder(out, ExportError, "README.md", _no_other) as folder:
+        _write(run_dir, data, folder, target.name)
+    return target
+
+
+def _no_other(target: Path) -> Iterable[str]:
+    raise ExportError(f"{target} exists already: give another `--out`, or remove it.")
+
+
+def _write(run_dir: str, data: str | None, target: Path, name: str) -> None:
+    """Write the files of an export into an empty folder, `name` on its card."""
+    disable_progress_bar()
+    run = RunDir(run_dir)
+    config, info = run.read_config(), best_checkpoint(run)
+    metrics = _metrics_of(run, info)
+    settings = settings_of(metrics)
+    shards = ShardSet.open(data or config.data.root)
+    tokens = load_tokens(config)
+    with fetched(run, info, "model", "references") as folder:
+        module = build_model(config, tokens.vocab_size).eval()
+        load_model(folder, module)
+        references, object_ids = load_references(folder, info.meta).numpy(), load_object_ids(folder, info.meta)
+    space = trained_space(config, references)
+
+    portable = portable_config(config, module)
+    _write_model(target, portable, module, tokens)
+    _write_references(target, references if space else None, object_ids)
+    card = {
+        "format": FORMAT,
+        "mmref": __version__,
+        "step": info.step,
+        "config_hash": config_hash(config),
+        "embed_dim": module.embed_dim,
+        "objects": len(references) if space else 0,
+        "refinement": asdict(settings if space else RefinementSettings(weight=0.0)),
+        "val": info.meta.get("val", {}),
+        metrics["split"]: {k: metrics[k] for k in ("initial", "refined", "ci95", "n_queries", "n_gallery")},
+    }
+    (target / "config.json").write_text(json.dumps(card, indent=1))
+    if is_plain(config):
+        write_transformers(target / "transformers", config, module, tokens)
+    (target / "README.md").write_text(model_card(name, config, info, metrics, shards), "utf-8")
+    if space and settings.kind == "dense" and settings.weight > 0:
+        _add_text_mean(target, space, shards)
+
+
+def _metrics_of(run: RunDir, info: CheckpointInfo) -> dict[str, Any]:
+    """The run's metrics.json. Raises ExportError when it is missing or of another checkpoint."""
+    metrics = run.read_json("metrics.json") if run.exists("metrics.json") else {}
+    if metrics.get("checkpoint") != info.folder:
+        raise ExportError(
+            f"the best checkpoint of {run.path} is {info.folder}, and metrics.json is of "
+            f"{metrics.get('checkpoint', 'none')}: the refinement has not been chosen for it. Run "
+            f"`mmref evaluate --checkpoint {run.path}` first."
+        )
+    return metrics
+
+
+def portable_config(config: Config, module: MMRef) -> Config:
+    """The config with its towers spelt out and without what serves training only: it loads without hub or shard set."""
+    values = to_dict(config)
+    towers = {"vision": module.backbone.vision_model.config, "text": module.backbone.text_model.config}
+    model = values["model"]
+    if isinstance(module.backbone, DualBackbone):
+        found = tower_config(config.model.dual, config.model.dual_config, "model.dual").to_dict()
+        found |= {f"{name}_config": tower.to_dict() for name, tower in towers.items()}
+        model |= {"dual": "", "dual_config": found}
+    else:
+        for name, tower in towers.items():
+            if IMPORT not in (model[f"{name}_config"] or {}):  # a tower from an import path stays that
+                model |= {name: "", f"{name}_config": tower.to_dict()}
+        model |= {"feature_cache": ""}
+    values["data"]["tokenizer"] = ""
+    values["loss"] |= {"w_rec": 0.0, "w_mlm": 0.0, "w_id": 0.0}  # no heads
+    values["train"] |= {"precision": "fp32", "gpu": False, "gradient_checkpointing": False}
+    return from_dict(values)
+
+
+def _write_model(folder: Path, config: Config, module: MMRef, tokens: Tokens) -> None:
+    weights = {n: t.contiguous() for n, t in module.state_dict().items() if not n.startswith((*HEADS, *TRAINING_ONLY))}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.yaml").write_text(dump_yaml(config))
+    tokens.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _write_references(folder: Path, references: Floats | None, object_ids: list[str]) -> None:
+    """Trained rows with the ids of their objects; no rows where training set none."""
+    arrays: dict[str, Any] = {}
+    if references is not None:
+        seen = np.flatnonzero(np.abs(references).max((1, 2)) > 0)
+        arrays["rows"] = np.ascontiguousarray(references[seen])
+        object_ids = [object_ids[i] for i in seen]
+    else:
+        object_ids = []
+    arrays["object_id_bytes"], arrays["object_id_ends"] = pack_strings(object_ids)
+    save_arrays(arrays, folder / "references.safetensors")
+
+
+def _add_text_mean(folder: Path, space: ReferenceSpace, shards: ShardSet) -> None:
+    """Mean code of val's captions: a search asks one sentence at a time, and one sentence has no mean to be centred by."""
+    from safetensors.numpy import load_file
+
+    texts = read_queries(shards.index("val" if "val" in shards.splits else "train")).texts
+    chosen = np.random.default_rng(0).permutation(len(texts))[:MEAN_TEXTS]
+    features = load(folder).encode_text([texts[i] for i in chosen])
+    arrays = load_file(folder / "references.safetensors")
+    save_arrays({**arrays, "text_mean": space.coordinates(features).mean(0)}, folder / "references.safetensors")
+
+
+def is_plain(config: Config) -> bool:
+    """Whether transformers alone can hold the model: no adapters, no tower from an import path."""
+    towers = (config.model.vision_config, config.model.text_config)
+    return not config.model.adapter_layers and not any(IMPORT in (tower or {}) for tower in towers)
+
+
+def write_transformers(folder: Path, config: Config, module: MMRef, tokens: Tokens) -> None:
+    """The towers as transformers' own models: one dual encoder, or `vision/` and `text/` with the projections beside them."""
+    backbone = module.backbone
+    if isinstance(backbone, PairBackbone):
+        backbone.vision_model.save_pretrained(folder / "vision")
+        backbone.text_model.save_pretrained(folder / "text")
+        tokens.tokenizer.save_pretrained(folder / "text")
+        projections = {n: p.contiguous() for n, p in backbone.state_dict().items() if "_projection." in n}
+        save_file(projections, folder / "projections.safetensors", metadata={"format": "pt"})
+        return
+    whole = tower_config(config.model.dual, config.model.dual_config, "model.dual")
+    whole.text_config.vocab_size = backbone.text_model.config.vocab_size
+    dual = AutoModel.from_config(whole)
+    state = backbone.state_dict()
+    scale = module.log_scale.detach()
+    own = dual.state_dict()
+    for name, tensor in own.items():
+        if name == "logit_scale":
+            state[name] = scale.reshape(tensor.shape)
+        elif name == "logit_bias":  # SigLIP's; training here has none
+            state[name] = torch.zeros_like(tensor)
+        elif name.endswith("position_ids"):
+            state[name] = tensor
+    dual.load_state_dict(state)
+    dual.save_pretrained(folder)
+    tokens.tokenizer.save_pretrained(folder)
+
+
+CARD = """# {name}
+
+Text-to-image retrieval, trained with mmref {version} on the shard set `{set_name}` (licence: {licence}): {steps} steps,
+config `{config_hash}`.
+
+| split | R@1 | R@5 | R@10 | mAP |
+|---|---|---|---|---|
+{rows}
+
+Percent. Every caption queries every image of the split ({n_queries} captions and {n_gallery} images on {split}); a hit is an
+image of the same object. 95 % interval of the last R@1: {low:.1f} to {high:.1f} (bootstrap over objects).
+{refinement}
+
+## Use
+
+```python
+import mmref
+model = mmref.load("DIR")
+scores = model.refine(model.encode_text(["a sentence"]), model.encode_images(["a.jpg", "b.jpg"]))
+```
+
+Features are float32, L2-normalised, of width {dim}. Images are resized to {height} x {width} (height x width), sentences cut
+to {max_tokens} tokens.
+
+{plain}"""
+
+PLAIN = """In plain transformers:
+
+```python
+from transformers import AutoModel
+from transformers.utils.logging import disable_progress_bar
+{code}
+```
+
+Pixels go in as RGB between 0 and 1, less {mean}, divided by {std}.
+{features}
+"""
+NOT_PLAIN = "Plain transformers has no such model (`model` in config.yaml: adapters, or a tower from an import path).\n"
+
+DUAL = ('model = AutoModel.from_pretrained("DIR/transformers")',
+        "`get_image_features` and `get_text_features` are the features of mmref before normalisation\n"
+        "(SigLIP: of sentences padded to {max_tokens} tokens, without an attention mask).")  # fmt: skip
+PAIR = (
+    'vision = AutoModel.from_pretrained("DIR/transformers/vision")\n'
+    'text = AutoModel.from_pretrained("DIR/transformers/text")',
+    "The features of mmref before normalisation are the towers' pooled outputs (`model.pool: {pool}` in config.yaml) times\n"
+    "the matrices in `transformers/projections.safetensors`.",
+)
+
+
+def model_card(name: str, config: Config, info: CheckpointInfo, metrics: dict[str, Any], shards: ShardSet) -> str:
+    """README.md of an export: what it is, how good, how to use it."""
+    scores = {metrics["split"]: metrics["initial"], f"{metrics['split']}, refined": metrics["refined"]}
+    if val := info.meta.get("val"):
+        scores = {"val": val, **scores}
+    names = ("R@1", "R@5", "R@10", "mAP")
+    code, features = DUAL if config.model.dual or config.model.dual_config else PAIR
+    plain = PLAIN.format(
+        code=code,
+        mean=config.data.image_mean,
+        std=config.data.image_std,
+        features=features.format(pool=config.model.pool, max_tokens=config.data.max_tokens),
+    )
+    low, high = metrics["ci95"]["R@1"]
+    chosen = metrics["refinement"]
+    return CARD.format(
+        name=name,
+        version=__version__,
+        set_name=shards.manifest["name"],
+        licence=shards.manifest.get("licence", "not stated"),
+        steps=info.step,
+        config_hash=config_hash(config),
+        rows="\n".join(f"| {split} | {' | '.join(f'{s[n]:.1f}' for n in names)} |" for split, s in scores.items()),
+        low=low,
+        high=high,
+        dim=info.meta["bank"]["dim"],
+        height=config.data.image_height,
+        width=config.data.image_width,
+        max_tokens=config.data.max_tokens,
+        plain=plain if is_plain(config) else NOT_PLAIN,
+        **{k: metrics[k] for k in ("split", "n_queries", "n_gallery")},
+        refinement=f"The refinement ({chosen['kind']}, weight {chosen['weight']}) was chosen on {chosen['chosen_on']}."
+        if chosen["chosen_on"]
+        else "Without refinement: the set has no val split to choose one on.",
+    )

@@ -1,0 +1,210 @@
+"""Checkpoints of a run as they are read: complete ones found, verified, brought to this machine, their tensors loaded.
+
+How they are laid out and written: mmref/train/checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mmref.errors import CheckpointError
+from mmref.model.mmref import TRAINING_ONLY
+from mmref.run.directory import RunDir
+from mmref.run.row_file import row_files
+from mmref.storage.tensor_file import Hashing, sha256_of
+
+FOLDER = "checkpoints"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in a file of the optimizer
+KINDS = ("model", "optimizer", "references")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A complete checkpoint of a run: its folder inside the run directory, and meta.json."""
+
+    folder: str
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.meta["step"])
+
+    @property
+    def score(self) -> float:
+        return float(self.meta.get("score") or 0.0)
+
+    def files(self, kinds: tuple[str, ...] = KINDS) -> dict[str, dict[str, Any]]:
+        """{name: {"bytes", "sha256"}} of the files of some kinds."""
+        return {name: found for name, found in self.meta["files"].items() if name.split("-")[0] in kinds}
+
+
+# -- finding ---------------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(run: RunDir) -> list[CheckpointInfo]:
+    """Complete checkpoints of a run by step; half-written ones are passed over."""
+    found = []
+    for name in run.list(FOLDER):
+        if name.startswith("step-") and (info := _complete(run, f"{FOLDER}/{name}")):
+            found.append(info)
+    return sorted(found, key=lambda info: info.step)
+
+
+def _complete(run: RunDir, folder: str) -> CheckpointInfo | None:
+    try:
+        meta = json.loads(run.read_text(f"{folder}/meta.json"))
+        expected = {name: file["bytes"] for name, file in meta["files"].items()}
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return None
+    there = run.sizes(folder)
+    return CheckpointInfo(folder, meta) if all(there.get(n) == size for n, size in expected.items()) else None
+
+
+def latest_checkpoint(run: RunDir) -> CheckpointInfo | None:
+    """The last complete checkpoint, None where there is none."""
+    found = list_checkpoints(run)
+    return found[-1] if found else None
+
+
+def best_checkpoint(run: RunDir) -> CheckpointInfo:
+    """The complete checkpoint with the best val score, the later one on a tie. Raises CheckpointError."""
+    found = list_checkpoints(run)
+    if not found:
+        raise CheckpointError(
+            f"no complete checkpoint in {run.join(FOLDER)}: found {run.list(FOLDER) or 'nothing'}. "
+            "Give the run directory of a finished or running `mmref train`."
+        )
+    return max(found, key=lambda info: (info.score, info.step))
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def fetched(run: RunDir, info: CheckpointInfo, *kinds: str) -> Iterator[str]:
+    """A local folder with a checkpoint's files of some kinds, verified. Raises CheckpointError for a damaged one."""
+    with local_folder(run, info) as folder:
+        if problems := bring(run, info, folder, kinds):
+            raise CheckpointError(
+                f"{problems[0]} ({len(problems)} damaged files in {info.folder}). Remove that folder to use the "
+                "checkpoint before it."
+            )
+        yield folder
+
+
+@contextlib.contextmanager
+def local_folder(run: RunDir, info: CheckpointInfo) -> Iterator[str]:
+    if run.local:
+        yield run.inner(info.folder)
+        return
+    folder = tempfile.mkdtemp(prefix="mmref-checkpoint-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def bring(
+    run: RunDir, info: CheckpointInfo, folder: str, kinds: tuple[str, ...], part: int = 0, parts: int = 1
+) -> list[str]:
+    """Verify files of a checkpoint (those at part, part + parts, ... of the list) and download them; what is wrong."""
+    problems = []
+    for name, expected in list(info.files(kinds).items())[part::parts]:
+        where = f"{info.folder}/{name}"
+        try:
+            found = run.read_stream(where, sha256_of if run.local else _downloader(f"{folder}/{name}"))
+        except FileNotFoundError:
+            problems.append(f"{run.join(where)} is gone")
+            continue
+        if found != expected["sha256"]:
+            problems.append(f"{run.join(where)} is damaged: its SHA-256 is {found}, {expected['sha256']} was written")
+    return problems
+
+
+def _downloader(path: str) -> Callable[[Any], str]:
+    def download(source: Any) -> str:
+        with open(path, "wb") as target:
+            hashing = Hashing(target)
+            while piece := source.read(1 << 26):
+                hashing.write(piece)
+        return hashing.sha256
+
+    return download
+
+
+def load_model(folder: str, model: torch.nn.Module) -> None:
+    """Restore the weights alone into a plain module, for evaluation: without those of training alone. Raises CheckpointError."""
+    tensors = TensorFolder(folder, "model")
+    check_fits(tensors, {n: tuple(p.shape) for n, p in model.named_parameters()}, folder, TRAINING_ONLY)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors.get(name))
+        for name, buffer in persistent_buffers(model):
+            buffer.copy_(tensors.get(f"buffer:{name}"))
+
+
+def load_references(folder: str, meta: dict[str, Any]) -> Tensor:
+    """All references (m, K, d) of a checkpoint on this process, in fp32 however they were stored."""
+    with row_files(folder, meta) as files:
+        return torch.cat([file.read("rows") for file in files]).float()
+
+
+def load_object_ids(folder: str, meta: dict[str, Any]) -> list[str]:
+    """Ids of the objects behind `load_references`' rows."""
+    with row_files(folder, meta) as files:
+        return [object_id for file in files for object_id in file.object_ids.to_pylist()]
+
+
+class TensorFolder:
+    """Tensors by name over the safetensors files of all ranks, read one at a time."""
+
+    def __init__(self, folder: str, *kinds: str) -> None:
+        self.files: dict[str, Any] = {}
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".safetensors") and name.split("-")[0] in kinds:
+                handle = safe_open(f"{folder}/{name}", "pt")
+                self.files |= dict.fromkeys(handle.keys(), handle)
+
+    def get(self, name: str) -> Tensor:
+        return self.files[name].get_tensor(name)
+
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        moments = {key: self.get(f"{name}/{key}") for key in MOMENTS if f"{name}/{key}" in self.files}
+        return {"weight": self.get(name), **moments}
+
+
+def check_fits(
+    tensors: TensorFolder, shapes: dict[str, tuple[int, ...]], folder: str, spare: tuple[str, ...] = ()
+) -> None:
+    """Raise CheckpointError that names the first parameters that are missing, unknown or of another shape.
+
+    Parameters whose names begin with one of `spare` may be saved without being wanted.
+    """
+    saved = {n for n in tensors.files if not n.startswith("buffer:") and "/" not in n}
+    wrong = [f"missing {n}" for n in shapes if n not in saved]
+    wrong += [f"unknown {n}" for n in sorted(saved) if n not in shapes and not n.startswith(spare)]
+    for name in sorted(saved & set(shapes)):
+        found = tuple(tensors.files[name].get_slice(name).get_shape())
+        if found != shapes[name]:
+            wrong.append(f"{name} has shape {found}, the model needs {shapes[name]}")
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {folder} belongs to another model ({len(wrong)} differences): {'; '.join(wrong[:3])}. "
+            "Use the config it was trained with (config.yaml in its run directory) or another run directory."
+        )
+
+
+def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    saved = model.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]

@@ -1,0 +1,111 @@
+"""What a person sees while a run goes on: a bar on a terminal, log lines elsewhere, both read from metrics.jsonl."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from typing import Any
+
+from mmref.errors import OutputError, StorageError
+from mmref.losses.objective import LOSSES
+from mmref.run.directory import RunDir, read_jsonl
+
+POLL_S, POLL_URL_S = 0.5, 5.0
+
+
+def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str:
+    """One line for one record: losses, speed, data wait and time left; or the val scores."""
+    head = f"step {record['step']:>6}/{max_steps}"
+    if "val_R@1" in record:
+        return (
+            f"{head}  val R@1 {record['val_R@1']:.1f}  mAP {record['val_mAP']:.1f}  "
+            f"(evaluated in {record['eval_seconds']:.1f} s, "
+            f"stopped {record['checkpoint_blocking_seconds']:.2f} s for the checkpoint)"
+        )
+    if "warning" in record:
+        return f"{head}  WARNING: {record['warning']}"
+    if "checkpoint_seconds" in record:
+        return f"{head}  checkpoint complete after {record['checkpoint_seconds']:.1f} s"
+    if "loss" not in record:  # no val split
+        return f"{head}  stopped {record['checkpoint_blocking_seconds']:.2f} s for the checkpoint"
+    parts = "  ".join(f"{name.removeprefix('loss_')} {record[name]:.3f}" for name in LOSSES if record.get(name))
+    left = "" if eta_s is None else f"  eta {_clock(eta_s)}"
+    return (
+        f"{head}  {parts}  {record['images_per_second']:.0f} images/s  wait {100 * record['data_wait']:.1f} %  "
+        f"{record['memory_gb']:.1f} GB{left}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """Follows a run's metrics.jsonl from a thread of the driver."""
+
+    def __init__(self, run: RunDir, max_steps: int, start: int = 0) -> None:
+        self.run, self.max_steps, self.start = run, max_steps, start
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        # lines of before a resume are old news; a line of the same step and kind is shown once
+        self._seen = {_identity(r) for r in read_jsonl(run)}
+
+    def __enter__(self) -> Progress:
+        where = f", resuming at step {self.start}" if self.start else ""
+        print(f"training to {self.run.path}{where}; starting workers ...", flush=True)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar: Any = tqdm(total=self.max_steps, initial=self.start, unit="step", dynamic_ncols=True)
+        else:
+            self._bar = None
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(POLL_S if self.run.local else POLL_URL_S):
+            self._show()
+
+    def _show(self) -> None:
+        try:
+            records = read_jsonl(self.run)
+        except (OSError, StorageError):
+            return  # being replaced, or out of reach for now
+        last = max((r["step"] for r in records), default=0)
+        if last < max((step for step, _ in self._seen), default=0):
+            # the file was cut back: workers have started again from a checkpoint
+            self._seen = {_identity(r) for r in records}
+            self.say(f"workers started; going on from the checkpoint at step {last}")
+        for record in records:
+            if _identity(record) in self._seen:
+                continue
+            self._seen.add(_identity(record))
+            left = record.get("step_seconds", 0) * (self.max_steps - record["step"]) or None
+            line = log_line(record, self.max_steps, left)
+            if self._bar is None or "loss" not in record:
+                self.say(line)
+            else:
+                self._bar.n = record["step"]
+                self._bar.set_postfix_str(line.split("  ", 1)[1])
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one. A run goes on where nobody reads it any more."""
+        with contextlib.suppress(OutputError):
+            if self._bar is None:
+                print(line, flush=True)
+            else:
+                self._bar.write(line)
+
+
+def _identity(record: dict[str, Any]) -> tuple[int, str]:
+    kinds = ("loss", "warning", "checkpoint_seconds")
+    return record["step"], next((kind for kind in kinds if kind in record), "")

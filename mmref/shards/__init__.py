@@ -1,0 +1,1 @@
+"""`mmref shards`: builds shard sets from sources, and looks into them."""

@@ -1,0 +1,216 @@
+"""`mmref shards build|inspect|verify`: parses options and prints tables; the work is in the modules beside it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mmref.cluster.resources import workers_that_fit
+from mmref.data.shard_set import ShardSet
+from mmref.errors import SourceError
+from mmref.shards.build import SOURCES, BuildOptions, build_shards, make_source
+from mmref.shards.tar_writer import ImageOptions
+from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
+from mmref.storage.whole_folder import check_output
+from mmref.terminal.arguments import count, local_path, place, positive
+from mmref.terminal.output import printable
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `shards` to the command line. The chosen command is left in `args.run`: args -> exit code."""
+    parser = subparsers.add_parser("shards", help="build, inspect and verify shard sets (your own data: `build table`)")
+    commands = parser.add_subparsers(dest="shards_command", required=True, metavar="build|inspect|verify")
+    build = commands.add_parser("build", help="build a shard set from a source")
+    _add_sources(build.add_subparsers(dest="source", required=True, metavar="|".join(SOURCES)))
+    inspect = commands.add_parser("inspect", help="counts, caption kinds and samples of a set")
+    inspect.add_argument("root", type=place, help="folder or URL of the set")
+    inspect.add_argument("--samples", type=count, default=3, help="samples of a split to print (default: %(default)s)")
+    inspect.add_argument(
+        "--sheet", type=local_path, metavar="PNG", help="write a contact sheet of the first split, or of --split"
+    )
+    inspect.add_argument("--split", help="only this split")
+    inspect.set_defaults(run=run_inspect)
+    verify = commands.add_parser("verify", help="check files, checksums, counts and offsets of a set")
+    verify.add_argument("root", type=place, help="folder or URL of the set")
+    verify.add_argument("--fast", action="store_true", help="leave out the checksums")
+    verify.set_defaults(run=run_verify)
+
+
+def _common_options() -> argparse.ArgumentParser:
+    """Options of every source. A new parser each time: `parents` share their actions, so a default would leak."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder of the new set")
+    common.add_argument(
+        "--overwrite", action="store_true", help="replace a complete set in --out when the new one is whole"
+    )
+    common.add_argument(
+        "--workers", type=count, help="parallel Ray tasks; 0: in this process (default: one a core)",
+    )  # fmt: skip
+    common.add_argument("--target-mb", type=float, default=128, help="size of a shard in MB (default: %(default)s)")
+    common.add_argument(
+        "--min-shards", type=positive, default=4, help="shards of a split, however small it is (default: %(default)s)"
+    )
+    common.add_argument("--samples-per-shard", type=positive, help="images in a shard, in place of --target-mb")
+    common.add_argument("--no-check-images", action="store_true", help="do not decode every image once")
+    common.add_argument("--resize-to-px", type=positive, help="re-encode images whose shorter side is longer than this")
+    common.add_argument("--tokenizer-vocab", type=positive, help="train a tokenizer of this size into DIR/tokenizer")
+    common.add_argument("--pack", action="store_true", help="write .tar.gz beside each tar, for sets that travel")
+    return common
+
+
+def _add_sources(sources: Any) -> None:
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        source = sources.add_parser(name, help=text, description=text, parents=[_common_options()])
+        source.set_defaults(run=run_build)
+        return source
+
+    emoji = add("emoji", "the bundled set: emoji drawings, from npm packages")
+    emoji.add_argument(
+        "--packages", type=local_path, metavar="DIR", help="folder of the unpacked packages; else npm fetches them"
+    )
+    emoji.add_argument(
+        "--size-px", type=positive, default=64, help="side of the rendered images (default: %(default)s)"
+    )
+    emoji.add_argument("--quality", type=int, default=72, help="WebP quality, 1 to 100 (default: %(default)s)")
+    emoji.set_defaults(source_options=("packages", "size_px", "quality"), tokenizer_vocab=4000)
+    cub = add("cub", "CUB-200-2011 with text_c10 captions, in its native layout")
+    cub.add_argument("path", type=local_path, help="folder that holds CUB_200_2011/ and text_c10/")
+    cub.set_defaults(source_options=("path", "fractions", "val_fraction"))
+    flowers = add("flowers", "Oxford Flowers-102 with text_c10 captions, in its native layout")
+    flowers.add_argument(
+        "--root", required=True, type=local_path, metavar="DIR", help="folder that holds jpg/ and text_c10/"
+    )
+    flowers.set_defaults(source_options=("root", "fractions", "val_fraction"))
+    for classes in (cub, flowers):
+        classes.add_argument(
+            "--val-fraction", type=float, default=0.0,
+            help="keep the test classes apart while choosing: this share of the train classes becomes val, by a fixed hash, the "
+            "val classes become test, and the test classes are left out (default: the splits as published)",
+        )  # fmt: skip
+    for name, text, has_val in (
+        ("cuhk", "CUHK-PEDES (reid_raw.json and imgs/)", True),
+        ("icfg", "ICFG-PEDES (ICFG-PEDES.json and imgs/)", False),
+        ("rstp", "RSTPReid (data_captions.json and imgs/)", True),
+        ("ufine", "UFine6926 (its annotations in one JSON file, and images)", False),
+    ):
+        persons = add(name, text)
+        persons.add_argument(
+            "--root", required=True, type=local_path, metavar="DIR", help="folder of the annotation file and the images"
+        )
+        persons.add_argument(
+            "--annotations", type=local_path, metavar="FILE", help="annotation file, where it has another name or place"
+        )
+        persons.add_argument(
+            "--images",
+            type=local_path,
+            metavar="DIR",
+            help="folder of the images; else imgs/, images/ or the root itself",
+        )
+        persons.set_defaults(source_options=("root", "annotations", "images", *(() if has_val else ("val_fraction",))))
+        if not has_val:
+            persons.add_argument(
+                "--val-fraction", type=float, default=0.05,
+                help="of the train persons held out as val, by a fixed hash; 0: none (default: %(default)s)",
+            )  # fmt: skip
+    table = add("table", "your own data: a CSV, TSV, JSONL or Parquet table")
+    table.add_argument("path", type=place, help="the table; rows name an image, its object and its captions")
+    table.add_argument("--image", default="image", help="column with the image's path or URL (default: %(default)s)")
+    table.add_argument("--object-id", default="object_id", help="column with the object's id (default: %(default)s)")
+    table.add_argument("--captions", nargs="+", help="caption columns (texts or lists); else `caption` or `captions`")
+    table.add_argument("--split", help="column with the split; else `split`, else a fixed hash of the object id")
+    table.add_argument(
+        "--image-root", type=place, metavar="DIR", help="what image paths are relative to; else the table's folder"
+    )
+    table.add_argument(OUTSIDE, action="store_true", help=OUTSIDE_HELP)
+    table.add_argument("--keep", nargs="*", default=[], help="further columns to keep in the samples")
+    table.add_argument("--licence", default="not stated", help="licence of the data, for the manifest")
+    table.add_argument("--min-images", type=positive, default=1, help="leave out objects with fewer usable images")
+    options = ("path", "image", "object_id", "captions", "split", "image_root", "keep", "licence", "min_images")
+    table.set_defaults(source_options=(*options, "fractions", "allow_outside"))
+    for parser in (cub, flowers, table):
+        parser.add_argument(
+            "--fractions", type=parse_fractions, default="train=0.7,val=0.1,test=0.2",
+            help="of the objects in each split, where the data has no split (default: %(default)s)",
+        )  # fmt: skip
+
+
+def parse_fractions(text: str) -> dict[str, float]:
+    """`train=0.7,val=0.1,test=0.2` -> dict. Raises SourceError unless they are positive and sum to 1."""
+    try:
+        found = {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise SourceError(f"--fractions {text!r} is not of the form train=0.7,val=0.1,test=0.2.") from error
+    if min(found.values()) < 0 or abs(sum(found.values()) - 1) > 1e-6:
+        raise SourceError(f"--fractions {text!r} sum to {sum(found.values()):g}: they must be positive and sum to 1.")
+    return found
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Builds the set, prints its counts and what was left out. Returns the exit code."""
+    source = make_source(args.source, **{name: getattr(args, name) for name in args.source_options})
+    options = BuildOptions(
+        target_mb=args.target_mb,
+        min_shards=args.min_shards,
+        samples_per_shard=args.samples_per_shard,
+        workers=workers_that_fit(args.workers),
+        overwrite=args.overwrite,
+        pack=args.pack,
+        tokenizer_vocab=args.tokenizer_vocab,
+        images=ImageOptions(check=not args.no_check_images, resize_to_px=args.resize_to_px),
+    )
+    manifest = build_shards(source, args.out, options)
+    print(f"{'split':8}{'objects':>10}{'images':>10}{'captions':>10}{'shards':>8}{'MB':>9}")
+    for split, entry in manifest["splits"].items():
+        size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
+        counts = f"{entry['objects']:>10,}{entry['images']:>10,}{entry['captions']:>10,}"
+        print(f"{printable(split):8}{counts}{len(entry['shards']):>8}{size:>9.1f}")
+    for line in manifest["warnings"]:
+        print(f"warning: {printable(line)}")
+    skipped = manifest["skipped"]
+    if skipped["count"]:
+        print(f"{skipped['count']:,} left out; the first are named in manifest.json:")
+        print("\n".join(f"  {printable(line)}" for line in skipped["first"][:5]))
+    print(f"Written to {args.out}")
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Prints a table of the set and samples of every split. Returns the exit code."""
+    from mmref.shards.inspect import contact_sheet, split_summary
+
+    if args.sheet:
+        check_output("--sheet", args.sheet)
+    shards = ShardSet.open(args.root)
+    manifest = shards.manifest
+    print(printable(f"{manifest['name']}: {manifest['source']}"))
+    print(printable(f"licence: {manifest['licence']}"))
+    splits = [args.split] if args.split else shards.splits
+    for split in splits:
+        found = split_summary(shards, split, args.samples)
+        print()
+        print(
+            f"{printable(split)}: {found['objects']:,} objects, {found['images']:,} images ({found['images_per_object']:.1f} an "
+            f"object), {found['captions']:,} captions ({found['captions_per_image']:.1f} an image, "
+            f"{found['words_per_caption']:.1f} words), {found['shards']} shards, {found['megabytes']:.1f} MB"
+        )
+        total = max(sum(found["caption_kinds"].values()), 1)
+        kinds = ", ".join(f"{printable(k)} {100 * n / total:.0f} %" for k, n in found["caption_kinds"].items())
+        print(f"  kinds: {kinds}")
+        if found["broken"]:
+            print(f"  {found['broken']} samples cannot be read: run `mmref shards verify {args.root}`")
+        for meta in found["samples"]:
+            captions = " | ".join(meta["captions"])[:160]
+            print(printable(f"  {meta['object_id']} / {meta['image_id']}: {captions}"))
+    if args.sheet:
+        contact_sheet(shards, splits[0], args.sheet)
+        print(f"\ncontact sheet of {splits[0]}: {args.sheet}")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Prints every problem, one a line. Returns 1 when there are any."""
+    problems = ShardSet.open(args.root).verify(checksums=not args.fast)
+    for problem in problems:
+        print(printable(problem))
+    print(f"{args.root}: " + (f"{len(problems)} problems" if problems else "sound"))
+    return 1 if problems else 0

@@ -1,0 +1,1 @@
+"""`mmref sizing`: what a config needs of memory, computed from its model."""

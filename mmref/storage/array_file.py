@@ -1,0 +1,54 @@
+"""Writing .npy files as a stream, first row to last.
+
+A file that is mapped into memory before its space is set aside is filled by the kernel, which can tell of a full disk only by
+ending the process (SIGBUS). So arrays are written, and mapped only to be read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmref.storage.disk import told_when_full
+
+
+class ArrayFile:
+    """A .npy file of a known shape, written by rows in a `with` statement; whole and on the disk when that ends.
+
+    Raises:
+        StorageError: no space is left for it.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
+        self.path, self.dtype = path, np.dtype(dtype)
+        self.nbytes = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
+        self._file = open(path, "wb")
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def __enter__(self) -> ArrayFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with told_when_full(self.path, self.nbytes), self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def write(self, rows: NDArray[Any]) -> None:
+        """Append rows."""
+        with told_when_full(self.path, self.nbytes):
+            self._file.write(np.ascontiguousarray(rows, self.dtype).data)
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array as a .npy file; `numpy.save` does not say what a write failed of."""
+    with ArrayFile(path, array.shape, array.dtype) as file:
+        file.write(array)

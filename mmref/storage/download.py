@@ -1,0 +1,264 @@
+"""Images behind http(s) URLs, within a size, a time, and the addresses that a table may lead to.
+
+Whoever wrote a table may not be a friend, nor may the hosts that it names. A cell may name a host of one's own network; where
+a host of the internet leads on into it, nothing is asked. What is connected to is the address that was looked at, whatever the
+name resolves to a moment later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.client
+import ipaddress
+import re
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+
+from mmref.errors import SampleError
+from mmref.version import __version__
+
+MAX_BYTES = 64_000_000  # of one image; a photograph of 100 megapixels has about 50 million
+DEADLINE_S = 60.0  # of one image with all attempts, however slowly it comes
+TIMEOUT_S = 30.0  # without a byte
+REDIRECTS = 5
+ATTEMPTS, PAUSE_S = 3, 0.5  # the pause doubles
+TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # answers that may be another one in a moment
+MOVED = {301, 302, 303, 307, 308}
+KEPT = "%/:?[]@!$&'()*+,;=~|"  # in a URL; a browser leaves them too
+PIECE = 1 << 18
+IPV4_IN_IPV6 = ipaddress.IPv6Network("64:ff9b::/96")  # how networks of IPv6 alone reach IPv4
+
+
+def quoted(url: str) -> str:
+    """An http(s) URL as a browser sends it: spaces and letters beyond ASCII quoted, the rest as it is. Raises ValueError."""
+    parts = urlsplit(url.strip())
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    path, query = quote(parts.path.replace("\\", "/"), safe=KEPT), quote(parts.query, safe=KEPT)
+    return urlunsplit((parts.scheme, host, path, query, ""))
+
+
+def download(url: str) -> bytes:
+    """Body of an http(s) URL; what may pass is tried again. Messages leave out the query, which may be a key.
+
+    Raises:
+        SampleError: a page instead of an image, one that is too large, or a way that is not taken.
+        OSError: it does not come.
+    """
+    name = url.partition("?")[0]
+    try:
+        sent = quoted(url)
+    except ValueError as error:
+        raise SampleError(f"{name} is no URL: {error}") from None
+    with _Deadline() as deadline:
+        for attempt in range(ATTEMPTS):
+            try:
+                data = _follow(sent, deadline)
+                deadline.left()  # a connection that was ended may look like the end of the image
+                break
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if deadline.passed:
+                    raise OSError(f"{name} cannot be fetched: it has not come within {DEADLINE_S:g} s") from None
+                lasting = isinstance(error, ValueError | http.client.InvalidURL) or (
+                    isinstance(error, urllib.error.HTTPError) and error.code not in TRY_AGAIN
+                )
+                if lasting or attempt == ATTEMPTS - 1:
+                    raise OSError(f"{name} cannot be fetched: {error}") from error
+                time.sleep(PAUSE_S * 2**attempt)
+    if re.match(rb"\s*(<!doctype html|<html)", data[:200], re.IGNORECASE):
+        raise SampleError(f"{name} is a web page, not an image: it may ask for a login, or show the image")
+    return data
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet: not of this machine, a private network, a link, a group, or reserved."""
+    ip = _plain(address)
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+
+
+def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An address, or the IPv4 address that one of IPv6 stands for."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip
+    translated = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in IPV4_IN_IPV6 else None
+    return ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1] or translated or ip
+
+
+def _follow(url: str, deadline: _Deadline) -> bytes:
+    """Body of a URL, or of what it leads to."""
+    gate = _Gate(deadline)
+    for _ in range(1 + REDIRECTS):
+        try:
+            with gate.open(url) as answer:
+                return _body(url, answer)
+        except urllib.error.HTTPError as error:
+            error.close()
+            location = error.headers.get("Location")
+            if error.code not in MOVED or not location:
+                raise
+            url = _next(url, location)
+    raise SampleError(f"{url.partition('?')[0]} is the end of {REDIRECTS} redirects, and leads on")
+
+
+def _next(url: str, location: str) -> str:
+    """Where a redirect leads. Raises SampleError for what is no http(s) URL, and for one that gives up encryption."""
+    # headers are bytes in Latin-1, whatever was meant
+    target = quoted(urljoin(url, quote(location.strip(), safe=f"{KEPT}#", encoding="latin-1", errors="replace")))
+    scheme = urlsplit(target).scheme
+    if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):
+        raise SampleError(f"{url.partition('?')[0]} leads to {scheme}://, which is not followed")
+    return target
+
+
+def _body(url: str, answer: Any) -> bytes:
+    """What comes, in pieces. Raises SampleError where it is too much."""
+    data = bytearray()
+    while (answer.length or 0) + len(data) <= MAX_BYTES and (piece := answer.read(PIECE)):
+        data += piece
+    if (answer.length or 0) + len(data) > MAX_BYTES:
+        fix = "Save it and name the file instead"
+        raise SampleError(f"{url.partition('?')[0]} is larger than the {MAX_BYTES:,} bytes that are fetched. {fix}")
+    if answer.length:
+        raise http.client.IncompleteRead(bytes(data[:0]), answer.length)
+    return bytes(data)
+
+
+class _Deadline:
+    """The time that a download has: when it has passed, connections end, whatever waits for them."""
+
+    def __init__(self) -> None:
+        self.passed = False
+        self._until = time.monotonic() + DEADLINE_S
+        self._held: list[socket.socket] = []
+        self._timer = threading.Timer(DEADLINE_S, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        for held in self._held:
+            held.close()
+
+    def left(self) -> float:
+        """Seconds that are left. Raises TimeoutError where there are none."""
+        left = self._until - time.monotonic()
+        self.passed = self.passed or left <= 0
+        if self.passed:
+            raise TimeoutError("timed out")
+        return left
+
+    def hold(self, connection: socket.socket) -> None:
+        """End a connection when the time has passed."""
+        self._held.append(connection.dup())  # TLS takes the socket over
+        self.left()
+
+    def _end(self) -> None:
+        self.passed = True
+        for held in list(self._held):
+            with contextlib.suppress(OSError):
+                held.shutdown(socket.SHUT_RDWR)
+
+
+class _Gate:
+    """Opens the URLs of one way, from the cell's own to the last that it leads to."""
+
+    def __init__(self, deadline: _Deadline) -> None:
+        self._deadline = deadline
+        self._private = True  # whether the way may go where the internet does not: it begins anywhere
+        self._addresses: list[Any] | None = None  # of the host, as of getaddrinfo; None where a proxy asks it
+
+    def open(self, url: str) -> Any:
+        """The answer of a URL. Raises SampleError where it leads to an address that is not asked, OSError, ValueError."""
+        parts = urlsplit(url)
+        if not parts.hostname:
+            raise SampleError(f"{url} is no URL: it names no host")
+        proxy = urllib.request.getproxies().get(parts.scheme)
+        proxied = bool(proxy) and not urllib.request.proxy_bypass(parts.netloc)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+        except OSError:
+            if not proxied:
+                raise
+            found = []  # often only the proxy knows names beyond its network; it also decides where they lead
+        allowed = [each for each in found if self._is_open(str(each[4][0]))]
+        if found and not allowed:
+            address, name = found[0][4][0], url.partition("?")[0]
+            raise SampleError(f"{name} lies at {address}, inside a network: {self._why()}")
+        self._addresses = None if proxied else allowed
+        if proxied:
+            self._private = self._private and any(not is_public(str(each[4][0])) for each in allowed)
+        opener = urllib.request.OpenerDirector()
+        for handler in (
+            urllib.request.ProxyHandler({parts.scheme: proxy} if proxied and proxy else {}),
+            _Plain(self),
+            _Secure(self),
+            urllib.request.HTTPDefaultErrorHandler(),
+            urllib.request.HTTPErrorProcessor(),
+        ):
+            opener.add_handler(handler)
+        headers = {"User-Agent": f"mmref/{__version__}", "Accept": "*/*"}
+        return opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+
+    def connect(self, address: tuple[str, int], *_: Any) -> socket.socket:
+        """A connection to an address that has been looked at, or to the proxy. Raises OSError."""
+        if self._addresses is None:
+            connection = socket.create_connection(address, min(TIMEOUT_S, self._deadline.left()))
+            self._deadline.hold(connection)
+            return connection
+        failure: OSError | None = None
+        for family, kind, protocol, _name, target in self._addresses:
+            connection = socket.socket(family, kind, protocol)
+            try:
+                connection.settimeout(min(TIMEOUT_S, self._deadline.left()))
+                connection.connect(target)
+                connection.settimeout(TIMEOUT_S)
+                self._deadline.hold(connection)
+            except OSError as error:
+                connection.close()
+                failure = error
+                continue
+            self._private = self._private and not is_public(str(target[0]))
+            return connection
+        raise failure or OSError(f"{address[0]} has no address")
+
+    def _is_open(self, address: str) -> bool:
+        """Whether an address may be asked; one of a link never is: clouds tell a machine's own secrets there."""
+        return (self._private or is_public(address)) and not _plain(address).is_link_local
+
+    def _why(self) -> str:
+        return "no image does" if self._private else "a host of the internet may not lead there"
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def __init__(self, gate: _Gate) -> None:
+        super().__init__()
+        self._open = functools.partial(_connection, http.client.HTTPConnection, gate)
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(self._open, request)  # type: ignore[arg-type]
+
+
+class _Secure(urllib.request.HTTPSHandler):
+    def __init__(self, gate: _Gate) -> None:
+        super().__init__()
+        self._open = functools.partial(_connection, http.client.HTTPSConnection, gate)
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(self._open, request)  # type: ignore[arg-type]
+
+
+def _connection(kind: type[http.client.HTTPConnection], gate: _Gate, host: str, **options: Any) -> Any:
+    """A connection of the standard library that the gate makes; names of certificates are checked as ever."""
+    connection = kind(host, **options)
+    connection._create_connection = gate.connect  # type: ignore[attr-defined]
+    return connection

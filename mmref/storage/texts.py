@@ -1,0 +1,124 @@
+"""Texts that a user writes: configs, spaces, rows, tables, lists of ids and sentences. Every one of them is read here.
+
+UTF-8 is read, with a byte order mark or without, and UTF-16 or UTF-32 with one: the mark says what it is. Anything else is
+an error that names the line, since a guess would change letters in silence.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Hashable
+from typing import Any, TextIO
+
+import yaml
+
+from mmref.errors import MMRefError
+from mmref.storage.locations import read_bytes
+
+MARKS = {  # UTF-32 before UTF-16, whose mark it begins with
+    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
+}  # fmt: skip
+NO_TEXTS = {b"PK\3\4": "a spreadsheet or ZIP archive", b"\x1f\x8b": "packed with gzip", b"PAR1": "a Parquet file"}
+MERGE = "tag:yaml.org,2002:merge"
+
+
+def open_text(place: str, wrong: type[MMRefError], newline: str | None = "") -> TextIO:
+    """A whole text file, checked and open at its beginning; `newline` as in `open`.
+
+    Args:
+        place: path or URL.
+        wrong: the error of whoever asks.
+
+    Raises:
+        wrong: there is no such file, or it is no text in a known encoding; names the line and the fix.
+        StorageError: the storage keeps failing. FileSystemMissingError.
+    """
+    try:
+        data = read_bytes(place)
+    except OSError as error:
+        raise wrong(f"{place} cannot be read: {error.strerror or error}.") from None
+    if kind := next((kind for magic, kind in NO_TEXTS.items() if data.startswith(magic)), ""):
+        raise wrong(f"{place} is {kind}, whatever it is called: save it as a text in UTF-8.")
+    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
+    encoding, begin = MARKS.get(mark, "utf-8"), 0
+    while mark and data.startswith(mark, begin):  # some programs add a mark to the mark
+        begin += len(mark)
+    if not mark and b"\0" in data[:2]:
+        raise wrong(f"{place} looks like UTF-16 without a byte order mark. Save it as UTF-8.")
+    try:
+        str(memoryview(data)[begin:], encoding)
+    except UnicodeDecodeError as error:
+        raise wrong(_not_decoded(place, data, begin, encoding, error)) from None
+    stream = io.BytesIO(data)
+    stream.seek(begin)
+    return io.TextIOWrapper(stream, encoding, newline=newline)
+
+
+def _not_decoded(place: str, data: bytes, begin: int, encoding: str, error: UnicodeDecodeError) -> str:
+    before = data[begin : begin + error.start].decode(encoding, "ignore")
+    line, byte = io.StringIO(before, newline=None).read().count("\n") + 1, data[begin + error.start]
+    letter = bytes([byte]).decode("cp1252", "replace") if encoding == "utf-8" and byte >= 0x80 else ""
+    meant = f", which is {letter!r} in Windows-1252," if letter.isprintable() and letter not in ("", "\ufffd") else ""
+    return (
+        f"{place} is not {encoding.upper()}: in line {line} the byte 0x{byte:02x}{meant} is none of it. Save the file as UTF-8 "
+        "(in a spreadsheet: `CSV UTF-8`)."
+    )
+
+
+def read_text(place: str, wrong: type[MMRefError]) -> str:
+    """A text file with its line ends as `\\n`. Raises as `open_text`."""
+    with open_text(place, wrong, newline=None) as file:
+        return file.read()
+
+
+def read_lines(place: str, wrong: type[MMRefError]) -> list[str]:
+    """Lines without white space at their ends; empty ones too, so that the first is line 1. Raises as `open_text`."""
+    with open_text(place, wrong) as file:  # breaks at line ends alone: a name may hold one of Unicode's own
+        return [line.strip() for line in file]
+
+
+def parse_yaml(text: str, place: str, wrong: type[MMRefError]) -> dict[str, Any]:
+    """Keys and values of a YAML text, {} for an empty one. `place` names it in messages.
+
+    Raises `wrong` where it is no YAML, holds something else than keys and values, or a key twice at any depth.
+    """
+    try:
+        loaded = yaml.load(text, _DistinctKeys)
+    except _KeyTwiceError as error:
+        raise wrong(f"{place}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        hint = " YAML is indented with spaces, not tabs." if "\\t" in str(error.problem) else ""
+        raise wrong(
+            f"{place}{where} is not YAML: {' '.join(filter(None, (error.context, error.problem)))}.{hint}"
+        ) from None
+    except Exception as error:  # a value that is none of its tag's: each has an error of its own
+        raise wrong(f"{place} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(loaded or {}, dict):
+        raise wrong(f"{place} must hold keys and values, found a {type(loaded).__name__}.")
+    return loaded or {}
+
+
+class _KeyTwiceError(Exception):
+    pass
+
+
+class _DistinctKeys(yaml.SafeLoader):
+    """YAML asks for distinct keys; PyYAML takes the last of two in silence. Keys that `<<` merges may be overridden."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[Hashable, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name = MERGE if key.tag == MERGE else self.construct_object(key)
+                line = key.start_mark.line + 1
+                if name in lines:
+                    raise _KeyTwiceError(
+                        f"`{key.value}` is given twice, in line {lines[name]} and in line {line}: keep one of them."
+                    )
+                lines[name] = line
+        return node

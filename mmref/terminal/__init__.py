@@ -1,0 +1,1 @@
+"""What every command of the terminal shares: types of arguments, output that any terminal shows, exit status."""

@@ -1,0 +1,54 @@
+"""Types of command-line arguments: what every command takes for a place, a path of this machine, or a text."""
+
+from __future__ import annotations
+
+import argparse
+
+from mmref.errors import PathError, TextError
+from mmref.storage.locations import absolute, expanded, in_utf8, is_url
+
+
+def place(given: str) -> str:
+    """A path, made absolute, or a URL as it is. Raises PathError."""
+    return in_utf8(source(given))
+
+
+def source(given: str) -> str:
+    """As `place`, of files that are only read: their names may be any bytes."""
+    return absolute(expanded(given))
+
+
+def local_path(given: str) -> str:
+    """A path of this machine, made absolute. Raises PathError, also for a URL: it would become a folder of that name."""
+    if is_url(given):
+        raise PathError(f"{given} is a URL, and this must be a path of this machine, or of storage mounted on it.")
+    return place(given)
+
+
+def text(given: str) -> str:
+    """A text such as a sentence or an id. Raises TextError for one that is no UTF-8, as of a terminal in Latin-1."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise TextError(
+            f"{given.encode('utf-8', 'surrogateescape')!r} is no UTF-8: let the terminal send it (`locale` shows a name with "
+            "UTF-8), or convert the file it comes from (`iconv -t utf-8`)."
+        ) from None
+    return given
+
+
+def count(given: str) -> int:
+    """A whole number from 0 up."""
+    return _at_least(0, given)
+
+
+def positive(given: str) -> int:
+    """A whole number from 1 up."""
+    return _at_least(1, given)
+
+
+def _at_least(least: int, given: str) -> int:
+    value = int(given)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, found {given}")
+    return value

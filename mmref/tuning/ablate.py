@@ -1,0 +1,257 @@
+"""Ablate: `python tune/ablate.py --rows tune/rows/default.yaml --config configs/emoji.yaml --seeds 0 1 2`.
+
+Every row is trained with every seed, each the whole job of `mmref train`, as tasks that share the cluster. Finished ones
+are not repeated and interrupted ones resume, so the same command goes on. The run directory gets ablation.json, .md,
+.csv and .png and a folder for each training. ablation.json holds what came of each training: `--results` takes such files
+in place of the folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmref.cluster.connection import SETTINGS
+from mmref.config import Config, config_hash, from_dict, load_config, to_dict, with_absolute_paths
+from mmref.data.shard_set import ShardSet, data_fingerprint
+from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
+from mmref.run.directory import RunDir
+from mmref.storage.locations import expanded
+from mmref.terminal.arguments import count, positive
+from mmref.train.trainer import check_inputs, check_same_data
+from mmref.tuning.ablation_table import markdown, plot, summarise, table_csv
+from mmref.tuning.capacity import TRIAL_CPUS, connected
+from mmref.tuning.failure import reason
+from mmref.tuning.reuse import Recorded, choices, chosen_otherwise, record
+from mmref.tuning.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
+from mmref.tuning.trial_log import median_step_seconds
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The ablation's own flags; everything else on the command line goes to the config."""
+    parser = argparse.ArgumentParser(
+        prog="mmref ablate", allow_abbrev=False, description="Train rows of configs over seeds, and compare them.",
+        epilog="Any config field is a flag too (`--data.caption_noise 0.2`): `mmref train --help` lists them.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rows", default=DEFAULT_ROWS, type=expanded, metavar="FILE", help="rows to compare (default: %(default)s)"
+    )
+    parser.add_argument("--only", nargs="+", metavar="ROW",
+                        help="train these rows, and the baseline; of the others the tables show what is there")  # fmt: skip
+    parser.add_argument("--baseline", metavar="ROW", help="row that all are compared with (default: the file's)")
+    parser.add_argument("--config", type=expanded, metavar="FILE", help="config that the rows vary")
+    parser.add_argument("--seeds", type=count, nargs="+", default=[0, 1, 2], help="default: %(default)s")
+    parser.add_argument(
+        "--split", default="test", help="split reported; refinement is chosen on val (default: %(default)s)"
+    )
+    parser.add_argument("--kind", default="", help="kind of captions reported besides all of them")
+    parser.add_argument(
+        "--run_dir",
+        default="runs/ablation",
+        type=expanded,
+        metavar="DIR",
+        help="directory or URL (default: %(default)s)",
+    )
+    parser.add_argument("--results", nargs="+", default=[], type=expanded, metavar="FILE",
+                        help="ablation.json of other ablations: same config and seed, same training: taken from it")  # fmt: skip
+    parser.add_argument(
+        "--max-concurrent", type=positive, metavar="N", help="trainings at a time (default: as many as fit)"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`mmref ablate` and tune/ablate.py. Raises the errors of mmref.errors."""
+    args, rest = build_parser().parse_known_args(argv)
+    base = load_config([*(["--config", args.config] if args.config else []), *rest])
+    base.run_dir = args.run_dir
+    rows = read_rows(args.rows, base)
+    if args.baseline:
+        rows = rows.compared_with(args.baseline, "--baseline")
+    table = ablate(base, rows, args.seeds, args.split, args.kind, args.max_concurrent, args.only, args.results)
+    print(markdown(table, rows.baseline))
+    return 0
+
+
+def ablate(
+    base: Config,
+    rows: Rows,
+    seeds: list[int],
+    split: str = "test",
+    kind: str = "",
+    max_concurrent: int | None = None,
+    only: list[str] | None = None,
+    files: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Train and evaluate what is not there yet, write the tables whenever a training ends, and return the rows as
+    `ablation.summarise` does.
+
+    Args:
+        only: rows to train, with those they read and the baseline; of the others the tables have what is there. None: all.
+        files: ablation.json of other ablations, whose trainings of the same config and seed count as done.
+    Raises:
+        ConfigError, ShardSetError, RunDirectoryError: whatever can be known before Ray starts.
+        SweepError: a training failed; those that did not are in the tables.
+    """
+    run = RunDir(base.run_dir)
+    base = with_absolute_paths(base)
+    check_inputs(base)
+    if split not in (splits := ShardSet.open(base.data.root).splits):
+        raise ShardSetError(f"{base.data.root} has no split `{split}`, only {splits}.")
+    if "val" not in splits and (refined := [row.name for row in rows.rows if row.refined]):
+        raise ShardSetError(
+            f"{base.data.root} has no val split to choose the refinement of `{refined[0]}` on, only {splits}: build the set with "
+            "`--val-fraction`, or leave refined rows out."
+        )
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"`--seeds` names a seed twice: {seeds}.")
+    configs = {
+        t: with_absolute_paths(rows.config(base, t.row, t.point, t.seed, run.join(t.folder)))
+        for t in trainings(rows, seeds)
+    }
+    wanted = rows.only(only, "--only") if only else rows
+    planned = {t: configs[t] for t in trainings(wanted, seeds)}
+    recorded, data = Recorded(files, split), fingerprints(configs)
+    refined_too = {row.training for row in rows.rows if row.refined}
+    failures: dict[Training, str] = {}
+    with run.held():
+        for config in configs.values():
+            check_judged_alike(config)
+        found = {
+            t: read_result(config, split, data[t]) or recorded.get(config, data[t], t.row in refined_too)
+            for t, config in configs.items()
+        }
+        results = {t: metrics for t, metrics in found.items() if metrics}
+        missing = [t for t in planned if t not in results]
+        print(
+            f"{len(planned)} trainings to {run.path}, {len(planned) - len(missing)} of them are there already",
+            flush=True,
+        )
+        about = {"split": split, "seeds": seeds, "steps": base.train.max_steps}
+
+        def tabulate() -> list[dict[str, Any]]:
+            table = summarise(rows, results, seeds, kind)
+            if table:
+                done = [record(t, configs[t], metrics, data[t]) for t, metrics in results.items()]
+                write_tables(run, table, rows, {**about, "trainings": done})
+            return table
+
+        table = tabulate()
+        for training, failure in _train(base, {t: planned[t] for t in missing}, split, max_concurrent):
+            if failure:
+                failures[training] = failure
+            elif metrics := read_result(configs[training], split, data[training]):
+                results[training] = metrics
+                table = tabulate()
+    if failures:
+        first = next(iter(failures))
+        raise SweepError(
+            f"{len(failures)} of {len(planned)} trainings failed; the first, {first}: {failures[first]} What there is so far is "
+            f"in {run.join('ablation.md')}. The failed ones are tried again when it goes on."
+        )
+    return table
+
+
+def result_name(split: str) -> str:
+    """File of a training's metrics in its run directory."""
+    return f"result-{split}.json"
+
+
+def fingerprints(configs: dict[Training, Config]) -> dict[Training, str]:
+    """Of the shards of each training, which a row may set; every set is opened once."""
+    found: dict[tuple[str, ...], str] = {}
+    for config in configs.values():
+        sets = (config.data.root, *config.data.mix)
+        if sets not in found:
+            found[sets] = data_fingerprint(config)
+    return {t: found[config.data.root, *config.data.mix] for t, config in configs.items()}
+
+
+def check_judged_alike(config: Config) -> None:
+    """Raise RunDirectoryError where the config's run directory holds a training whose checkpoint or refinement was chosen in
+    another way: its results are not comparable."""
+    run = RunDir(config.run_dir)
+    if not run.exists("config.yaml"):
+        return
+    if otherwise := chosen_otherwise(choices(run.read_config()), config):
+        raise RunDirectoryError(f"{run.path} {otherwise}. Give the same, another `--run_dir`, or remove that folder.")
+
+
+def read_result(config: Config, split: str, data: str) -> dict[str, Any] | None:
+    """Metrics of a finished training, None where it is not finished. Raises RunDirectoryError for one of another config or of
+    shards with other contents than `data`, as of `data_fingerprint`."""
+    run = RunDir(config.run_dir)
+    if not run.exists(result_name(split)):
+        return None
+    metrics = run.read_json(result_name(split))
+    if metrics["config_hash"] != config_hash(config):
+        raise RunDirectoryError(
+            f"{run.path} holds a training of another config. Give another `--run_dir`, or remove that folder."
+        )
+    check_same_data(run, config, data)
+    metrics["step_seconds"] = median_step_seconds(run)
+    metrics.setdefault("machine", None)
+    return metrics
+
+
+def train_and_evaluate(values: dict[str, Any], split: str) -> dict[str, float]:
+    """One training and its evaluation, in a task that Ray placed; leaves result-<split>.json in the run directory. Returns its
+    refined metrics."""
+    from mmref.cluster.connection import named_address
+    from mmref.cluster.resources import machine
+    from mmref.evaluate.evaluation import evaluate_run
+    from mmref.train.trainer import train
+
+    for name, value in SETTINGS.items():  # of the nested training, for which this process is the driver
+        os.environ.setdefault(name, value)
+    config = from_dict(values)
+    with named_address():
+        train(config, final_evaluation=False)
+        metrics = evaluate_run(config.run_dir, split=split)
+        result = {**metrics, "machine": machine(config)}
+        RunDir(config.run_dir).write_text(result_name(split), json.dumps(result, indent=1))
+    return metrics["refined"]
+
+
+def _train(
+    base: Config, planned: dict[Training, Config], split: str, wanted: int | None
+) -> Iterator[tuple[Training, str]]:
+    """Run the trainings, as many at a time as fit; each as it ends, with the reason where it ended badly."""
+    if not planned:
+        return
+    with connected(base, wanted, len(planned)) as fit_in:
+        import ray
+
+        at_once = min(len(planned), fit_in)
+        task = ray.remote(num_cpus=TRIAL_CPUS, max_retries=0)(train_and_evaluate)
+        waiting = list(planned.items())[::-1]
+        running: dict[Any, tuple[Training, float]] = {}
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                training, config = waiting.pop()
+                running[task.remote(to_dict(config), split)] = (training, time.monotonic())
+            for done in ray.wait(list(running), num_returns=1)[0]:
+                training, began = running.pop(done)
+                failure = ""
+                try:
+                    refined = ray.get(done)
+                    text = ", ".join(f"{m} {refined[m]:.1f}" for m in ("R@1", "mAP"))
+                except ray.exceptions.RayError as error:
+                    text = failure = reason(error)
+                left = len(waiting) + len(running)
+                print(f"[{left} left] {training}: {text} ({time.monotonic() - began:.0f} s)", flush=True)
+                yield training, failure
+
+
+def write_tables(run: RunDir, table: list[dict[str, Any]], rows: Rows, about: dict[str, Any]) -> None:
+    """ablation.json, .md, .csv and .png."""
+    run.write_text(
+        "ablation.json", json.dumps({**about, "baseline": rows.baseline, "over": rows.over, "rows": table}, indent=1)
+    )
+    run.write_text("ablation.md", markdown(table, rows.baseline) + "\n")
+    run.write_text("ablation.csv", table_csv(table))
+    run.write_bytes("ablation.png", plot(table, rows.baseline, rows.over))

@@ -1,0 +1,133 @@
+"""What an evaluation reports and on what its refinement was chosen, whatever splits a set has. Features are stood in for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_run import make_run
+from tiny_set import TinySource, build_tiny_set, tiny_config
+
+from mmref.data.shard_set import ShardSet
+from mmref.errors import StorageError
+from mmref.evaluate import evaluation as module
+from mmref.evaluate.evaluation import evaluate_run, reported_split
+from mmref.evaluate.features import read_queries
+from mmref.evaluate.refinement import ReferenceSpace
+from mmref.evaluate.split_features import SplitFeatures
+
+CHOSEN = {"kind": "sparse", "weight": 0.4, "top_r": 4, "tau": 0.05}
+
+
+class Without(TinySource):
+    """A set that lacks a split."""
+
+    def __init__(self, name: str, lacking: str) -> None:
+        super().__init__(name)
+        self.lacking = lacking
+
+    def objects(self):
+        return (o for o in super().objects() if o.split != self.lacking)
+
+
+@pytest.fixture
+def run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run whose own set is this one; its features are random."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def features(run: Any, config: Any, checkpoint: Any, root: str, splits: list[str]):
+        rng, found = np.random.default_rng(0), {}
+        for split in splits:
+            index = ShardSet.open(root).index(split)
+            queries = read_queries(index)
+            image, text = (rng.normal(size=(n, 8)).astype(np.float32) for n in (len(index), len(queries.texts)))
+            image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
+            found[split] = SplitFeatures(index, queries, image, np.arange(len(index)), text, [])
+        return found, ReferenceSpace(rng.normal(size=(10, 8)))
+
+    monkeypatch.setattr(module, "run_features", features)
+
+    def make(root: Path) -> str:
+        path = str(tmp_path / "run")
+        make_run(tiny_config(root, {"eval.bootstrap": 20, "eval.examples": 1}), path, {})
+        return path
+
+    return make
+
+
+def test_without_val_nothing_is_chosen_on_the_split_reported(run_on, tmp_path):
+    root = build_tiny_set(tmp_path / "set", Without("no-val", "val"))
+    metrics = evaluate_run(run_on(root))
+    assert metrics["refinement"]["chosen_on"] == "" and metrics["refinement"]["weight"] == 0
+    assert metrics["refined"] == metrics["initial"] and metrics["refinement"]["tried"] == []
+    assert "no val split to choose it on" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_another_set_without_val_takes_what_the_own_val_chose(run_on, tiny_set, tmp_path):
+    other = build_tiny_set(tmp_path / "other", Without("no-val", "val"))
+    path = run_on(tiny_set)
+    found = evaluate_run(path, data=str(other))["refinement"]
+    assert {k: found[k] for k in CHOSEN} == CHOSEN and found["chosen_on"] == "val of tiny"
+    Path(path, "metrics.json").unlink()
+    found = evaluate_run(path, data=str(other))["refinement"]
+    assert (found["weight"], found["chosen_on"]) == (0.0, "")
+    own = evaluate_run(path)["refinement"]
+    assert own["chosen_on"] == "val" and len(own["tried"]) > 1
+
+
+def test_without_test_val_is_reported_and_kept(run_on, tmp_path):
+    root = build_tiny_set(tmp_path / "set", Without("no-test", "test"))
+    path = run_on(root)
+    assert reported_split(ShardSet.open(str(root))) == "val"
+    evaluate_run(path, split="val")
+    assert json.loads(Path(path, "metrics.json").read_text())["split"] == "val"
+    evaluate_run(path, split="train", report=False)
+    assert json.loads(Path(path, "metrics.json").read_text())["split"] == "val"
+
+
+def test_an_evaluation_of_another_split_or_set_has_files_of_its_own(run_on, tiny_set, tmp_path):
+    path = run_on(tiny_set)
+    files = {
+        ("test", ""): "", ("val", ""): "-val", ("test", "other"): "-other", ("val", "other"): "-other-val"
+    }  # fmt: skip
+    other = build_tiny_set(tmp_path / "other", TinySource("other"))
+    for split, name in files:
+        evaluate_run(path, str(other) if name else None, split)
+    for (split, name), view in files.items():
+        metrics = json.loads(Path(path, f"metrics{view}.json").read_text())
+        assert (metrics["split"], metrics["data"]) == (split, name or "tiny")
+        page = Path(path, f"report{view}.html").read_text()
+        assert f"{split}: {metrics['n_queries']}" in page and ("optimistic" in page) == (split == "val")
+
+
+def test_a_kind_whose_images_cannot_be_read_is_left_out(run_on, tiny_set, monkeypatch):
+    features = module.run_features
+
+    def with_a_lost_kind(*args: Any):
+        found, space = features(*args)
+        f = found["test"]
+        lost = f.queries.objects == f.queries.objects[0]
+        f.queries.kinds[lost] = "lost"
+        kept = np.flatnonzero(f.image_objects != f.queries.objects[0])
+        found["test"] = SplitFeatures(f.index, f.queries, f.image[kept], kept, f.text, ["one"])
+        return found, space
+
+    monkeypatch.setattr(module, "run_features", with_a_lost_kind)
+    metrics = evaluate_run(run_on(tiny_set))
+    assert set(metrics["by_caption_kind"]) == {"name", "sentence"} and metrics["n_excluded"] > 0
+    assert (
+        metrics["n_excluded"] + sum(k["n_queries"] for k in metrics["by_caption_kind"].values()) == metrics["n_queries"]
+    )
+
+
+def test_a_copy_that_cannot_be_written_is_named_before_anything_is_computed(run_on, tiny_set, tmp_path, monkeypatch):
+    path, computed = run_on(tiny_set), tmp_path / "deep" / "metrics.json"
+    evaluate_run(path, out=str(computed), report=False)
+    assert json.loads(computed.read_text())["split"] == "test"
+    monkeypatch.setattr(module, "run_features", None)
+    for out, message in [(tmp_path, "it is a folder"), (f"{computed}/below.json", "Not a directory|File exists")]:
+        with pytest.raises(StorageError, match=f"--out .* cannot be written: .*({message})"):
+            evaluate_run(path, out=str(out))

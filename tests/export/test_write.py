@@ -1,0 +1,273 @@
+"""Exported folders: the run's own features and scores, in mmref and in plain transformers, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny_run import UNSEEN, make_run
+from tiny_set import BERT, VIT
+from transformers import AutoModel, AutoTokenizer
+
+import mmref
+from mmref.cli import main
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import ShardSet
+from mmref.data.tokens import load_tokens
+from mmref.errors import ExportError, ModelError, SampleError, StorageError
+from mmref.evaluate.features import Encoder, read_pixels, read_queries
+from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
+from mmref.export import write as exporting
+from mmref.export.model import pack_strings, unpack_strings
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {**SMALL, "image_size": 16, "patch_size": 8}
+TEXT = {**SMALL, "vocab_size": 80, "max_position_embeddings": 16}
+
+
+def towers(tiny_set: Path) -> dict[str, dict]:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_set / "tokenizer")
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    none = {"model.vision_config": None, "model.text_config": None, "model.pool": "auto"}
+    clip = {"model_type": "clip", "projection_dim": 12, "vision_config": VISION, "text_config": {**TEXT, **ends}}
+    siglip = {"model_type": "siglip", "vision_config": VISION, "text_config": {**TEXT, "projection_size": 16}}
+    return {
+        "clip": {**none, "model.dual_config": clip},
+        "clip with a mask token of its own": {**none, "model.dual_config": {
+            **clip, "text_config": {**clip["text_config"], "vocab_size": len(tokenizer) - 1}}},
+        "siglip": {**none, "model.dual_config": siglip},
+        "pair": {"model.vision_config": VIT, "model.text_config": BERT, "loss.w_rec": 0.2},
+        "pair with its own pooler": {"model.pool": "auto"},
+    }  # fmt: skip
+
+
+KINDS = ("clip", "clip with a mask token of its own", "siglip", "pair", "pair with its own pooler")
+
+
+@pytest.fixture(autouse=True)
+def cpu_deepspeed(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture
+def exported(make_config, tiny_set, tmp_path, request):
+    """(folder, config, the run's own model) of a run on one kind of towers."""
+    kind, refinement = getattr(request, "param", ("pair", {}))
+    config = make_config({"data.image_height": 16, "data.image_width": 24, **towers(tiny_set)[kind]})
+    model = make_run(config, str(tmp_path / "run"), refinement)
+    return exporting.export_run(str(tmp_path / "run"), str(tmp_path / "out")), config, model
+
+
+def own_features(config, model, split="val"):
+    """Images and texts of a split through the run's own encoder."""
+    index = ShardSet.open(config.data.root).index(split)
+    encoder = Encoder(model, model, config.data, load_tokens(config), torch.device("cpu"))
+    pixels, _ = read_pixels(SampleReader(index), range(len(index)), config.data)
+    texts = read_queries(index).texts
+    with encoder:
+        return pixels, encoder.images(pixels), texts, encoder.texts(texts)
+
+
+@pytest.mark.parametrize("exported", [(k, {}) for k in KINDS], indirect=True, ids=KINDS)
+def test_features_are_those_of_the_run_here_and_in_plain_transformers(exported, tiny_set):
+    folder, config, model = exported
+    pixels, images, texts, text = own_features(config, model)
+    loaded = mmref.load(folder)
+    np.testing.assert_allclose(loaded.encode_images(list(pixels)), images, atol=1e-6)
+    np.testing.assert_allclose(loaded.encode_text(texts, batch=3), text, atol=1e-6)
+    assert loaded.dim == images.shape[1] and images.dtype == np.float32
+
+    plain = folder / "transformers"
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (config.data.image_mean, config.data.image_std))
+    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std
+    dual = config.model.dual_config is not None
+    tokenizer = AutoTokenizer.from_pretrained(plain if dual else plain / "text")
+    options = {"padding": "max_length", "truncation": True, "max_length": config.data.max_tokens}
+    tokens = tokenizer(texts, return_tensors="pt", **options)
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    with torch.no_grad():
+        if dual:
+            whole = AutoModel.from_pretrained(plain).eval()
+            found = whole.get_image_features(pixel_values=x, interpolate_pos_encoding=True).pooler_output
+            masks = {} if config.model.dual_config["model_type"] == "siglip" else {"attention_mask": mask}
+            said = whole.get_text_features(input_ids=ids, **masks).pooler_output
+            assert whole.logit_scale.exp().item() == pytest.approx(model.log_scale.exp().item(), rel=1e-6)
+        else:
+            projections = load_file(plain / "projections.safetensors")
+            vision, reader = (AutoModel.from_pretrained(plain / tower).eval() for tower in ("vision", "text"))
+            out = vision(pixel_values=x, interpolate_pos_encoding=True)
+            words = reader(input_ids=ids, attention_mask=mask)
+            if config.model.pool == "mean":
+                pooled = out.last_hidden_state.mean(1)
+                weight = mask[..., None].float()
+                read = (words.last_hidden_state * weight).sum(1) / weight.sum(1)
+            else:
+                pooled, read = out.pooler_output, words.pooler_output
+            found = pooled @ projections["visual_projection.weight"].T
+            said = read @ projections["text_projection.weight"].T
+    for own, plain_ in ((images, found), (text, said)):
+        np.testing.assert_allclose(torch.nn.functional.normalize(plain_, dim=-1).numpy(), own, atol=1e-5)
+
+
+def test_it_needs_neither_run_nor_shard_set_nor_tower_directory(make_config, tiny_set, own_set, tmp_path):
+    """Towers given as a directory are spelt out in the export."""
+    from transformers import AutoConfig
+
+    source = tmp_path / "clip"
+    AutoModel.from_config(AutoConfig.for_model(**towers(tiny_set)["clip"]["model.dual_config"])).save_pretrained(source)
+    AutoTokenizer.from_pretrained(tiny_set / "tokenizer").save_pretrained(source)
+    overrides = {**towers(tiny_set)["clip"], "model.dual_config": None, "model.dual": str(source)}
+    config = make_config(overrides, own_set)
+    model = make_run(config, str(tmp_path / "run"), {})
+    _, _, texts, text = own_features(config, model)
+    folder = exporting.export_run(str(tmp_path / "run"), str(tmp_path / "out"))
+    for gone in (source, own_set, tmp_path / "run"):
+        shutil.rmtree(gone)
+    np.testing.assert_allclose(mmref.load(folder).encode_text(texts), text, atol=1e-6)
+
+
+def test_references_keep_their_objects_and_untrained_ones_stay_behind(exported):
+    folder, config, _ = exported
+    loaded = mmref.load(folder)
+    ids = ShardSet.open(config.data.root).train_object_ids()
+    assert loaded.object_ids == ids[UNSEEN:] and len(loaded.references) == len(ids) - UNSEEN
+    assert np.abs(loaded.references).max((1, 2)).min() > 0
+    assert not any(name.startswith("reconstruct") for name in load_file(folder / "model.safetensors"))
+
+
+REFINEMENTS = [
+    ("pair", {"top_p": 3}), ("pair", {}), ("pair", {"kind": "dense"}), ("pair", {"kind": "expansion"}), ("pair", {"weight": 0.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("exported", REFINEMENTS, indirect=True, ids=str)
+def test_scores_are_those_of_the_evaluation(exported):
+    folder, config, model = exported
+    _, images, _, text = own_features(config, model)
+    loaded = mmref.load(folder)
+    settings = RefinementSettings(**json.loads((folder / "config.json").read_text())["refinement"])
+    assert loaded.refinement == settings
+    initial = text @ images.T
+    rows = slice(0, len(text))
+    expected = refined_scores(ReferenceSpace(loaded.references), settings, text, images)(rows, initial.copy())
+    scores = loaded.refine(text, images)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert (scores != initial).any() == (settings.weight > 0)
+    prepared = loaded.gallery(images)
+    one = np.concatenate([loaded.refine(text[i : i + 1], prepared) for i in range(len(text))])
+    np.testing.assert_allclose(one, scores, atol=1e-5, err_msg="one sentence at a time scores as all together")
+
+
+def test_images_come_as_files_bytes_pil_and_arrays(exported, tmp_path):
+    loaded = mmref.load(exported[0])
+    array = np.random.default_rng(0).integers(0, 256, (40, 31, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    kinds = [str(path), path, path.read_bytes(), Image.open(path), array]
+    features = loaded.encode_images(kinds, batch=2)
+    assert features.shape == (5, loaded.dim)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(features, np.repeat(features[:1], 5, 0), atol=1e-6)
+    assert loaded.encode_images([]).shape == loaded.encode_text([]).shape == (0, loaded.dim)
+    assert loaded.refine(loaded.encode_text([]), features).shape == (0, 5)
+    for wrong, said in ((tmp_path / "none.png", "none.png: cannot be read"), (b"", "image 0: the image is empty"),
+                        (array[..., 0], r"array must be RGB .* found \(40, 31\)")):  # fmt: skip
+        with pytest.raises(SampleError, match=said):
+            loaded.encode_images([wrong])
+    with pytest.raises(TypeError, match="takes a list"):
+        loaded.encode_text("a bird")
+
+
+def test_the_card_holds_the_metrics_and_its_three_lines_work(exported, tmp_path, monkeypatch):
+    folder, _, _ = exported
+    card = (folder / "README.md").read_text()
+    assert "| val | 40.0 | 60.0 | 70.0 | 45.0 |" in card and "| test, refined | 42.5 | 62.5 | 72.5 | 47.5 |" in card
+    assert "33.0 to 51.0" in card and "CC0-1.0" in card
+    lines = card.split("```python\n")[1].split("```")[0].replace('"DIR"', repr(str(folder)))
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(lines, found)
+    assert found["scores"].shape == (1, 2)
+    lines = card.split("```python\n")[2].split("```")[0].replace("DIR/", f"{folder}/")
+    exec(lines, found)
+    assert not [n for n in folder.rglob("*") if n.suffix in (".bin", ".pt", ".pkl")], "nothing is pickled"
+
+
+def test_heads_of_training_stay_behind(make_config, tmp_path):
+    """Every loss with a head switched on: what an export holds is what features need."""
+    config = make_config({"loss.w_rec": 0.2, "loss.w_mlm": 0.2, "loss.w_id": 0.2})
+    make_run(config, str(tmp_path / "run"), {})
+    folder = exporting.export_run(str(tmp_path / "run"), str(tmp_path / "out"))
+    kept = load_file(folder / "model.safetensors")
+    assert not [name for name in kept if not name.startswith(("backbone.", "log_scale"))]
+    loaded = mmref.load(folder)
+    assert loaded.module.image_words is None and loaded.module.reconstruct is None and loaded.module.classify is None
+    assert loaded.encode_text(["red"]).shape == (1, loaded.dim)
+
+
+def test_an_export_is_whole_or_absent(make_config, tmp_path, monkeypatch):
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    make_run(make_config(), run, {})
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def second(*_):
+        exporting.export_run(run, out)
+
+    for fault, error, message in [
+        (crash, KeyboardInterrupt, ""),
+        (full, StorageError, f"no space left for {out}"),
+        (second, ExportError, f"{out} is in use: process {os.getpid()} on "),
+    ]:
+        monkeypatch.setattr(exporting, "write_transformers", fault)
+        with pytest.raises(error, match=message):
+            exporting.export_run(run, out)
+        assert os.listdir(tmp_path) == ["run"]
+    monkeypatch.setattr(exporting, "write_transformers", lambda *_: None)
+    (tmp_path / "out.partial" / "new").mkdir(parents=True)  # as a killed export leaves them
+    (tmp_path / "out.partial" / ".lock").touch()
+    exporting.export_run(run, out)
+    assert sorted(os.listdir(tmp_path)) == ["out", "run"]
+
+
+def test_what_cannot_be_exported_is_said(make_config, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    make_run(make_config(), str(run), {})
+    metrics = run / "metrics.json"
+    metrics.write_text(metrics.read_text().replace("step-00000020-a", "step-00000010-b"))
+    with pytest.raises(ExportError, match=r"step-00000020-a, and metrics.json is of .*step-00000010-b.*mmref evaluate"):
+        exporting.export_run(str(run), str(out))
+    metrics.unlink()
+    with pytest.raises(ExportError, match=r"metrics.json is of none"):
+        exporting.export_run(str(run), str(out))
+    out.mkdir()
+    assert main(["export", str(run), "--out", str(out)]) == 1
+    assert f"ExportError: {out} exists already" in capsys.readouterr().err
+    with pytest.raises(ModelError, match=r"is no exported model.*mmref export"):
+        mmref.load(out)
+
+
+def test_the_command(make_config, tmp_path, capsys):
+    make_run(make_config(), str(tmp_path / "run"), {})
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "deep" / "out")]) == 0
+    assert "exported to" in capsys.readouterr().out
+    assert (tmp_path / "deep" / "out" / "config.json").exists()
+
+
+def test_strings_survive_packing():
+    for strings in ([], [""], ["a", "", "é – 鳥", "x" * 300]):
+        assert unpack_strings(*pack_strings(strings)) == strings

@@ -1,0 +1,204 @@
+"""The table source: CSV, TSV, JSONL and Parquet give the same objects; every mistake gets a message with its fix."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import threading
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmref.errors import OutsideError, SourceError
+from mmref.shards.sources.table import TableSource
+
+ROWS = [
+    {"image": "a.png", "object_id": "007", "caption": "a red, small bird", "split": "train"},
+    {"image": "a.png", "object_id": "007", "caption": "a bird", "split": "training"},
+    {"image": "b.png", "object_id": "x.y/z", "caption": "ein Vögel", "split": "dev"},
+]
+
+
+def write(path, rows=ROWS):
+    names = list(rows[0])
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    else:
+        mark = "\t" if path.suffix == ".tsv" else ","
+        lines = [mark.join(names)] + [mark.join(f'"{row[n]}"' for n in names) for row in rows]
+        path.write_text("\n".join(lines), encoding="utf-8-sig")
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_formats_agree(tmp_path, ending):
+    first, second = TableSource(write(tmp_path / f"t.{ending}")).objects()
+    assert (first.object_id, first.split, second.object_id, second.split) == ("007", "train", "x.y/z", "val")
+    (image,) = first.images
+    assert (image.image_id, image.captions, image.caption_kinds) == ("a.png", ["a red, small bird", "a bird"], None)
+    assert second.images[0].captions == ["ein Vögel"]
+
+
+def test_list_column_and_several_columns(tmp_path):
+    rows = [{"image": "a.png", "object_id": 1, "captions": ["one", " ", "two"], "title": "three"}]
+    path = write(tmp_path / "t.parquet", rows)
+    assert TableSource(path).objects()[0].images[0].captions == ["one", "two"]
+    image = TableSource(path, captions=["title", "captions"]).objects()[0].images[0]
+    assert (image.captions, image.caption_kinds) == (["three", "one", "two"], ["title", "captions", "captions"])
+
+
+def test_own_column_names(tmp_path):
+    rows = [{"file": "a.png", "sku": "s", "text": "one", "part": "test", "shop": "north"}]
+    source = TableSource(write(tmp_path / "t.csv", rows), "file", "sku", ["text"], "part", keep=["shop"])
+    (item,) = source.objects()
+    assert (item.split, item.object_id, item.images[0].extra) == ("test", "s", {"shop": "north"})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image": "imag"}, ["no column 'imag'", "Did you mean 'image'", "object_id, caption, split", "--image"]),
+        ({"object_id": "pid"}, ["no column 'pid'", "--object-id"]),
+        ({"captions": ["caption", "captoin"]}, ["no column 'captoin'", "Did you mean 'caption'", "--captions"]),
+        ({"split": "fold"}, ["no column 'fold'", "--split"]),
+        ({"keep": ["shop"]}, ["no column 'shop'", "--keep"]),
+    ],
+)
+def test_missing_column(tmp_path, options, words):
+    with pytest.raises(SourceError) as error:
+        TableSource(write(tmp_path / "t.csv"), **options).objects()
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"split": "val"}, ["row 3", "object '007' is in 'train' and in 'val'"]),
+        ({"object_id": "8"}, ["row 3", "image 'a.png' belongs to the objects '007' and '8'"]),
+        ({"split": "../up"}, ["row 3", "cannot name a split"]),
+    ],
+)
+def test_contradictions(tmp_path, change, words):
+    rows = [ROWS[0], {**ROWS[1], **change}, ROWS[2]]
+    with pytest.raises(SourceError) as error:
+        TableSource(write(tmp_path / "t.csv", rows)).objects()
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("spelled", ["./a.png", ".//a.png", "././a.png"])
+def test_two_spellings_of_a_path_are_one_image(tmp_path, spelled):
+    first, second = ({"image": image, "object_id": "1", "caption": image} for image in ("a.png", spelled))
+    (found,) = TableSource(write(tmp_path / "t.csv", [first, second])).objects()
+    assert [(image.image_id, image.captions) for image in found.images] == [("a.png", ["a.png", spelled])]
+    with pytest.raises(SourceError, match="belongs to the objects '1' and '2'"):
+        TableSource(write(tmp_path / "t.csv", [first, {**second, "object_id": "2"}])).objects()
+
+
+def test_a_field_of_the_set_is_not_kept(tmp_path):
+    """It would be lost in silence."""
+    path = write(tmp_path / "t.csv", [{"image": "a.png", "object_id": "1", "caption": "x", "image_id": "7"}])
+    with pytest.raises(SourceError, match="--keep image_id: a sample has a field of that name already"):
+        TableSource(path, keep=["image_id"]).objects()
+    assert TableSource(path, keep=["object_id"]).objects(), "the same value"
+
+
+def test_unreadable_tables(tmp_path):
+    for name, text, words in [
+        ("t.xlsx", "", "ending"),
+        ("t.csv", "", "empty"),
+        ("t.jsonl", '{"image": 1}\n{', "line 2 is not JSON"),
+        ("t2.jsonl", "[1]", "line 1: expected an object"),
+        ("t.parquet", "no", "not a Parquet file"),
+    ]:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(SourceError, match=words):
+            TableSource(str(tmp_path / name)).objects()
+    with pytest.raises(SourceError, match="cannot be read"):
+        TableSource(str(tmp_path / "nowhere.csv")).objects()
+    # as spreadsheets of Western Europe save: the first such letter may come in any row
+    for rows in (1, 5000):
+        text = "image,object_id,caption\n" + "a.png,a,plain\n" * rows + "b.png,b,Käse\n"
+        (tmp_path / "latin.csv").write_bytes(text.encode("latin-1"))
+        with pytest.raises(SourceError, match="is not UTF-8"):
+            list(TableSource(str(tmp_path / "latin.csv")).objects())
+
+
+def test_load_paths_and_urls(tmp_path, encode):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(encode(0))
+    table = write(tmp_path / "t.csv")
+    with pytest.raises(FileNotFoundError):
+        TableSource(table).load("a.png")
+    for source, ref in [
+        (TableSource(table), "images/a.png"),
+        (TableSource(table, image_root=str(tmp_path / "images")), "a.png"),
+        (TableSource(table, image_root=f"file://{tmp_path}/images"), "a.png"),
+        (TableSource(table), str(tmp_path / "images" / "a.png")),
+    ]:
+        assert source.load(ref) == encode(0)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        root = f"http://127.0.0.1:{server.server_port}/images"
+        assert TableSource(table).load(f"{root}/a.png") == encode(0)
+        assert TableSource(table, image_root=root).load("a.png") == encode(0)
+        with pytest.raises(OSError, match="404"):
+            TableSource(table).load(f"{root}/b.png")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_images_outside_of_the_root_need_a_flag(tmp_path, encode):
+    root = tmp_path / "root"
+    root.mkdir()
+    for path in (root / "a.png", root / "b.png", tmp_path / "secret.png"):
+        path.write_bytes(encode(0))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    names = ["a.png", "../secret.png", str(root / "b.png"), "c.png"]
+    table = write(root / "t.csv", [{"image": n, "object_id": n, "caption": "x", "split": "train"} for n in names])
+    source = TableSource(table)
+    assert [o.object_id for o in source.objects()] == ["a.png", str(root / "b.png"), "c.png"]
+    (refused,) = source.skipped
+    assert refused.startswith("row 3: '../secret.png'") and "--allow-outside" in refused
+    for ref in ("../secret.png", "link.png", f"file://{tmp_path}/secret.png"):
+        with pytest.raises(OutsideError):
+            source.load(ref)
+        assert TableSource(table, allow_outside=True).load(ref) == encode(0)
+    assert len(TableSource(table, allow_outside=True).objects()) == 4
+    for more in ("link.png", f"file://{tmp_path}/secret.png", "/etc/hostname"):
+        names.append(more)
+    write(root / "t.csv", [{"image": n, "object_id": n, "caption": "x", "split": "train"} for n in names[1:]])
+    with pytest.raises(SourceError, match=r"4 of 6 rows name images outside of .*row 2: .*--allow-outside"):
+        TableSource(table).objects()
+
+
+def test_the_flag_reaches_the_source(tmp_path, encode, capsys):
+    from mmref.cli import main
+
+    (tmp_path / "t").mkdir()
+    (tmp_path / "a.png").write_bytes(encode(0))
+    table = write(tmp_path / "t" / "t.csv", [{"image": str(tmp_path / "a.png"), "object_id": 1, "caption": "x"}])
+    command = [
+        "shards",
+        "build",
+        "table",
+        table,
+        "--out",
+        str(tmp_path / "set"),
+        "--workers",
+        "0",
+        "--fractions",
+        "train=1",
+    ]
+    assert main(command) == 1 and "--allow-outside" in capsys.readouterr().err
+    assert main([*command, "--allow-outside"]) == 0

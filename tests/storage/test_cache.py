@@ -1,0 +1,184 @@
+"""The node's cache of shards: bounded, whole or absent, one download however many ask."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from mmref.data import shard_set
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import ShardSet
+from mmref.errors import ShardSetError, StorageError
+from mmref.storage import retries
+from mmref.storage.cache import ShardCache
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> list[str]:
+    """Six files of 1000 bytes behind URLs."""
+    folder = tmp_path / "remote"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.tar").write_bytes(bytes([i]) * 1000)
+    return [f"file://{folder}/{i}.tar" for i in range(6)]
+
+
+def content(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def shards_in(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.name.endswith(".tar")]
+
+
+def test_a_shard_is_fetched_once(remote: list[str], tmp_path: Path) -> None:
+    cache = ShardCache(str(tmp_path / "cache"), 10_000)
+    for _ in range(3):
+        for i, url in enumerate(remote):
+            assert content(cache.path(url)) == bytes([i]) * 1000
+    assert len(cache.fetches()) == 6
+    assert ShardCache(str(tmp_path / "cache"), 10_000).path(remote[0]) and len(cache.fetches()) == 6
+
+
+def test_it_stays_within_its_bound_and_drops_what_was_unused_for_longest(remote: list[str], tmp_path: Path) -> None:
+    cache = ShardCache(str(tmp_path / "cache"), 3_500)
+    for number, url in enumerate([*remote[:3], remote[0], remote[3]]):
+        path = cache.path(url)
+        os.utime(path, (number, number))  # the clock is too coarse for the test
+        assert sum(p.stat().st_size for p in shards_in(cache.folder)) <= 3_500
+    kept = {p.name.split("-", 1)[1] for p in shards_in(cache.folder)}
+    assert kept == {"0.tar", "2.tar", "3.tar"}
+
+
+def test_a_shard_that_goes_stays_readable_where_it_is_open(remote: list[str], tmp_path: Path) -> None:
+    cache = ShardCache(str(tmp_path / "cache"), 1_500)
+    path = cache.path(remote[1])
+    descriptor = os.open(path, os.O_RDONLY)
+    cache.path(remote[2])
+    assert not os.path.exists(path)
+    assert os.pread(descriptor, 1000, 0) == bytes([1]) * 1000
+    os.close(descriptor)
+
+
+def test_what_a_crash_cut_short_is_not_used_and_goes(remote: list[str], tmp_path: Path) -> None:
+    cache = ShardCache(str(tmp_path / "cache"), 10_000)
+    name = Path(cache.path(remote[0])).name
+    (cache.folder / name).rename(cache.folder / f"{name}.part-999999999")  # as left by a process that is gone
+    (cache.folder / f"{name}.part-999999999").write_bytes(b"half")
+    assert content(cache.path(remote[0])) == bytes(1000)
+    assert not list(cache.folder.glob("*.part-*"))
+
+
+def test_a_shard_larger_than_the_cache_is_a_named_error(remote: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ShardSetError, match=r"1,000 bytes.*999.*data.cache_gb"):
+        ShardCache(str(tmp_path / "cache"), 999).path(remote[0])
+
+
+def test_storage_that_fails_for_a_moment_is_asked_again(
+    remote: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
+    fs = fsspec.filesystem("file")
+    failures = iter([True, True, False])
+    get_file = fs.get_file
+
+    def flaky(*args):
+        if next(failures):
+            raise OSError("connection reset")
+        get_file(*args)
+
+    monkeypatch.setattr(fs, "get_file", flaky)
+    assert content(ShardCache(str(tmp_path / "cache"), 10_000).path(remote[4])) == bytes([4]) * 1000
+    monkeypatch.setattr(fs, "get_file", lambda *args: (_ for _ in ()).throw(OSError("down")))
+    monkeypatch.setattr(retries, "PATIENCE_S", 0.0)
+    with pytest.raises(StorageError, match=r"cannot read .*down"):
+        ShardCache(str(tmp_path / "cache"), 10_000).path(remote[5])
+
+
+def test_an_outage_is_no_broken_sample(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another image in its place would be another run; and a shard that makes room for others meanwhile is fetched again."""
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retries, "PATIENCE_S", 0.0)
+    fs = fsspec.filesystem("memory")
+    index = ShardSet.open(str(tiny_set)).index("train")
+    urls = []
+    for path in index.shard_paths:
+        urls.append(f"memory://set/{Path(path).name}")
+        fs.pipe(urls[-1], Path(path).read_bytes())
+    remote = dataclasses.replace(index, shard_paths=urls)
+    expected = SampleReader(index).read(0)
+    assert SampleReader(remote).read(0) == expected
+    cache = ShardCache(str(tmp_path / "cache"), 10_000_000)
+    path, evicted = cache.path, []
+
+    def then_evicted(*args: str) -> str:
+        found = path(*args)
+        if not evicted:
+            evicted.append(os.unlink(found))
+        return found
+
+    monkeypatch.setattr(cache, "path", then_evicted)
+    assert SampleReader(remote, cache).read(0) == expected and evicted
+    monkeypatch.setattr(type(fs), "cat_file", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("down")))
+    monkeypatch.setattr(type(fs), "get_file", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("down")))
+    for reader in (SampleReader(remote), SampleReader(remote, ShardCache(str(tmp_path / "other"), 10_000_000))):
+        with pytest.raises(StorageError, match=r"cannot read memory://set/.*down"):
+            reader.read(0)
+    monkeypatch.setattr(type(fs), "cat_file", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError("expired")))
+    with pytest.raises(StorageError, match=r"cannot read memory://set/.*expired.*resumes"):
+        SampleReader(remote).read(0)
+
+
+def test_a_shard_that_was_built_anew_is_fetched_again(tiny_set: Path, tmp_path: Path) -> None:
+    """By its digest in the manifest: the place is the same."""
+    index = ShardSet.open(str(tiny_set)).index("train")
+    assert len(index.shard_sha256) == len(index.shard_paths)
+    fs = fsspec.filesystem("memory")
+    urls = [f"memory://anew/{Path(path).name}" for path in index.shard_paths]
+    remote = dataclasses.replace(index, shard_paths=urls)
+    cache = ShardCache(str(tmp_path / "cache"), 10_000_000)
+    for url in urls:
+        fs.pipe(url, b"an older version")
+        cache.path(url, "its digest")
+    for url, path in zip(urls, index.shard_paths, strict=True):
+        fs.pipe(url, Path(path).read_bytes())
+    assert SampleReader(remote, cache).read(0) == SampleReader(index).read(0)
+
+
+def test_threads_share_a_reader_of_more_shards_than_it_holds_open(
+    tiny_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither does one close what another reads, nor are files left open."""
+    monkeypatch.setattr(shard_set, "MAX_OPEN_FILES", 1)
+    index = ShardSet.open(str(tiny_set)).index("train")
+    assert len(index.shard_paths) > 1
+    reader, expected = SampleReader(index), [SampleReader(index).read(i) for i in range(len(index))]
+    before = len(os.listdir("/proc/self/fd"))
+    order = [i for _ in range(20) for i in range(len(index))]
+    with ThreadPoolExecutor(8) as pool:
+        for i, found in zip(order, pool.map(reader.read, order)):
+            assert found == expected[i]
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def read_all(folder: str, urls: list[str], out) -> None:  # type: ignore[no-untyped-def]
+    cache = ShardCache(folder, 4_500)
+    out.put(all(set(content(cache.path(u))) == {int(u[-5])} for _ in range(5) for u in urls[:4]))
+
+
+def test_processes_of_a_node_share_the_downloads(remote: list[str], tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    readers = [context.Process(target=read_all, args=(str(tmp_path / "cache"), remote, out)) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    assert [out.get(timeout=120) for _ in readers] == [True] * 3
+    for reader in readers:
+        reader.join(60)
+    assert len(ShardCache(str(tmp_path / "cache"), 4_500).fetches()) == 4

@@ -1,0 +1,154 @@
+"""Search spaces: what they read, and what they refuse before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmref.config import Config
+from mmref.errors import ConfigError
+from mmref.tuning.space import read_space, with_values
+from mmref.tuning.sweep import DEFAULT_SPACE
+
+
+def space_of(tmp_path: Path, **entries: Any):  # type: ignore[no-untyped-def]
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump({name.replace("__", "."): entry for name, entry in entries.items()}))
+    return read_space(str(path))
+
+
+def test_default_space_covers_what_a_sweep_is_for(make_config: Callable[..., Config]) -> None:
+    space = read_space(str(DEFAULT_SPACE))
+    names = {p.name for p in space.parameters}
+    assert names >= {"reference.per_object", "reference.memory_tokens", "reference.lr", "reference.tau", "loss.tau",
+                     "loss.w_fuse", "loss.w_rec", "loss.w_guide", "loss.mask_rate"}  # fmt: skip
+    base = make_config()
+    prepared = space.prepare(base)
+    assert prepared.eval.refine_in_training and len(prepared.eval.refine_weights) > 1
+    assert space.default_point(Config()) is not None, "the defaults are the first trial"
+    assert not base.eval.refine_in_training, "the given config is left alone"
+
+
+def test_values_take_the_type_of_their_field(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("train.lr: {type: loguniform, low: 1e-4, high: 1e-2}\n"  # strings to YAML: there is no point in them
+                    "loss.w_rec: {type: choice, values: [0, 1]}\n"
+                    "reference.memory_tokens: {type: int, low: 1, high: 3}\n")  # fmt: skip
+    lr, rec, tokens = read_space(str(path)).parameters
+    assert (lr.low, lr.high) == (1e-4, 1e-2)
+    assert [type(v) for v in rec.values] == [float, float]
+    assert {tokens.at(i / 60) for i in range(60)} == {1, 2, 3}, "both ends included"
+    assert lr.at(0.0) == pytest.approx(1e-4) and lr.at(0.999) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"loss.tau: {type: choice, values: [1]}\nloss.tau: {type: choice, values: [2]}\n", "in line 1 and in line 2"),
+        (b"loss.tau: {type: choice, values: [1], values: [2]}\n", "`values` is given twice"),
+        ("# Größe\nloss.tau: {}\n".encode("latin-1"), "is not UTF-8: in line 1"),
+        (b"- loss.tau\n", "must hold keys and values"),
+    ],
+)
+def test_a_file_that_is_no_space_is_named(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"space\.yaml.*{message}"):
+        read_space(str(path))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"loss.w_gide": {"type": "uniform", "low": 0, "high": 1}}, "Did you mean `loss.w_guide`"),
+        ({"loss": {"type": "choice", "values": [1]}}, "not a single value"),
+        ({"model.text_config": {"type": "choice", "values": [1]}}, "not a single value"),
+        ({"train.max_steps": {"type": "choice", "values": [1]}}, "--trial-steps"),
+        ({"loss.w_rec": 0.3}, "needs {type: choice"),
+        ({"loss.w_rec": {"type": "normal", "low": 0, "high": 1}}, "needs {type: choice"),
+        ({"loss.w_rec": {"type": "uniform", "low": 0, "hihg": 1}}, "takes high and low, found hihg, low"),
+        ({"loss.w_rec": {"type": "uniform", "low": 1, "high": 0}}, "low must be below high"),
+        ({"loss.w_rec": {"type": "uniform", "low": 0, "high": "much"}}, "takes float, found 'much'"),
+        ({"loss.w_rec": {"type": "loguniform", "low": 0, "high": 1}}, "needs low above 0"),
+        ({"loss.w_rec": {"type": "choice", "values": []}}, "needs a list of values"),
+        ({"reference.per_object": {"type": "uniform", "low": 1, "high": 4}}, "whole number"),
+        ({"reference.per_object": {"type": "choice", "values": [1, 2.5]}}, "takes int, found 2.5"),
+        ({"reference.per_object": {"type": "choice", "values": [True]}}, "takes int, found True"),
+        ({"reference.update": {"type": "uniform", "low": 0, "high": 1}}, "is no number"),
+        ({"reference.update": {"type": "choice", "values": ["sometimes"]}}, "one of moving_average, gradient"),
+        ({"loss.w_rec": {"type": "choice", "values": [0.1]}, "refinement.wieght": {"type": "choice", "values": [1]}},
+         "Did you mean `refinement.weight`"),
+        ({"refinement.weight": {"type": "choice", "values": [0.1]}}, "searches refinement alone"),
+        ({"refinement.weight": {"type": "uniform", "low": 0, "high": 1}}, "is searched exactly"),
+        ({"refinement.top_r": {"type": "choice", "values": [1.5]}}, "takes int, found 1.5"),
+        ({"train.seed": {"type": "int", "low": 0, "high": 3}}, "seeds that no trial used"),
+        ({"eval.top_p": {"type": "choice", "values": [10, 100]}}, "it is how trials are compared"),
+        ({}, "is empty"),
+    ],
+)  # fmt: skip
+def test_a_wrong_space_is_an_error_that_says_what_is_right(entries: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        space_of(tmp_path, **entries)
+    assert message in str(error.value) and "space.yaml" in str(error.value)
+
+
+def test_a_value_that_does_not_fit_the_config_is_found_before_the_start(
+    tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    space = space_of(tmp_path, reference__per_object={"type": "choice", "values": [2, 3]})
+    space.prepare(make_config({"reference.per_object": 2}))
+    with pytest.raises(ConfigError, match=r"reference.per_object = 3 does not fit the config.*even"):
+        space.prepare(make_config({"reference.assign": "modality", "reference.per_object": 2}))
+
+
+def test_the_configs_own_point_is_tried_only_where_the_space_contains_it(tmp_path: Path) -> None:
+    entries = {"loss__w_guide": {"type": "uniform", "low": 0, "high": 1}}
+    assert space_of(tmp_path, **entries).default_point(Config()) == {"loss.w_guide": 0.5}
+    assert (
+        space_of(tmp_path, **entries, loss__w_rec={"type": "choice", "values": [0.1]}).default_point(Config()) is None
+    )
+
+
+def test_with_values_copies(make_config: Callable[..., Config]) -> None:
+    base = make_config()
+    changed = with_values(base, {"loss.w_rec": 0.3, "run_dir": "elsewhere"})
+    assert (changed.loss.w_rec, changed.run_dir) == (0.3, "elsewhere")
+    assert (base.loss.w_rec, base.run_dir) == (0.0, Config().run_dir)
+    assert changed.model.text_config == base.model.text_config
+    assert changed.model.text_config is not base.model.text_config
+
+
+def test_every_value_and_combinations_are_tried_before_the_start(
+    tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    """Ends that fit say nothing of what lies between them, nor of two fields at once."""
+    batch = space_of(tmp_path, train__global_batch={"type": "int", "low": 24, "high": 28})
+    with pytest.raises(ConfigError, match=r"train.global_batch = 25 does not fit"):
+        batch.prepare(make_config({"train.global_batch": 24}))
+    ramp = {
+        "loss__guide_from": {"type": "uniform", "low": 0.0, "high": 0.4},
+        "loss__guide_full": {"type": "uniform", "low": 0.3, "high": 0.8},
+    }
+    with pytest.raises(
+        ConfigError, match=r"loss.guide_from = 0.3\d*, loss.guide_full = 0.3\d* does not fit.*comes before"
+    ):
+        space_of(tmp_path, **ramp).prepare(make_config({"loss.guide_from": 0.2, "loss.guide_full": 0.4}))
+
+
+def test_the_refinement_s_values_stand_beside_the_config_s_own(
+    tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    space = space_of(
+        tmp_path, loss__w_guide={"type": "uniform", "low": 0.0, "high": 1.0},
+        refinement__weight={"type": "choice", "values": [0.3, 0.1]},
+        refinement__kind={"type": "choice", "values": ["expansion", "sparse"]},
+    )  # fmt: skip
+    base = make_config({"eval.refine_weights": [3.2, 0.1], "eval.refine_kinds": ["sparse", "dense"]})
+    prepared = space.prepare(base)
+    assert prepared.eval.refine_weights == [0.1, 0.3, 3.2] and prepared.eval.refine_in_training
+    assert prepared.eval.refine_kinds == ["sparse", "dense", "expansion"]
+    assert prepared.eval.refine_taus == base.eval.refine_taus and not base.eval.refine_in_training

@@ -2,8 +2,7 @@
 
 import sys
 
-from mmref.cli import run_command
-from mmref.retrieval.commands import index_main
+from mmref.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: index_main(sys.argv[1:])))
+    sys.exit(main(["index", *sys.argv[1:]]))

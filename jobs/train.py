@@ -2,7 +2,7 @@
 
 import sys
 
-from mmref.cli import run_command, train
+from mmref.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: train(sys.argv[1:])))
+    sys.exit(main(["train", *sys.argv[1:]]))

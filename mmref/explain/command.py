@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from mmref.terminal.arguments import count, place, positive, text
 from mmref.terminal.output import printable
@@ -10,14 +11,15 @@ from mmref.terminal.output import printable
 EXAMPLES = 4
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mmref explain`."""
-    parser.description = (
-        "Explain queries and objects by a run's best checkpoint: where in an image caption, reference and image look, the words "
-        "that the reconstruction head reads out of a reference beside the captions people wrote, and which references moved a "
-        "result. PNGs in RUN/explain, and a section of RUN/report.html (of another set: RUN/explain-SET, RUN/report-SET.html, of "
-        "another split -SPLIT). "
-        "Without a query or object: the captions that refinement moved most, and the first training objects."
+def main(argv: Sequence[str]) -> int:
+    """`mmref explain`."""
+    parser = argparse.ArgumentParser(
+        prog="mmref explain",
+        description="Explain queries and objects by a run's best checkpoint: where in an image its caption, reference and "
+        "features look, the words that the reconstruction head reads out of a reference beside the captions people wrote, and "
+        "which references moved a result. PNGs in RUN/explain, and a section of RUN/report.html (of another set: "
+        "RUN/explain-SET, RUN/report-SET.html; of another split: -SPLIT). Without a query or object: the captions that "
+        "refinement moved most, and the first training objects.",
     )
     parser.add_argument("run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, evaluated")
     parser.add_argument(
@@ -34,10 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid", type=positive, default=7, help="cells of a heat map on each side (default: %(default)s)"
     )
-    parser.set_defaults(run=explain)
+    _explain(parser.parse_args(argv))
+    return 0
 
 
-def explain(args: argparse.Namespace) -> int:
+def _explain(args: argparse.Namespace) -> None:
     """Explain, write, and print what was found."""
     from mmref.explain.explained_run import ExplainedRun
     from mmref.explain.section import write
@@ -62,4 +65,3 @@ def explain(args: argparse.Namespace) -> int:
             print(printable(f"  {m.rank} (before {m.before}) {m.image_id}{right}: {because or 'not refined'}"))
     for path in write(run.run, run.checkpoint.folder, found, run.view):
         print(f"written to {path}")
-    return 0

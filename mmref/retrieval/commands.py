@@ -20,7 +20,7 @@ from mmref.terminal.output import printable, to_json
 INDEX_VERBS = ("add", "remove", "info")
 
 
-def index_main(argv: list[str]) -> int:
+def index_main(argv: Sequence[str]) -> int:
     """`mmref index IMAGES --model M --out INDEX`, `mmref index add|remove|info INDEX`."""
     verb = argv[0] if argv[:1] and argv[0] in INDEX_VERBS else "create"
     return {"create": _create, "add": _add, "remove": _remove, "info": _info}[verb](argv[verb != "create" :])
@@ -51,7 +51,7 @@ def _columns(args: argparse.Namespace) -> Any:
     return TableColumns(args.image_column, args.object_column, args.image_root, args.id_column, args.allow_outside)
 
 
-def _create(argv: list[str]) -> int:
+def _create(argv: Sequence[str]) -> int:
     from mmref.retrieval import index
     from mmref.retrieval.vectors import Kind
 
@@ -96,7 +96,7 @@ def _create(argv: list[str]) -> int:
     return 0
 
 
-def _add(argv: list[str]) -> int:
+def _add(argv: Sequence[str]) -> int:
     from mmref.retrieval import index
 
     parser = argparse.ArgumentParser(
@@ -129,7 +129,7 @@ def _add(argv: list[str]) -> int:
     return 0
 
 
-def _remove(argv: list[str]) -> int:
+def _remove(argv: Sequence[str]) -> int:
     from mmref.retrieval import index
 
     parser = argparse.ArgumentParser(prog="mmref index remove", description="Remove items from an index.")
@@ -144,7 +144,7 @@ def _remove(argv: list[str]) -> int:
     return 0
 
 
-def _info(argv: list[str]) -> int:
+def _info(argv: Sequence[str]) -> int:
     from mmref.retrieval import index
     from mmref.retrieval.segment import Segment
 
@@ -189,7 +189,7 @@ def _report(path: str, manifest: Any) -> None:
 # -- search ----------------------------------------------------------------------------------------------------------
 
 
-def search_main(argv: list[str]) -> int:
+def search_main(argv: Sequence[str]) -> int:
     """`mmref search INDEX "a sentence"`."""
     parser = argparse.ArgumentParser(
         prog="mmref search", description="Search an index with a sentence, an image, or both."
@@ -286,7 +286,7 @@ def _ask(searcher: Any, queries: Sequence[Any], answers: Sequence[Sequence[Any]]
     print(f"{saved} judgements saved in {judgements.path}")
 
 
-def judge_main(argv: list[str]) -> int:
+def judge_main(argv: Sequence[str]) -> int:
     """`mmref judge INDEX TEXT --right ID ... --wrong ID ...`, `mmref judge export INDEX --out DIR`."""
     if argv[:1] == ["export"]:
         return _export_judgements(argv[1:])
@@ -319,7 +319,7 @@ def judge_main(argv: list[str]) -> int:
     return 0
 
 
-def _export_judgements(argv: list[str]) -> int:
+def _export_judgements(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mmref judge export", description="Judgements as a table and its images.")
     parser.add_argument("index", type=local_path, metavar="INDEX")
     parser.add_argument(

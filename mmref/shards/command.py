@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from mmref.cluster.resources import workers_that_fit
@@ -16,9 +17,11 @@ from mmref.terminal.arguments import count, local_path, place, positive
 from mmref.terminal.output import printable
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds `shards` to the command line. The chosen command is left in `args.run`: args -> exit code."""
-    parser = subparsers.add_parser("shards", help="build, inspect and verify shard sets (your own data: `build table`)")
+def main(argv: Sequence[str]) -> int:
+    """`mmref shards`."""
+    parser = argparse.ArgumentParser(
+        prog="mmref shards", description="Build shard sets from a source, look into them, verify them."
+    )
     commands = parser.add_subparsers(dest="shards_command", required=True, metavar="build|inspect|verify")
     build = commands.add_parser("build", help="build a shard set from a source")
     _add_sources(build.add_subparsers(dest="source", required=True, metavar="|".join(SOURCES)))
@@ -34,6 +37,8 @@ def add_parser(subparsers: Any) -> None:
     verify.add_argument("root", type=place, help="folder or URL of the set")
     verify.add_argument("--fast", action="store_true", help="leave out the checksums")
     verify.set_defaults(run=run_verify)
+    args = parser.parse_args(argv)
+    return int(args.run(args) or 0)
 
 
 def _common_options() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,7 +245,7 @@ def scaled(config: Config, workers: int, batch: int) -> Config:
     return from_dict(values)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """`mmref sizing`."""
     parser = argparse.ArgumentParser(
         prog="mmref sizing",

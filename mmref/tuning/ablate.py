@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """`mmref ablate` and tune/ablate.py. Raises the errors of mmref.errors."""
     args, rest = build_parser().parse_known_args(argv)
     base = load_config([*(["--config", args.config] if args.config else []), *rest])

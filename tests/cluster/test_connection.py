@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from mmref.cli import run_command
 from mmref.cluster import connection
 from mmref.cluster.address import cluster_address
 from mmref.cluster.connection import connect, in_time, local_folder, object_store_bytes
 from mmref.cluster.resources import cores, workers_that_fit
 from mmref.cluster.seclusion import private_folder, write_token
 from mmref.errors import ClusterStartError
+from mmref.terminal.command import run_command
 
 GB = 1e9
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from mmref.cli import run_command
 from mmref.config import load_config
+from mmref.terminal.command import run_command
 from mmref.train import trainer
 
 trainer.RESIZE_CHECK_S = 3.0  # a run of seconds looks for more places sooner than one of days

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 
-from mmref.cli import run_command
 from mmref.retrieval.service.answering import Engine
 from mmref.retrieval.service.server import serve_main
+from mmref.terminal.command import run_command
 
 
 def slow(*_: object) -> list[object]:

@@ -32,7 +32,7 @@ WAITING = 2048  # connections the system holds for us
 LARGEST_HEADERS = 32_768  # bytes, the request line with its query among them
 
 
-def serve_main(argv: list[str]) -> int:
+def serve_main(argv: Sequence[str]) -> int:
     """`mmref serve INDEX [INDEX ...]`."""
     parser = argparse.ArgumentParser(
         prog="mmref serve",

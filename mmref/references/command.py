@@ -1,0 +1,74 @@
+"""`mmref references info|add|remove`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from mmref.errors import ReferencesError
+from mmref.terminal.arguments import local_path, place, positive, text
+
+
+def main(argv: Sequence[str]) -> int:
+    """`mmref references`."""
+    parser = argparse.ArgumentParser(
+        prog="mmref references", description="Add objects to the references of a trained run, or remove them."
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{info,add,remove}")
+    info = actions.add_parser("info", help="how many objects the checkpoints of a run have references of")
+    add = actions.add_parser("add", help="give the objects of a shard set references in the best checkpoint")
+    remove = actions.add_parser("remove", help="remove objects from every checkpoint of a run, for good")
+    for action in (info, add, remove):
+        action.add_argument(
+            "run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, not training meanwhile"
+        )
+    info.add_argument(
+        "--object", nargs="+", type=text, default=[], metavar="ID", help="also say whether these are there"
+    )
+    add.add_argument("--data", required=True, type=place, metavar="SHARDS", help="shard set that holds the new objects")
+    add.add_argument("--split", default="train", help="split of it (default: train)")
+    add.add_argument("--workers", type=positive, help="Ray actors that compute features (default: eval.workers)")
+    remove.add_argument("--object", nargs="+", type=text, default=[], metavar="ID", help="ids of the objects")
+    remove.add_argument("--file", type=local_path, metavar="FILE", help="text file with an id a line")
+    for action, command in ((info, _info), (add, _add), (remove, _remove)):
+        action.set_defaults(run=command)
+    args = parser.parse_args(argv)
+    return int(args.run(args))
+
+
+def _info(args: argparse.Namespace) -> int:
+    """`mmref references info`."""
+    from mmref.references.bank_rows import describe
+
+    print("\n".join(describe(args.run_dir, args.object)))
+    return 0
+
+
+def _add(args: argparse.Namespace) -> int:
+    """`mmref references add`."""
+    from mmref.references.bank_rows import add_objects
+
+    added = add_objects(args.run_dir, args.data, args.split, args.workers)
+    print(
+        f"{added.objects} objects added to {added.folder} ({added.known} had references already, {added.empty} have no usable "
+        f"image or caption). Choose the refinement with them: mmref evaluate --checkpoint {args.run_dir}"
+    )
+    return 0
+
+
+def _remove(args: argparse.Namespace) -> int:
+    """`mmref references remove`."""
+    from mmref.references.bank_rows import remove_objects
+    from mmref.storage.texts import read_lines
+
+    listed = read_lines(args.file, ReferencesError) if args.file else []
+    named = [*args.object, *filter(None, listed)]
+    if not named:
+        raise ReferencesError("no object named: give `--object ID ...` or `--file FILE` with an id a line.")
+    removed = remove_objects(args.run_dir, named)
+    also = f"; also {', '.join(removed.reports)}" if removed.reports else ""
+    print(
+        f"{removed.objects} objects removed from {removed.checkpoints} checkpoints ({removed.unfinished} unfinished ones "
+        f"deleted){also}. What this does not cover: docs/references.md."
+    )
+    return 0

@@ -1,0 +1,38 @@
+"""`mmref train` and `mmref ledger`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from mmref.storage.locations import absolute
+from mmref.terminal.arguments import place
+
+
+def train_main(argv: Sequence[str]) -> int:
+    """`mmref train` and jobs/train.py."""
+    from mmref.config import load_config
+
+    config = load_config(argv)
+    from mmref.train.trainer import train as run
+
+    run(config)
+    print(f"report: {absolute(config.run_dir)}/report.html")
+    return 0
+
+
+def ledger_main(argv: Sequence[str]) -> int:
+    """`mmref ledger`: exit status 1 when a sample was lost or repeated."""
+    parser = argparse.ArgumentParser(
+        prog="mmref ledger",
+        description="Which samples the model of a run was trained on, up to its latest checkpoint, against what its plan asks "
+        "for: how many were lost or repeated by failures, and how many broken ones were replaced. Exit status 1 when any was "
+        "lost or repeated.",
+    )
+    parser.add_argument("run_dir", type=place, metavar="RUN", help="run directory of `mmref train`")
+    args = parser.parse_args(argv)
+    from mmref.train.ledger import audit_run
+
+    audit = audit_run(args.run_dir)
+    print(audit)
+    return 0 if audit.sound else 1

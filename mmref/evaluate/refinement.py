@@ -7,7 +7,7 @@ so that how they resemble the references (their codes) is a second opinion on ho
 
 S_ref is in [0, 1] for both kinds of code, so that a candidate only gains. Hence items outside top-p keep their order
 and rank after all candidates, without any sentinel: a candidate's score is at least its S_0, which is at least theirs,
-and on equality the candidate has the lower gallery index. (design.md, section 2, item 6; the paper states that such a
+and on equality the candidate has the lower gallery index. (docs/training.md, Refinement; the paper states that such a
 similarity exists, its form is ours.)
 """
 

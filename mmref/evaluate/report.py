@@ -1,6 +1,6 @@
 """The report of a run: one self-contained HTML file, and the same table as plain text for the terminal.
 
-`metrics` is what `metrics.json` holds (design.md, section 4), with optional parts that appear when they are there:
+`metrics` is what `metrics.json` holds (docs/run-directory.md), with optional parts that appear when they are there:
 "image_to_text" and each kind in "by_caption_kind" are blocks like the top level ("initial", "refined", "ci95");
 "ci95_initial" beside "ci95"; "refinement_gain" from `bootstrap.paired_difference`; "skipped", a list of messages;
 "best_on_test" from `evaluate.best_on_test`; "class_protocol", {"initial": {name: percent}, "refined": ...};

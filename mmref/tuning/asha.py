@@ -72,7 +72,7 @@ def _named(trial: Any) -> Any:
 
 def grace_steps(asked: int | None, config: Config) -> int:
     """Steps before ASHA may stop a trial of the config's length: those asked for, else until guidance is full, and at least a
-    quarter. Before guidance is full the order of trials says little of the end (docs/tuning.md)."""
+    quarter. Before guidance is full the order of trials says little of the end (docs/experiments/sweeps.md)."""
     steps = config.train.max_steps
     share = max(0.25, config.loss.guide_full if config.loss.w_guide > 0 else 0.0)
     return min(steps, asked or max(1, round(share * steps)))

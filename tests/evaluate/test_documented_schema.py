@@ -16,15 +16,16 @@ import torch
 from tiny_run import make_run
 
 from mmref.config import Config
-from mmref.data.shards import ShardSet
-from mmref.evaluate import evaluate as evaluation
-from mmref.evaluate.embed import SplitFeatures
+from mmref.data.shard_set import ShardSet
+from mmref.evaluate import evaluation
 from mmref.evaluate.features import read_queries
 from mmref.evaluate.metrics import METRIC_NAMES
 from mmref.evaluate.refinement import ReferenceSpace
+from mmref.evaluate.split_features import SplitFeatures
 from mmref.losses.objective import LOSSES
-from mmref.references import remove_objects
-from mmref.rundir import RunDir
+from mmref.references.bank_rows import remove_objects
+from mmref.run import checkpoints
+from mmref.run.directory import RunDir
 from mmref.train import checkpoint
 from mmref.train import loop as training
 from mmref.train.saver import Saver
@@ -166,10 +167,10 @@ def test_meta_json(config: Config, evaluated: tuple[dict[str, Any], dict[str, An
     make_run(config, str(tmp_path), {})
     run = RunDir(str(tmp_path))
     remove_objects(str(tmp_path), [str(ShardSet.open(config.data.root).index("train").object_ids[0])])
-    found = checkpoint.best_checkpoint(run)
+    found = checkpoints.best_checkpoint(run)
     assert set(named({**evaluated[1], **found.meta})) == documented("meta.json")
     tensors = {name.split("-")[0] for name in found.meta["files"]}
-    assert tensors == set(checkpoint.KINDS)
+    assert tensors == set(checkpoints.KINDS)
 
 
 def test_nonfinite_json(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from mmref.config.tree import Config
 from mmref.errors import BatchArithmeticError, ConfigError
 
 SEEDS = 2**63
-"""Seeds lie below it: PyTorch's generators take no larger ones."""
+"""Seeds lie below it: of a larger one a draw would not see every bit."""
 
 
 def check_config(config: Config) -> Config:

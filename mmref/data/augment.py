@@ -1,17 +1,22 @@
 """Augmentation of a batch on its device.
 
-Every random number is drawn for the whole global batch from (seed, step) and then sliced, so that a sample is
-augmented alike on any number of workers.
+Every random number is a function of the seed, the step and the sample's place in the global batch. So a sample is
+augmented alike on any number of workers, and a worker draws for its own samples alone.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmref.config import DataConfig
+from mmref.randomness import Stream, uniform_tensor
+
+DRAWS = 11  # random numbers of a sample
 
 
 def normalize(images: Tensor, config: DataConfig) -> Tensor:
@@ -21,24 +26,21 @@ def normalize(images: Tensor, config: DataConfig) -> Tensor:
     return images.permute(0, 3, 1, 2).contiguous().float().sub_(mean).div_(std)
 
 
-def augment(images: Tensor, config: DataConfig, seed: int, step: int, first: int, total: int) -> Tensor:
+def augment(images: Tensor, config: DataConfig, seed: int, step: int, positions: NDArray[np.int64]) -> Tensor:
     """Shifted crop, flip, colour, erasing, and normalisation.
 
     Args:
-        images: (n, H, W, 3) uint8, samples first .. first + n - 1 of the global batch.
+        images: (n, H, W, 3) uint8.
         config: probabilities and strengths.
         seed: of the run.
         step: global step.
-        first: position of the first of these samples in the global batch.
-        total: size of the global batch.
+        positions: (n,) places of these samples in the global batch.
 
     Returns:
         (n, 3, H, W) fp32, normalised.
     """
-    n = len(images)
-    generator = torch.Generator().manual_seed((seed * 2_000_003 + step) % (1 << 62))
-    draws = torch.rand(total, 10, generator=generator)[first : first + n].to(images.device)  # (n, 10)
-    erased = torch.rand(total, generator=generator)[first : first + n].to(images.device) < config.erase  # (n,)
+    draws = uniform_tensor(Stream.AUGMENTATION, seed, step, positions[:, None], np.arange(DRAWS))  # (n, DRAWS)
+    draws = draws.to(images.device)
     if config.crop_padding > 0:  # what moves pixels does so while they are bytes
         images = _shift(images, draws[:, 0], draws[:, 1], config.crop_padding)
     if config.flip > 0:
@@ -48,7 +50,7 @@ def augment(images: Tensor, config: DataConfig, seed: int, step: int, first: int
     if config.colour_jitter > 0:
         x = _jitter(x, draws[:, 3:6], config.colour_jitter)
     if config.erase > 0:
-        x = _erase(x, draws[:, 6:10], erased)
+        x = _erase(x, draws[:, 6:10], draws[:, 10] < config.erase)
     return x
 
 

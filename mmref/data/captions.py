@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from mmref.config import DataConfig
-from mmref.data.plan import mix
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.errors import SampleError
+from mmref.randomness import Stream, draw, uniform
 
 DONORS = 20  # images whose captions are tried before a caption is left as it is
 
@@ -44,31 +44,26 @@ class CaptionNoise:
 
     def _swap(self, caption: str, image: int, number: int) -> str:
         """With probability `rate` a caption of a random image of another object."""
-        if _uniform(mix(self.seed, image, number, 5)) >= self.rate:
+        if uniform(Stream.CAPTION_SWAP, self.seed, 0, image, number) >= self.rate:
             return caption
         row = int(self.index.object_row[image])
         first, last = int(self.index.object_start[row]), int(self.index.object_start[row + 1])
         others = len(self.index) - (last - first)
         for attempt in range(DONORS if others else 0):
-            draw = int(mix(self.seed, image, number, attempt, 6))
-            donor = draw % others
+            drawn = int(draw(Stream.CAPTION_DONOR, self.seed, 0, image, number, attempt))
+            donor = drawn % others
             donor += last - first if donor >= first else 0  # the object's own images are stepped over
             try:
                 captions = usable_captions(self.samples.read_meta(donor), f"image {donor}")
             except SampleError:
                 continue  # counted when the plan comes to that image itself
-            return captions[(draw >> 32) % len(captions)][0]
+            return captions[(drawn >> 32) % len(captions)][0]
         return caption
 
     def _drop(self, caption: str, image: int, number: int) -> str:
         """Each word is left out with probability `rate`; one word always stays."""
         words = caption.split()
-        draw = _uniform(mix(self.seed, image, number, np.arange(len(words)), 7))
-        kept = draw >= self.rate
-        kept[int(draw.argmax())] = True
+        drawn = uniform(Stream.CAPTION_DROP, self.seed, 0, image, number, np.arange(len(words)))
+        kept = drawn >= self.rate
+        kept[int(drawn.argmax())] = True
         return " ".join(word for word, keep in zip(words, kept) if keep)
-
-
-def _uniform(draw: np.ndarray) -> np.ndarray:
-    """64-bit draws as numbers in [0, 1)."""
-    return (np.asarray(draw) >> np.uint64(11)) / float(1 << 53)

@@ -1,8 +1,8 @@
 """What a global step sees: a pure function of (seed, step) over the index.
 
 It knows neither workers nor nodes nor time. Nothing is stored between steps, so a run resumes at any position of a
-set of any size at once: the order of an epoch is a keyed permutation that is evaluated at single positions
-(a Feistel network with cycle walking), not an array that is shuffled.
+set of any size at once: the order of an epoch is a keyed permutation that is evaluated at single places
+(mmref/randomness.py), not an array that is shuffled.
 
 For sets on object storage the order of an epoch keeps a window (`WindowedOrder`): a few shards at a time, drawn by the
 seed, so that a node can hold them on its disk. Several sets take turns by weight (`MixedPlan`).
@@ -22,48 +22,10 @@ from numpy.typing import NDArray
 from mmref.config import Config
 from mmref.data.sample_reader import SplitIndex
 from mmref.errors import TooFewObjectsError
+from mmref.randomness import Stream, draw, permute
 
 STAND_INS = 256  # objects that are tried, at least, where a set has so many, before a step is given up as unreadable
-_U64 = np.uint64
 Ints = NDArray[np.int64]
-
-
-def mix(*parts: int | NDArray) -> NDArray[np.uint64]:
-    """64-bit hash of integers or arrays of them (splitmix64 finaliser, chained)."""
-    state: NDArray[np.uint64] = np.zeros((), dtype=_U64)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            state = (state ^ np.asarray(part).astype(_U64)) + _U64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> _U64(27))) * _U64(0x94D049BB133111EB)
-            state = state ^ (state >> _U64(31))
-    return state
-
-
-def permute(position: NDArray, size: NDArray | int, key: NDArray | int) -> Ints:
-    """Value at `position` of a keyed pseudo-random permutation of 0 .. size - 1, element-wise.
-
-    Args:
-        position: ints in [0, size).
-        size: one size, or one for each position.
-        key: one key, or one for each position; another key is another permutation.
-    """
-    position, size_, key_ = np.broadcast_arrays(np.asarray(position), np.asarray(size), np.asarray(key))
-    value = position.astype(_U64)
-    size_u, key_u = size_.astype(_U64), key_.astype(_U64)
-    half = np.ones_like(value)  # bits of one half: the domain 4 ** half covers the size
-    while bool((small := (_U64(1) << (_U64(2) * half)) < size_u).any()):
-        half = half + small.astype(_U64)
-    low = (_U64(1) << half) - _U64(1)
-    pending = np.ones(value.shape, dtype=bool)
-    while True:
-        left, right = value >> half, value & low
-        for round_ in range(5):
-            left, right = right, left ^ (mix(key_u, round_, right) & low)
-        value = np.where(pending, (left << half) | right, value)
-        pending = pending & (value >= size_u)
-        if not pending.any():
-            return value.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -100,7 +62,7 @@ class ShuffledOrder:
         return self.at(epoch, (first + np.arange(count)) % self.n_objects)
 
     def at(self, epoch: int, places: Ints) -> Ints:
-        return permute(places, self.n_objects, int(mix(self.seed, epoch, 1)))
+        return permute(places, self.n_objects, draw(Stream.OBJECT_ORDER, self.seed, epoch, 0))
 
     def near(self, epoch: int, first: int, count: int) -> tuple[int, int]:
         return 0, self.n_objects
@@ -125,7 +87,7 @@ class WindowedOrder:
         shards, shard_at, window_at = self._epoch(epoch)
         window = np.searchsorted(window_at, places, side="right") - 1
         size = window_at[window + 1] - window_at[window]
-        inside = permute(places - window_at[window], size, mix(self.seed, epoch, window, 6))
+        inside = permute(places - window_at[window], size, draw(Stream.OBJECT_ORDER, self.seed, epoch, window))
         place = window_at[window] + inside  # among the epoch's objects, shard after shard
         shard = np.searchsorted(shard_at, place, side="right") - 1
         return self.shard_start[shards[shard]] + place - shard_at[shard]
@@ -147,7 +109,7 @@ class WindowedOrder:
     def _lay_out(self, epoch: int) -> tuple[Ints, Ints, Ints]:
         """Shards of an epoch in order, and the place of the first object of each shard and of each window."""
         count = len(self.shard_start) - 1
-        shards = permute(np.arange(count), count, int(mix(self.seed, epoch, 5)))
+        shards = permute(np.arange(count), count, draw(Stream.SHARD_ORDER, self.seed, epoch))
         shard_at = np.concatenate([[0], np.cumsum(np.diff(self.shard_start)[shards])])
         return shards, shard_at, shard_at[np.append(np.arange(0, count, self.window), count)]
 
@@ -192,11 +154,11 @@ class Plan:
         visit = epoch * self.images_per_object + np.arange(self.images_per_object)  # (Q,) running visit of an object
         # every pass over an object's images has its own order: pass number = visit // count
         turn = visit[None, :] // count[:, None]
-        key = mix(self.seed, objects[:, None], turn, 2)
+        key = draw(Stream.IMAGE_CHOICE, self.seed, turn, objects[:, None])
         chosen = permute(visit[None, :] % count[:, None], count[:, None], key)  # (P, Q)
         images = (self.object_start[objects][:, None] + chosen).reshape(-1)
         objects = np.repeat(objects, self.images_per_object)
-        captions = mix(self.seed, step, np.arange(len(images)), 3)
+        captions = draw(Stream.CAPTION_CHOICE, self.seed, step, np.arange(len(images)))
         return Step(step, images.astype(np.int64), objects.astype(np.int64), captions)
 
     def substitute(self, step: int, position: int, attempt: int) -> int | None:
@@ -207,8 +169,7 @@ class Plan:
         others = [i for i in range(first, last) if i != int(planned.images[position])]
         if attempt >= len(others):
             return None
-        key = int(mix(self.seed, step, position, 4))
-        return others[int(permute(np.array([attempt]), len(others), key)[0])]
+        return others[int(permute(attempt, len(others), draw(Stream.SUBSTITUTES, self.seed, step, position)))]
 
     def stand_ins(self, step: int, slot: int) -> Iterator[Ints]:
         """Objects that may take the place of the object at `slot` of a step when none of its images can be read: the images of
@@ -224,9 +185,10 @@ class Plan:
         first, count = within * self.objects_per_step, self.objects_per_step
         own = self.order(epoch, first, count)
         drawn: list[int] = []
+        key = draw(Stream.STAND_INS, self.seed, step)
         for low, high in (self.order.near(epoch, first, count), (0, self.n_objects)):
             some = np.arange(min(high - low, 2 * count + STAND_INS))
-            drawn += self.order.at(epoch, low + permute(some, high - low, int(mix(self.seed, step, 8)))).tolist()
+            drawn += self.order.at(epoch, low + permute(some, high - low, key)).tolist()
         taken = set(own.tolist())
         outside = [row for row in dict.fromkeys(drawn) if row not in taken]
         for turn in range(count):
@@ -237,7 +199,7 @@ class Plan:
         """All images of each object in a seeded order."""
         for row in objects:
             start, size = int(self.object_start[row]), int(self.object_start[row + 1] - self.object_start[row])
-            yield start + permute(np.arange(size), size, int(mix(self.seed, step, slot, row, 9)))
+            yield start + permute(np.arange(size), size, draw(Stream.STAND_IN_IMAGES, self.seed, step, slot, row))
 
 
 PERIOD = 1000  # steps in which each set of a mixture has its share exactly
@@ -263,7 +225,7 @@ class MixedPlan:
 
     def _turns(self, period: int) -> Ints:
         """The set of each step of a period, (PERIOD,)."""
-        shuffled = permute(np.arange(PERIOD), PERIOD, int(mix(self.seed, period, 7)))
+        shuffled = permute(np.arange(PERIOD), PERIOD, draw(Stream.SET_TURNS, self.seed, period))
         return np.searchsorted(np.cumsum(self.counts), shuffled, side="right")
 
     def turn(self, step: int) -> tuple[int, int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mmref.randomness import Stream, normal_tensor
 
 
 def initial_rows(
@@ -14,10 +17,11 @@ def initial_rows(
     A row does not depend on how rows are shared out.
     """
     rows = torch.empty(count, per_object, dim, dtype=dtype)
-    chunk = 4096  # one generator per chunk of objects, at fixed boundaries
+    chunk = 256  # objects at a time, to stay small; at fixed boundaries, or rounding could depend on the share
     for start in range(first - first % chunk, first + count, chunk):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + start) % (1 << 62))
-        block = torch.randn(chunk, per_object, dim, generator=generator)
+        objects = np.arange(start, start + chunk)[:, None, None]
+        of_object = np.arange(per_object)[:, None], np.arange(dim)
+        block = normal_tensor(Stream.INITIAL_REFERENCES, seed, 0, objects, *of_object)  # (chunk, K, d)
         lo, hi = max(start, first), min(start + chunk, first + count)
         rows[lo - first : hi - first] = torch.nn.functional.normalize(block[lo - start : hi - start], dim=-1)
     return rows

@@ -138,7 +138,7 @@ def _transform(width: int) -> nn.Sequential:
 
 
 def mask_words(
-    ids: Tensor, special: Tensor, rate: float, mask_id: int, vocab_size: int, generator: torch.Generator
+    ids: Tensor, special: Tensor, rate: float, mask_id: int, vocab_size: int, draws: Tensor
 ) -> tuple[Tensor, Tensor]:
     """BERT's masking: of the chosen words 80 % become the mask token, 10 % a random word, 10 % stay.
 
@@ -148,16 +148,14 @@ def mask_words(
         rate: share of words chosen; a caption in which none is chosen has its first word masked.
         mask_id: id of the mask token.
         vocab_size: random words are drawn below it.
-        generator: drawn from for the whole batch, so a slice of a batch must be masked before slicing.
+        draws: (B, L, 3) uniform in [0, 1): of each token whether it is chosen, what becomes of it, and a random word.
 
     Returns:
         masked ids (B, L) and the chosen positions (B, L) bool.
     """
-    draw = torch.rand(ids.shape, generator=generator)
-    kind = torch.rand(ids.shape, generator=generator)
-    random_words = torch.randint(0, vocab_size, ids.shape, generator=generator)
-    draw, kind, random_words = draw.to(ids.device), kind.to(ids.device), random_words.to(ids.device)
-    chosen = (draw < rate) & ~special
+    choice, kind, word = draws.unbind(-1)
+    random_words = (word * vocab_size).long()
+    chosen = (choice < rate) & ~special
     first = (~special).int().argmax(1)  # (B,) position of the first word
     none = ~chosen.any(1) & (~special).any(1)
     chosen[torch.arange(ids.shape[0], device=ids.device), first] |= none

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmref.config import ReferenceConfig
 from mmref.model.reference_rows import assign_features, initial_rows, moving_average
+from mmref.randomness import Stream, integers
 from mmref.train import collectives
 
 
@@ -61,9 +62,9 @@ class ReferenceBank:
             return torch.arange(self.objects, device=self.device)
         active = objects.unique()
         if self.config.negatives == "sampled":
-            generator = torch.Generator().manual_seed((self.seed * 3_000_017 + step) % (1 << 62))
-            drawn = torch.randint(0, self.objects, (self.config.sampled_negatives,), generator=generator)
-            active = torch.cat([active, drawn.to(self.device)]).unique()
+            numbers = np.arange(self.config.sampled_negatives)
+            drawn = integers(self.objects, Stream.SAMPLED_NEGATIVES, self.seed, step, numbers)
+            active = torch.cat([active, torch.from_numpy(drawn).to(self.device)]).unique()
         return active
 
     def fetch(self, active: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmref.config import Config
@@ -21,6 +23,7 @@ from mmref.losses.agreement import agreement, agreement_weights
 from mmref.losses.objective import TOTAL, References, Share, loss_weights, objective, pack, ramp
 from mmref.model.mmref import Masked, Output
 from mmref.model.word_decoder import mask_words
+from mmref.randomness import Stream, torch_seed, uniform_tensor
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
 
@@ -204,30 +207,28 @@ class StepRunner:
 
     def _micro_batches(self, step: int, batch: Batch, with_masks: bool) -> list[MicroBatch]:
         c, n = self.config, len(batch["step"])
-        first, total = int(batch["position"][0]), c.train.global_batch
         images = torch.from_numpy(_writable(batch["image"])).to(self.device)
-        pixels = augment(images, c.data, c.train.seed, step, first, total)
+        pixels = augment(images, c.data, c.train.seed, step, batch["position"])
         ids = torch.from_numpy(_writable(batch["ids"])).to(self.device).long()
         mask = torch.from_numpy(_writable(batch["mask"])).to(self.device).long()
         objects = torch.from_numpy(_writable(batch["object"])).to(self.device)
-        masked = self._mask(step, ids, first, total) if with_masks else None
+        masked = self._mask(step, ids, batch["position"]) if with_masks else None
         size = n // c.train.accumulation
         return [
             MicroBatch(pixels[s], ids[s], mask[s], None if masked is None else (masked[0][s], masked[1][s]), objects[s])
             for s in (slice(i * size, (i + 1) * size) for i in range(c.train.accumulation))
         ]
 
-    def _mask(self, step: int, ids: Tensor, first: int, total: int) -> tuple[Tensor, Tensor]:
-        """Masks of this rank's captions, drawn for the global batch so that they do not depend on its partition."""
-        generator = torch.Generator().manual_seed((self.config.train.seed * 5_000_011 + step) % (1 << 62))
-        padded = torch.full((total, ids.shape[1]), self.tokens.mask_id, dtype=ids.dtype, device=ids.device)
-        padded[first : first + len(ids)] = ids
-        special = torch.isin(padded, self.special_ids)
-        masked, at = mask_words(
-            padded, special, self.config.loss.mask_rate, self.tokens.mask_id, self.tokens.vocab_size, generator
+    def _mask(self, step: int, ids: Tensor, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Masks of this rank's captions (n, L). A caption's depend on the step and its place in the batch."""
+        tokens, loss = np.arange(ids.shape[1])[:, None], self.config.loss
+        draws = uniform_tensor(
+            Stream.WORD_MASKS, self.config.train.seed, step, positions[:, None, None], tokens, np.arange(3)
+        )  # (n, L, 3)
+        special = torch.isin(ids, self.special_ids)
+        return mask_words(
+            ids, special, loss.mask_rate, self.tokens.mask_id, self.tokens.vocab_size, draws.to(ids.device)
         )
-        own = slice(first, first + len(ids))
-        return masked[own], at[own]
 
     def _common(self, step: int, objects: Tensor, micro: list[MicroBatch]) -> Common:
         c = self.config
@@ -260,7 +261,7 @@ class StepRunner:
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout depends on (seed, step, rank): a resumed run draws what the undisturbed one would have drawn."""
-        torch.manual_seed(((self.config.train.seed * 7_000_003 + step) * 4096 + collectives.rank()) % (1 << 62))
+        torch.manual_seed(torch_seed(Stream.DROPOUT, self.config.train.seed, step, collectives.rank()))
 
 
 def _features(out: Output) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The plan as pure functions: permutations, epochs, slices, substitutes."""
+"""The plan as pure functions: epochs, slices, substitutes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmref.data.plan import MixedPlan, Plan, WindowedOrder, mix, permute
+from mmref.data.plan import MixedPlan, Plan, WindowedOrder
 from mmref.errors import TooFewObjectsError
 
 
@@ -26,41 +26,6 @@ COUNTS = [3, 1, 5, 2, 2, 7, 1, 4, 3, 6, 2]
 shapes = st.tuples(
     st.lists(st.integers(1, 7), min_size=1, max_size=20), st.integers(1, 20), st.integers(1, 4), st.integers(0, 99)
 ).filter(lambda x: x[1] <= len(x[0]))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
-def test_permute_is_a_bijection(size, key):
-    assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 15, 16, 17, 255, 256, 257, 4095, 4097, 70_000])
-def test_permute_is_a_bijection_around_powers_of_the_domain(size):
-    values = permute(np.arange(size), size, 7)
-    assert values.dtype == np.int64 and np.array_equal(np.sort(values), np.arange(size))
-
-
-def test_permute_takes_a_size_and_key_for_each_position():
-    sizes, keys = np.array([1, 5, 300, 17, 5]), np.array([3, 9, 2**64 - 1, 0, 8], dtype=np.uint64)
-    for position in range(5):
-        at = np.minimum(position, sizes - 1)
-        together = permute(at, sizes, keys)
-        assert together.tolist() == [
-            int(permute(np.array([p]), int(s), int(k))[0]) for p, s, k in zip(at, sizes, keys, strict=True)
-        ]
-
-
-def test_keys_give_different_and_even_orders():
-    orders = {tuple(permute(np.arange(20), 20, key).tolist()) for key in range(500)}
-    assert len(orders) == 500
-    first = Counter(order[0] for order in orders)
-    assert len(first) == 20 and max(first.values()) < 60, "every value comes first about 25 times"
-
-
-def test_mix_is_one_function_of_scalars_and_arrays():
-    grid = mix(3, np.arange(4)[:, None], np.arange(5), 1)
-    assert grid.shape == (4, 5) and len(set(grid.ravel().tolist())) == 20
-    assert int(grid[2, 4]) == int(mix(3, 2, 4, 1)) != int(mix(3, 4, 2, 1))
 
 
 @settings(max_examples=60, deadline=None)

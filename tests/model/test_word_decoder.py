@@ -123,7 +123,8 @@ def captions(n=400, length=20):
 
 
 def masked(ids, special, rate=0.15, seed=0, vocab=1000):
-    return mask_words(ids, special, rate, MASK, vocab, torch.Generator().manual_seed(seed))
+    draws = torch.rand(*ids.shape, 3, generator=torch.Generator().manual_seed(seed))
+    return mask_words(ids, special, rate, MASK, vocab, draws)
 
 
 def test_shares_of_masking():
@@ -160,11 +161,19 @@ def test_a_caption_without_words_stays():
     assert torch.equal(out[0], ids[0]) and chosen.tolist() == [[False] * 4, [False, True, False, False]]
 
 
-def test_the_generator_alone_decides():
+def test_the_draws_alone_decide_and_each_caption_s_own():
     ids, special = captions()
     torch.manual_seed(5)
-    first = masked(ids, special, seed=3)
+    whole = masked(ids, special, seed=3)
     torch.manual_seed(6)
-    second = masked(ids, special, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
-    assert not torch.equal(masked(ids, special, seed=4)[1], first[1])
+    draws = torch.rand(*ids.shape, 3, generator=torch.Generator().manual_seed(3))
+    half = mask_words(ids[200:], special[200:], 0.15, MASK, 1000, draws[200:])
+    assert all(torch.equal(a, b[200:]) for a, b in zip(half, whole, strict=True))
+    assert not torch.equal(masked(ids, special, seed=4)[1], whole[1])
+
+
+def test_the_largest_draw_is_still_a_word():
+    ids, special = captions(5)
+    for vocab in (1000, 1025, 49_408):
+        out, chosen = mask_words(ids, special, 1.0, MASK, vocab, torch.full((*ids.shape, 3), 1 - 2**-24))
+        assert torch.equal(chosen, ~special) and (out[chosen] == vocab - 1).all()

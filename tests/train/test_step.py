@@ -21,6 +21,7 @@ from tiny_set import BERT, VIT, damage_image, tiny_config
 
 from mmref.losses import agreement, agreement_weights, infonce, reference_loss, sdm, soft_targets
 from mmref.losses.objective import LOSSES, ramp
+from mmref.randomness import draw
 from mmref.train import collectives
 from mmref.train.engine import learning_rate
 
@@ -375,6 +376,27 @@ def test_masks_do_not_depend_on_the_partition_and_change_with_the_step(make_conf
     special = torch.as_tensor(run.reader.tokens.special_ids)
     assert whole[1].any(1).all() and not (whole[1] & torch.isin(ids, special)).any()
     assert not torch.equal(whole[1], inputs(run, 3).masked[1])
+
+
+def test_a_rank_draws_for_its_own_samples_alone(make_config, monkeypatch):
+    """Masks and augmentation cost what the share costs, whatever the global batch."""
+    drawn = []
+
+    def count(*parts):
+        found = draw(*parts)
+        drawn.append(found.size)
+        return found
+
+    config = make_config({"loss.w_rec": 0.3})
+    monkeypatch.setattr("mmref.randomness.draw", count)
+    sizes = {}
+    for world in (1, 4):
+        run = PlainTraining(config, 0, world)
+        batch = run.reader.read_step(2)
+        drawn.clear()
+        run.runner._micro_batches(2, batch, with_masks=True)
+        sizes[world] = sum(drawn)
+    assert sizes[1] == 4 * sizes[4] > 0
 
 
 def test_a_loss_that_is_not_finite_shows_in_what_is_returned(make_config):

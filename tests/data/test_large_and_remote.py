@@ -107,7 +107,8 @@ TEN_MILLION = """
 import resource, sys, time
 import numpy as np
 from mmref.data.plan import Plan, ShuffledOrder, WindowedOrder
-from mmref.data.shards import SplitIndex, train_index
+from mmref.data.sample_reader import SplitIndex
+from mmref.data.shard_set import train_index
 
 def private_mb():  # of its own: not what is mapped from files
     fields = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])

@@ -85,7 +85,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
 
 HOLD = """
 import sys, time
-from mmref.rundir import RunDir
+from mmref.run.directory import RunDir
 with RunDir(sys.argv[1]).held():
     print("held", flush=True)
     time.sleep(600)

@@ -70,7 +70,7 @@ def test_a_terminal_without_unicode_shows_every_text(encoding, text):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "UTF8"])
 def test_json_is_json_in_every_encoding(encoding):
-    code = RUN + "from mmref.terminal import to_json\n"
+    code = RUN + "from mmref.terminal.output import to_json\n"
     code += "sys.exit(run_command(lambda: print(to_json({'caf\\xe9': '\\U0001f642'})) or 0))"
     found = shell(code, "", PYTHONIOENCODING=encoding)
     assert json.loads(found.stdout.decode(encoding)) == {"café": "🙂"}

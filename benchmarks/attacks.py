@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from mmref.parquet import read_parquet
+
 HELD_S = 4.0  # how long connections are kept that are not used
 ANSWER_S = 90.0
 TRAP = "trap"  # name of the index whose images are large, or lie on a host that does not answer
@@ -233,7 +235,7 @@ def make_trap(index: Path, target: Path, port: int) -> tuple[list[str], list[str
     large: list[str] = []
     remote: list[str] = []
     for number, file in enumerate(sorted((target / "segments").glob("*/items.parquet"))):
-        table = pq.read_table(file)
+        table = read_parquet(file)
         ids = table["id"].to_pylist()
         paths = [f"http://127.0.0.1:{port}/{n}.png" for n in range(len(ids))]
         if number == 0:

@@ -43,6 +43,7 @@ from attacks import TRAP, Target, attack, head, make_trap, server_errors, slow_h
 from output import write_figures
 from PIL import Image
 
+from mmref.parquet import read_parquet
 from mmref.retrieval.index import Manifest
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.limits import raise_file_limit
@@ -155,7 +156,7 @@ def enlarge(source: Path, target: Path, items: int) -> None:
             np.save(folder / f"{name}.npy", np.load(first / f"{name}.npy")[at])
     np.save(folder / "uids.npy", np.arange(items))
     os.link(first / "thumbnails.bin", folder / "thumbnails.bin")
-    table = pq.read_table(first / "items.parquet").take(pa.array(at))
+    table = read_parquet(first / "items.parquet").take(pa.array(at))
     ids = pa.array([f"{name}-{i}" for i, name in enumerate(table["id"].to_pylist())])
     pq.write_table(table.set_column(0, "id", ids), folder / "items.parquet")
     replace(manifest, items=items, next_uid=items, segments=[folder.name], kind="flat", vectors={}).write(target)

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmref.parquet import open_parquet, parquet_batches, read_parquet
 from mmref.storage.array_file import ArrayFile
 from mmref.storage.disk import told_when_full
 
@@ -72,14 +73,14 @@ def read_columns(
     Raises KeyError that names the columns that are missing, OSError or ValueError for a file that is no parquet or claims more
     rows.
     """
-    file = pq.ParquetFile(source)
+    file = open_parquet(source)
     missing = [name for name in (*numbers, *strings) if name not in file.schema_arrow.names]
     if missing:
         raise KeyError(f"columns {missing} are missing")
     if most_rows is not None and file.metadata.num_rows > most_rows:
         raise ValueError(f"it has {file.metadata.num_rows:,} rows, for which its shards have no room")
     if file.metadata.num_rows <= IN_MEMORY_ROWS:
-        table = file.read([*numbers, *strings])
+        table = read_parquet(file, [*numbers, *strings])
         found: dict[str, Any] = {name: table[name].to_numpy().astype(dtype) for name, dtype in numbers.items()}
         return found | {name: Strings(table[name]) for name in strings}
     folder = Path(CACHE).expanduser() / hashlib.sha256(stamp.encode()).hexdigest()[:24]
@@ -106,7 +107,7 @@ def _write_out(file: pq.ParquetFile, folder: Path, numbers: dict[str, Any], stri
             }
             sink = stack.enter_context(pa.OSFile(str(temporary / "strings.arrow"), "wb"))
             writer = stack.enter_context(pa.ipc.new_file(sink, schema))
-            for batch in file.iter_batches(1 << 17, columns=[*numbers, *strings]):
+            for batch in parquet_batches(file, [*numbers, *strings]):
                 for name, array in arrays.items():
                     array.write(batch[name].to_numpy(zero_copy_only=False))
                 writer.write_batch(pa.record_batch([batch[name].cast(pa.string()) for name in strings], schema))

@@ -19,10 +19,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from mmref.data.manifest import read_manifest
 from mmref.errors import ShardSetError
+from mmref.parquet import read_parquet
 from mmref.storage.cache import ShardCache
 from mmref.storage.locations import absolute, file_system, folder_name, is_url, join, read_bytes, size_of
 from mmref.storage.retries import retry
@@ -157,8 +157,7 @@ class ShardSet:
         """Ids of the training objects by row. Raises ShardSetError when objects.parquet is missing or out of order."""
         path = join(self.root, "objects.parquet")
         try:
-            # pq.read_table leaves threads behind that abort a process which ends right after
-            table = pq.ParquetFile(io.BytesIO(read_bytes(path))).read(["object_id", "row"], use_threads=False)
+            table = read_parquet(io.BytesIO(read_bytes(path)), ["object_id", "row"])
             ids, rows = table["object_id"].to_pylist(), table["row"].to_numpy()
         except (OSError, ValueError, KeyError) as error:
             raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from mmref.data.decode import decoded, resize_rgb
 from mmref.errors import SampleError, StorageError
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
+from mmref.parquet import read_parquet
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.journal import KILLED, Journal, Watch
 from mmref.storage.disk import sync_files
@@ -151,7 +152,7 @@ class Chunks:
         row_of = {identity: row for row, identity in enumerate(_identities(items))}
         rows: list[int | None] = []  # of the items, as an interrupted call had them; None: not listed any more
         if (self.folder / LISTING).exists():
-            before = pq.read_table(self.folder / LISTING)
+            before = read_parquet(self.folder / LISTING)
             self.size = int(before.schema.metadata[b"chunk_size"])
             rows = [row_of.get(identity) for identity in _identities(before)]
         if rows and len(rows) == len(items) and None not in rows:

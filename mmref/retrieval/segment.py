@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmref.errors import SearchIndexError
+from mmref.parquet import read_parquet
 from mmref.retrieval.chunks import Arrays
 from mmref.storage.array_file import ArrayFile, save_array
 from mmref.storage.disk import sync_files
@@ -42,7 +43,7 @@ class Segment:
             }
             self.uids: NDArray[np.int64] = np.load(folder / "uids.npy")
             self.spans: NDArray[np.int64] = np.load(folder / "thumbnails.npy", mmap_mode="r")
-            self.items: pa.Table = pq.read_table(folder / "items.parquet", memory_map=True)
+            self.items: pa.Table = read_parquet(folder / "items.parquet")
             self._thumbnails = os.open(folder / "thumbnails.bin", os.O_RDONLY)
         except (OSError, ValueError) as error:
             raise SearchIndexError(f"{folder} cannot be read ({error}): the index is damaged; make it again.") from None

@@ -256,12 +256,13 @@ def _json_row(place: str, number: int, line: str, first: bool) -> Row:
 
 def _parquet(place: str) -> Table:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    damaged = (pa.ArrowException, OSError, UnicodeError)
+    from mmref.parquet import open_parquet, parquet_batches
+
+    damaged = (pa.ArrowException, OSError, ValueError)
     try:
         fs, inner = file_system(place) if is_url(place) else (None, place)
-        file = pq.ParquetFile(fs.open(inner, "rb") if fs else inner)
+        file = open_parquet(fs.open(inner, "rb") if fs else inner)
         names = file.schema_arrow.names
     except damaged as error:
         kind = "cannot be read" if isinstance(error, OSError) else "is not a Parquet file"
@@ -270,7 +271,7 @@ def _parquet(place: str) -> Table:
     def rows(columns: Sequence[str]) -> Iterator[Row]:
         numbers = itertools.count(1)
         try:
-            for batch in file.iter_batches(columns=list(columns)):
+            for batch in parquet_batches(file, columns):
                 cells = [_cells(batch.column(name)) for name in columns]
                 yield from (Row(next(numbers), dict(zip(columns, values))) for values in zip(*cells, strict=True))
         except damaged as error:

@@ -20,6 +20,7 @@ from mmref.data.plan import MixedPlan, Plan, build_plan
 from mmref.data.reader import Batch
 from mmref.data.shard_set import train_index
 from mmref.errors import LedgerError
+from mmref.parquet import read_parquet
 from mmref.run.checkpoints import latest_checkpoint
 from mmref.run.directory import RunDir
 from mmref.train import collectives
@@ -70,10 +71,8 @@ def read_ledger(run: RunDir) -> dict[str, NDArray[np.int64]]:
         raise LedgerError(f"{run.join(FOLDER)} holds no segment: the run has not reached its first checkpoint, or "
                           "the path is no run directory.")  # fmt: skip
     try:
-        tables = [
-            pq.ParquetFile(io.BytesIO(run.read_bytes(f"{FOLDER}/{name}"))).read(use_threads=False) for name in names
-        ]
-    except (OSError, pa.ArrowInvalid) as error:
+        tables = [read_parquet(io.BytesIO(run.read_bytes(f"{FOLDER}/{name}"))) for name in names]
+    except (OSError, ValueError) as error:
         raise LedgerError(f"{run.join(FOLDER)} cannot be read: {error}.") from error
     table = pa.concat_tables(tables)
     return {name: table[name].to_numpy() for name in COLUMNS}

@@ -1,0 +1,47 @@
+"""Parquet files, read by the thread that asks for them.
+
+Left to itself, pyarrow reads with threads of two pools: one computes, one reads ahead. Some of them may still run when the
+process ends. Its library then aborts the process ("terminate called without an active exception"), after all work was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BATCH_ROWS = 65_536
+
+
+def open_parquet(source: Any) -> pq.ParquetFile:
+    """A file of which only the description is read: names, types, number of rows.
+
+    Args:
+        source: path, or a file that is open for bytes.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no Parquet file that can be read here.
+    """
+    try:
+        return pq.ParquetFile(source, pre_buffer=False)
+    except pa.ArrowNotImplementedError as error:  # of pyarrow's errors the one that is neither of the two
+        raise ValueError(str(error)) from error
+
+
+def read_parquet(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of a file, by default all. `source` as in `open_parquet`, or what that gives. Raises as that does."""
+    file = source if isinstance(source, pq.ParquetFile) else open_parquet(source)
+    try:
+        return file.read(None if columns is None else list(columns), use_threads=False)
+    except pa.ArrowNotImplementedError as error:
+        raise ValueError(str(error)) from error
+
+
+def parquet_batches(file: pq.ParquetFile, columns: Sequence[str], rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+    """The rows of a file in order, at most `rows` at a time. Raises as `read_parquet`."""
+    try:
+        yield from file.iter_batches(rows, columns=list(columns), use_threads=False)
+    except pa.ArrowNotImplementedError as error:
+        raise ValueError(str(error)) from error

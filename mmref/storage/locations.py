@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Callable
 from typing import Any
 
 from mmref.errors import FileSystemMissingError, PathError
-from mmref.storage.retries import retry
+from mmref.storage.retries import is_transient, retry
 
 ODD_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
 VARIABLE = re.compile(r"(?:^|/)(\$\w+)(?=/|$)|(\$\{\w+\})")
@@ -199,12 +200,22 @@ def read_bytes(place: str, start: int = 0, size: int | None = None) -> bytes:
     return retry(f"read {place}", read)
 
 
+def _answered(look: Callable[[str], Any], path: str) -> Any:
+    """What a file system says of a path. Raises the error behind "no such file" where it is that the host does not answer."""
+    try:
+        return look(path)
+    except FileNotFoundError as error:
+        if isinstance(cause := error.__cause__, OSError) and is_transient(cause):
+            raise cause from None
+        raise
+
+
 def size_of(place: str) -> int | None:
     """Bytes of a file; None where there is none. Raises StorageError, FileSystemMissingError, OSError."""
     try:
         if is_url(place):
             fs, path = file_system(place)
-            info = retry(f"look at {place}", lambda: fs.info(path))
+            info = retry(f"look at {place}", lambda: _answered(fs.info, path))
             return int(info["size"]) if info["type"] == "file" else None
         found = retry(f"look at {place}", lambda: os.stat(place))
         return found.st_size if stat.S_ISREG(found.st_mode) else None

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
-from mmref.errors import SearchIndexError
+from mmref.errors import SearchIndexError, StorageError
 from mmref.retrieval import images, index
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.searcher import Searcher
 from mmref.shards.build import BuildOptions, build_shards, make_source
+from mmref.storage import retries as storage
 
 
 def ids(path: Path) -> list[str]:
@@ -87,3 +89,13 @@ def test_ids_of_a_shard_set_of_such_a_table(folder, tmp_path):
     build_shards(make_source("table", path=str(folder / "t.csv")), str(tmp_path / "set"), options)
     found = list_images(str(tmp_path / "set")).items["id"].to_pylist()
     assert "02.png" in found and any(re.fullmatch(r"00-[0-9a-f]{12}\.png", name) for name in found) and len(found) == 2
+
+
+def test_a_host_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it "holds no image" would be wrong."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.01)
+    with socket.socket() as sock:  # bound and not listening: nobody else can take the port
+        sock.bind(("127.0.0.1", 0))
+        with pytest.raises(StorageError, match="Cannot connect to host"):
+            list_images(f"http://127.0.0.1:{sock.getsockname()[1]}/images")

@@ -6,7 +6,9 @@ of source are read alike, by the workers that embed and by the service that show
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,6 +46,9 @@ class Listing:
     passed_over: dict[str, int] = field(default_factory=dict)  # files that are no images, by ending
     closed: list[str] = field(default_factory=list)  # folders that could not be looked into
     columns_left: dict[str, str] = field(default_factory=dict)  # columns of a table that are no metadata, and why
+    cells_left: dict[str, int] = field(
+        default_factory=dict
+    )  # infinite numbers of each column, which are kept as missing
 
 
 @dataclass(frozen=True)
@@ -219,7 +224,7 @@ def _list_table(source: str, columns: TableColumns) -> Listing:
     # A list of captions is taken, as captions.
     left = {name: why for name, why in items.left.items() if name not in items.of_captions}
     rows = _as_table(list(items.rows.values()), list(items.extra))
-    return Listing(rows, _sample(items.captions), skipped, columns_left=left)
+    return Listing(rows, _sample(items.captions), skipped, columns_left=left, cells_left=dict(items.infinite))
 
 
 class _TableItems:
@@ -245,6 +250,7 @@ class _TableItems:
         self.rows: dict[str, dict[str, Any]] = {}  # by id
         self.captions: list[str] = []
         self.extra: dict[str, None] = {}
+        self.infinite: Counter[str] = Counter()
         self._images: dict[str, str] = {}  # of each id: the cell, without what signs it
         self._ids: dict[str, str] = {}  # the other way round
 
@@ -265,7 +271,7 @@ class _TableItems:
                 f"image {cell!r} belongs to the object {earlier!r} in an earlier row, here to {object_id!r}"
             )
         texts = [text for column in self.of_captions for text in row.texts(column)]
-        fields = {k: v for k in self.kept if (v := _metadata(row, k, self.left)) is not None}
+        fields = {k: v for k in self.kept if (v := self._metadata(row, k)) is not None}
         self.captions += texts
         if known is None:
             self.extra |= dict.fromkeys(fields)
@@ -273,23 +279,25 @@ class _TableItems:
             known = self.rows[name] = _row(name, place, 0, 0, object_id, fields)
         known["object_id"] = known["object_id"] or object_id
 
+    def _metadata(self, row: Row, column: str) -> Any:
+        """A single value, times and decimals as text. None for what is none (lists, mappings, bytes that are no text), whose
+        columns are added to `left`, and for an infinite number, which JSON does not have. Raises SampleError."""
+        cell = row.cell(column)
+        if isinstance(cell, float) and math.isinf(cell):
+            self.infinite[column] += 1
+            return None
+        try:
+            value = None if isinstance(cell, list | dict) else row.value(column)
+        except SampleError:
+            if not isinstance(cell, bytes):
+                raise
+            value = None
+        if value is None and cell is not None:
+            self.left[column] = "no single values"
+        return value if _is_scalar(value) else str(value)
+
 
 def _needed(row: Row, column: str) -> str:
     if not (text := row.text(column)):
         raise SampleError(f"no {column}")
     return text
-
-
-def _metadata(row: Row, column: str, left: dict[str, str]) -> Any:
-    """A single value, times and decimals as text. None for lists, mappings and bytes that are no text, whose columns are added
-    to `left`. Raises SampleError."""
-    try:
-        value = row.value(column)
-    except SampleError:
-        if not isinstance(row.cells.get(column), bytes):
-            raise
-        value = []
-    if isinstance(value, list | dict):
-        left[column] = "no single values"
-        return None
-    return value if _is_scalar(value) else str(value)

@@ -455,6 +455,8 @@ def _build_vectors(
         queries = np.ascontiguousarray(matrices[0][:: max(1, len(matrices[0]) // 256)][:256])
     reached = approximate.tune(queries, matrices, uids, recall)
     name = f"vectors-{generation:06d}"
+    if infinite := [f"{printable(name)} ({count:,})" for name, count in listing.cells_left.items()]:
+        lines.append(f"infinite numbers of the table that are kept as missing: {', '.join(infinite)}")
     approximate.write(index / name)
     return {
         "file": name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
 import re
 
 import pyarrow as pa
@@ -130,6 +131,26 @@ def test_columns_that_are_no_metadata(run, tmp_path, capsys):
     assert "not taken: id (the index has its own), thumb (no single values), tags (no single values)\n" in said
     assert Searcher(out).items["kind"].to_pylist() == ["bird", "cat"] and not index.read_skipped(tmp_path / "out")
     assert index.add(out, str(tmp_path), workers=0).items == 2, "./b.png is the b.png of the folder"
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_an_infinite_number_costs_no_image(run, tmp_path, capsys, ending):
+    """JSON, in which answers are given, has none: it is kept as missing, which is said."""
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / name)
+    rows = [
+        {"image": f"{n}.png", "price": p, "size": s} for n, p, s in zip("abc", (1.5, math.inf, -math.inf), (1, 2, 3))
+    ]
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    else:
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = str(tmp_path / "out")
+    assert main(["index", str(tmp_path / f"t.{ending}"), "--model", str(run), "--out", out, "--workers", "0"]) == 0
+    assert "infinite numbers of the table that are kept as missing: price (2)\n" in capsys.readouterr().out
+    items = Searcher(out).items
+    assert items["price"].to_pylist() == [1.5, None, None] and items["size"].to_pylist() == [1, 2, 3]
+    assert not index.read_skipped(tmp_path / "out")
 
 
 def test_the_image_of_a_query_is_found_as_those_of_a_table(split_index, tmp_path, capsys):

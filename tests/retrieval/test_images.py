@@ -14,7 +14,7 @@ from mmref.retrieval import images, index
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.searcher import Searcher
 from mmref.shards.build import BuildOptions, build_shards, make_source
-from mmref.storage import retries as storage
+from mmref.storage.retries import retries as storage
 
 
 def ids(path: Path) -> list[str]:

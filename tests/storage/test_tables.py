@@ -225,8 +225,9 @@ def test_further_columns_are_values_of_json(tmp_path: Path) -> None:
     assert kept == {"0": 1, "1": None, "3": {"a": [None, 1]}, "5": None, "6": 2**70}
     assert [line[:11] for line in source.skipped] == ["row 3: more", "row 5: more"]
     listing = list_images(source.path)
-    assert [what for what, _ in listing.skipped] == ["row 3", "row 5"]
-    assert listing.items["more"].to_pylist() == ["1", None, None, None, str(2**70)], "too large for a column of numbers"
+    assert [what for what, _ in listing.skipped] == ["row 5"]
+    assert listing.cells_left == {"more": 1}, "infinity costs no image"
+    assert listing.items["more"].to_pylist() == ["1", *[None] * 4, str(2**70)], "too large for a column of numbers"
     frame = pd.DataFrame({"image": ["a"], "object_id": ["1"], "caption": ["x"], "made": [pd.Timestamp("2026-01-02")]})
     frame["price"], frame["tags"] = [Decimal("2.50")], [["new"]]
     frame.to_parquet(tmp_path / "t.parquet")

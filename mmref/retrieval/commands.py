@@ -68,7 +68,11 @@ def _create(argv: Sequence[str]) -> int:
         "--model", required=True, type=place, metavar="RUN|EXPORT", help="run directory, or folder of `mmref export`"
     )
     parser.add_argument(
-        "--out", required=True, type=local_path, metavar="INDEX", help="the index directory; must not exist yet"
+        "--out",
+        required=True,
+        type=local_path,
+        metavar="INDEX",
+        help="the index directory; must not exist yet, or be empty",
     )
     parser.add_argument(
         "--kind", choices=get_args(Kind), default="auto",

@@ -146,7 +146,7 @@ def create(
     Args:
         images: folder, shard set, table, or URL prefix of any of them.
         model: run directory of `mmref train` (or its URL), or folder of `mmref export`.
-        out: the index directory; must not exist. The same call again goes on after a kill.
+        out: the index directory; must not exist, or be empty. The same call again goes on after a kill.
         split: of a shard set; by default all of it.
         columns: names of a table's columns.
         kind: search exactly (flat) or approximately; auto: exactly up to a million images.
@@ -195,6 +195,8 @@ def create(
         manifest.write(work)
         sync_files(work)
         os.rename(work, target)
+        if target.exists():
+            shutil.copymode(target, work)
         _tidy(target)
     return manifest
 
@@ -319,8 +321,15 @@ def open_vectors(index: Path, manifest: Manifest) -> Approximate | None:
 
 
 def _check_free(target: Path) -> None:
-    if target.exists():
-        raise SearchIndexError(f"{target} exists already: `mmref index add` adds to an index; else give another --out.")
+    """An empty folder is as good as none, where another can be moved into its place."""
+    if target.is_dir() and os.path.ismount(target):
+        raise SearchIndexError(
+            f"{target} is where a disk is mounted, so that no folder can be moved into its place: give a folder in it with --out."
+        )
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise SearchIndexError(
+            f"{target} exists already and is not empty: `mmref index add` adds to an index; else give another --out."
+        )
 
 
 @contextlib.contextmanager

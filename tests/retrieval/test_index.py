@@ -293,6 +293,23 @@ def test_a_start_that_fails_leaves_nothing_and_touches_nothing(folder, run, own_
         index.create(str(folder), str(run), "s3://bucket/index", workers=0)
 
 
+def test_an_empty_folder_is_as_good_as_none(folder, run, tmp_path, monkeypatch):
+    out, link = tmp_path / "out", tmp_path / "link"
+    out.mkdir(mode=0o750)
+    link.symlink_to(out)
+    index.create(str(folder), str(run), str(link), workers=0)
+    assert len(Searcher(str(out))) == 11 and link.is_symlink() and out.stat().st_mode & 0o777 == 0o750
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / ".mine").write_text("mine")
+    with pytest.raises(SearchIndexError, match="exists already and is not empty"):
+        index.create(str(folder), str(run), str(tmp_path / "own"), workers=0)
+    assert [p.name for p in (tmp_path / "own").iterdir()] == [".mine"]
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(index.os.path, "ismount", lambda path: str(path) == str(tmp_path / "disk"))
+    with pytest.raises(SearchIndexError, match="is where a disk is mounted"):
+        index.create(str(folder), str(run), str(tmp_path / "disk"), workers=0)
+
+
 def test_what_a_killed_writer_left_is_cleared(folder, run, tmp_path, monkeypatch):
     def dies(*_, **__):
         raise KeyboardInterrupt

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmref.data.shard_set import sha256_of
 from mmref.errors import ModelMismatchError, SearchIndexError
 from mmref.retrieval import bundle
 from mmref.retrieval.changes import compare, describe_changes, skipped_elsewhere
@@ -104,7 +105,7 @@ class Manifest:
             raise ValueError(f"vectors is {self.vectors!r:.100}")
         if self.kind != "flat":
             below(index, self.vectors["file"])
-            int(self.vectors["setting"])
+            int(self.vectors["setting"]), int(self.vectors.get("bytes", 0))
 
     def write(self, index: Path) -> None:
         """Replace the manifest as a whole."""
@@ -194,9 +195,9 @@ def create(
         )
         manifest.write(work)
         sync_files(work)
-        os.rename(work, target)
         if target.exists():
             shutil.copymode(target, work)
+        os.rename(work, target)
         _tidy(target)
     return manifest
 
@@ -314,7 +315,20 @@ def open_vectors(index: Path, manifest: Manifest) -> Approximate | None:
     """The approximate index, None for an exact search. Raises SearchIndexError."""
     if manifest.kind == "flat":
         return None
-    return Approximate.open(index / manifest.vectors["file"], manifest.kind, int(manifest.vectors["setting"]))
+    path, told = index / manifest.vectors["file"], manifest.vectors
+    # faiss may end the process over a file that is not whole, so that it is looked at first; the first indexes say neither
+    try:
+        size = path.stat().st_size
+        if size != (wanted := int(told.get("bytes", size))):
+            raise SearchIndexError(f"{path} has {size:,} bytes of {wanted:,}: the index is damaged; make it again.")
+        if "sha256" in told and sha256_of(str(path)) != told["sha256"]:
+            raise SearchIndexError(f"{path} is not what was written: the index is damaged; make it again.")
+    except OSError as error:
+        raise SearchIndexError(f"{path} cannot be read ({error}): the index is damaged; make it again.") from None
+    found = Approximate.open(path, manifest.kind, int(told["setting"]), manifest.dim)
+    if not manifest.items <= len(found) <= manifest.next_uid:
+        raise SearchIndexError(f"{path} holds {len(found):,} items of {manifest.items:,}: make the index again.")
+    return found
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -389,9 +403,7 @@ def _changed_vectors(folder: Path, before: Manifest, after: Manifest, added: Seg
     if added is None:
         return before.vectors
     approximate.add(added.features, added.uids)
-    name = f"vectors-{after.generation:06d}"
-    approximate.write(folder / name)
-    return before.vectors | {"file": name}
+    return before.vectors | _write_vectors(approximate, folder, after.generation)
 
 
 def _embed(
@@ -443,6 +455,8 @@ def _passed_over(listing: Listing) -> list[str]:
     lines = [f"{count:,} files passed over: {describe(listing.passed_over)}"] if count else []
     if left := [f"{printable(name)} ({why})" for name, why in listing.columns_left.items()]:
         lines.append(f"columns of the table that were not taken: {', '.join(left)}")
+    if infinite := [f"{printable(name)} ({count:,})" for name, count in listing.cells_left.items()]:
+        lines.append(f"infinite numbers of the table that are kept as missing: {', '.join(infinite)}")
     return lines
 
 
@@ -463,12 +477,8 @@ def _build_vectors(
         measured_on = "items"
         queries = np.ascontiguousarray(matrices[0][:: max(1, len(matrices[0]) // 256)][:256])
     reached = approximate.tune(queries, matrices, uids, recall)
-    name = f"vectors-{generation:06d}"
-    if infinite := [f"{printable(name)} ({count:,})" for name, count in listing.cells_left.items()]:
-        lines.append(f"infinite numbers of the table that are kept as missing: {', '.join(infinite)}")
-    approximate.write(index / name)
     return {
-        "file": name,
+        **_write_vectors(approximate, index, generation),
         "setting": approximate.setting,
         "recall@10": round(reached, 4),
         "wanted": recall,
@@ -476,6 +486,13 @@ def _build_vectors(
         "queries": len(queries),
         "build_seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def _write_vectors(approximate: Approximate, index: Path, generation: int) -> dict[str, Any]:
+    """Its name below the index, and what tells later whether it is whole."""
+    path = index / f"vectors-{generation:06d}"
+    approximate.write(path)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(str(path))}
 
 
 def _next(manifest: Manifest, **changes: Any) -> Manifest:

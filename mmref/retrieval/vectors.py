@@ -89,12 +89,22 @@ class Approximate:
         self._apply(setting)
 
     @classmethod
-    def open(cls, path: Path, kind: str, setting: int) -> Approximate:
-        """Raises SearchIndexError."""
+    def open(cls, path: Path, kind: str, setting: int, dim: int) -> Approximate:
+        """Of features (n, dim). Raises SearchIndexError."""
+        swig: Any = faiss
         try:
-            return cls(faiss.read_index(str(path)), kind, setting)
-        except RuntimeError as error:  # all that faiss raises
+            index: Any = faiss.read_index(str(path))
+        except (RuntimeError, MemoryError) as error:  # all that faiss raises
             raise SearchIndexError(f"{path} cannot be read ({error}): the index is damaged; make it again.") from None
+        wanted = swig.IndexIVFScalarQuantizer if kind == "ivf" else swig.IndexIDMap
+        sound = isinstance(index, wanted) and index.metric_type == faiss.METRIC_INNER_PRODUCT
+        if sound and kind != "ivf":
+            sound = isinstance(faiss.downcast_index(index.index), swig.IndexHNSWSQ)
+        if not sound or index.d != dim:
+            raise SearchIndexError(
+                f"{path} holds a {type(index).__name__} of {index.d} numbers, not one of {kind} of {dim}: make the index again."
+            )
+        return cls(index, kind, setting)
 
     @classmethod
     def build(cls, kind: str, matrices: Sequence[Floats], uids: Rows) -> Approximate:

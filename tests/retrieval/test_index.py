@@ -15,7 +15,7 @@ from images import write_images
 from PIL import Image
 
 from mmref.errors import ModelError, ModelMismatchError, SearchIndexError, StorageError
-from mmref.retrieval import bundle, chunks, index
+from mmref.retrieval import bundle, chunks, index, vectors
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.journal import Watch
 from mmref.retrieval.searcher import Searcher
@@ -387,6 +387,55 @@ def test_a_damaged_index_is_named(own_index):
     shutil.rmtree(own_index)
     with pytest.raises(SearchIndexError, match=r"is no index.*mmref index"):
         Searcher(str(own_index))
+
+
+@pytest.fixture(scope="module", params=["ivf", "hnsw"])
+def approximate(request, run, tmp_path_factory) -> Path:
+    """An index that is searched through faiss, only read."""
+    root = tmp_path_factory.mktemp("approximate")
+    write_images(root / "images", range(80))
+    index.create(str(root / "images"), str(run), str(root / "out"), kind=request.param, workers=0)
+    return root / "out"
+
+
+@pytest.mark.parametrize("damage", ["short", "changed", "gone"])
+def test_a_damaged_file_of_faiss_does_not_reach_it(approximate, tmp_path, damage, monkeypatch):
+    """faiss may end the process over it."""
+    out = Path(shutil.copytree(approximate, tmp_path / "out"))
+    assert len(Searcher(str(out))) == 80
+    (file,) = out.glob("vectors-*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(data if damage == "changed" else data[:-9])
+    if damage == "gone":
+        file.unlink()
+    monkeypatch.setattr(vectors.faiss, "read_index", lambda path: pytest.fail("was read"))
+    with pytest.raises(SearchIndexError, match=r"vectors-000001 .*the index is damaged; make it again"):
+        Searcher(str(out))
+
+
+@pytest.mark.parametrize("held", ["flat", "narrow", "other", "few", "text"])
+def test_a_file_of_faiss_of_another_kind_is_named(approximate, tmp_path, held):
+    """Of an index that does not say what it wrote, as the first ones do not."""
+    out = Path(shutil.copytree(approximate, tmp_path / "out"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    for name in ("bytes", "sha256"):
+        del manifest["vectors"][name]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert len(Searcher(str(out))) == 80
+    kind, dim = manifest["kind"], manifest["dim"]
+    features = np.random.default_rng(0).normal(size=(80, dim)).astype("float32")
+    (file,) = out.glob("vectors-*")
+    if held == "text":
+        file.write_bytes(b"no index of faiss")
+    elif held == "flat":
+        vectors.faiss.write_index(vectors.faiss.IndexFlatIP(dim), str(file))
+    else:
+        other = {"ivf": "hnsw", "hnsw": "ivf"}[kind] if held == "other" else kind
+        features = features[:70] if held == "few" else features[:, : dim // 2] if held == "narrow" else features
+        vectors.Approximate.build(other, [np.ascontiguousarray(features)], np.arange(len(features))).write(file)
+    with pytest.raises(SearchIndexError, match=r"vectors-000001 .*make (it|the index) again"):
+        Searcher(str(out))
 
 
 ODD_NAMES = (

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mmref.parquet import read_parquet
+from mmref.storage.parquet import read_parquet
 
 HELD_S = 4.0  # how long connections are kept that are not used
 ANSWER_S = 90.0

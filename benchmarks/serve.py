@@ -43,11 +43,11 @@ from attacks import TRAP, Target, attack, head, make_trap, server_errors, slow_h
 from output import write_figures
 from PIL import Image
 
-from mmref.parquet import read_parquet
 from mmref.retrieval.index import Manifest
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.limits import raise_file_limit
 from mmref.storage.array_file import ArrayFile
+from mmref.storage.parquet import read_parquet
 
 START_S = 300
 WARM_UP_S = 2.0

@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmref.parquet import open_parquet, parquet_batches, read_parquet
 from mmref.storage.array_file import ArrayFile
 from mmref.storage.disk import told_when_full
+from mmref.storage.parquet import open_parquet, parquet_batches, read_parquet
 
 IN_MEMORY_ROWS = 500_000  # up to about 100 MB
 CACHE = "~/.cache/mmref/indexes"

@@ -22,9 +22,9 @@ import numpy as np
 
 from mmref.data.manifest import read_manifest
 from mmref.errors import ShardSetError
-from mmref.parquet import read_parquet
 from mmref.storage.cache import ShardCache
 from mmref.storage.locations import absolute, file_system, folder_name, is_url, join, read_bytes, size_of
+from mmref.storage.parquet import read_parquet
 from mmref.storage.retries import retry
 
 if TYPE_CHECKING:

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from mmref.data.decode import decoded, resize_rgb
 from mmref.errors import SampleError, StorageError
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
-from mmref.parquet import read_parquet
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.journal import KILLED, Journal, Watch
 from mmref.storage.disk import sync_files
+from mmref.storage.parquet import read_parquet
 
 THUMBNAIL_PX, THUMBNAIL_QUALITY = 256, 80
 SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 32, 512, 200

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmref.errors import SearchIndexError
-from mmref.parquet import read_parquet
 from mmref.retrieval.chunks import Arrays
 from mmref.storage.array_file import ArrayFile, save_array
 from mmref.storage.disk import sync_files
+from mmref.storage.parquet import read_parquet
 
 CODES = ("near", "weights")
 COPIED_ROWS = 65_536  # at a time

@@ -19,6 +19,11 @@ PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirector
 PERMANENT_CODES = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EROFS, errno.ENOTSUP, errno.ENXIO}
 # libraries below fsspec whose errors are not OSErrors
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "httpx", "httpcore")
+# of these what says that nobody has told them who asks: waiting does not
+UNKNOWN = {
+    "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError",
+    "DefaultCredentialsError", "CredentialUnavailableError",
+}  # fmt: skip
 
 log = logging.getLogger("mmref")
 
@@ -27,6 +32,10 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same operation may succeed later."""
     if isinstance(error, OSError):
         return not isinstance(error, PERMANENT) and error.errno not in PERMANENT_CODES
+    return _of_client(error) and type(error).__name__ not in UNKNOWN
+
+
+def _of_client(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in CLIENTS
 
 
@@ -37,13 +46,19 @@ def retry(what: str, action: Callable[[], T]) -> T:
         what: what it does and where, for the message: "write s3://bucket/run/config.yaml".
 
     Raises:
-        StorageError: it still fails after that time. Permanent errors (no such file, no permission) pass as they are.
+        StorageError: it still fails after that time, or has no credentials to ask with. Permanent errors (no such file, no
+            permission) pass as they are.
     """
     began, delay = time.monotonic(), FIRST_DELAY_S
     while True:
         try:
             return action()
         except Exception as error:
+            if _of_client(error) and type(error).__name__ in UNKNOWN:
+                raise StorageError(
+                    f"cannot {what}: {type(error).__name__}: {error}. Give this process the storage's credentials: for s3:// "
+                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+                ) from error
             if not is_transient(error):
                 raise
             if time.monotonic() - began + delay > PATIENCE_S:

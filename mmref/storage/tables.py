@@ -257,7 +257,7 @@ def _json_row(place: str, number: int, line: str, first: bool) -> Row:
 def _parquet(place: str) -> Table:
     import pyarrow as pa
 
-    from mmref.parquet import open_parquet, parquet_batches
+    from mmref.storage.parquet import open_parquet, parquet_batches
 
     damaged = (pa.ArrowException, OSError, ValueError)
     try:

@@ -20,9 +20,9 @@ from mmref.data.plan import MixedPlan, Plan, build_plan
 from mmref.data.reader import Batch
 from mmref.data.shard_set import train_index
 from mmref.errors import LedgerError
-from mmref.parquet import read_parquet
 from mmref.run.checkpoints import latest_checkpoint
 from mmref.run.directory import RunDir
+from mmref.storage.parquet import read_parquet
 from mmref.train import collectives
 
 FOLDER, ENDING = "ledger", ".parquet"

@@ -14,7 +14,7 @@ from mmref.retrieval import images, index
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.searcher import Searcher
 from mmref.shards.build import BuildOptions, build_shards, make_source
-from mmref.storage.retries import retries as storage
+from mmref.storage import retries
 
 
 def ids(path: Path) -> list[str]:
@@ -94,7 +94,7 @@ def test_ids_of_a_shard_set_of_such_a_table(folder, tmp_path):
 def test_a_host_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """That it "holds no image" would be wrong."""
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(retries, "PATIENCE_S", 0.01)
     with socket.socket() as sock:  # bound and not listening: nobody else can take the port
         sock.bind(("127.0.0.1", 0))
         with pytest.raises(StorageError, match="Cannot connect to host"):

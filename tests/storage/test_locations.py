@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmref.errors import FileSystemMissingError, StorageError
+from mmref.storage import retries
 from mmref.storage.locations import absolute, file_system, folder_name, from_text, join, read_bytes, size_of, to_text
-from mmref.storage.retries import retries
 
 
 def test_places_mean_the_same_in_another_directory(tmp_path, monkeypatch):
@@ -75,7 +75,7 @@ def test_libraries_below_urls_with_errors_of_their_own_are_waited_for(library, m
 def test_a_host_that_does_not_answer_is_named(monkeypatch):
     """fsspec calls everything that fails behind an http URL a file that is not there."""
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(retries, "PATIENCE_S", 0.01)
     with socket.socket() as sock:  # bound and not listening: nobody else can take the port
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -91,7 +91,7 @@ def test_storage_that_does_not_know_who_asks_is_not_waited_for(named, monkeypatc
     wanted = {"PartialCredentialsError": {"provider": "env", "cred_var": "x"}, "ProfileNotFound": {"profile": "x"}}
     error = getattr(pytest.importorskip("botocore.exceptions"), named)(**wanted.get(named, {}))
     memory = file_system("memory://bucket")[0]
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("waited"))
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: pytest.fail("waited"))
     monkeypatch.setattr(type(memory), "info", Mock(side_effect=error))
     with pytest.raises(StorageError, match=rf"cannot look at memory://bucket/x: {named}: .*AWS_ACCESS_KEY_ID"):
         size_of("memory://bucket/x")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmref.parquet import open_parquet, parquet_batches, read_parquet
+from mmref.storage.parquet import open_parquet, parquet_batches, read_parquet
 
 ROOT = Path(__file__).parents[1]
 ONLY_HERE = ROOT / "mmref" / "parquet.py"
@@ -72,13 +72,13 @@ def test_there_is_one_reader() -> None:
     modules = [m for folder in folders for m in (ROOT / folder).rglob("*.py")]
     assert ONLY_HERE in modules
     others = {str(m.relative_to(ROOT)): found for m in modules if m != ONLY_HERE and (found := uses(m.read_text()))}
-    assert not others, "read with mmref.parquet: threads of pyarrow abort a process that ends right after"
+    assert not others, "read with mmref.storage.parquet: threads of pyarrow abort a process that ends right after"
 
 
 def test_no_thread_of_a_pool_reads(file: Path) -> None:
     """A fresh process: here other tests have started pools already."""
     script = (
-        "import sys, os\nfrom mmref.parquet import open_parquet, parquet_batches, read_parquet\n"
+        "import sys, os\nfrom mmref.storage.parquet import open_parquet, parquet_batches, read_parquet\n"
         "before = len(os.listdir('/proc/self/task'))\n"
         "read_parquet(sys.argv[1])\nlist(parquet_batches(open_parquet(sys.argv[1]), ['a']))\n"
         "print(len(os.listdir('/proc/self/task')) - before)"

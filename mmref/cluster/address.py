@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+from mmref.cluster import ray_private
 from mmref.errors import ClusterStartError
 
 VARIABLE = "RAY_ADDRESS"
@@ -15,8 +16,6 @@ HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
 CONNECT_S = 5.0  # for one connection to the address
 ANSWER_S = 20.0  # for an answer of Ray itself; on an idle machine half a second
 ALONE = f"or `unset {VARIABLE}` to use this machine alone"
-# in a process of its own: Ray tries on for longer than anybody waits, and cannot be told to stop
-ASK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
 
 
 def cluster_address() -> str | None:
@@ -53,7 +52,10 @@ def check_answers(address: str) -> None:
     except OSError as error:
         raise _silent(address, f"{error}") from None
     try:
-        asked = subprocess.run([sys.executable, "-c", ASK, address], capture_output=True, timeout=ANSWER_S)
+        # in a process of its own: Ray tries on for longer than anybody waits, and cannot be told to stop
+        asked = subprocess.run(
+            [sys.executable, "-c", ray_private.PROBE, address], capture_output=True, timeout=ANSWER_S
+        )
     except subprocess.TimeoutExpired:
         raise _silent(
             address, f"something listens, and is no cluster's head or does not answer within {ANSWER_S:.0f} s"
@@ -71,10 +73,8 @@ def _silent(address: str, why: str) -> ClusterStartError:
 
 
 def _running() -> str:
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-
     try:
-        return canonicalize_bootstrap_address_or_die("auto")
+        return ray_private.running_cluster()
     except (ConnectionError, ValueError):
         raise ClusterStartError(
             f"{VARIABLE}=auto, and no Ray cluster runs on this machine: start one with `ray start --head`, {ALONE}."

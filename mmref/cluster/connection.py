@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmref.cluster import ray_private
 from mmref.cluster.address import check_answers, cluster_address
 from mmref.cluster.resources import FILES_NEEDED, offered_cpus, raise_file_limit
 from mmref.cluster.seclusion import private_folder, secluded
@@ -198,12 +199,13 @@ def _start_local(cpus: int, storage_gb: float) -> None:
     Raises ClusterStartError.
     """
     import ray
-    from ray._private.utils import get_system_memory
 
     need_files()
     folder = local_folder()
     shm = Path("/dev/shm")
-    store = object_store_bytes(storage_gb, get_system_memory(), shutil.disk_usage(shm).free if shm.exists() else None)
+    store = object_store_bytes(
+        storage_gb, ray_private.system_memory(), shutil.disk_usage(shm).free if shm.exists() else None
+    )
     with (
         _named_failure(f"Ray does not start on this machine (its logs: {folder}/session_latest/logs)"),
         in_time("Ray to start"),
@@ -236,11 +238,10 @@ def named_address() -> Iterator[None]:
     people's runs on one workstation, it may ask the other one, take the controller for dead, and take the workers away.
     """
     import ray
-    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
     before = os.environ.get("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    ray_private.propagate("RAY_ADDRESS")
     try:
         yield
     finally:

@@ -8,6 +8,8 @@ the cluster's key-value store, and whoever takes the place cancels the reservati
 
 from __future__ import annotations
 
+from mmref.cluster.ray_private import get_note, list_notes, put_note, remove_note
+
 COORDINATOR = "AutoscalingCoordinator"  # Ray's: actor and namespace
 
 
@@ -16,23 +18,19 @@ def take_place(run_dir: str, place: str, requester: str, also: tuple[str, ...] =
 
     `also`: places that nobody holds any more, whose reservations go too.
     """
-    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
-
     for name in (place, *also):
-        before = _internal_kv_get(_key(run_dir, name))
-        if before and before.decode() != requester:
-            _cancel(before.decode())
+        before = get_note(_key(run_dir, name))
+        if before and before != requester:
+            _cancel(before)
     for name in also:
-        _internal_kv_del(_key(run_dir, name))
-    _internal_kv_put(_key(run_dir, place), requester)
+        remove_note(_key(run_dir, name))
+    put_note(_key(run_dir, place), requester)
 
 
 def take_reader_place(run_dir: str, rank: int, world: int, requester: str) -> None:
     """As `take_place` for the readers of a rank; ranks of a larger group that was lost are shared out over the ranks."""
-    from ray.experimental.internal_kv import _internal_kv_list
-
     prefix = _key(run_dir, "reader-")
-    known = [int(key.decode().removeprefix(prefix)) for key in _internal_kv_list(prefix)]
+    known = [int(key.removeprefix(prefix)) for key in list_notes(prefix)]
     gone = tuple(f"reader-{r}" for r in known if r >= world and r % world == rank)
     take_place(run_dir, f"reader-{rank}", requester, gone)
 

@@ -10,6 +10,7 @@ import resource
 import sys
 from pathlib import Path
 
+from mmref.cluster import ray_private
 from mmref.cluster.address import cluster_address
 from mmref.config import Config
 from mmref.errors import ClusterTooSmallError
@@ -20,10 +21,9 @@ FILES, FILES_NEEDED = 65_536, 128  # open at once: as Ray's makers advise; with 
 
 def cores() -> int:
     """CPU cores this process may use: those of its container, where a quota limits it, or those it is bound to."""
-    from ray._private.utils import get_num_cpus
-
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else get_num_cpus()  # Linux alone has it
-    return max(1, min(int(bound), int(get_num_cpus(override_docker_cpu_warning=True))))
+    quota = ray_private.container_cpus()
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else quota  # Linux alone has it
+    return max(1, min(bound, quota))
 
 
 def workers_that_fit(asked: int | None) -> int:

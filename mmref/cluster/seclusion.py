@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmref.cluster import ray_private
+
 # 0: nodes bind to 127.0.0.1, as Ray does by itself on macOS and Windows
 ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
@@ -21,19 +23,16 @@ def secluded() -> Iterator[dict[str, Any]]:
     Ray has no argument for that: `_node_ip_address="127.0.0.1"` is replaced by an address that others reach, except where
     its constant says that no cluster is wanted.
     """
-    from ray._private import ray_constants
-    from ray._raylet import Config  # type: ignore[attr-defined]
-
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         write_token()
-    Config.initialize("")  # or this process keeps the mode that it read when Ray was imported
-    before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(ON_LOOPBACK)
-    ray_constants.ENABLE_RAY_CLUSTER, os.environ[ON_LOOPBACK] = False, "0"  # of this process, of those it starts
+    ray_private.read_settings_anew()  # or this process keeps the mode that it read when Ray was imported
+    before = ray_private.enable_cluster(False), os.environ.get(ON_LOOPBACK)  # of this process, of those it starts
+    os.environ[ON_LOOPBACK] = "0"
     try:
         # metrics would be readable on their port without the token
         yield {"_system_config": {"enable_metrics_collection": False}}
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before[0]
+        ray_private.enable_cluster(before[0])
         if before[1] is None:
             del os.environ[ON_LOOPBACK]
         else:
@@ -70,12 +69,10 @@ def write_token() -> None:
 
 def _have_token(path: Path) -> None:
     """A token in a file of this user alone, the one that is there or a new one. Raises OSError."""
-    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
-
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # of mode 0600
-            file.write(generate_new_authentication_token())
+            file.write(ray_private.new_token())
             file.flush()
             with contextlib.suppress(FileExistsError):  # of another start at the same time: that one counts for both
                 os.link(file.name, path)

@@ -11,8 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-
+from mmref.cluster.ray_private import ExecutionCallback, RangeDatasource
 from mmref.cluster.reservations import take_reader_place
 from mmref.config import Config
 from mmref.data.reader import Batch, TaskReader
@@ -49,7 +48,6 @@ def quiet_ray_data() -> Any:
 def build_dataset(config: Config, rank: int, world: int, start: int):  # type: ignore[no-untyped-def]
     """The ray.data.Dataset of one rank's samples from step `start` to the end of training, in order."""
     import ray.data
-    from ray.data._internal.datasource.range_datasource import RangeDatasource
 
     context = quiet_ray_data()
     context.execution_options.preserve_order = True

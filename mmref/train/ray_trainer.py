@@ -6,17 +6,16 @@ import socket
 from typing import Any
 
 import ray
-from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ReservedResources
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import (
+
+from mmref.cluster.ray_private import (
+    DefaultFailurePolicy,
     ElasticScalingPolicy,
+    FailureDecision,
     NoopDecision,
     ResizeDecision,
-    ScalingDecision,
+    draining_nodes,
 )
-from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
-
 from mmref.config import Config
 from mmref.errors import MMRefError
 from mmref.run.directory import RunDir
@@ -39,7 +38,7 @@ class AllowedCounts(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self._config = config
 
-    def _get_reserved_resources(self) -> ReservedResources | None:
+    def _get_reserved_resources(self) -> dict[str, Any] | None:
         """As the nodes are now: the coordinator's own view may be 20 s old, and hold a node that was lost."""
         try:
             return ray.get(
@@ -49,16 +48,14 @@ class AllowedCounts(ElasticScalingPolicy):
         except ray.exceptions.RayError:
             return None  # on a busy machine; the policy asks again
 
-    def _count_possible_workers(self, reserved_resources: ReservedResources) -> int:
-        draining = ray._private.state.state.get_draining_nodes()
+    def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
+        draining = draining_nodes()
         nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining and _answers(n)]
         alive = {n["NodeID"]: n["Resources"] for n in nodes}
         places = super()._count_possible_workers({n: r for n, r in reserved_resources.items() if n in alive})
         return largest_count(self._config, places, sum(r.get("CPU", 0.0) for r in alive.values()))
 
-    def make_decision_for_running_worker_group(
-        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
-    ) -> ScalingDecision:
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         if isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers:
             request_stop(RunDir(self._config.run_dir), GROW)
@@ -78,7 +75,7 @@ class NamedErrorsEnd(DefaultFailurePolicy):
     """Ray Train's policy, but an error of mmref.errors ends the run at once: workers that start again would only meet it
     again. Storage that fails has been tried for a minute by then."""
 
-    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+    def make_decision(self, training_failed_error: Any) -> Any:
         if isinstance(named_error(training_failed_error), MMRefError):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)

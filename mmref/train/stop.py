@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mmref.cluster.ray_private import get_note, node_is_drained, put_note, remove_note
 from mmref.errors import TrainingStoppedError
 from mmref.run.directory import RunDir
 
@@ -25,22 +26,16 @@ SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 def request_stop(run: RunDir, reason: int) -> None:
     """Ask the workers of a run to checkpoint and leave. Needs a connection to the run's cluster."""
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    _internal_kv_put(_key(run), str(reason))
+    put_note(_key(run), str(reason))
 
 
 def withdraw_request(run: RunDir) -> None:
     """Remove a request that has been answered, or that nobody was there to answer."""
-    from ray.experimental.internal_kv import _internal_kv_del
-
-    _internal_kv_del(_key(run))
+    remove_note(_key(run))
 
 
 def _requested(run: RunDir) -> int:
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    return int(_internal_kv_get(_key(run)) or 0)
+    return int(get_note(_key(run)) or 0)
 
 
 def _key(run: RunDir) -> str:
@@ -64,7 +59,7 @@ class StopNotice:
 
     def agreed(self) -> int:
         """Once a step (collective): the reason to leave after this step, 0 for none. It is known one step after it came."""
-        own = max(self._seen, DRAIN if _node_is_drained() else 0)
+        own = max(self._seen, DRAIN if node_is_drained() else 0)
         if not self._several:
             return own
         before = 0
@@ -84,16 +79,6 @@ class StopNotice:
     def _watch(self, run: RunDir) -> None:
         while not self._closed.wait(POLL_S):
             self._seen = max(self._seen, _requested(run))
-
-
-def _node_is_drained() -> bool:
-    """Whether Ray has told this worker that a node of the run is being taken away.
-
-    `ray.train.get_preemption_info()` says the same, but waits for all ranks at every call.
-    """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
 
 
 class Termination:

@@ -11,6 +11,7 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[a
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from mmref.cluster import ray_private
 from mmref.cluster.connection import SETTINGS, named_address
 from mmref.config import Config, from_dict
 from mmref.errors import StorageError
@@ -101,12 +102,11 @@ def reclaim() -> None:
     Ray leaves that to an actor which asks the dashboard whether the controller lives; without a dashboard, or on a machine
     with several Ray instances, it gets no answer, and the trial that is started again would wait for its own CPUs.
     """
-    state = ray._private.state.state
     job = ray.get_runtime_context().get_job_id()
-    for data in state._connect_and_get_accessor().get_placement_group_table():
+    for data in ray_private.placement_groups():
         group = PlacementGroupTableData.FromString(data)
         creator = ray.ActorID(group.creator_actor_id)
         if group.state == PlacementGroupTableData.REMOVED or group.creator_job_id.hex() != job or creator.is_nil():
             continue
-        if state.actor_table(creator.hex()).get("State") == "DEAD":
+        if ray_private.actor_is_dead(creator.hex()):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import replace
 from typing import Any, Protocol
 
+from mmref.cluster import ray_private
 from mmref.cluster.connection import in_time
 from mmref.cluster.resources import cores
 from mmref.retrieval.service.answering import Ask, Engine, Prepared, Reply
@@ -263,10 +264,9 @@ def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
 def remove_left_behind() -> None:
     """Delete the applications of services that are gone without having stopped them, as after a kill: a cluster that stays
     would keep their replicas for ever."""
-    import ray
     from ray import serve
 
-    alive = {job["JobID"] for job in ray._private.state.jobs() if not job["IsDead"]}
+    alive = ray_private.living_jobs()
     for called in serve.status().applications:
         found = re.fullmatch(r"mmref-([0-9a-f]{8})-.*", called, re.DOTALL)
         if found and found[1] not in alive:

@@ -13,11 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from scenarios import Outcome, run_all
-from tiny_set import build_tiny_set
+from support.scenarios import Outcome, run_all
+from support.tiny_set import build_tiny_set
 
 ROW = "{:<36} {:>13} {:>6} {:>9}  {:<6}  {}"
 

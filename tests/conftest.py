@@ -12,7 +12,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks a hub is a mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent / "support"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 
@@ -22,7 +22,7 @@ from mmref.config import Config
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shard set that tests only read: 14 train objects of one to five 16 px images, 4 val and 4 test objects."""
-    from tiny_set import build_tiny_set
+    from support.tiny_set import build_tiny_set
 
     return build_tiny_set(tmp_path_factory.mktemp("tiny") / "set")
 
@@ -36,7 +36,7 @@ def own_set(tiny_set: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def make_config(tiny_set: Path) -> Callable[..., Config]:
     """Config of a tiny model on the tiny set; overrides as dotted names: make_config({"loss.w_rec": 0.3})."""
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     def make(overrides: dict[str, Any] | None = None, root: Path = tiny_set) -> Config:
         return tiny_config(root, overrides or {})
@@ -47,7 +47,7 @@ def make_config(tiny_set: Path) -> Callable[..., Config]:
 @pytest.fixture(scope="session")
 def s3_bucket() -> Iterator[str]:
     """s3:// URL of a bucket on a server of this test session; take a prefix of your own inside."""
-    from s3 import s3_server
+    from support.s3 import s3_server
 
     with s3_server() as url:
         yield url
@@ -56,7 +56,7 @@ def s3_bucket() -> Iterator[str]:
 @pytest.fixture
 def foreign_towers(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Overrides of a config whose towers lie in packages outside the project, frozen, with an adapter on each."""
-    from towers import FROZEN, install
+    from support.towers import FROZEN, install
 
     folder = tmp_path / "site"
     folder.mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import write_config
+from support.jobs import write_config
 from mmref.cli import main
 from mmref.config import Config
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 from PIL import Image
-from tiny_run import make_run
+from support.tiny_run import make_run
 
 import mmref
 from mmref.config import packages

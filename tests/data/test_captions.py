@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_set import replace_json
+from support.tiny_set import replace_json
 
 from mmref.data.captions import CaptionNoise, usable_captions
 from mmref.data.reader import StepReader, concatenate

@@ -10,8 +10,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from s3 import s3_server
-from tiny_set import SPLITS, TinySource, build_tiny_set
+from support.s3 import s3_server
+from support.tiny_set import SPLITS, TinySource, build_tiny_set
 
 from mmref.config import Config
 from mmref.data import columns

@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from tiny_set import damage_image, replace_json
+from support.tiny_set import damage_image, replace_json
 
 from mmref.data.decode import decode_image
 from mmref.data.reader import StepReader, TaskReader, concatenate

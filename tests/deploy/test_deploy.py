@@ -16,7 +16,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from kuberay_schema import SCHEMAS
+from support.kuberay_schema import SCHEMAS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 

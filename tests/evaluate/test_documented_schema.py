@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import make_run
+from support.tiny_run import make_run
 
 from mmref.config import Config
 from mmref.data.shard_set import ShardSet

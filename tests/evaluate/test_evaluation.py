@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_run import make_run
-from tiny_set import TinySource, build_tiny_set, tiny_config
+from support.tiny_run import make_run
+from support.tiny_set import TinySource, build_tiny_set, tiny_config
 
 from mmref.data.shard_set import ShardSet
 from mmref.errors import StorageError

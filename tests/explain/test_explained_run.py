@@ -9,8 +9,8 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_run import make_run
-from tiny_set import TinySource, build_tiny_set
+from support.tiny_run import make_run
+from support.tiny_set import TinySource, build_tiny_set
 
 import mmref
 from mmref.cli import main
@@ -31,7 +31,7 @@ QUERY = "grey square 19"  # a caption of the test split
 @pytest.fixture(scope="module")
 def run_dir(tiny_set, tmp_path_factory):
     """A run with a reconstruction head and a sparse refinement."""
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     path = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:

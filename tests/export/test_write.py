@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny_run import UNSEEN, make_run
-from tiny_set import BERT, VIT
+from support.tiny_run import UNSEEN, make_run
+from support.tiny_set import BERT, VIT
 from transformers import AutoModel, AutoTokenizer
 
 import mmref

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import ROOT, Job
+from support.jobs import ROOT, Job
 from mmref.shards.command import add_parser
 
 CLIP = {

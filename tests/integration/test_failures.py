@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from scenarios import SCENARIOS, Chaos, Outcome, chaos_on
+from support.scenarios import SCENARIOS, Chaos, Outcome, chaos_on
 
 # several starts of a training each; a busy machine takes minutes for one. tests/integration/test_jobs.py has the commonest faults
 # on one node in the fast suite

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import Job, losses, records, wait_for, write_config
+from support.jobs import Job, losses, records, wait_for, write_config
 from mmref.config import Config
 from mmref.run.directory import RunDir
 from mmref.train.ledger import audit_run, read_ledger
@@ -21,7 +21,7 @@ KEYS = {"step", "loss", "loss_align", "loss_fuse", "loss_rec", "loss_guide", "im
 
 @pytest.fixture(scope="module")
 def config_file(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     overrides = {
         "train.workers": 2, "train.max_steps": STEPS, "train.log_every": 1, "train.eval_every": EVERY,
@@ -90,7 +90,7 @@ def test_evaluate_job_repeats_the_metrics(undisturbed: Path, tiny_set: Path, tmp
 
 def test_references_of_one_set_refine_another(undisturbed: Path, tmp_path: Path) -> None:
     """Features, and what refines them, written out: the other set's captions and images, the run's references."""
-    from tiny_set import TinySource, build_tiny_set
+    from support.tiny_set import TinySource, build_tiny_set
 
     from mmref.data.shard_set import ShardSet
     from mmref.evaluate.evaluation import open_run
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_file: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_a_named_error_of_a_reader_ends_the_run_by_its_name(own_set: Path, tmp_path: Path) -> None:
     """It comes through Ray Data, from another process than the worker's, and the workers are not started again for it."""
-    from tiny_set import damage_image, tiny_config
+    from support.tiny_set import damage_image, tiny_config
 
     from mmref.data.shard_set import ShardSet
 
@@ -216,7 +216,7 @@ def test_a_named_error_of_a_reader_ends_the_run_by_its_name(own_set: Path, tmp_p
 
 @pytest.mark.parametrize("allowed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_broken_images(own_set: Path, tmp_path: Path, allowed: bool) -> None:
-    from tiny_set import damage_image, tiny_config
+    from support.tiny_set import damage_image, tiny_config
 
     for image in (0, 4, 9):  # the first object has no other
         damage_image(own_set, image)

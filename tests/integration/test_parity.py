@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import STEPS, run, tiny, wide
+from support.parity import STEPS, run, tiny, wide
 
 CLOSE = 1e-5
 # one of each kind in the fast suite; every combination in the slow one

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import Job, losses, write_config
+from support.jobs import Job, losses, write_config
 from mmref.cli import main
 from mmref.cluster.connection import connect
 from mmref.data.sample_reader import SampleReader
@@ -32,8 +32,8 @@ def held(run: Path) -> dict[str, torch.Tensor]:
 def test_added_objects_have_the_mean_of_their_features_and_are_anchors_in_evaluation(
     make_config, tmp_path, monkeypatch, capsys
 ):
-    from tiny_run import UNSEEN, make_run
-    from tiny_set import TinySource, build_tiny_set
+    from support.tiny_run import UNSEEN, make_run
+    from support.tiny_set import TinySource, build_tiny_set
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     run, more = tmp_path / "run", build_tiny_set(tmp_path / "more", TinySource("more", first=100))
@@ -69,7 +69,7 @@ def test_added_objects_have_the_mean_of_their_features_and_are_anchors_in_evalua
 @pytest.mark.slow
 def test_training_goes_on_with_old_and_new_objects(tiny_set, tmp_path):
     """A set without some of the old objects and with new ones: the others start from where the first run left them."""
-    from tiny_set import TinySource, build_tiny_set, tiny_config
+    from support.tiny_set import TinySource, build_tiny_set, tiny_config
 
     overrides = {"train.max_steps": 6, "train.log_every": 1, "train.storage_gb": 0.2, "eval.bootstrap": 20}
     shifted = build_tiny_set(tmp_path / "shifted", TinySource("shifted", first=5))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mmref
-from jobs import Job, wait_for, write_config
+from support.jobs import Job, wait_for, write_config
 from mmref.run.checkpoints import latest_checkpoint
 from mmref.run.directory import RunDir, read_jsonl
 from mmref.train.ledger import audit_run
@@ -18,7 +18,7 @@ STEPS, EVERY = 60, 15
 
 @pytest.mark.slow
 def test_a_run_lives_on_s3(s3_bucket: str, tiny_set: Path, tmp_path: Path) -> None:
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     url = f"{s3_bucket}/team/run"
     run = RunDir(url)

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs import Job, titled, wait_for
+from support.jobs import Job, titled, wait_for
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
 
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture
 def own_index(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Index of the tiny set's test split by a model of random weights."""
-    from tiny_run import make_run
-    from tiny_set import tiny_config
+    from support.tiny_run import make_run
+    from support.tiny_set import tiny_config
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     make_run(tiny_config(tiny_set, {}), str(tmp_path / "run"), {})
@@ -216,7 +216,7 @@ def test_a_request_that_kills_its_replica_costs_two_and_nobody_else(own_index, m
 @pytest.mark.slow
 def test_services_of_one_cluster_are_apart_and_the_next_removes_what_a_killed_one_left(own_index, start):
     import ray
-    from nodes import Nodes
+    from support.nodes import Nodes
     from ray import serve
 
     def applications() -> set[str]:

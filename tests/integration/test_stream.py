@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stream_ranks import Killer, ledger, planned, streamed
+from support.stream_ranks import Killer, ledger, planned, streamed
 
 from mmref.cluster.connection import SETTINGS, START_ATTEMPTS, connect
 from mmref.config import Config
@@ -47,7 +47,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from ray.cluster_utils import Cluster
 
     folder = tmp_path_factory.mktemp("readers")
-    support = str(Path(__file__).parents[1] / "support")
+    support = str(Path(__file__).parents[1])
     path = os.pathsep.join([support, *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {**SETTINGS, "PYTHONPATH": path, "MMREF_TEST_READERS": str(folder)}
     with pytest.MonkeyPatch.context() as patch:

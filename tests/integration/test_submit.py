@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import ROOT, write_config
+from support.jobs import ROOT, write_config
 from mmref.config import load_config
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -64,7 +64,7 @@ def submitted(cluster: str, *argv: str) -> str:
 
 @pytest.mark.slow
 def test_submitted_job_trains_and_reports(cluster: str, tiny_set: Path, tmp_path: Path) -> None:
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     overrides = {"train.max_steps": 8, "train.eval_every": 4, "eval.bootstrap": 100, "eval.examples": 2}
     config = str(write_config(tiny_config(tiny_set, overrides), tmp_path))
@@ -76,7 +76,7 @@ def test_submitted_job_trains_and_reports(cluster: str, tiny_set: Path, tmp_path
 
 @pytest.mark.slow
 def test_submitted_sweep_fills_the_cluster_and_leaves_its_best(cluster: str, tiny_set: Path, tmp_path: Path) -> None:
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     config = write_config(tiny_config(tiny_set, {"train.max_steps": 8, "train.eval_every": 4}), tmp_path)
     (tmp_path / "space.yaml").write_text("loss.w_guide: {type: uniform, low: 0.0, high: 1.0}\n")

@@ -10,7 +10,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import ROOT, Job, wait_for, write_config
+from support.jobs import ROOT, Job, wait_for, write_config
 
 DRIVER = str(ROOT / "tests" / "support" / "sweep_driver.py")
 SPACE = "loss.w_guide: {type: uniform, low: 0.0, high: 1.0}\nrefinement.weight: {type: choice, values: [0.1]}\n"
@@ -19,7 +19,7 @@ TRIALS = 6
 
 @pytest.fixture
 def argv(tiny_set: Path, tmp_path: Path) -> list[str]:
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     (tmp_path / "space.yaml").write_text(SPACE)
     config = write_config(tiny_config(tiny_set, {"train.storage_gb": 0.2}), tmp_path)

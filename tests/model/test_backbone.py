@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_set import BERT, CONVNEXT, VIT
+from support.tiny_set import BERT, CONVNEXT, VIT
 from transformers import AutoConfig, AutoModel
 
 from mmref.config import ModelConfig

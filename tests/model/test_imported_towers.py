@@ -7,8 +7,8 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from tiny_run import make_run
-from tiny_set import BERT, VIT
+from support.tiny_run import make_run
+from support.tiny_set import BERT, VIT
 
 import mmref
 from mmref.config import ModelConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_set import BERT
+from support.tiny_set import BERT
 
 from mmref.config import Config
 from mmref.errors import ModelError

@@ -15,7 +15,7 @@ from mmref.model.readout import read_captions, telling_words
 @pytest.fixture(scope="module")
 def trained(request, tiny_set):
     """A model that has learned to say which of two references stands behind a caption, its tokens, and the two."""
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     overrides = {"loss.w_rec": 1.0, "reference.per_object": 2, "model.text_config.hidden_size": 16}
     config = tiny_config(tiny_set, overrides)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_set import BERT, CONVNEXT, VIT
+from support.tiny_set import BERT, CONVNEXT, VIT
 from transformers import AutoConfig, AutoModel
 
 from mmref.config import ModelConfig

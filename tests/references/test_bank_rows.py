@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from plain_training import PlainTraining
+from support.plain_training import PlainTraining
 from safetensors.torch import load_file
-from tiny_run import UNSEEN, make_run
+from support.tiny_run import UNSEEN, make_run
 
 from mmref.cli import main
 from mmref.data.shard_set import ShardSet

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from images import write_images
+from support.images import write_images
 
 from mmref.retrieval import index
 
@@ -14,8 +14,8 @@ from mmref.retrieval import index
 @pytest.fixture(scope="session")
 def run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a sparse refinement of every candidate."""
-    from tiny_run import make_run
-    from tiny_set import tiny_config
+    from support.tiny_run import make_run
+    from support.tiny_set import tiny_config
 
     path = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from images import write_images
+from support.images import write_images
 from PIL import Image
 
 from mmref.errors import SearchIndexError
@@ -156,7 +156,7 @@ def test_indexes_made_before_there_were_stamps_open_and_grow(places):
 
 
 def test_a_shard_set_built_anew_is_held_as_it_is_now(run, tiny_set, tmp_path):
-    from tiny_set import TinySource, build_tiny_set
+    from support.tiny_set import TinySource, build_tiny_set
 
     class Other(TinySource):
         def load(self, ref: int) -> bytes:

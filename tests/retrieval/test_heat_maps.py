@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_set import CONVNEXT, VIT
+from support.tiny_set import CONVNEXT, VIT
 
 from mmref.errors import QueryError
 from mmref.retrieval import index
@@ -14,7 +14,7 @@ from mmref.retrieval.searcher import Searcher
 
 @pytest.fixture(params=["vit", "convnext"])
 def searcher(request, make_config, tiny_set, tmp_path, monkeypatch):
-    from tiny_run import make_run
+    from support.tiny_run import make_run
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     towers = {"vit": VIT, "convnext": CONVNEXT}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disks import files_below
-from images import write_images
+from support.disks import files_below
+from support.images import write_images
 from PIL import Image
 
 from mmref.errors import ModelError, ModelMismatchError, SearchIndexError, StorageError
@@ -226,7 +226,7 @@ def test_a_source_of_broken_images_is_listed(own_index, tmp_path):
 
 
 def test_an_index_keeps_to_its_model(own_index, make_config, run, folder, tmp_path, monkeypatch):
-    from tiny_run import make_run
+    from support.tiny_run import make_run
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     make_run(make_config({"train.seed": 5}), str(tmp_path / "other"), {})

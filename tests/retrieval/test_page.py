@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from browser import Page, browser, find_chromium
+from support.browser import Page, browser, find_chromium
 from PIL import Image
 
 from mmref.retrieval.searcher import Searcher

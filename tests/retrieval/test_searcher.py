@@ -37,7 +37,7 @@ def evaluation_of(searcher: Searcher, root: Path, split: str) -> Evaluation:
 
 @pytest.mark.parametrize("kind", ["sparse", "dense", "expansion"])
 def test_a_search_ranks_as_the_evaluation_does(kind, make_config, tiny_set, tmp_path, monkeypatch):
-    from tiny_run import make_run
+    from support.tiny_run import make_run
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     make_run(make_config(), str(tmp_path / "run"), {"kind": kind, "top_p": 5})

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from services import LIMITS, TOKEN, client_of, listening, png
+from support.services import LIMITS, TOKEN, client_of, listening, png
 from starlette.testclient import TestClient
 
 from mmref.data.decode import decode_rgb

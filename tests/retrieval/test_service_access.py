@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from services import TOKEN, client_of
+from support.services import TOKEN, client_of
 
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.access import Access, network

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prometheus_client.utils import floatToGoString
-from services import LIMITS, PATIENCE_S, begun, client_of, everything, listening, png
+from support.services import LIMITS, PATIENCE_S, begun, client_of, everything, listening, png
 
 from mmref.data import budget
 from mmref.data.decode import decode_rgb
@@ -326,7 +326,7 @@ uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", ws="none", log_lev
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
-            from services import Listening
+            from support.services import Listening
 
             assert process.stdout is not None
             service = Listening(("127.0.0.1", int(process.stdout.readline())))

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from services import LIMITS, client_of, png
+from support.services import LIMITS, client_of, png
 from starlette.testclient import TestClient
 
 from mmref.retrieval.searcher import Searcher

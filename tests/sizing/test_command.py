@@ -170,8 +170,8 @@ def test_a_wrong_flag_is_the_error_of_training(capsys):
 @pytest.mark.parametrize(("world", "stage", "accumulation"), [(1, 0, 1), (2, 1, 1), (2, 2, 2), (2, 3, 1)])
 def test_the_memory_is_what_deepspeed_takes(tmp_path, tiny_set, world, stage, accumulation):
     """Peak of all tensors in two steps of a rank, against the sum of the parts."""
-    from device_memory import run
-    from parity import tiny
+    from support.device_memory import run
+    from support.parity import tiny
 
     scale = {"train__workers": world, "train__zero_stage": stage, "train__accumulation": accumulation}
     values = tiny(tiny_set, **scale, loss__w_rec=0.0)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from disks import files_below
+from support.disks import files_below
 from safetensors.torch import save_file
 
 from mmref.errors import ModelError, StorageError

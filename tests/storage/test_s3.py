@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pyarrow import fs as pafs
-from tiny_run import make_run
+from support.tiny_run import make_run
 
 import mmref
 from mmref.config import ReferenceConfig

@@ -11,7 +11,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from jobs import titled
+from support.jobs import titled
 from mmref.cluster.connection import SETTINGS
 
 STORE_BYTES = 100 * 1024**2

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from plain_training import ACCUMULATED, VARIANTS, train
-from tiny_set import tiny_config
+from support.plain_training import ACCUMULATED, VARIANTS, train
+from support.tiny_set import tiny_config
 
 from mmref.config import ReferenceConfig
 from mmref.train import collectives

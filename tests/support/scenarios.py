@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from nodes import Nodes
-from tiny_set import damage_image, tiny_config
+from support.nodes import Nodes
+from support.tiny_set import damage_image, tiny_config
 
-from jobs import Job, losses, records, wait_for, write_config
+from support.jobs import Job, losses, records, wait_for, write_config
 from mmref.run.directory import RunDir
 from mmref.train.ledger import audit_run, read_ledger
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_set import BERT
+from support.tiny_set import BERT
 from transformers import AutoConfig, AutoModel
 
 CODE = """

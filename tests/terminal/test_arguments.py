@@ -85,7 +85,7 @@ def test_every_option_that_takes_a_place_expands_it(monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", caught)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", caught)
     for argv in ("index", "index add", "index remove", "index info", "search", "judge", "judge export", "serve", "sizing",
-                 "tune", "ablate", "shards"):  # fmt: skip
+                 "tune", "ablate", "shards", "evaluate", "explain", "references", "export", "ledger"):  # fmt: skip
         with pytest.raises(SystemExit):
             cli._dispatch(argv.split())
     places = {"FILE", "DIR", "RUN", "SHARDS", "INDEX", "PNG", "RUN|EXPORT", "IMAGES"}

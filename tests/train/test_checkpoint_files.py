@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_training import PlainTraining
+from support.plain_training import PlainTraining
 from safetensors.torch import load_file
 
 from mmref.errors import CheckpointError

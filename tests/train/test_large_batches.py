@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from plain_training import PlainTraining, train, train_adam
-from tiny_set import BERT, CONVNEXT, VIT
+from support.plain_training import PlainTraining, train, train_adam
+from support.tiny_set import BERT, CONVNEXT, VIT
 
 from mmref.errors import ConfigError, ModelError
 from mmref.sizing.live_bytes import LiveBytes

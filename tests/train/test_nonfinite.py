@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lone_workers import SCENARIOS, outcomes
+from support.lone_workers import SCENARIOS, outcomes
 
 from mmref.data.shard_set import ShardSet
 from mmref.run.checkpoints import list_checkpoints

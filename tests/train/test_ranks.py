@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_training import ACCUMULATED, VARIANTS
+from support.plain_training import ACCUMULATED, VARIANTS
 
 SUPPORT = Path(__file__).parents[1] / "support"
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 if __name__ == "__main__":  # pytest's conftest does this otherwise
-    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from plain_training import VARIANTS, PlainTraining, train, train_adam
-from tiny_set import BERT, VIT, damage_image, tiny_config
+from support.plain_training import VARIANTS, PlainTraining, train, train_adam
+from support.tiny_set import BERT, VIT, damage_image, tiny_config
 
 from mmref.losses import agreement, agreement_weights, infonce, reference_loss, sdm, soft_targets
 from mmref.losses.objective import LOSSES, ramp

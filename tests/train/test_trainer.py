@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_set import tiny_config
+from support.tiny_set import tiny_config
 
 from mmref.errors import RunDirectoryError
 from mmref.run.directory import RunDir

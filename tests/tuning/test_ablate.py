@@ -26,7 +26,7 @@ ROWS = Rows((Row("plain", {"loss.w_guide": 0.0}), Row("full"), Row("full, refine
 
 @pytest.fixture
 def base(tiny_set: Path, tmp_path: Path) -> Config:
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     config = tiny_config(tiny_set, {})
     config.run_dir = str(tmp_path / "out")

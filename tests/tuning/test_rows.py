@@ -23,7 +23,7 @@ rows:
 
 @pytest.fixture
 def base(tiny_set: Path) -> Config:
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     return tiny_config(tiny_set, {})
 

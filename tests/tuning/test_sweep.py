@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tiny_set import TinySource, build_tiny_set
+from support.tiny_set import TinySource, build_tiny_set
 
 from mmref.cluster.connection import connect
 from mmref.config import Config, dump_yaml, load_config, to_dict

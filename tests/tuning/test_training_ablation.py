@@ -20,7 +20,7 @@ ROWS = Rows((Row("plain", PLAIN), Row("diverges", {**PLAIN, "train.lr": 1e30}), 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rows_are_trained_at_once_and_the_same_command_goes_on(tiny_set: Path, tmp_path: Path) -> None:
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     overrides = {"train.max_steps": 12, "train.log_every": 3, "train.eval_every": 6, "train.storage_gb": 0.2,
                  "train.clip_norm": 0.0, "eval.bootstrap": 50, "eval.examples": 1}  # fmt: skip

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from jobs import titled
+from support.jobs import titled
 from mmref.cluster.connection import connect
 from mmref.config import load_config, read_yaml
 from mmref.run.checkpoints import best_checkpoint, latest_checkpoint
@@ -143,7 +143,7 @@ def check_best_starts(path: Path, leader: dict[str, Any]) -> None:
 def test_the_answer_on_test_and_a_longer_sweep_that_ends_with_another_best(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     monkeypatch.setattr(sweep_module, "best_of", lambda trials: trials[-1])
     (tmp_path / "space.yaml").write_text(
@@ -195,7 +195,7 @@ class Killer(threading.Thread):
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("lost", ["worker", "trial"])
 def test_a_trial_goes_on_without_a_process_it_had(lost: str, tiny_set: Path, tmp_path: Path) -> None:
-    from tiny_set import tiny_config
+    from support.tiny_set import tiny_config
 
     (tmp_path / "space.yaml").write_text("loss.w_guide: {type: uniform, low: 0.0, high: 1.0}\n")
     overrides = {

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo serve test test-slow lint format sweep chaos clean
+.PHONY: help setup demo serve test test-slow lint format docs sweep chaos clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -45,6 +45,14 @@ lint: setup  ## ruff and mypy
 
 format: setup  ## let ruff lay out the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: $(VENV)/.docs  ## the documentation as a site in build/site; a broken link or anchor is an error
+	$(BIN)/python docs/stage.py build/docs
+	$(BIN)/zensical build --strict
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install --quiet -e ".[docs]"
+	touch $@
 
 sweep: setup  ## a small sweep on the bundled data (or the rest of one), its best config against the default on test, into runs/sweep/
 	if [ -e runs/sweep/trials.jsonl ]; then $(BIN)/python tune/sweep.py --resume runs/sweep; else \

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from support.jobs import write_config
+
 from mmref.cli import main
 from mmref.config import Config
 

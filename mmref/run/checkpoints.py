@@ -54,21 +54,42 @@ class CheckpointInfo:
 
 def list_checkpoints(run: RunDir) -> list[CheckpointInfo]:
     """Complete checkpoints of a run by step; half-written ones are passed over."""
+    return [info for info, problems in inspect_checkpoints(run) if not problems]
+
+
+def inspect_checkpoints(run: RunDir) -> list[tuple[CheckpointInfo, list[str]]]:
+    """Checkpoints of a run by step, each with what is wrong with its files by their sizes; `fetched` reads them too.
+
+    A folder without meta.json was never finished, and is left out.
+    """
     found = []
     for name in run.list(FOLDER):
-        if name.startswith("step-") and (info := _complete(run, f"{FOLDER}/{name}")):
-            found.append(info)
-    return sorted(found, key=lambda info: info.step)
+        if name.startswith("step-") and (one := _inspect(run, f"{FOLDER}/{name}")):
+            found.append(one)
+    return sorted(found, key=lambda one: one[0].step)
 
 
-def _complete(run: RunDir, folder: str) -> CheckpointInfo | None:
+def _inspect(run: RunDir, folder: str) -> tuple[CheckpointInfo, list[str]] | None:
+    where = f"{folder}/meta.json"
     try:
-        meta = json.loads(run.read_text(f"{folder}/meta.json"))
-        expected = {name: file["bytes"] for name, file in meta["files"].items()}
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        text = run.read_text(where)
+    except FileNotFoundError:
         return None
+    try:
+        meta = json.loads(text)
+        expected = {name: file["bytes"] for name, file in meta["files"].items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        step = folder.rpartition("step-")[2].partition("-")[0]
+        meta = {"step": int(step) if step.isdigit() else 0, "files": {}}
+        return CheckpointInfo(folder, meta), [f"{run.join(where)} is damaged: it is no list of a checkpoint's files"]
     there = run.sizes(folder)
-    return CheckpointInfo(folder, meta) if all(there.get(n) == size for n, size in expected.items()) else None
+    problems = []
+    for name, size in expected.items():
+        if name not in there:
+            problems.append(f"{run.join(folder, name)} is gone")
+        elif there[name] != size:
+            problems.append(f"{run.join(folder, name)} is damaged: it has {there[name]:,} bytes, {size:,} were written")
+    return CheckpointInfo(folder, meta), problems
 
 
 def latest_checkpoint(run: RunDir) -> CheckpointInfo | None:

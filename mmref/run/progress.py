@@ -23,8 +23,8 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
             f"(evaluated in {record['eval_seconds']:.1f} s, "
             f"stopped {record['checkpoint_blocking_seconds']:.2f} s for the checkpoint)"
         )
-    if "warning" in record:
-        return f"{head}  WARNING: {record['warning']}"
+    if "started" in record:
+        return start_line(record)
     if "checkpoint_seconds" in record:
         return f"{head}  checkpoint complete after {record['checkpoint_seconds']:.1f} s"
     if "loss" not in record:  # no val split
@@ -35,6 +35,15 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
         f"{head}  {parts}  {record['images_per_second']:.0f} images/s  wait {100 * record['data_wait']:.1f} %  "
         f"{record['memory_gb']:.1f} GB{left}"
     )
+
+
+def start_line(record: dict[str, Any]) -> str:
+    """Where the workers of a run begin, and why not later: the one place that says so."""
+    workers = f"{record['workers']} worker{'' if record['workers'] == 1 else 's'}"
+    where = f"resuming at step {record['step']}" if record["step"] else "from the beginning"
+    damaged = record["passed_over"]
+    why = f"; newer checkpoints cannot be used: {'; '.join(damaged)}" if damaged else ""
+    return f"training on {workers}, {where}{why}"
 
 
 def _clock(seconds: float) -> str:
@@ -53,8 +62,7 @@ class Progress:
         self._seen = {_identity(r) for r in read_jsonl(run)}
 
     def __enter__(self) -> Progress:
-        where = f", resuming at step {self.start}" if self.start else ""
-        print(f"training to {self.run.path}{where}; starting workers ...", flush=True)
+        print(f"training to {self.run.path}; starting workers ...", flush=True)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -80,14 +88,11 @@ class Progress:
             records = read_jsonl(self.run)
         except (OSError, StorageError):
             return  # being replaced, or out of reach for now
-        last = max((r["step"] for r in records), default=0)
-        if last < max((step for step, _ in self._seen), default=0):
-            # the file was cut back: workers have started again from a checkpoint
-            self._seen = {_identity(r) for r in records}
-            self.say(f"workers started; going on from the checkpoint at step {last}")
         for record in records:
             if _identity(record) in self._seen:
                 continue
+            if "started" in record:  # what earlier workers did after this step is done again
+                self._seen = {one for one in self._seen if one[0] <= record["step"]}
             self._seen.add(_identity(record))
             left = record.get("step_seconds", 0) * (self.max_steps - record["step"]) or None
             line = log_line(record, self.max_steps, left)
@@ -107,5 +112,6 @@ class Progress:
 
 
 def _identity(record: dict[str, Any]) -> tuple[int, str]:
-    kinds = ("loss", "warning", "checkpoint_seconds")
-    return record["step"], next((kind for kind in kinds if kind in record), "")
+    if "started" in record:
+        return record["step"], f"started {record['started']}"
+    return record["step"], next((kind for kind in ("loss", "checkpoint_seconds") if kind in record), "")

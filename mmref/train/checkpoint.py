@@ -36,7 +36,7 @@ from mmref.run.checkpoints import (
     bring,
     check_fits,
     fetched,
-    list_checkpoints,
+    inspect_checkpoints,
     local_folder,
     persistent_buffers,
 )
@@ -152,27 +152,31 @@ def resume_point(run: RunDir) -> Iterator[ResumePoint]:
     """
     rank = collectives.rank()
     # rank 0 decides: another listing may see another state of the storage
-    candidates: list[CheckpointInfo] = collectives.gather_objects(list_checkpoints(run) if rank == 0 else [])[0]
-    warnings: list[str] = []
-    for info in reversed(candidates):
+    candidates: list[tuple[CheckpointInfo, list[str]]] = collectives.gather_objects(
+        inspect_checkpoints(run) if rank == 0 else []
+    )[0]
+    passed_over: list[str] = []
+    for info, problems in reversed(candidates):
         with local_folder(run, info) as own:
             nodes = collectives.gather_objects((socket.gethostname(), own))
             leader = next(r for r, (node, _) in enumerate(nodes) if node == nodes[rank][0])
-            if run.local:
-                problems = bring(run, info, own, KINDS, rank, len(nodes))
-            else:
-                problems = bring(run, info, own, KINDS) if rank == leader else []
-            if problems := sorted({p for part in collectives.gather_objects(problems) for p in part}):
-                warnings += problems
+            if not problems:
+                if run.local:
+                    problems = bring(run, info, own, KINDS, rank, len(nodes))
+                elif rank == leader:
+                    problems = bring(run, info, own, KINDS)
+                problems = sorted({p for part in collectives.gather_objects(problems) for p in part})
+            if problems:
+                passed_over += problems
                 if rank == 0:
                     log.warning("checkpoint of step %d is not used: %s", info.step, "; ".join(problems))
                 continue
-            yield ResumePoint(info.step, nodes[leader][1], info.meta, warnings)
+            yield ResumePoint(info.step, nodes[leader][1], info.meta, passed_over)
             collectives.gather_objects(None)  # nobody removes what another one still reads
             return
     if candidates:
         raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints in {run.join(FOLDER)} is sound: {'; '.join(warnings[:3])}. "
+            f"none of the {len(candidates)} checkpoints in {run.join(FOLDER)} is sound: {'; '.join(passed_over[:3])}. "
             "Restore one from a backup, or remove the folder to train from the beginning."
         )
     yield ResumePoint(0, "", {}, [])
@@ -185,7 +189,7 @@ class ResumePoint:
     step: int
     folder: str
     meta: dict[str, Any]
-    warnings: list[str]  # damaged checkpoints that were passed over
+    passed_over: list[str]  # damaged files of newer checkpoints, which were passed over
 
     def load(self, engine: Any, bank: ReferenceBank) -> None:
         """Restore engine and bank (collective); nothing at the beginning of a run. Raises CheckpointError."""

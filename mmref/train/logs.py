@@ -42,6 +42,8 @@ class RunLog:
             self._add_to_board(record)
 
     def _add_to_board(self, record: dict[str, Any]) -> None:
+        if "started" in record:  # no curve
+            return
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)):
                 self.board.add_scalar(name.replace("val_", "val/").replace("loss_", "loss/"), value, record["step"])

@@ -79,7 +79,7 @@ class Worker:
 
         self.run.check_shared("config.yaml")
         with checkpoint.resume_point(run) as at:
-            self.start, self.warnings = at.step, at.warnings
+            self.start, self.passed_over = at.step, at.passed_over
             # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built
             more = self.start < config.train.max_steps
             self.stream = Stream(config, self.rank, self.world, self.start) if more else None
@@ -264,8 +264,9 @@ class Worker:
             yield
             return
         self.log = RunLog(self.run, self.start)
-        for warning in self.warnings:
-            self.log({"step": self.start, "warning": warning})
+        self.log({
+            "step": self.start, "started": time.time(), "workers": self.world, "passed_over": self.passed_over
+        })  # fmt: skip
         try:
             yield
         finally:

@@ -181,7 +181,7 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = (), termination:
             termination.training = False
             step = _latest_step(run)
             if reason in LEFT:
-                progress.say(f"{LEFT[reason]}; going on from the checkpoint at step {step}")
+                progress.say(LEFT[reason])
     if termination.received:  # in the last step, or while the last checkpoint was written
         raise termination.error(step)
     checkpoint.remove_uncommitted(run)

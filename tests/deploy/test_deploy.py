@@ -16,9 +16,9 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from support.kuberay_schema import SCHEMAS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support.kuberay_schema import SCHEMAS
 
 import mmref
 from mmref.cluster.resources import needed_cpus

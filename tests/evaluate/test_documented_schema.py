@@ -142,7 +142,7 @@ def test_metrics_jsonl(
 
     records: list[dict[str, Any]] = []
     monkeypatch.setattr(training, "RunLog", lambda run, start: Log(records))
-    warned: Any = SimpleNamespace(rank=0, run=None, start=20, warnings=["damaged"], _write_bad=lambda: None)
+    warned: Any = SimpleNamespace(rank=0, run=None, start=20, world=2, passed_over=["damaged"], _write_bad=lambda: None)
     with training.Worker._logging(warned):
         pass
     kinds = [line, evaluated[0], *saver._finished, *records]

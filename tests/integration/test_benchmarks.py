@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
 from support.jobs import ROOT, Job
+
 from mmref.shards.command import add_parser
 
 CLIP = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from support.jobs import Job, losses, records, wait_for, write_config
+
 from mmref.config import Config
 from mmref.run.directory import RunDir
 from mmref.train.ledger import audit_run, read_ledger

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from support.jobs import Job, losses, write_config
+
 from mmref.cli import main
 from mmref.cluster.connection import connect
 from mmref.data.sample_reader import SampleReader

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from support.jobs import Job, wait_for, write_config
 
 import mmref
-from support.jobs import Job, wait_for, write_config
 from mmref.run.checkpoints import latest_checkpoint
 from mmref.run.directory import RunDir, read_jsonl
 from mmref.train.ledger import audit_run

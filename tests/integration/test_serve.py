@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 import pytest
-
 from support.jobs import Job, titled, wait_for
+
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
 
@@ -216,8 +216,8 @@ def test_a_request_that_kills_its_replica_costs_two_and_nobody_else(own_index, m
 @pytest.mark.slow
 def test_services_of_one_cluster_are_apart_and_the_next_removes_what_a_killed_one_left(own_index, start):
     import ray
-    from support.nodes import Nodes
     from ray import serve
+    from support.nodes import Nodes
 
     def applications() -> set[str]:
         return set(serve.status().applications)

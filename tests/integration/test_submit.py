@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-
 from support.jobs import ROOT, write_config
+
 from mmref.config import load_config
 
 RAY = str(Path(sys.executable).parent / "ray")

@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-
 from support.jobs import ROOT, Job, wait_for, write_config
 
 DRIVER = str(ROOT / "tests" / "support" / "sweep_driver.py")

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.plain_training import PlainTraining
 from safetensors.torch import load_file
+from support.plain_training import PlainTraining
 from support.tiny_run import UNSEEN, make_run
 
 from mmref.cli import main

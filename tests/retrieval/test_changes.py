@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from support.images import write_images
 from PIL import Image
+from support.images import write_images
 
 from mmref.errors import SearchIndexError
 from mmref.retrieval import chunks, index

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.disks import files_below
 from support.images import write_images
-from PIL import Image
 
 from mmref.errors import ModelError, ModelMismatchError, SearchIndexError, StorageError
 from mmref.retrieval import bundle, chunks, index, vectors

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from support.browser import Page, browser, find_chromium
 from PIL import Image
+from support.browser import Page, browser, find_chromium
 
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.access import Access

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.services import LIMITS, TOKEN, client_of, listening, png
 from starlette.testclient import TestClient
+from support.services import LIMITS, TOKEN, client_of, listening, png
 
 from mmref.data.decode import decode_rgb
 from mmref.errors import ModelMismatchError, SearchIndexError, ServeError

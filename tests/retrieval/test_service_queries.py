@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.services import LIMITS, client_of, png
 from starlette.testclient import TestClient
+from support.services import LIMITS, client_of, png
 
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service import app

@@ -15,7 +15,7 @@ import pytest
 from mmref.errors import RunDirectoryError, StorageError
 from mmref.run import directory
 from mmref.run.directory import JsonLines, RunDir, read_jsonl
-from mmref.storage.retries import locks, retries
+from mmref.storage import locks, retries
 
 
 @pytest.fixture(params=["local", "memory"])

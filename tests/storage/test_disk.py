@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.disks import files_below
 from safetensors.torch import save_file
+from support.disks import files_below
 
 from mmref.errors import ModelError, StorageError
 from mmref.storage.disk import told_when_full

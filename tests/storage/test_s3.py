@@ -80,7 +80,7 @@ def test_checkpoints_are_saved_listed_verified_and_loaded(url):
     data[-1] ^= 1
     run.write_bytes(f"{folder}/model-0.safetensors", bytes(data))
     with checkpoint.resume_point(run) as at:
-        assert at.step == 1 and f"{url}/{folder}/model-0.safetensors is damaged" in at.warnings[0]
+        assert at.step == 1 and f"{url}/{folder}/model-0.safetensors is damaged" in at.passed_over[0]
     info = checkpoints.latest_checkpoint(run)
     with pytest.raises(CheckpointError, match=r"model-0.safetensors is damaged"):
         checkpoints.fetched(run, info, "model").__enter__()

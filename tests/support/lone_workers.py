@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from support.tiny_set import tiny_config
 
 WORLD = 2

@@ -11,8 +11,8 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from support.jobs import titled
 from mmref.cluster.connection import SETTINGS
+from support.jobs import titled
 
 STORE_BYTES = 100 * 1024**2
 START_ATTEMPTS = 3

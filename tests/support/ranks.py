@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.plain_training import ACCUMULATED, VARIANTS, train
-from support.tiny_set import tiny_config
 
 from mmref.config import ReferenceConfig
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import average_statistics
+from support.plain_training import ACCUMULATED, VARIANTS, train
+from support.tiny_set import tiny_config
 
 OBJECTS, DIM, SAMPLES, STEPS = 10, 6, 8, 3
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.tiny_set import BERT
 from transformers import AutoConfig, AutoModel
+
+from support.tiny_set import BERT
 
 CODE = """
 import torch

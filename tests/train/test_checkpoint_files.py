@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.plain_training import PlainTraining
 from safetensors.torch import load_file
+from support.plain_training import PlainTraining
 
 from mmref.errors import CheckpointError
 from mmref.model.mmref import build_model
@@ -296,7 +296,7 @@ def two_checkpoints(request, trained, tmp_path, monkeypatch) -> RunDir:
 def test_resume_takes_the_latest_checkpoint(make_config, trained, two_checkpoints):
     other = Training(make_config({**OVERRIDES, "train.seed": 9}))
     with checkpoint.resume_point(two_checkpoints) as at:
-        assert at.step == 4 and at.warnings == []
+        assert at.step == 4 and at.passed_over == []
         at.load(other.engine, other.bank)
     assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), trained.model.parameters(), strict=True))
     assert two_checkpoints.local == os.path.exists(at.folder), "a download is removed, the checkpoint itself is not"
@@ -308,8 +308,26 @@ def test_resume_passes_a_damaged_checkpoint_over_and_says_so(two_checkpoints, ca
     data[-1] ^= 1
     run.write_bytes(name, bytes(data))
     with checkpoint.resume_point(run) as at:
-        assert at.step == 2 and len(at.warnings) == 1
+        assert at.step == 2 and len(at.passed_over) == 1
     assert f"{run.join(name)} is damaged" in caplog.text and "step 4 is not used" in caplog.text
+
+
+def test_resume_names_every_file_that_is_gone_or_short(two_checkpoints):
+    run = two_checkpoints
+    gone, short = (f"checkpoints/step-00000004-a/{name}" for name in ("model-0.safetensors", "optimizer-1.safetensors"))
+    run.remove(gone)
+    run.write_bytes(short, run.read_bytes(short)[:-1])
+    with checkpoint.resume_point(run) as at:
+        assert at.step == 2
+        assert sorted(p.split(" ", 1)[0] for p in at.passed_over) == [run.join(gone), run.join(short)]
+        assert {p.split(" ")[2].rstrip(":") for p in at.passed_over} == {"gone", "damaged"}
+
+
+def test_resume_names_a_list_of_files_that_cannot_be_read(two_checkpoints):
+    where = "checkpoints/step-00000004-a/meta.json"
+    two_checkpoints.write_text(where, "{")
+    with checkpoint.resume_point(two_checkpoints) as at:
+        assert at.step == 2 and at.passed_over[0].startswith(f"{two_checkpoints.join(where)} is damaged")
 
 
 def test_without_a_sound_checkpoint_training_does_not_start_again(two_checkpoints):

@@ -14,8 +14,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
-
 from support.jobs import titled
+
 from mmref.cluster.connection import connect
 from mmref.config import load_config, read_yaml
 from mmref.run.checkpoints import best_checkpoint, latest_checkpoint

@@ -39,10 +39,11 @@ class Target:
     remote: list[str]  # ids of images of a slow host in the trap
 
 
-async def attack(target: Target, rng: random.Random) -> list[int]:
-    """One attack, from another address than the valid clients' wherever clients share what an address may hold."""
+async def attack(target: Target, rng: random.Random) -> tuple[str, list[int]]:
+    """One attack, from another address than the valid clients' wherever clients share what an address may hold: its name,
+    and what it was answered."""
     one: Callable[[Target, random.Random], Coroutine[Any, Any, list[int]]] = rng.choice(ATTACKS)
-    return await one(target, rng)
+    return one.__name__, await one(target, rng)
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -253,24 +254,33 @@ def make_trap(index: Path, target: Path, port: int) -> tuple[list[str], list[str
 async def slow_host() -> AsyncIterator[int]:
     """Port of a host that sends a byte a second and does not end."""
 
+    over = asyncio.Event()
+    dripping: set[asyncio.Task[None] | None] = set()
+
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        dripping.add(asyncio.current_task())
         until = time.monotonic() + ANSWER_S
         with contextlib.suppress(OSError):
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n")
-            while time.monotonic() < until:
+            while time.monotonic() < until and not over.is_set():
                 writer.write(b"x")
                 await writer.drain()
-                await asyncio.sleep(1)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(over.wait(), 1)
         writer.transport.abort()
+        dripping.discard(asyncio.current_task())
 
     server = await asyncio.start_server(drip, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
+        over.set()  # they end by themselves: asyncio reports a stream's task that is canceled as an error
+        await asyncio.gather(*filter(None, dripping))
 
 
 def server_errors(counters: str) -> int:
     """5xx answers that the service itself has counted, of clients that left among them."""
-    found = re.findall(r'^mmref_requests_total\{[^}]*status="5\d\d"\} (\S+)', counters, re.M)
+    # a route may hold braces: /image/{item_id:path}
+    found = re.findall(r'^mmref_requests_total\{.*status="5\d\d"\} (\S+)', counters, re.M)
     return sum(int(float(n)) for n in found)

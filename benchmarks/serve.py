@@ -5,10 +5,11 @@ load   p50 and p95 of a search and searches a second at 1, 8 and 32 clients that
        that of real images, repeated to --items with noise.
 soak   valid and hostile requests side by side for --minutes, and attacks (attacks.py: heavy images, bodies of keys, begun
        uploads, half-sent requests, answers not taken, a slow host, guessed tokens): every valid request is answered, no
-       client gets a 5xx, memory and descriptors do not grow; with --kill a replica is killed once a minute besides.
+       client gets a 5xx, memory and descriptors do not grow. With --kill a replica of each index is killed in turn, one a
+       minute, and two of each are kept: what is killed is then one of two, as where a service must not stand still.
 
 python benchmarks/serve.py load --index INDEX --items 10000 --out load.json
-python benchmarks/serve.py soak --index INDEX --minutes 10 --replicas 1 --kill --out soak.json
+python benchmarks/serve.py soak --index INDEX --minutes 10 --kill --out soak.json
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import asyncio
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import random
@@ -54,6 +56,7 @@ WARM_UP_S = 2.0
 NOISE = 0.3  # length of what is added to a repeated image's unit vector
 SAMPLE_S = 5.0  # between looks at memory
 SETTLED = 0.25  # of a soak, after which memory should not grow
+KILL_S, BACK_S = 60.0, 45.0  # between kills of replicas; until another has taken its place
 
 
 @contextlib.contextmanager
@@ -343,7 +346,7 @@ async def soak_for(args: argparse.Namespace, process: psutil.Process, target: Ta
     def note(name: str, status: int, said: object) -> None:
         answers[f"{name} {status}"] += 1
         # an attack may hit upon something that is right to answer
-        if status >= 500 or (name != "attack" and (status == 200) != (name == "valid")):
+        if status >= 500 or (name in ("valid", "hostile") and (status == 200) != (name == "valid")):
             wrong.append(f"{name} {status}: {said!r}")
 
     async def keep(seed: int, ask: Callable[[Client, random.Random], Coroutine[Any, Any, Any]], name: str) -> None:
@@ -368,29 +371,45 @@ async def soak_for(args: argparse.Namespace, process: psutil.Process, target: Ta
     async def besiege(seed: int) -> None:
         rng = random.Random(seed)
         while time.monotonic() < end:
-            for status in await attack(target, rng):
-                note("attack", status, "")
+            name, statuses = await attack(target, rng)
+            for status in statuses:
+                note(name, status, "")
 
     tasks = [keep(n, lambda c, r: valid(c, r, words, ids), "valid") for n in range(args.clients)]
     tasks += [keep(100 + n, refused, "hostile") for n in range(2)]
     tasks += [keep(200 + n, lambda c, r: raw(target.port, r), "raw") for n in range(2)]
     tasks += [besiege(300 + n) for n in range(args.attackers)]
     samples: list[tuple[float, int]] = []
-    kills = 0
+    kills: list[dict[str, Any]] = []
+    began = time.monotonic()
 
     async def watch() -> None:
-        nonlocal kills
-        began = killed = time.monotonic()
         while time.monotonic() < end:
             await asyncio.sleep(SAMPLE_S)
             samples.append((memory(process), descriptors(process)))
-            if args.kill and time.monotonic() - killed > 60 and end - time.monotonic() > 45:
-                killed = time.monotonic()
-                kills += _kill_replica(process)
             said = f"{samples[-1][0]:.0f} MB, {samples[-1][1]} descriptors"
             print(f"{time.monotonic() - began:.0f} s: {said}, {dict(answers)}", flush=True)
 
-    await asyncio.gather(*tasks, watch())
+    async def kill() -> None:
+        """A replica of each index in turn, and how long until its index answers."""
+        for number in itertools.count() if args.kill else ():
+            if end - time.monotonic() < KILL_S + BACK_S:
+                return
+            await asyncio.sleep(KILL_S)
+            index = number % 2
+            if not _kill_replica(process, index):
+                continue
+            killed, client = time.monotonic(), Client(target.port, head(target))
+            item = quote(target.remote[0] if index else ids[0], safe="")
+            try:
+                status, said = await client.ask(f"/items/{item}" + f"?index={TRAP}" * index)
+                note("killed", status, said[:200])
+            except (OSError, asyncio.IncompleteReadError) as error:
+                wrong.append(f"killed: {type(error).__name__} {error}")
+            client.close()
+            kills.append({"index": index, "at_s": killed - began, "answers_after_s": time.monotonic() - killed})
+
+    await asyncio.gather(*tasks, watch(), kill())
     counters = (await Client(target.port, head(target)).ask("/metrics"))[1].decode()
     settled = samples[int(SETTLED * len(samples)) :]
     half = len(settled) // 2
@@ -405,13 +424,15 @@ async def soak_for(args: argparse.Namespace, process: psutil.Process, target: Ta
     }  # fmt: skip
 
 
-def _kill_replica(process: psutil.Process) -> int:
+def _kill_replica(process: psutil.Process, index: int) -> bool:
+    """Kill a replica of an index, by its place among those served; whether there was one. Ray Serve calls the process by the
+    application, and `deploy` the application by that place."""
     for one in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "ServeReplica" in " ".join(one.cmdline()):
+            if re.search(rf"ServeReplica:mmref-[0-9a-f]+-{index}:", " ".join(one.cmdline())):
                 one.kill()
-                return 1
-    return 0
+                return True
+    return False
 
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:
@@ -425,6 +446,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
             (folder / "token").write_text(token)
             # a rate that valid clients do not reach, or guessed tokens would cost nothing
             options = ("--max-rate", "5000", "--token-file", str(folder / "token"))
+            options += ("--min-replicas", str(args.replicas)) if args.kill else ()
             with serving(indexes, args.replicas, *options) as (process, served):
                 return await soak_for(args, process, Target(served, token, large, remote))
 
@@ -444,13 +466,17 @@ def main() -> None:
     second.add_argument("--minutes", type=float, default=10)
     second.add_argument("--clients", type=int, default=4, help="that ask valid requests")
     second.add_argument("--attackers", type=int, default=2, help="attacks at a time")
-    second.add_argument("--kill", action="store_true", help="kill a replica every minute")
+    second.add_argument("--kill", action="store_true", help="kill a replica every minute, of each index in turn")
     for part, function in ((first, load), (second, soak)):
         part.add_argument("--index", required=True, help="directory of `mmref index`, of a set with captions")
-        part.add_argument("--replicas", type=int, default=1, help="0: in one process without Ray")
+        part.add_argument(
+            "--replicas", type=int, help="0: in one process without Ray (default: 1, and 2 that are kept with --kill)"
+        )
         part.add_argument("--out", help="also write the figures to this file")
         part.set_defaults(run=function)
     args = parser.parse_args()
+    if args.replicas is None:
+        args.replicas = 2 if getattr(args, "kill", False) else 1
     began = time.perf_counter()
     result = args.run(args)
     result |= {"cores": os.cpu_count(), "wall_s": time.perf_counter() - began}

@@ -274,6 +274,17 @@ def test_killed_replicas_and_a_changing_index_lose_no_request(own_index, start):
 
 
 @pytest.mark.slow
+def test_a_replica_that_is_kept_beside_another_is_not_missed(own_index, start):
+    job, url = start(str(own_index), "--replicas", "2", "--min-replicas", "2")
+    first, second = replicas(job)
+    first.kill()
+    for n in range(20):
+        assert get(f"{url}search?text=red+{n}")[0] == 200
+    assert second.is_running()
+    wait_for(lambda: len(replicas(job)) == 2, job)
+
+
+@pytest.mark.slow
 def test_replicas_come_with_the_load(own_index, start):
     job, url = start(str(own_index), "--max-rate", "0", "--replicas", "3")
     assert len(replicas(job)) == 1

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import json
+import logging
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from services import listening
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def attacks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("attacks")
 
 
 def run(index: Path, out: Path, part: str, *argv: str) -> dict[str, Any]:
@@ -18,6 +29,35 @@ def run(index: Path, out: Path, part: str, *argv: str) -> dict[str, Any]:
     done = subprocess.run([*command, *argv], cwd=ROOT, text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads(out.read_text())
+
+
+def test_an_attack_is_told_by_its_name(split_index, attacks, monkeypatch):
+    monkeypatch.setattr(attacks, "ATTACKS", (attacks.parameters,))
+    with listening(split_index) as service:
+        target = attacks.Target(service.address[1], "", [], [])
+        assert asyncio.run(attacks.attack(target, random.Random(0))) == ("parameters", [400])
+
+
+def test_errors_of_every_route_are_counted(attacks):
+    counters = """
+mmref_requests_total{route="/image/{item_id:path}",status="503"} 24.0
+mmref_requests_total{route="/explain",status="503"} 4.0
+mmref_requests_total{route="/search",status="500"} 1.0
+mmref_requests_total{route="/search",status="429"} 500.0
+mmref_requests_created{route="/search",status="500"} 1.7e+09
+"""
+    assert attacks.server_errors(counters) == 29
+
+
+def test_a_slow_host_ends_without_a_word(attacks, caplog):
+    async def ask() -> bytes:
+        async with attacks.slow_host() as port:
+            reader, _ = await asyncio.open_connection("127.0.0.1", port)
+            return await reader.readuntil(b"\r\n\r\nx")
+
+    with caplog.at_level(logging.WARNING):
+        assert asyncio.run(ask()).startswith(b"HTTP/1.1 200 OK")
+    assert not caplog.records, caplog.text
 
 
 @pytest.mark.slow

@@ -592,6 +592,7 @@ def test_the_watch_follows_by_itself(own_index, monkeypatch):
         (["{index}", "--token-file", "/nowhere"], "the token cannot be read"),
         (["{index}", "--token-file", "{short}"], "too short"),
         (["{index}", "--port", "99999"], "cannot listen"),
+        (["{index}", "--min-replicas", "2"], "--min-replicas 2 does not go with --replicas 0"),
         (["{index}", "--host", "203.0.113.1", "--token-file", "{token}"], "cannot listen"),
     ],
 )

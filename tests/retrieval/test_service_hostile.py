@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import subprocess
@@ -14,13 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prometheus_client.utils import floatToGoString
+from services import LIMITS, PATIENCE_S, begun, client_of, everything, listening, png
+from starlette.testclient import TestClient
 from support.services import LIMITS, PATIENCE_S, begun, client_of, everything, listening, png
 
 from mmref.data import budget
 from mmref.data.decode import decode_rgb
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.answering import Ask, Engine
+from mmref.retrieval.service.app import build_app
 from mmref.retrieval.service.limits import Limits
+from mmref.retrieval.service.problems import refuse
 
 ROOT = Path(__file__).parents[2]
 LARGE = 6_000_000  # bytes of an answer: more than the system holds for a connection
@@ -106,6 +111,38 @@ def test_a_slow_host_is_given_up_and_keeps_nothing_else_waiting(split_index, ite
             assert (found.status_code, found.json()["error"]) == (429, "Busy")
     finally:
         slow.go_on.set()
+
+
+def test_who_waits_while_others_are_answered_is_told_that_the_service_is_busy():
+    class Slow:
+        """Answers every image but one, for which it has only promises. Searches it does not answer at all."""
+
+        waiting = threading.Event()
+
+        async def search(self, ask):
+            await asyncio.Event().wait()
+
+        async def call(self, method, item_id):
+            if item_id == "slow":
+                self.waiting.set()
+                await asyncio.Event().wait()
+            if item_id == "gone":
+                raise refuse(404, "ImageGone", "it is gone.", "Put it back.")
+            return png(), "image/png"
+
+    app = build_app({"one": Slow(), "other": Slow()}, limits=Limits(rate=0, timeout_s=2))
+    with TestClient(app, base_url="http://127.0.0.1") as client, ThreadPoolExecutor(4) as pool:
+        for answered, status in (("quick", 200), ("gone", 404)):
+            Slow.waiting.clear()
+            slow = pool.submit(client.get, "/image/slow")
+            assert Slow.waiting.wait(PATIENCE_S)
+            targets = ("/image/slow?index=other", "/search?text=x")
+            others = [pool.submit(client.get, target) for target in targets]
+            assert client.get(f"/image/{answered}").status_code == status
+            found = slow.result()
+            assert (found.status_code, found.json()["error"]) == (429, "Busy") and found.headers["retry-after"]
+            said = {(one.result().status_code, one.result().json()["error"]) for one in others}
+            assert said == {(503, "Overloaded")}, "of that index, or of that kind, nothing has been answered"
 
 
 def test_health_tells_of_a_search_that_does_not_end(split_index, monkeypatch):

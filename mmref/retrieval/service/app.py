@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from importlib import resources
@@ -83,6 +84,7 @@ class Service:
         self.backends, self.access, self.limits, self.metrics = dict(backends), access, limits, Metrics()
         self._parsing = Pool(PARSERS, "mmref json")
         self._items: dict[str, int] = {}  # of each index, as its last answer said
+        self._answered: dict[tuple[str, str], float] = {}  # when an index last did for a method
         self._health: tuple[float, dict[str, str]] = float("-inf"), {}  # when, and what was found
         self._looking: asyncio.Task[dict[str, str]] | None = None
 
@@ -102,7 +104,7 @@ class Service:
         if ask.refine and ask.candidates is not None:
             wanted = min(ask.candidates or self.limits.candidates, self._items.get(name, self.limits.candidates))
             request.scope["charge"](max(0.0, wanted / CANDIDATES - 1))  # one has been paid
-        answer = await self._within(backend.search(ask))
+        answer = await self._within(name, "search", backend.search(ask))
         self._items[name] = answer["items"]
         self.metrics.searched(name, answer)
         return JSONResponse(answer)
@@ -117,9 +119,7 @@ class Service:
 
     async def _explain(self, query: SearchQuery, image: bytes | None) -> Response:
         item_id = query.id  # type: ignore[attr-defined]
-        _, backend = self._backend(query.index)
-        ask = to_ask(query, image, self.limits)
-        return JSONResponse(await self._within(backend.call("explain", ask, item_id)))
+        return JSONResponse(await self._call(query.index, "explain", to_ask(query, image, self.limits), item_id))
 
     async def _read(self, request: Request, query: Any, body: Any) -> tuple[SearchQuery, bytes | None]:
         """Parameters and image of a POST. Raises Refused."""
@@ -146,13 +146,29 @@ class Service:
             raise refuse(404, "UnknownIndex", f"there is no index {name[:100]!r}.", fix)
         return name, self.backends[name]
 
-    async def _within(self, work: Any) -> Any:
-        """What a backend answers, in time. Raises Refused."""
+    async def _call(self, index: str | None, method: str, *args: Any) -> Any:
+        """What a method of an index's engine returns, in time. Raises Refused."""
+        name, backend = self._backend(index)
+        return await self._within(name, method, backend.call(method, *args))
+
+    async def _within(self, name: str, method: str, work: Any) -> Any:
+        """What a backend answers, in time. Raises Refused: 429 where it has answered others meanwhile, so that this request
+        has only waited for its turn, 503 where it has answered nobody."""
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self.limits.timeout_s):
-                return await work
+                answer = await work
         except TimeoutError:
+            if self._answered.get((name, method), -math.inf) >= began:
+                message = f"others have been answered meanwhile, this one not within {self.limits.timeout_s:g} s."
+                raise refuse(429, "Busy", message, "Ask again in a moment.", 5) from None
             raise refuse(503, "Overloaded", "no answer in time.", "Ask again in a moment.", 5) from None
+        except Refused as refused:
+            if refused.problem.status < 500:  # an answer too
+                self._answered[name, method] = time.monotonic()
+            raise
+        self._answered[name, method] = time.monotonic()
+        return answer
 
     # -- items -------------------------------------------------------------------------------------------------------
 
@@ -160,7 +176,7 @@ class Service:
         """The indexes, and the columns each can be filtered by."""
         found = []
         for name, backend in self.backends.items():
-            info = await self._within(backend.call("info"))
+            info = await self._within(name, "info", backend.call("info"))
             self.metrics.holds(name, info)
             found.append(info | {"name": name})
         limits = self.limits
@@ -171,16 +187,16 @@ class Service:
 
     async def item(self, item_id: str, index: str | None = None) -> Response:
         """What is known of an item."""
-        return JSONResponse(await self._within(self._backend(index)[1].call("item", item_id)))
+        return JSONResponse(await self._call(index, "item", item_id))
 
     async def thumbnail(self, item_id: str, index: str | None = None) -> Response:
         """A small picture of an item (WebP)."""
-        data = await self._within(self._backend(index)[1].call("thumbnail", item_id))
+        data = await self._call(index, "thumbnail", item_id)
         return Response(data, media_type="image/webp", headers=IMAGES_KEPT)
 
     async def image(self, item_id: str, index: str | None = None) -> Response:
         """The image of an item."""
-        data, kind = await self._within(self._backend(index)[1].call("image", item_id))
+        data, kind = await self._call(index, "image", item_id)
         return Response(data, media_type=kind, headers=IMAGES_KEPT)
 
     # -- the service itself ------------------------------------------------------------------------------------------

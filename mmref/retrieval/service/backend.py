@@ -35,6 +35,7 @@ STUCK = Problem(
 )
 ONGOING = 1024  # requests a replica holds: more than the service lets in, or a probe would wait behind them
 ONGOING_WANTED = 8  # more than so many for each replica: one more is started
+LOOK_S = 1.0  # between looks at whether a replica lives; by itself Ray Serve takes 10 s, and starts another only then
 DEPLOY_LIMIT_S = 900.0  # until a replica runs, on a cluster that starts a node for it too
 RETRY_S = 0.2  # between looks for a replica, where there is none
 PATIENCE_S = 45.0  # for one to be there
@@ -229,8 +230,8 @@ def _brief(args: tuple[Any, ...]) -> str:
     )[:2000]
 
 
-def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
-    """Start replicas of an index on the Ray cluster this process is connected to, one and up to `replicas` by load; no
+def deploy(index: str, name: str, limits: Limits, replicas: int, kept: int = 1) -> Replicated:
+    """Start replicas of an index on the Ray cluster this process is connected to, `kept` and up to `replicas` by load; no
     HTTP port of Ray Serve is opened.
 
     Args:
@@ -246,7 +247,8 @@ def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
         ray_actor_options={"num_cpus": 1},
         max_ongoing_requests=ONGOING,
         max_queued_requests=limits.in_flight,
-        autoscaling_config={"min_replicas": 1, "max_replicas": replicas, "target_ongoing_requests": ONGOING_WANTED},
+        autoscaling_config={"min_replicas": kept, "max_replicas": replicas, "target_ongoing_requests": ONGOING_WANTED},
+        health_check_period_s=LOOK_S,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=ANSWER_S,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
@@ -254,7 +256,7 @@ def deploy(index: str, name: str, limits: Limits, replicas: int) -> Replicated:
     application: Any = deployment.bind(os.path.abspath(os.path.expanduser(index)), limits, replicas)
     called = f"mmref-{ray.get_runtime_context().get_job_id()}-{name}"
     try:
-        with in_time(f"a replica of {index} (a CPU each)", DEPLOY_LIMIT_S):
+        with in_time(f"{'a replica' if kept == 1 else f'{kept} replicas'} of {index} (a CPU each)", DEPLOY_LIMIT_S):
             return Replicated(serve.run(application, name=called, route_prefix=None), called)
     except BaseException:  # an interrupt too: nothing is left running on a cluster
         serve.delete(called)

@@ -53,6 +53,10 @@ def serve_main(argv: Sequence[str]) -> int:
         help="Ray Serve replicas of each index, started by load; 0: in this process, without Ray (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--min-replicas", type=count, metavar="N",
+        help="replicas of each index that are kept whatever the load: with two, one that dies is not missed (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--token-file",
         type=local_path,
         metavar="FILE",
@@ -80,11 +84,15 @@ def serve_main(argv: Sequence[str]) -> int:
         flag = f"--max-{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: %(default)s)")
     args = parser.parse_args(argv)
+    kept = min(1, args.replicas) if args.min_replicas is None else args.min_replicas
+    if not min(1, args.replicas) <= kept <= args.replicas:
+        fix = "keep at least 1, and at most as many as --replicas says."
+        raise ServeError(f"--min-replicas {kept} does not go with --replicas {args.replicas}: {fix}")
     chosen = {f.name: getattr(args, f"max_{f.name}") for f in fields(Limits) if hasattr(args, f"max_{f.name}")}
     limits, token = Limits(**chosen, keep_metadata=args.keep_metadata), read_token(args.token_file)
     status: Any = 0
     try:
-        serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy)
+        serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy, kept)
     except SystemExit as stopped:
         status = stopped.code
     sys.stdout.flush()
@@ -121,6 +129,7 @@ def serve(
     token: str | None,
     limits: Limits,
     proxies: Sequence[Network] = (),
+    kept: int = 1,
 ) -> None:
     """Answer until SIGINT or SIGTERM; requests that have begun are answered first, for as long as `leaving.py` gives them.
 
@@ -129,6 +138,7 @@ def serve(
         replicas: most Ray Serve replicas of each index; 0: in this process.
         token: that requests must bring; needed where `host` is not loopback.
         proxies: whose word on the address of a client is taken.
+        kept: replicas of each index that run whatever the load.
 
     Raises:
         ServeError: no token, a port in use, two indexes of one name. SearchIndexError: no complete index.
@@ -143,7 +153,11 @@ def serve(
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("mmref: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    with _listening(host, port) as listener, leaving() as end, _backends(named, limits, replicas, end) as backends:
+    with (
+        _listening(host, port) as listener,
+        leaving() as end,
+        _backends(named, limits, replicas, kept, end) as backends,
+    ):
         from mmref.retrieval.service.app import build_app
 
         app = build_app(backends, access, limits)
@@ -192,7 +206,9 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def _backends(named: dict[str, str], limits: Limits, replicas: int, end: Leaving) -> Iterator[dict[str, Backend]]:
+def _backends(
+    named: dict[str, str], limits: Limits, replicas: int, kept: int, end: Leaving
+) -> Iterator[dict[str, Backend]]:
     """Engines of all indexes, here or on Ray."""
     if replicas == 0:
         engines = {name: Engine(path, limits) for name, path in named.items()}
@@ -205,14 +221,14 @@ def _backends(named: dict[str, str], limits: Limits, replicas: int, end: Leaving
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # or a late call of Serve's threads starts another cluster
     from mmref.cluster.connection import connect
 
-    with connect(need_cpus=len(named)):
+    with connect(need_cpus=len(named) * kept):
         end.listen()  # Ray has taken SIGTERM
         remove_left_behind()
         deployed: dict[str, Replicated] = {}
         try:
             for number, (name, path) in enumerate(named.items()):
                 # not by its own name, which may hold what Ray Serve takes for a separator
-                deployed[name] = deploy(path, str(number), limits, replicas)
+                deployed[name] = deploy(path, str(number), limits, replicas, kept)
             yield dict(deployed)
         finally:
             _stop(deployed.values())

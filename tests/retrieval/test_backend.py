@@ -64,6 +64,92 @@ def test_a_request_that_kills_is_asked_twice_and_takes_nobody_with_it(caplog: py
     assert "poison" in caplog.text and "bytes'" not in caplog.text, "the log names it, without its picture"
 
 
+class Mortal:
+    """A replica that dies when it is told to, with all that it holds."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.held: dict[str, asyncio.Future[Any]] = {}
+        self.call = self
+
+    async def remote(self, name: str) -> Any:
+        self.asked.append(name)
+        self.held[name] = asyncio.get_running_loop().create_future()
+        return await self.held[name]
+
+    async def holds(self, *names: str) -> None:
+        """Wait until it does."""
+        async with asyncio.timeout(30):
+            while set(names) - set(self.held):
+                await asyncio.sleep(0)
+
+    def die(self) -> None:
+        held, self.held = self.held, {}
+        for reply in held.values():
+            reply.set_exception(ActorDiedError())
+
+    def answer(self, name: str) -> None:
+        self.held.pop(name).set_result((name, None))
+
+
+def test_what_takes_long_keeps_nothing_else_that_is_asked_again_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "ALONE_S", 0.01)
+
+    async def ask() -> None:
+        replica = Mortal()
+        replicated = Replicated(replica, "x")
+        slow, quick = (asyncio.ensure_future(replicated.call(name)) for name in ("slow", "quick"))
+        await replica.holds("slow", "quick")
+        replica.die()
+        await replica.holds("slow", "quick")
+        replica.answer("quick")
+        assert await quick == "quick" and not slow.done()
+        replica.answer("slow")
+        assert await slow == "slow"
+
+    asyncio.run(ask())
+
+
+def test_one_that_kills_late_takes_nobody_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "ALONE_S", 0.01)
+
+    async def ask() -> None:
+        replica = Mortal()
+        replicated = Replicated(replica, "x")
+        poison, innocent = (asyncio.ensure_future(outcome(replicated.call(name))) for name in ("poison", "innocent"))
+        for _ in range(2):  # of what they are asked for at first, and once more
+            await replica.holds("poison", "innocent")
+            replica.die()
+        await replica.holds("poison")
+        await asyncio.sleep(0.1)
+        assert set(replica.held) == {"poison"}, "now it is alone, however long it takes"
+        replica.die()
+        await replica.holds("innocent")
+        replica.answer("innocent")
+        assert await innocent == "innocent" and (await poison).error == "Crashed"
+        assert Counter(replica.asked) == {"poison": 3, "innocent": 3}
+
+    asyncio.run(ask())
+
+
+def test_who_leaves_while_it_is_asked_again_makes_room() -> None:
+    async def ask() -> None:
+        replica = Mortal()
+        replicated = Replicated(replica, "x")
+        leaving, waiting = (asyncio.ensure_future(replicated.call(name)) for name in ("leaving", "waiting"))
+        await replica.holds("leaving", "waiting")
+        replica.die()
+        await replica.holds("leaving")
+        left = replica.held["leaving"]
+        leaving.cancel()
+        await replica.holds("waiting")
+        assert left.cancelled(), "nobody works for it"
+        replica.answer("waiting")
+        assert await waiting == "waiting"
+
+    asyncio.run(ask())
+
+
 def test_a_replica_out_of_reach_counts_as_one_that_died() -> None:
     class Unreachable:
         async def remote(self, *_: Any) -> Any:

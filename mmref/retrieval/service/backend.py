@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import logging
@@ -39,6 +40,9 @@ LOOK_S = 1.0  # between looks at whether a replica lives; by itself Ray Serve ta
 DEPLOY_LIMIT_S = 900.0  # until a replica runs, on a cluster that starts a node for it too
 RETRY_S = 0.2  # between looks for a replica, where there is none
 PATIENCE_S = 45.0  # for one to be there
+ALONE_S = (
+    2.0  # that a request which is asked again keeps others that are waiting: one that kills mostly does so by then
+)
 
 
 class Backend(Protocol):
@@ -164,11 +168,16 @@ class Replica(Worker):
 
 class Replicated:
     """Replicas behind a handle. What has not reached a replica waits for the next one. A request whose replica dies is asked once
-    more (every method only reads), one of them at a time: if it dies again, nothing but the request has killed two."""
+    more (every method only reads), one of them at a time: if it dies again, nothing but the request has killed two.
+
+    One that takes long, as an image of a slow host, lets the others begin beside it. Where a replica dies then, nobody knows of
+    which: each is asked a third time, and nothing else that has to be asked again begins until it is answered.
+    """
 
     def __init__(self, handle: Any, name: str) -> None:
         self.handle, self.name = handle, name
-        self._again = asyncio.Lock()
+        self._turn = asyncio.Lock()
+        self._suspects: dict[asyncio.Future[Reply], bool] = {}  # asked again; whether beside another
 
     def close(self) -> None:
         """Stop the replicas. The handle goes first: what it runs in the background would look for them, and for Ray."""
@@ -192,18 +201,26 @@ class Replicated:
         from ray.exceptions import RayActorError
 
         # Ray Serve sends a request on to another replica by itself until one has accepted it: this one had begun
-        try:
-            reply = await self._reach(method, *args)
-        except RayActorError:
-            async with self._again:
-                try:
-                    reply = await self._reach(method, *args)
-                except RayActorError:
-                    log.error("%s: two replicas have died of one request: %s", self.name, _brief(args))
-                    message = "the request ended the process that worked on it, twice."
-                    fix = "Do not ask it again; the log of `mmref serve` names it."
-                    raise refuse(503, "Crashed", message, fix) from None
-        return _answered(reply)
+        with contextlib.suppress(RayActorError):
+            return _answered(await self._reach(method, *args))
+        for alone_s in (ALONE_S, None):
+            asked: asyncio.Future[Reply] | None = None
+            try:
+                async with self._turn:
+                    asked = asyncio.ensure_future(self._reach(method, *args))
+                    self._suspects = dict.fromkeys(self._suspects, True) | {asked: bool(self._suspects)}
+                    await asyncio.wait((asked,), timeout=alone_s)
+                return _answered(await asked)
+            except RayActorError:
+                if asked and not self._suspects[asked]:
+                    break
+            finally:
+                if asked:
+                    asked.cancel()  # whose client has left
+                    self._suspects.pop(asked)
+        log.error("%s: replicas have died of one request, each time that it was asked: %s", self.name, _brief(args))
+        message = "the request ended the process that worked on it, each time."
+        raise refuse(503, "Crashed", message, "Do not ask it again; the log of `mmref serve` names it.")
 
     async def _reach(self, method: str, *args: Any) -> Reply:
         """What the first replica that accepts a request replies. Raises Refused, and RayActorError where it dies."""

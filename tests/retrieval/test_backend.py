@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from mmref.retrieval.service import backend
 from mmref.retrieval.service.answering import Ask
 from mmref.retrieval.service.backend import Replicated
+from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused
 
 
@@ -62,6 +65,18 @@ def test_a_request_that_kills_is_asked_twice_and_takes_nobody_with_it(caplog: py
     (problem,) = [a for a in answers if isinstance(a, Problem)]
     assert (problem.status, problem.error, problem.retry_after_s) == (503, "Crashed", None)
     assert "poison" in caplog.text and "bytes'" not in caplog.text, "the log names it, without its picture"
+
+
+def test_replicas_are_kept_and_looked_at_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    context = SimpleNamespace(get_job_id=lambda: "01")
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run", lambda application, **_: application)
+    monkeypatch.setattr(serve, "deployment", lambda _, **of: asked.update(of) or SimpleNamespace(bind=lambda *a: a))
+    backend.deploy("/index", "0", Limits(), 4, kept=2)
+    assert (asked["autoscaling_config"]["min_replicas"], asked["autoscaling_config"]["max_replicas"]) == (2, 4)
+    assert asked["health_check_period_s"] < 5, "until a dead one is noticed: half of what Ray Serve takes by itself"
 
 
 class Mortal:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prometheus_client.utils import floatToGoString
-from services import LIMITS, PATIENCE_S, begun, client_of, everything, listening, png
 from starlette.testclient import TestClient
 from support.services import LIMITS, PATIENCE_S, begun, client_of, everything, listening, png
 

@@ -26,7 +26,8 @@ def test_each_start_of_the_workers_is_told_once_with_its_step_and_its_reasons(tm
         lines.append({"step": 20, **LOSS})
         lines.flush()
         progress._show()
-        lines.append(start(10, 3.0))  # again, from the same checkpoint
+        lines = JsonLines(run, keep_below_step=11)  # again, from the same checkpoint
+        lines.append(start(10, 3.0))
         lines.flush()
         progress._show()
     output = capsys.readouterr().out

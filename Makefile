@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo serve test test-slow lint format docs sweep chaos clean
+.PHONY: help setup demo serve test test-unit test-slow lint format docs sweep chaos clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,11 +37,16 @@ runs/demo/metrics.json:
 test: setup  ## all but the slow tests
 	$(BIN)/python -m pytest -m "not slow"
 
+test-unit: setup  ## the tests that start no Ray, in about two minutes
+	$(BIN)/python -m pytest -m "not slow and not ray"
+
 test-slow: setup  ## the slow tests: failures, sweeps, many workers
 	$(BIN)/python -m pytest -m slow
 
-lint: setup  ## ruff and mypy
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy mmref jobs tune data_shards benchmarks
+lint: setup  ## what .pre-commit-config.yaml holds, on every file: ruff, mypy, the floors (import-linter)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy mmref jobs tune data_shards
+	$(BIN)/lint-imports
 
 format: setup  ## let ruff lay out the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

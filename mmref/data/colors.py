@@ -32,7 +32,7 @@ def to_8_bit(values: NDArray[Any]) -> Pixels:
         return values
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
         narrow = np.empty(values.shape, np.uint8)
-        return np.floor_divide(values, 257, out=narrow, casting="unsafe")  # type: ignore[no-any-return]
+        return np.floor_divide(values, 257, out=narrow, casting="unsafe")
     finite = np.isfinite(values)
     if not finite.any():
         return np.zeros(values.shape, np.uint8)

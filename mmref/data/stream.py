@@ -45,7 +45,7 @@ def quiet_ray_data() -> Any:
     return context
 
 
-def build_dataset(config: Config, rank: int, world: int, start: int):  # type: ignore[no-untyped-def]
+def build_dataset(config: Config, rank: int, world: int, start: int) -> Any:
     """The ray.data.Dataset of one rank's samples from step `start` to the end of training, in order."""
     import ray.data
 

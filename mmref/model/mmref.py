@@ -51,7 +51,7 @@ class AtMost(torch.autograd.Function):
         return x.clamp(max=bound)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (above,) = ctx.saved_tensors
         return torch.where(above & (grad < 0), 0, grad), None
 

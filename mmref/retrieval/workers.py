@@ -52,7 +52,7 @@ class Workers:
                 """Answers once the model is loaded."""
 
             def embed(self, *args: Any) -> tuple[bytes, str]:
-                return self.embedder.try_embed(*args)  # type: ignore[no-any-return]
+                return self.embedder.try_embed(*args)
 
             def look_at(self, location: tuple[str, int, int]) -> None:
                 self.embedder.look_at(location)

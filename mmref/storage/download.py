@@ -245,7 +245,7 @@ class _Plain(urllib.request.HTTPHandler):
         self._open = functools.partial(_connection, http.client.HTTPConnection, gate)
 
     def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(self._open, request)  # type: ignore[arg-type]
+        return self.do_open(self._open, request)
 
 
 class _Secure(urllib.request.HTTPSHandler):
@@ -254,7 +254,7 @@ class _Secure(urllib.request.HTTPSHandler):
         self._open = functools.partial(_connection, http.client.HTTPSConnection, gate)
 
     def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(self._open, request)  # type: ignore[arg-type]
+        return self.do_open(self._open, request)
 
 
 def _connection(kind: type[http.client.HTTPConnection], gate: _Gate, host: str, **options: Any) -> Any:

@@ -163,7 +163,7 @@ def _read_url(place: str, scheme: str) -> bytes:
         return read_bytes(place)
     except FileNotFoundError:
         for form in ("NFC", "NFD"):
-            if (other := unicodedata.normalize(form, place)) != place:  # type: ignore[arg-type]
+            if (other := unicodedata.normalize(form, place)) != place:
                 try:
                     return read_bytes(other)
                 except FileNotFoundError:

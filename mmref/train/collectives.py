@@ -28,12 +28,12 @@ def gather(x: Tensor) -> Tensor:
 
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = x.shape[0]
         return gather(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         # every rank's loss depends on this rank's features: their gradients add up here. The mean over ranks that the
         # engine takes afterwards is the one division by the world size.
         grad = grad.contiguous()

@@ -13,7 +13,7 @@ def train_main(argv: Sequence[str]) -> int:
     """`mmref train` and jobs/train.py."""
     from mmref.config import load_config
 
-    config = load_config(argv)
+    config = load_config(list(argv))
     from mmref.train.trainer import train as run
 
     run(config)

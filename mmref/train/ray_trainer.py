@@ -101,7 +101,7 @@ class Trainer(TorchTrainer):
         self._config = config
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-        kwargs["failure_policy"] = NamedErrorsEnd(self.run_config.failure_config)  # type: ignore[arg-type]
+        kwargs["failure_policy"] = NamedErrorsEnd(self.run_config.failure_config)
         if self.scaling_config.elasticity_enabled:  # type: ignore[attr-defined]
             kwargs["scaling_policy"] = AllowedCounts(self.scaling_config, self._config)
         return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]

@@ -42,7 +42,7 @@ class Asha(ASHAScheduler):
         self.stopped: set[int] = set()  # numbers
         for trial in before:
             known: Any = SimpleNamespace(config={"number": trial.number})
-            self.on_trial_add(None, known)  # type: ignore[arg-type]
+            self.on_trial_add(None, known)
             for result in trial.results:
                 super().on_trial_result(None, _named(known), result)  # type: ignore[arg-type]
 

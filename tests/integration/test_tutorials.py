@@ -26,8 +26,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image, ImageDraw
-
-from jobs import ROOT
+from support.jobs import ROOT
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 SETTING = re.compile(r'export (\w+)=(\S+|"[^"]*")( +#.*)?')

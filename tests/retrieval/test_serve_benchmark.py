@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from services import listening
+from support.services import listening
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,6 +19,12 @@ from mmref.terminal.output import printable
 
 def main(argv: Sequence[str]) -> int:
     """`mmref shards`."""
+    args = build_parser().parse_args(argv)
+    return int(args.run(args) or 0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `mmref shards`; the chosen command is left in `args.run`: args -> exit status."""
     parser = argparse.ArgumentParser(
         prog="mmref shards", description="Build shard sets from a source, look into them, verify them."
     )
@@ -37,8 +43,7 @@ def main(argv: Sequence[str]) -> int:
     verify.add_argument("root", type=place, help="folder or URL of the set")
     verify.add_argument("--fast", action="store_true", help="leave out the checksums")
     verify.set_defaults(run=run_verify)
-    args = parser.parse_args(argv)
-    return int(args.run(args) or 0)
+    return parser
 
 
 def _common_options() -> argparse.ArgumentParser:

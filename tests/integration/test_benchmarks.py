@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 from support.jobs import ROOT, Job
 
-from mmref.shards.command import add_parser
+from mmref.cli import main
 
 CLIP = {
     "model_type": "clip", "projection_dim": 16,
@@ -42,23 +41,9 @@ def cuhk(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_cuhk_pedes_in_two_commands(cuhk: Path, tmp_path: Path) -> None:
     """At 384 x 128, with a CLIP small enough for two cores."""
-    parser, shards, run = argparse.ArgumentParser(), tmp_path / "cuhk_pedes", tmp_path / "run"
-    add_parser(parser.add_subparsers())
-    argv = [
-        "shards",
-        "build",
-        "cuhk",
-        "--root",
-        str(cuhk),
-        "--out",
-        str(shards),
-        "--workers",
-        "0",
-        "--tokenizer-vocab",
-        "90",
-    ]
-    args = parser.parse_args([*argv, "--min-shards", "2"])
-    assert args.run(args) == 0
+    shards, run = tmp_path / "cuhk_pedes", tmp_path / "run"
+    build = ["shards", "build", "cuhk", "--root", str(cuhk), "--out", str(shards), "--workers", "0"]
+    assert main([*build, "--tokenizer-vocab", "90", "--min-shards", "2"]) == 0
     smaller = {
         "data.root": shards, "data.readers": 1, "model.dual": "", "model.dual_config": json.dumps(CLIP), "train.gpu": "false",
         "train.precision": "fp32", "train.global_batch": 8, "train.max_steps": 10, "train.warmup_steps": 2,

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from mmref.errors import SourceError, StorageError
-from mmref.shards.command import add_parser, parse_fractions
+from mmref.shards.command import build_parser, main, parse_fractions
 
 
 @pytest.fixture
 def shards(capsys):
     def call(*words: object) -> tuple[int, str]:
         """Exit code and output of `mmref shards <words>`."""
-        parser = argparse.ArgumentParser("mmref")
-        add_parser(parser.add_subparsers())
-        args = parser.parse_args(["shards", *map(str, words)])
-        return args.run(args), capsys.readouterr().out
+        return main([str(word) for word in words]), capsys.readouterr().out
 
     return call
 
@@ -59,10 +54,9 @@ def test_left_out_samples_are_printed(shards, tmp_path, encode):
 
 
 def test_defaults_of_one_source_do_not_leak_into_another():
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    emoji = parser.parse_args(["shards", "build", "emoji", "--out", "x"])
-    table = parser.parse_args(["shards", "build", "table", "t.csv", "--out", "x"])
+    parser = build_parser()
+    emoji = parser.parse_args(["build", "emoji", "--out", "x"])
+    table = parser.parse_args(["build", "table", "t.csv", "--out", "x"])
     assert (emoji.tokenizer_vocab, table.tokenizer_vocab) == (4000, None)
     assert table.fractions == {"train": 0.7, "val": 0.1, "test": 0.2}
 

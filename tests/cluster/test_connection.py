@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mmref.cluster import connection
+from mmref.cluster import connection, resources
 from mmref.cluster.address import cluster_address
 from mmref.cluster.connection import connect, in_time, local_folder, object_store_bytes
 from mmref.cluster.resources import cores, workers_that_fit
@@ -61,11 +61,11 @@ def test_workers_are_as_many_as_the_machine_offers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(connection, "cores", lambda: 12)
+    monkeypatch.setattr(resources, "cores", lambda: 12)
     assert [workers_that_fit(n) for n in (None, 0, 3, 12)] == [12, 0, 3, 12] and capsys.readouterr().err == ""
     assert workers_that_fit(64) == 12
     assert capsys.readouterr().err == "mmref: 12 workers instead of 64: this machine offers no more CPUs\n"
-    monkeypatch.setattr(connection, "cores", lambda: 2)
+    monkeypatch.setattr(resources, "cores", lambda: 2)
     assert [workers_that_fit(n) for n in (None, 8, 9)] == [2, 8, 8]  # logical ones
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # which may grow
     assert workers_that_fit(64) == 64
@@ -258,8 +258,8 @@ def test_files_that_may_be_open_are_enough_or_named(
     limits: tuple[int, int], after: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [limits]
-    monkeypatch.setattr(connection.resource, "getrlimit", lambda _: now[-1])
-    monkeypatch.setattr(connection.resource, "setrlimit", lambda _, given: now.append(given))
+    monkeypatch.setattr(resources.resource, "getrlimit", lambda _: now[-1])
+    monkeypatch.setattr(resources.resource, "setrlimit", lambda _, given: now.append(given))
     if after is None:
         with pytest.raises(ClusterStartError, match="may have 64 files open, and Ray needs 128"):
             connection.need_files()

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmref.data import shard_set as shards_module
+from mmref.data import sample_reader
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.errors import SampleError, ShardSetError, StorageError
@@ -76,7 +76,7 @@ def test_index_describes_objects_and_images(built):
 
 
 def test_reader_survives_pickling_and_many_shards(built, monkeypatch):
-    monkeypatch.setattr(shards_module, "MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(sample_reader, "MAX_OPEN_FILES", 1)
     index = ShardSet.open(str(built)).index("train")
     assert len(index.shard_paths) == 3
     reader = SampleReader(index)

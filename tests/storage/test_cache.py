@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from mmref.data import shard_set
+from mmref.data import sample_reader
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.errors import ShardSetError, StorageError
@@ -155,7 +155,7 @@ def test_threads_share_a_reader_of_more_shards_than_it_holds_open(
     tiny_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither does one close what another reads, nor are files left open."""
-    monkeypatch.setattr(shard_set, "MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(sample_reader, "MAX_OPEN_FILES", 1)
     index = ShardSet.open(str(tiny_set)).index("train")
     assert len(index.shard_paths) > 1
     reader, expected = SampleReader(index), [SampleReader(index).read(i) for i in range(len(index))]

@@ -122,7 +122,7 @@ def _process(rank: int, folder: str, root: str) -> None:
         mock.patch.object(ray.train, "report", report),
         mock.patch.object(loop, "Stream", Batches),
         mock.patch.object(stop, "_requested", lambda _: 0),
-        mock.patch.object(stop, "_node_is_drained", lambda: False),
+        mock.patch.object(stop, "node_is_drained", lambda: False),
     ):
         for name, (what, at, overrides) in SCENARIOS.items():
             run = f"{folder}/{name}"

@@ -28,7 +28,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     began = time.monotonic()
     stop.POLL_S = 0.05
     stop._requested = lambda run: stop.TERMINATE if time.monotonic() - began > 0.3 else 0
-    stop._node_is_drained = lambda: False
+    stop.node_is_drained = lambda: False
     notice = stop.StopNotice(RunDir(folder))
     reason, step = 0, 0
     while step < STEPS and not reason:

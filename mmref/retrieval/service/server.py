@@ -250,7 +250,7 @@ def _run(app: Guard, listener: socket.socket, end: Leaving) -> None:
     from mmref.retrieval.service.patience import PatientProtocol
 
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         http=PatientProtocol.of(app.limits, app.access),  # type: ignore[arg-type]
         h11_max_incomplete_event_size=LARGEST_HEADERS,
         ws="none",

@@ -19,6 +19,13 @@ import pytest
 from mmref.config import Config
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the whole start Ray, or something that does; elsewhere a test that starts it says so (`pytest.mark.ray`)."""
+    for item in items:
+        if "integration" in item.path.parts:
+            item.add_marker(pytest.mark.ray)
+
+
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shard set that tests only read: 14 train objects of one to five 16 px images, 4 val and 4 test objects."""

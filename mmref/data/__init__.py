@@ -1,2 +1,4 @@
 """From shards to global batches: reading by byte offset, the plan of each step, decoding, tokens, augmentation.
-`shard_set.py` is the only file here that knows how a shard set lies on disk."""
+
+`shard_set.py`, `manifest.py` and `sample_reader.py` alone know how a shard set lies on disk.
+"""

@@ -1,4 +1,5 @@
-"""What is measured once features exist: ranking metrics, bootstrap intervals, reference-based refinement, the report.
+"""`mmref evaluate`: features of a split, ranking metrics, bootstrap intervals, reference-based refinement, the report.
 
-Everything takes NumPy arrays and knows nothing of Ray, training or checkpoints.
+`evaluation` opens a run and `split_features` uses Ray; metrics, intervals and refinement take NumPy arrays and know
+nothing of runs, Ray or training.
 """

@@ -3,7 +3,7 @@
 `metrics` is what `metrics.json` holds (docs/run-directory.md), with optional parts that appear when they are there:
 "image_to_text" and each kind in "by_caption_kind" are blocks like the top level ("initial", "refined", "ci95");
 "ci95_initial" beside "ci95"; "refinement_gain" from `bootstrap.paired_difference`; "skipped", a list of messages;
-"best_on_test" from `evaluate.best_on_test`; "class_protocol", {"initial": {name: percent}, "refined": ...};
+"best_on_test" from `evaluation.best_on_test`; "class_protocol", {"initial": {name: percent}, "refined": ...};
 "refinement"["tried"], the table of `refinement.choose_refinement`.
 """
 
@@ -31,17 +31,17 @@ _OPEN, _CLOSE = "<!-- explanations -->", "<!-- end of explanations -->"  # aroun
 
 
 def metrics_path(view: str = "") -> str:
-    """Where a run keeps the metrics of an evaluation, by `evaluate.view_of`."""
+    """Where a run keeps the metrics of an evaluation, by `evaluation.view_of`."""
     return f"metrics-{view}.json" if view else "metrics.json"
 
 
 def report_path(view: str = "") -> str:
-    """Where a run keeps the report of an evaluation, by `evaluate.view_of`."""
+    """Where a run keeps the report of an evaluation, by `evaluation.view_of`."""
     return f"report-{view}.html" if view else "report.html"
 
 
 def explanations_folder(view: str = "") -> str:
-    """Where a run keeps what `mmref explain` wrote, by `evaluate.view_of`."""
+    """Where a run keeps what `mmref explain` wrote, by `evaluation.view_of`."""
     return f"{EXPLANATIONS}-{view}" if view else EXPLANATIONS
 
 

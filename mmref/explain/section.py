@@ -23,7 +23,7 @@ def write(run: RunDir, checkpoint: str, explanations: Sequence[Explanation], vie
     """Write pictures and section into the run directory, in place of earlier ones, and into its report. The files written; others
     in that folder stay.
 
-    view: what is explained, as of `evaluate.view_of`.
+    view: what is explained, as of `evaluation.view_of`.
     """
     folder, report = explanations_folder(view), report_path(view)
     pictures = [draw(e) for e in explanations]

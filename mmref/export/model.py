@@ -1,4 +1,4 @@
-"""A trained model as a file system folder gives it back: text and images to features, results refined.
+"""A trained model, loaded from the folder of an export: text and images to features, results refined.
 
     import mmref
     model = mmref.load("exported")

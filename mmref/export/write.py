@@ -1,6 +1,6 @@
 """From a run to a folder that loads anywhere: consolidated weights, references, tokenizer, refinement, model card.
 
-    model.safetensors        weights of towers and projections (the reconstruction head serves training only)
+    model.safetensors        weights of towers and projections (heads serve training only)
     config.json              format, sizes, refinement, metrics; config.yaml: the run's config, towers spelt out
     tokenizer/               as transformers saves it
     references.safetensors   rows (m, K, d) of the training objects, their ids, mean text code of dense refinement

@@ -1,6 +1,6 @@
-"""The losses of MMRef: one pure function a file, computed in fp32, (tensors) -> scalar.
+"""The losses of MMRef: one pure function a file, computed in fp32, and `objective`, which puts them together.
 
-Each has a slow brute-force twin in tests/losses/.
+Each loss has a slow brute-force twin in tests/losses/.
 """
 
 from mmref.losses.agreement import agreement, agreement_weights

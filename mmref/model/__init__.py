@@ -1,4 +1,4 @@
-"""The model: backbones, reconstruction head, the MMRef module, the rows of the reference bank.
+"""The model: towers, heads, the MMRef module that joins them, and the arithmetic of reference rows.
 
 Knows nothing of Ray, DeepSpeed or ranks.
 """

@@ -28,7 +28,7 @@ class Masked(NamedTuple):
     ids: Tensor  # (B, L) masked token ids
     at: Tensor  # (B, L) True where a word was masked
     words: Tensor  # (B, L) the original ids
-    references: Tensor | None  # (B, K, d) references of each sample's object; None without local reconstruction
+    references: Tensor | None  # (B, K, d) references of each sample's object; None where training has none
 
 
 class Output(NamedTuple):

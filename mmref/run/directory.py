@@ -1,7 +1,4 @@
-"""The run directory: local or any fsspec URL.
-
-config.yaml, metrics.jsonl (a line a log step), metrics.json (final), checkpoints/, report.html, tensorboard/.
-"""
+"""The run directory: local or any fsspec URL. Every file and field of it is listed in docs/run-directory.md."""
 
 from __future__ import annotations
 

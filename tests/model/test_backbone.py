@@ -25,7 +25,6 @@ SIGLIP = {
 }
 DUALS = {"clip": (CLIP, 12), "siglip": (SIGLIP, 16)}
 PAIRS = {"vit": {**VIT, "image_size": 32}, "convnext": CONVNEXT}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def pixels(height=32, width=32):

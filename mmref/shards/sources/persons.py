@@ -32,7 +32,7 @@ class PersonFormat:
     name: str
     annotations: str  # file name below the root; "*.json": the only one there, whatever its name
     origin: str
-    published: Mapping[str, Mapping[str, int]]  # as `samples.published_counts` returns
+    published: Mapping[str, Mapping[str, int]]  # counts by split, which `samples.count_warnings` compares
     path_key: str = "file_path"
     has_val: bool = True
     without_splits: str = ""  # file of the set that has the captions and no splits

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from support.parity import STEPS, run, tiny, wide
+from support.plain_training import AT
+
+from mmref.losses.objective import TOTAL
 
 CLOSE = 1e-5
 # one of each kind in the fast suite; every combination in the slow one
@@ -74,9 +77,11 @@ def test_compiled_towers(
 
 def test_losses_fall_and_all_parts_are_there(alone: dict[str, Any]) -> None:
     losses = torch.tensor(alone["losses"])  # (steps, losses)
-    assert losses[-1, 3] < losses[0, 3], "masked words are not learned"
-    assert (losses[-1, [0, 1, 3, 4]] > 0).all(), "a loss is missing"
-    assert (losses[:, 2] == 0).all(), "references that follow are not fused by a loss"
+    assert losses[-1, AT["loss_rec"]] < losses[0, AT["loss_rec"]], "masked words are not learned"
+    assert all(losses[-1, AT[name]] > 0 for name in (TOTAL, "loss_align", "loss_rec", "loss_guide")), (
+        "a loss is missing"
+    )
+    assert (losses[:, AT["loss_fuse"]] == 0).all(), "references that follow are not fused by a loss"
     assert alone["rows"].abs().sum() > 0, "no reference followed its object"
 
 
@@ -90,7 +95,7 @@ def test_gradient_references(tmp_path: Path, tiny_set: Path) -> None:
         "reference__score": "lme",
     }
     expected = run(tmp_path / "1", tiny(tiny_set, **kind), 1)
-    assert all(line[2] > 0 for line in expected["losses"]), "references are fused by a loss"
+    assert all(line[AT["loss_fuse"]] > 0 for line in expected["losses"]), "references are fused by a loss"
     values = tiny(tiny_set, train__workers=2, train__accumulation=2, **kind)
     compare(expected, run(tmp_path / "2", values, 2))
 
@@ -152,7 +157,8 @@ def test_irra_s_objective(tmp_path: Path, tiny_set: Path) -> None:
     compare(expected, found)
     assert found["weights"]["classify.weight"].shape == (14, 32)
     losses = torch.tensor(found["losses"])
-    assert (losses[-1, 5:] < losses[0, 5:]).all(), "classification and masked words are not learned"
+    for name in ("loss_id", "loss_mlm"):
+        assert losses[-1, AT[name]] < losses[0, AT[name]], f"{name} does not fall: it is not learned"
 
 
 def test_kept_tokens_of_frozen_towers(tmp_path: Path, tiny_set: Path) -> None:

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from mmref.config import Config
 from mmref.data.reader import StepReader
+from mmref.losses.objective import LOSSES
 from mmref.model.mmref import MMRef, build_model
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import learning_rate, parameter_groups
 from mmref.train.step import StepRunner
+
+AT = {name: place for place, name in enumerate(LOSSES)}  # where each loss stands in what a step returns
 
 
 @dataclass

@@ -16,11 +16,11 @@ import torch
 if __name__ == "__main__":  # pytest's conftest does this otherwise
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.plain_training import VARIANTS, PlainTraining, train, train_adam
+from support.plain_training import AT, VARIANTS, PlainTraining, train, train_adam
 from support.tiny_set import BERT, VIT, damage_image, tiny_config
 
 from mmref.losses import agreement, agreement_weights, infonce, reference_loss, sdm, soft_targets
-from mmref.losses.objective import LOSSES, ramp
+from mmref.losses.objective import LOSSES, TOTAL, pack, ramp, unpack
 from mmref.randomness import draw
 from mmref.train import collectives
 from mmref.train.engine import learning_rate
@@ -146,7 +146,8 @@ def written_out(run, step, references):
         per_word = torch.nn.functional.cross_entropy(logits, m.ids.flatten(), reduction="none")
         rec = per_word[at.flatten()].mean()
         loss = loss + c.loss.w_rec * rec
-    return loss, torch.stack([loss, align, fuse, rec, guide]).detach()
+    values = {TOTAL: loss, "loss_align": align, "loss_fuse": fuse, "loss_rec": rec, "loss_guide": guide}
+    return loss, pack(values)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -164,7 +165,7 @@ def test_a_step_is_the_sum_of_its_losses(make_config, accumulation, per_object, 
     loss.backward()
     asked = []
     run.bank.apply_gradient = lambda active, grad, lr: asked.append((active, grad, lr))
-    torch.testing.assert_close(run.step(3)[:5], values, **CLOSE)
+    torch.testing.assert_close(run.step(3), values, **CLOSE)
     expected, found = whole.gradients(), run.gradients()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
@@ -197,9 +198,8 @@ def test_irra_s_objective_is_the_sum_of_its_three_losses(make_config, accumulati
     mlm = torch.nn.functional.cross_entropy(words, m.ids.flatten(), reduction="none")[at.flatten()].mean()
     loss = align + c.w_id * identity + c.w_mlm * mlm
     loss.backward()
-    zero = torch.zeros(())
-    values = torch.stack([loss, align, zero, zero, zero, identity, mlm]).detach()
-    torch.testing.assert_close(run.step(3), values, **CLOSE)
+    values = {TOTAL: loss, "loss_align": align, "loss_id": identity, "loss_mlm": mlm}
+    torch.testing.assert_close(run.step(3), pack(values), **CLOSE)
     expected, found = whole.gradients(), run.gradients()
     assert {n for n, _ in model.named_parameters()} - set(expected) == {"log_scale"}
     for name in expected:
@@ -246,7 +246,8 @@ def test_options_of_guidance_written_out(make_config, option):
     guide = sum(per_modality.values()) / 2 if c.guide_on == "both" else per_modality[c.guide_on]
     (align + c.w_guide * guide).backward()
     found = run.step(4)
-    torch.testing.assert_close(found[[0, 1, 4]], torch.stack([align + c.w_guide * guide, align, guide]), **CLOSE)
+    values = {TOTAL: align + c.w_guide * guide, "loss_align": align, "loss_guide": guide}
+    torch.testing.assert_close(found, pack(values), **CLOSE)
     expected = whole.gradients()
     for name, gradient in run.gradients().items():
         torch.testing.assert_close(gradient, expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
@@ -266,13 +267,13 @@ def test_references_learn_less_from_captions_that_disagree(make_config):
     (config.loss.w_fuse * fuse).backward()
     asked = []
     run.bank.apply_gradient = lambda active, grad, lr: asked.append(grad)
-    torch.testing.assert_close(run.step(1)[2], fuse.detach(), **CLOSE)
+    torch.testing.assert_close(run.step(1)[AT["loss_fuse"]], fuse.detach(), **CLOSE)
     torch.testing.assert_close(asked[0], references.grad, **CLOSE)
 
 
 def test_options_of_guidance_change_something(make_config):
-    losses = {o: train(make_config({"loss.w_guide": 0.4, **OPTIONS[o]}), steps=6).losses[-1, 0].item() for o in OPTIONS}
-    losses["none"] = train(make_config({"loss.w_guide": 0.4}), steps=6).losses[-1, 0].item()
+    configs = {name: make_config({"loss.w_guide": 0.4, **changed}) for name, changed in {**OPTIONS, "none": {}}.items()}
+    losses = {name: train(config, steps=6).losses[-1, AT[TOTAL]].item() for name, config in configs.items()}
     assert len({round(value, 5) for value in losses.values()}) == len(losses)
 
 
@@ -312,28 +313,30 @@ def test_alignment_is_the_mean_of_both_directions_or_their_sum_as_in_irra(make_c
     m = inputs(run, 0)
     out, y = run.model(m.pixels, m.ids, m.mask), m.objects
     both = loss(out.image, out.text, y, y, out.scale) + loss(out.text, out.image, y, y, out.scale)
-    assert run.step(0)[1].item() == pytest.approx(factor * both.item(), rel=1e-5)
+    assert run.step(0)[AT["loss_align"]].item() == pytest.approx(factor * both.item(), rel=1e-5)
 
 
 def test_align_only_equals_references_that_do_not_guide_yet(make_config):
     """Under moving_average nothing but the guidance reaches the encoders, and it ramps in."""
     alone = train(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 0.0}), steps=4)
     later = train(make_config({"loss.guide_from": 0.2, "loss.guide_full": 0.2}), steps=5)  # full from step 4 of 20
-    torch.testing.assert_close(later.losses[:4, 1], alone.losses[:, 1], **CLOSE)
+    total, align, fuse, guide = (later.losses[:, AT[n]] for n in (TOTAL, "loss_align", "loss_fuse", "loss_guide"))
+    torch.testing.assert_close(align[:4], alone.losses[:, AT["loss_align"]], **CLOSE)
     for a, b in zip(later.gradients[:4], alone.gradients):
         for name in b:
             torch.testing.assert_close(a[name], b[name], **CLOSE)
-    assert (later.losses[:4, 0] == later.losses[:4, 1]).all()
-    assert (later.losses[:, 2] == 0).all(), "references that follow are not fused by a loss"
-    assert later.losses[4, 0].item() == pytest.approx((later.losses[4, 1] + 0.5 * later.losses[4, 4]).item(), rel=1e-5)
+    assert (total[:4] == align[:4]).all()
+    assert (fuse == 0).all(), "references that follow are not fused by a loss"
+    assert total[4].item() == pytest.approx((align[4] + 0.5 * guide[4]).item(), rel=1e-5)
 
 
 def test_fusion_by_gradient_alone_leaves_the_encoders_as_they_are(make_config):
     """So that align-only may have the references beside it that refine it (tune/rows/)."""
     alone = train(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 0.0}), steps=4)
     fused = train(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 1.0, "reference.update": "gradient"}), steps=4)
-    assert (fused.losses[:, 2] > 0).all() and not torch.equal(fused.references[0], fused.references[-1])
-    assert torch.equal(fused.losses[:, 1], alone.losses[:, 1])
+    fuse, align = AT["loss_fuse"], AT["loss_align"]
+    assert (fused.losses[:, fuse] > 0).all() and not torch.equal(fused.references[0], fused.references[-1])
+    assert torch.equal(fused.losses[:, align], alone.losses[:, align])
     for a, b in zip(fused.gradients, alone.gradients):
         assert a.keys() == b.keys()
         for name in b:
@@ -345,13 +348,14 @@ def test_what_is_switched_off_is_logged_as_0_and_any_seed_will_do(make_config):
         losses = PlainTraining(
             make_config({"loss.w_guide": 0.0, "reference.update": "gradient", "train.seed": seed})
         ).step(0)
-        assert losses[4] == 0 and losses[2] > 0
+        assert losses[AT["loss_guide"]] == 0 and losses[AT["loss_fuse"]] > 0
 
 
 def test_without_any_use_of_references_none_are_kept(make_config):
     run = PlainTraining(make_config({"loss.w_guide": 0.0, "loss.w_fuse": 0.0}))
-    losses = run.step(0)
-    assert (run.bank.rows == 0).all() and (losses[2:] == 0).all() and losses[0] == losses[1]
+    losses = unpack(run.step(0))
+    assert (run.bank.rows == 0).all() and losses[TOTAL] == losses["loss_align"]
+    assert not any(value for name, value in losses.items() if name not in (TOTAL, "loss_align"))
 
 
 def test_references_follow_the_features_of_the_step(make_config):
@@ -404,7 +408,7 @@ def test_a_loss_that_is_not_finite_shows_in_what_is_returned(make_config):
     with torch.no_grad():
         run.model.backbone.text_projection.weight.fill_(float("nan"))
     losses = run.step(0)
-    assert len(losses) == len(LOSSES) and not torch.isfinite(losses[0])
+    assert len(losses) == len(LOSSES) and not torch.isfinite(losses[AT[TOTAL]])
 
 
 # -- golden losses ---------------------------------------------------------------------------------------------------

@@ -269,16 +269,17 @@ def _features(out: Output) -> tuple[Tensor, Tensor]:
     return out.image, out.text
 
 
-def _writable(array: Any) -> Any:
+def _writable(array: NDArray[Any]) -> NDArray[Any]:
     """Ray Data's arrays are views of shared memory, which torch must not be given to write to."""
     return array if array.flags.writeable else array.copy()
 
 
-def _random_state(device: torch.device) -> Any:
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """State of the generators that dropout draws from: of the CPU, and of the device where it is a GPU."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_random_state(device: torch.device, state: Any) -> None:
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

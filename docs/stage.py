@@ -95,7 +95,7 @@ class Staging:
             return target
         self.add(path)
         staged = os.path.relpath(self._staged(path), page.parent)
-        # a line of code has no anchor in its page
+        # A line of code has no anchor in its page.
         return f"{staged}#{anchor}" if anchor and path.suffix == ".md" else staged
 
     def _listing(self, path: Path) -> str:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-# before any import of ray or transformers: quieter, and no attempt to reach a hub for a local path's sake
+# These must be set before any import of ray or transformers: they are quieter then, and no hub is asked for a local
+# path.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -52,7 +52,8 @@ def check_answers(address: str) -> None:
     except OSError as error:
         raise _silent(address, f"{error}") from None
     try:
-        # in a process of its own: Ray tries on for longer than anybody waits, and cannot be told to stop
+        # This is asked in a process of its own, since Ray tries for longer than anybody waits and cannot be told to
+        # stop.
         asked = subprocess.run(
             [sys.executable, "-c", ray_private.PROBE, address], capture_output=True, timeout=ANSWER_S
         )

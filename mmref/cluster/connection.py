@@ -25,9 +25,9 @@ SETTINGS = {  # Ray Train hands variables of this prefix on to its controller an
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report is committed at the next check; the default is 2 s
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # how long to wait for places, as of a node that replaces a lost one
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # how soon workers hear that a node is being drained; the default is 5 s
-    # Ray starts its workers at niceness 15: beside anything else that computes they would hardly run
+    # Ray starts its workers at niceness 15: beside anything else that computes they would hardly run.
     "RAY_worker_niceness": "0",
-    # workers and readers of a small machine start together: do not warn of it
+    # Workers and readers of a small machine start together: do not warn of it.
     "RAY_worker_maximum_startup_concurrency": "16",
 }
 START_ATTEMPTS = 3

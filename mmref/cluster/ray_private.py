@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-# "module:name" -> what mmref cannot do without it
+# Each private name, as "module:name", with what mmref cannot do without it.
 NAMES = {
     "ray._private.utils:get_num_cpus": "know the CPU quota of its container",
     "ray._private.utils:get_system_memory": "size the object store of a local cluster by its container's memory",
@@ -64,7 +64,7 @@ def system_memory() -> int:
 
 # -- connecting ----------------------------------------------------------------------------------------------------------
 
-# a program that ends with 0 where a cluster answers at its argument, HOST:PORT
+# This program ends with 0 where a cluster answers at its argument, HOST:PORT.
 PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mmref.cluster import ray_private
 
-# 0: nodes bind to 127.0.0.1, as Ray does by itself on macOS and Windows
+# With 0 nodes bind to 127.0.0.1, as Ray does by itself on macOS and Windows.
 ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
@@ -29,7 +29,7 @@ def secluded() -> Iterator[dict[str, Any]]:
     before = ray_private.enable_cluster(False), os.environ.get(ON_LOOPBACK)  # of this process, of those it starts
     os.environ[ON_LOOPBACK] = "0"
     try:
-        # metrics would be readable on their port without the token
+        # Metrics would be readable on their port without the token.
         yield {"_system_config": {"enable_metrics_collection": False}}
     finally:
         ray_private.enable_cluster(before[0])

@@ -177,7 +177,7 @@ def _decode(data: bytes, room: Room) -> NDArray[np.uint8]:
                 raise ValueError(f"{image.format} holds a drawing, not pixels")
             if container is not None:
                 image.info.update(icc_profile=container.icc, exif=container.exif)
-            # Pillow 13 wraps the brightest colors of a JPEG 2000 of 16 bits around to black
+            # Pillow 13 wraps the brightest colors of a JPEG 2000 of 16 bits around to black.
             wraps = image.format == "JPEG2000" and image.mode in ("LA", "RGB", "RGBA")
             pixels = _opencv(data, cv2.IMREAD_UNCHANGED) if wraps else None
             return _pillow_pixels(image) if pixels is None else to_srgb(pixels, image.info.get("icc_profile"))
@@ -201,8 +201,8 @@ def _opencv_container(container: Container) -> NDArray[np.uint8] | None:
     flags = cv2.IMREAD_UNCHANGED  # transparency and 16 bits
     if container.kind == "jpg":
         if b"\xff\xd9" not in container.data[-64:]:
-            # OpenCV decodes a truncated JPEG to a picture with a gray rest; Pillow refuses it, and takes one whose maker
-            # appended something behind the end marker
+            # OpenCV decodes a truncated JPEG to a picture with a gray rest; Pillow refuses it, and takes one whose
+            # maker appended something behind the end marker.
             return None
         if container.channels == 4 and container.icc:
             return None  # the profile is one of CMYK

@@ -152,7 +152,7 @@ class Plan:
         objects = self.order(epoch, within * self.objects_per_step, self.objects_per_step)
         count = self.object_start[objects + 1] - self.object_start[objects]  # (P,) images of each
         visit = epoch * self.images_per_object + np.arange(self.images_per_object)  # (Q,) running visit of an object
-        # every pass over an object's images has its own order: pass number = visit // count
+        # Every pass over an object's images has its own order; the number of the pass is visit // count.
         turn = visit[None, :] // count[:, None]
         key = draw(Stream.IMAGE_CHOICE, self.seed, turn, objects[:, None])
         chosen = permute(visit[None, :] % count[:, None], count[:, None], key)  # (P, Q)

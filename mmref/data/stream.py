@@ -53,7 +53,7 @@ def build_dataset(config: Config, rank: int, world: int, start: int) -> Any:
     context.execution_options.preserve_order = True
     steps = config.train.max_steps - start
     tasks = -(-steps // config.data.steps_per_task)
-    # as ray.data.range, whose tasks would wait for ever for a CPU where workers and readers have them all
+    # This stands for ray.data.range, whose tasks would wait for ever for a CPU where workers and readers have them all.
     numbers = RangeDatasource(n=tasks, block_format="arrow", column_name="id")
     return ray.data.read_datasource(numbers, num_cpus=0, concurrency=2, override_num_blocks=tasks).map_batches(
         TaskReader,

@@ -35,7 +35,7 @@ class Tokens:
             tokenizer.pad_token = tokenizer.eos_token
         self.vocab_size = len(tokenizer)
         self.mask_id = int(tokenizer.mask_token_id)
-        # the unknown token stands for a word, unless it doubles as another special token (CLIP's end token)
+        # The unknown token stands for a word, unless it doubles as another special token (CLIP's end token).
         named = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "sep", "pad", "cls", "mask")}
         special = (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}) | (named - {None})
         self.special_ids = np.array(sorted(special), dtype=np.int64)

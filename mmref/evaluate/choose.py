@@ -54,7 +54,7 @@ def choose_on_val(
     """
     if space is None:
         return RefinementSettings(weight=0.0), []
-    # the same words for the same object rank alike: score each pair of text and object once, as the report does
+    # The same words for the same object rank alike: score each pair of text and object once, as the report does.
     pairs, counted = np.unique(np.stack([queries.text, queries.objects], 1), axis=0, return_inverse=True)
     return choose_refinement(
         space, text[pairs[:, 0]], image, pairs[:, 1], objects, config_grid(config), config.eval.metric,

@@ -226,7 +226,7 @@ class Evaluation:
     ) -> None:
         self.config, self.features, self.space, self.settings, self.tried = config, features, space, settings, tried
         q = features.queries
-        # the same words for the same object rank alike: each pair of text and object is scored once
+        # The same words for the same object rank alike: each pair of text and object is scored once.
         pairs, of = np.unique(np.stack([q.text, q.objects], 1), axis=0, return_inverse=True)
         self.pair_of = of.reshape(-1)  # (q,) pair of each caption
         self.pair_features, self.pair_objects = features.text[pairs[:, 0]], pairs[:, 1]
@@ -294,7 +294,7 @@ class Evaluation:
         queries, classes = class_queries(f.text[q.text], q.objects)
         given = queries, classes, f.image, f.image_objects
         refined = self._refiner(queries, f.image)
-        # an image's classes are all its candidates
+        # All classes are candidates of an image.
         everywhere = self._refiner(queries, f.image, replace(self.settings, top_p=None))
         return {"initial": class_metrics(*given), "refined": class_metrics(*given, refined, everywhere)}
 

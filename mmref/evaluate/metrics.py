@@ -164,7 +164,7 @@ def _checked(
             f"scores have shape {scores.shape}, but there are {len(query_labels)} query labels and "
             f"{len(gallery_labels)} gallery labels"
         )
-    # min() passes a NaN on: one pass, no temporary array.
+    # `min` passes a NaN on, so one pass finds it without a temporary array.
     if scores.size and np.isnan(scores.min()):
         row, column = np.argwhere(np.isnan(scores))[0]
         raise EvaluationError(

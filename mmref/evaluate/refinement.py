@@ -99,17 +99,17 @@ class ReferenceSpace:
         """The r nearest objects of each feature row: ids (N, r) int32 and cosines (N, r), descending. r <= m."""
         import faiss
 
-        # exact, a shard of the references at a time: memory is (N, r) whatever m is
+        # The search is exact and takes a shard of the references at a time, so memory is (N, r) whatever m is.
         queries = np.ascontiguousarray(features, dtype=np.float32)
         ids = np.empty((len(queries), 0), np.int64)
         cosines = np.empty((len(queries), 0), np.float32)
-        # the best r K rows hold those of the best r objects
+        # The best r K rows hold those of the best r objects.
         wanted = r * self.per_object
         for start in range(0, len(self._rows), _SHARD_ROWS):
             shard = self._rows[start : start + _SHARD_ROWS]
             found, at = faiss.knn(queries, shard, min(wanted, len(shard)), metric=faiss.METRIC_INNER_PRODUCT)
             ids, cosines = np.hstack([ids, at + start]), np.hstack([cosines, found])
-            # by cosine, of equal ones the lower id
+            # They are ordered by cosine, equal ones by the lower id.
             order = np.lexsort((ids, -cosines), axis=1)[:, :wanted]
             ids = np.take_along_axis(ids, order, axis=1)
             cosines = np.take_along_axis(cosines, order, axis=1)

@@ -142,7 +142,7 @@ def read_image(image: ImageLike, height: int, width: int, name: str) -> NDArray[
         return decode_image(image, height, width, name)
     try:
         place = os.fspath(image)
-        # what is there may also be a pipe, as the shell's <(...) makes
+        # What is there may also be a pipe, as the shell's <(...) makes.
         data = read_bytes(place) if os.path.exists(place) else read_location(place)
     except OSError as error:
         raise SampleError(f"{image}: cannot be read: {error.strerror or error}.") from None

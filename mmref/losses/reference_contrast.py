@@ -29,7 +29,8 @@ def reference_scores(features: Tensor, references: Tensor, reduce: Literal["max"
     if reduce == "max":
         return logits.amax(-1)
     seen = (~unseen).sum(-1).clamp(min=1).log()  # (A,) log of how many references the mean is over
-    # logsumexp over a row of -inf only has a NaN gradient: give unseen objects a finite stand-in and mask them after
+    # The gradient of logsumexp over a row of -inf alone is NaN, so unseen objects get a finite stand-in and are masked
+    # afterwards.
     none_seen = unseen.all(-1)
     safe = logits.masked_fill(none_seen[None, :, None], 0.0)
     return (safe.logsumexp(-1) - seen).masked_fill(none_seen[None], -math.inf)

@@ -86,7 +86,7 @@ def check_towers(config: ModelConfig, end_id: int | None, size: tuple[int, int] 
             imported(values[IMPORT], f"model.{part}")
             continue
         found = tower_config(name, values, f"model.{part}")
-        # CLIP reads its text feature at the end token (2 is its legacy value for "the largest id")
+        # CLIP reads its text feature at the end token (2 is its legacy value for "the largest id").
         expected = getattr(getattr(found, "text_config", None), "eos_token_id", None)
         if part == "dual" and "clip" in found.model_type and expected not in (None, 2, end_id):
             raise ModelError(
@@ -233,7 +233,7 @@ class DualBackbone(nn.Module):
         self.native_size = (vision.image_size, vision.image_size)
         self.vocab_size = text.vocab_size
         self.max_positions = text.max_position_embeddings
-        # SigLIP was trained on padded text without a mask; CLIP is causal and reads its features at the end token
+        # SigLIP was trained on padded text without a mask; CLIP is causal and reads its features at the end token.
         self.uses_mask = model.config.model_type != "siglip"
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

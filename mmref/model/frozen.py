@@ -97,7 +97,7 @@ class TokenFile:
         with self._named_errors():
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self.connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-            # SQLite does not wait for a process that is making the same file: it fails with "database is locked"
+            # SQLite does not wait for a process that is making the same file: it fails with "database is locked".
             with one_at_a_time(f"{path}.lock"):
                 self.connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
                 self.connection.execute(

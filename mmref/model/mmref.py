@@ -83,7 +83,7 @@ class MMRef(nn.Module):
         self.plain_attention = plain_attention
         self.frozen = False
         self.rec_detach_text = loss.rec_detach_text
-        # shape (1,): DeepSpeed cannot broadcast 0-dim parameters
+        # The shape is (1,), since DeepSpeed cannot broadcast 0-dim parameters.
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / loss.tau)]), requires_grad=loss.learn_tau)
         self.reconstruct = None
         if loss.w_rec > 0:
@@ -160,7 +160,7 @@ class MMRef(nn.Module):
         and the `objects` (B,) of the samples are given."""
         image = text = rec_sum = mlm_sum = id_sum = None
         device = self.log_scale.device.type
-        # evaluation brings other shapes, a compilation each, for a few batches
+        # Evaluation brings other shapes, and each would be compiled for a few batches.
         eager = torch.compiler.set_stance("force_eager") if self.compiled and not self.training else nullcontext()
         plain = self.plain_attention and torch.is_grad_enabled()
         attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()

@@ -44,7 +44,7 @@ def assign_features(features: Tensor, is_text: Tensor, references: Tensor, assig
     cosine = torch.einsum("nd,nkd->nk", torch.nn.functional.normalize(features, dim=-1), unit)
     unseen = references.abs().amax(-1) == 0
     slot = torch.arange(per_object, device=features.device)
-    # of several unseen ones the first is taken; within one batch features of an object then share it
+    # Of several unseen ones the first is taken; within one batch features of an object then share it.
     cosine = torch.where(unseen, 2.0 - slot.to(cosine.dtype)[None] / per_object, cosine)
     if assign == "modality":
         wrong = (slot[None] % 2).bool() != is_text[:, None]

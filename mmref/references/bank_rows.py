@@ -124,7 +124,7 @@ def rows_of(features: SplitFeatures, objects: list[int], config: Config) -> Tens
         for row in objects
     ]
     rows = torch.stack(made)
-    # rows learned by gradient are unit vectors
+    # Rows learned by gradient are unit vectors.
     return torch.nn.functional.normalize(rows, dim=-1) if r.update == "gradient" else rows
 
 

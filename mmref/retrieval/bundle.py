@@ -15,7 +15,7 @@ from mmref.data.shard_set import ShardSet, sha256_of
 from mmref.errors import ModelError, SampleError, ShardSetError
 from mmref.storage.disk import is_full, sync_files
 
-# what a search needs of an export; the copy for plain transformers stays behind
+# These files of an export a search needs; the copy for plain transformers stays behind.
 FILES = ("config.json", "config.yaml", "model.safetensors", "references.safetensors", "README.md")
 CAPTIONS = "reference_captions.json"
 

@@ -96,7 +96,7 @@ def export_table(
 def _files_of_table(root: Path) -> set[str]:
     """What an earlier export wrote into a folder. Raises QueryError where it holds something else."""
     try:
-        # not splitlines: it also breaks where a sentence has one of Unicode's own line ends
+        # `splitlines` would also break where a sentence has one of Unicode's own line ends.
         lines = (root / TABLE).read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line]
         return {TABLE, *(row["image"] for row in rows if row["item"])} if rows else set()

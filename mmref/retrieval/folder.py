@@ -20,7 +20,7 @@ from mmref.storage.retries import retry
 HIDDEN, UNENDED, INDEX, LINKED, OTHER = "hidden", "without an ending", "search index", "linked twice", "no file"
 LONGEST_ENDING = 12  # a longer one is a name with a dot in it
 SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-# what fsspec's file systems call that which changes with a file
+# Under these names fsspec's file systems give what changes with a file.
 CHANGES_WITH = (
     "ETag",
     "etag",

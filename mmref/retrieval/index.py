@@ -164,7 +164,7 @@ def create(
     work = target.with_name(f"{target.name}.partial")
     with told_when_full(target), held_folder(work, target, SearchIndexError), _kept_if_begun(work):
         _check_free(target)  # who held it has made the index meanwhile
-        # what makes the same command the same: another one starts over
+        # These values make a command the same one; another one starts over.
         _start(work, {"images": images, "model": absolute(model), "split": split, **asdict(columns)})
         listing = _listed(images, split, columns)
         if not (work / "model").exists():
@@ -316,7 +316,8 @@ def open_vectors(index: Path, manifest: Manifest) -> Approximate | None:
     if manifest.kind == "flat":
         return None
     path, told = index / manifest.vectors["file"], manifest.vectors
-    # faiss may end the process over a file that is not whole, so that it is looked at first; the first indexes say neither
+    # A file that is not whole may make faiss end the process, so it is looked at first. The earliest indexes tell
+    # neither number.
     try:
         size = path.stat().st_size
         if size != (wanted := int(told.get("bytes", size))):
@@ -419,7 +420,7 @@ def _embed(
         dim = arrays["features"].shape[1]
         for position, problem in json.loads(arrays["problems"].tobytes()).items():
             (row,) = rows.slice(int(position), 1).to_pylist()
-            # of one that is never decoded again, what tells that it is still the same
+            # For an image that is never decoded again, its place tells whether it is still the same.
             kept = ("id", *PLACE) if problem == KILLED else ("id", "path")
             skipped.append({**{name: row[name] for name in kept}, "problem": problem})
     _discard(target)
@@ -431,7 +432,7 @@ def _embed(
 def read_skipped(index: Path) -> list[dict[str, Any]]:
     """Images that could not be read or taken: id, path (of what could not be taken: its source), problem; of one that ended
     processes, all of its place (see `embed.identity`)."""
-    # not splitlines: it also breaks where a name has one of Unicode's own line ends
+    # `splitlines` would also break where a name has one of Unicode's own line ends.
     return [json.loads(line) for line in (index / "skipped.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 

@@ -107,7 +107,7 @@ class Searcher:
         self._cache: OrderedDict[str, Encoded] = OrderedDict()
         self._filters: OrderedDict[tuple[tuple[str, str], ...], Rows] = OrderedDict()
         self._lock = threading.Lock()  # of the caches
-        # of the model, which is not thread-safe
+        # This lock is the model's, which is not thread-safe.
         self._encoding: threading.Lock = previous._encoding if previous and same else threading.Lock()
 
     def reopened(self) -> Searcher:
@@ -202,7 +202,7 @@ class Searcher:
     ) -> list[list[Result]]:
         """Results of ranked rows (q, top): their items, and the references that raised them."""
         distinct, at = np.unique(np.maximum(rows, 0), return_inverse=True)
-        # a slice for each: `take` would first join the chunks of the whole table, 5 ms for a million items
+        # Each row is sliced: `take` would first join the chunks of the whole table, 5 ms for a million items.
         items = [self.items.slice(row, 1).to_pylist()[0] for row in distinct.tolist()]
         at = at.reshape(rows.shape)
         shared = self._shared(queries, rows)
@@ -260,7 +260,7 @@ class Searcher:
         data = self.model.config.data
         rgb = decode_rgb(self.image_bytes(item_id) if encoded is None else encoded, item_id)
         images = hidden(resize_rgb(rgb, data.image_height, data.image_width), grid)
-        # a few at a time: searches of other threads want the model too
+        # A few are encoded at a time, since searches of other threads want the model too.
         parts = [self.encode_pixels(images[i : i + HIDDEN_BATCH]) for i in range(0, len(images), HIDDEN_BATCH)]
         features = np.concatenate(parts)
         cosines = np.zeros((2, 0), np.float32)

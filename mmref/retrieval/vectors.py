@@ -27,7 +27,8 @@ TRAINED_PER_LIST = 64  # vectors an IVF list is trained on
 HNSW_LINKS, HNSW_BUILD = 32, 100
 OVERFETCH = 2  # candidates for each result: 8 bits cannot tell close neighbours apart, the features can
 SPLIT_ROWS = 20_000  # fewer rows than this for each thread are not worth a thread
-# Two queries and more are one matrix product, which reads the features once for all of them: by default faiss asks for 20
+# Two queries and more are one matrix product, which reads the features once for all of them. By default faiss asks for
+# 20.
 faiss.cvar.distance_compute_blas_threshold = 2
 
 
@@ -40,8 +41,8 @@ def best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:
 def exact(queries: Floats, matrices: Sequence[Floats], k: int) -> tuple[Floats, Rows]:
     """Scores and rows (q, k) of the nearest among all rows of the matrices end to end. k <= rows."""
     parts = list(_parts(matrices))
-    # a thread for each part, and none of OpenMP's inside: they wait for each other by spinning, which on busy cores makes a
-    # search of 40 ms take a second
+    # Each part has a thread, and none of OpenMP's inside: those wait for each other by spinning, which on busy cores
+    # makes a search of 40 ms take a second.
     with ThreadPoolExecutor(len(parts), initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
         found = list(pool.map(lambda part: _knn(queries, part[1], k, part[0]), parts))
     return best(np.concatenate([s for s, _ in found], 1), np.concatenate([r for _, r in found], 1), k)

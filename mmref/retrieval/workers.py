@@ -65,7 +65,7 @@ class Workers:
         import ray
 
         waiting, suspects, failed_starts = deque(jobs), list[Job](), 0
-        # what an actor will answer -> the actor, and its chunk; None: it starts
+        # By what an actor will answer: the actor and its chunk, or None while it starts.
         working: dict[Any, tuple[Any, Job | None]] = {}
         for _ in range(self.count):
             actor = self._actor.remote()

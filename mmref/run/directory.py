@@ -42,14 +42,15 @@ class RunDir:
 
     def __init__(self, path: str) -> None:
         self.local = not is_url(path)
-        # absolute: `ray job submit` runs in a copy of the working directory that is deleted afterwards
+        # The path is made absolute, since `ray job submit` runs in a copy of the working directory that is deleted
+        # afterwards.
         self.path = absolute(path)
         if not self.local and (special := set(PATTERN) & set(self.path)):
             raise RunDirectoryError(
                 f"run directory {self.path} holds {' '.join(sorted(special))}, which object storage takes for a pattern: "
                 "removing a checkpoint could remove other runs'. Give another name."
             )
-        # no cached listings: other processes write here as well
+        # Listings are not cached, since other processes write here as well.
         options = {} if self.local else {"use_listings_cache": False}
         try:
             self.fs, self.root = file_system(self.path, **options)
@@ -171,7 +172,7 @@ class RunDir:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Replace a file as a whole; a reader never sees half of it."""
-        # object stores replace objects atomically
+        # Object stores replace objects atomically.
         write = self._replace_local if self.local else self._put
         retry(f"write {self.join(name)}", lambda: write(name, data))
 

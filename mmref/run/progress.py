@@ -58,7 +58,7 @@ class Progress:
         self.run, self.max_steps, self.start = run, max_steps, start
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
-        # lines of before a resume are old news; a line of the same step and kind is shown once
+        # Lines from before a resume are old news. A line of the same step and kind is shown once.
         self._seen = {_identity(r) for r in read_jsonl(run)}
 
     def __enter__(self) -> Progress:

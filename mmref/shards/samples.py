@@ -39,8 +39,9 @@ class Source(Protocol):
     origin: str  # where the data comes from, for the manifest
     min_images: int  # an object with fewer usable images is left out
     skipped: list[str]  # "what: reason" of input that `objects` had to leave out
-    # optional: `published`, what the set's publication counts; see `count_warnings`; `warnings`, lines for the manifest;
-    # `extras`, of the class: names that `write_extras` writes, so that a set of another source in its place leaves none of them
+    # Optional are `published`, what the set's publication counts (see `count_warnings`); `warnings`, lines for the
+    # manifest; and `extras` of the class, the names that `write_extras` writes, so that a set of another source in its
+    # place leaves none of them.
 
     def objects(self) -> Iterable[SourceObject]:
         """Each object once. Raises SourceError when the layout is not the expected one."""

@@ -98,7 +98,7 @@ def _prepare(
         meta["caption_kinds"] = kinds
     meta.update({name: value for name, value in image.extra.items() if name not in meta})
     try:
-        # what JSON has no type for (times, decimals of a Parquet column) as text
+        # What JSON has no type for (times, decimals of a Parquet column) becomes text.
         text = json.dumps(meta, ensure_ascii=False, separators=(",", ":"), default=str).encode()
     except ValueError as error:
         raise SampleError(f"a text cannot be written: {error}") from error

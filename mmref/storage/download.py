@@ -108,7 +108,7 @@ def _follow(url: str, deadline: _Deadline) -> bytes:
 
 def _next(url: str, location: str) -> str:
     """Where a redirect leads. Raises SampleError for what is no http(s) URL, and for one that gives up encryption."""
-    # headers are bytes in Latin-1, whatever was meant
+    # Headers are bytes in Latin-1, whatever was meant.
     target = quoted(urljoin(url, quote(location.strip(), safe=f"{KEPT}#", encoding="latin-1", errors="replace")))
     scheme = urlsplit(target).scheme
     if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):

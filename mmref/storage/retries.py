@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 PATIENCE_S = 60.0  # how long an operation is tried again before StorageError
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
-# answers rather than failures: trying again would get the same
+# These are answers rather than failures: trying again would get the same.
 PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 PERMANENT_CODES = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EROFS, errno.ENOTSUP, errno.ENXIO}
-# libraries below fsspec whose errors are not OSErrors
+# These are the libraries below fsspec whose errors are not OSErrors.
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "httpx", "httpcore")
-# of these what says that nobody has told them who asks: waiting does not
+# These errors of theirs say that credentials are missing, which waiting does not bring.
 UNKNOWN = {
     "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError",
     "DefaultCredentialsError", "CredentialUnavailableError",

@@ -39,7 +39,7 @@ class Hashing:
 def write_tensors(file: Any, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write contiguous host tensors by name in the safetensors format."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    # the widest first, so that every tensor starts at a multiple of its element size
+    # The widest come first, so that every tensor starts at a multiple of its element size.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     end = 0
     for name, tensor in tensors.items():

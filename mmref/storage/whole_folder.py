@@ -208,7 +208,7 @@ def _put(partial: Path, target: Path, last: str, old: set[str], error: type[MMRe
         sync(target.parent)
         return
     there, names = _files(target), _files(new)
-    # links count as files: what lies behind one is on another disk, perhaps
+    # Links count as files: what lies behind one may be on another disk.
     blocked = {name for name in there - old if name in names or any(n.startswith(f"{name}/") for n in names)}
     blocked |= {n for n in names if (target / n).is_dir()}
     if blocked:

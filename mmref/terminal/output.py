@@ -13,8 +13,8 @@ from typing import Any
 
 from mmref.errors import OutputError, ReaderLeftError
 
-# control characters move the cursor, color and rewrite what was printed; the marks of writing direction reorder it; line
-# separators begin new lines; surrogates are what a name that is no UTF-8 becomes, and cannot be printed
+# Control characters move the cursor, color and rewrite what was printed. The marks of writing direction reorder it, and
+# line separators begin new lines. Surrogates are what a name that is no UTF-8 becomes, and cannot be printed.
 UNSHOWN = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _ANY = re.compile(f"[{UNSHOWN}]")
 _ANY_BUT_LINES = re.compile(f"(?!\n)[{UNSHOWN}]")

@@ -110,7 +110,7 @@ class ReferenceBank:
         second = (self.exp_avg_sq[own] / (1 - 0.999**t)).sqrt() + 1e-8  # (n, K)
         step = self.exp_avg[own] / (1 - 0.9**t)[..., None] / second[..., None]
         rows = self.rows[own].float() - lr * step
-        # only directions count: unit rows keep the effective step size constant
+        # Only directions count: unit rows keep the effective step size constant.
         self.rows[own] = torch.nn.functional.normalize(rows, dim=-1).to(self.dtype)
         return grad.norm()
 

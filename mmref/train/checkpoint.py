@@ -151,7 +151,7 @@ def resume_point(run: RunDir) -> Iterator[ResumePoint]:
         CheckpointError: there are checkpoints and none is sound. Training does not start again by itself.
     """
     rank = collectives.rank()
-    # rank 0 decides: another listing may see another state of the storage
+    # Rank 0 decides: another listing may see another state of the storage.
     candidates: list[tuple[CheckpointInfo, list[str]]] = collectives.gather_objects(
         inspect_checkpoints(run) if rank == 0 else []
     )[0]

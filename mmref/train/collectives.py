@@ -34,7 +34,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # every rank's loss depends on this rank's features: their gradients add up here. The mean over ranks that the
+        # Every rank's loss depends on this rank's features: their gradients add up here. The mean over ranks that the
         # engine takes afterwards is the one division by the world size.
         grad = grad.contiguous()
         dist.all_reduce(grad)

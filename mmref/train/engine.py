@@ -35,7 +35,7 @@ def parameter_groups(model: MMRef, config: TrainConfig) -> list[dict[str, Any]]:
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # ConvNeXt V2 has norms of shape (1, 1, 1, C)
+            # ConvNeXt V2 has norms of shape (1, 1, 1, C).
             decays = parameter.squeeze().dim() > 1 and "position_embedding" not in name
             groups.setdefault((model.is_new(name), decays), []).append(parameter)
     return [
@@ -52,7 +52,7 @@ def parameter_groups(model: MMRef, config: TrainConfig) -> list[dict[str, Any]]:
 def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, Any]:
     """DeepSpeed's own config for a run."""
     t = config.train
-    # buffers of this many elements are allocated at once; DeepSpeed refuses an odd number
+    # Buffers of this many elements are allocated at once; DeepSpeed refuses an odd number.
     bucket = min(int(5e7), max(parameters + parameters % 2, 2))
     zero: dict[str, Any] = {"stage": t.zero_stage, "reduce_bucket_size": bucket, "overlap_comm": t.gpu}
     if t.zero_stage in (1, 2):
@@ -168,7 +168,7 @@ def _clip(max_norm: float, optimizer: Any, *_: Any) -> None:
     DeepSpeed's own clipping at stage 0, where it wraps nothing around the optimizer, keeps no norm.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # summed in fp64 as at the other stages: over large tensors fp32 is off by some 1e-5
+    # The norm is summed in fp64 as at the other stages: over large tensors fp32 is off by some 1e-5.
     norms = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters])
     optimizer._global_grad_norm = torch.linalg.vector_norm(norms).float()
     if max_norm:
@@ -231,12 +231,12 @@ def load_state(engine: Any, read: Any, updates: int) -> None:
         saved = {k: v.to(p.device) for k, v in read(name).items()}
         if not saved:
             continue
-        # modifier_rank=0: rank 0's value is broadcast back to the partitions of the others
+        # With modifier_rank=0 the value of rank 0 is broadcast back to the partitions of the others.
         with GatheredParameters([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
             p.data.copy_(saved["weight"].to(p.dtype))
         if not p.requires_grad:
             continue
-        # a parameter that never had a gradient has no moments where DeepSpeed wraps nothing
+        # A parameter that never had a gradient has no moments where DeepSpeed wraps nothing.
         moments = {k: saved[k] if k in saved else torch.zeros_like(saved["weight"]) for k in MOMENTS}
         if plain is not None:
             plain.state[p] = {"step": torch.tensor(float(updates)), **{k: m.clone() for k, m in moments.items()}}

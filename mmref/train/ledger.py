@@ -38,7 +38,7 @@ class Ledger:
         self._seen: list[NDArray[np.int64]] = []
         if collectives.rank() == 0:
             for name in run.list(FOLDER):
-                # a name that begins with a point was left by a process that was killed as it wrote
+                # A name that begins with a point was left by a process that was killed as it wrote.
                 if name.startswith(".") or (name.endswith(ENDING) and _first_step(name) >= start):
                     run.remove(f"{FOLDER}/{name}")
 

@@ -31,7 +31,7 @@ from mmref.train.step import StepRunner
 from mmref.train.stop import StopNotice
 from mmref.train.validation import Validation, score_of
 
-# what is checked in every step: what is said where it is not finite, and what helps
+# Each of these is checked in every step: what is said where it is not finite, and what helps.
 CHECKED = (
     ("the loss of step {} is not finite", "Lower `train.lr`, or raise `loss.tau`."),
     (
@@ -80,7 +80,7 @@ class Worker:
         self.run.check_shared("config.yaml")
         with checkpoint.resume_point(run) as at:
             self.start, self.passed_over = at.step, at.passed_over
-            # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built
+            # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built.
             more = self.start < config.train.max_steps
             self.stream = Stream(config, self.rank, self.world, self.start) if more else None
             self.tokens = load_tokens(config)
@@ -284,7 +284,7 @@ class Window:
 
     def __init__(self, device: torch.device) -> None:
         self.losses = torch.zeros(len(LOSSES), device=device)
-        # (CHECKED,) first step at which each was not finite
+        # The first step at which each was not finite: (CHECKED,).
         self.first_bad = torch.full((len(CHECKED),), -1, dtype=torch.long, device=device)
         self.steps = 0
         self.paused_s = 0.0
@@ -298,7 +298,7 @@ class Window:
         """
         self.losses += losses
         self.steps += 1
-        # Adam keeps squares: of a norm whose square is infinite it would never learn again either
+        # Adam keeps squares: after a norm whose square is infinite it would never learn again either.
         squares = [torch.as_tensor(norm, device=losses.device).square() for norm in norms]
         sizes = [losses.abs().sum(), *squares]
         bad = ~torch.isfinite(torch.stack(sizes)) & (self.first_bad < 0)

@@ -85,7 +85,7 @@ def named_error(error: Exception) -> Exception:
     """Our own error inside Ray Train's, or Ray Train's."""
     for cause in getattr(error, "worker_failures", {}).values():
         while cause is not None:
-            # Ray's copy of an error of another process is one of ours too, but its text is a traceback
+            # Ray's copy of an error of another process is one of ours too, but its text is a traceback.
             if isinstance(cause, MMRefError) and not isinstance(cause, ray.exceptions.RayTaskError):
                 text, of_ray_data, _ = str(cause).partition(RETRIES)
                 return type(cause)(text) if of_ray_data else cause

@@ -51,7 +51,7 @@ class Saver:
         began = time.perf_counter()
         self.wait()
         state = checkpoint.snapshot(self.engine, self.bank, meta)
-        # a new folder for each attempt: a smaller world must not leave old ranks' files among its own
+        # Each attempt has a new folder, so that a smaller world has no old ranks' files among its own.
         name = f"step-{meta['step']:08d}-{uuid.uuid4().hex[:6]}"
         storage = ray.train.get_context().get_storage()
         rank = collectives.rank()

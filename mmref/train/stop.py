@@ -48,7 +48,7 @@ class StopNotice:
     def __init__(self, run: RunDir) -> None:
         """Collective where there are several ranks."""
         self._several = dist.is_initialized() and dist.get_world_size() > 1
-        # on CPU tensors, also where training is on GPUs: reading the answer synchronises no device
+        # The ranks agree on CPU tensors, also where training is on GPUs: reading the answer synchronises no device.
         self._group = dist.new_group(backend="gloo") if self._several else None
         self._answer = torch.zeros(1, dtype=torch.int32)
         self._work: Any = None
@@ -109,7 +109,7 @@ class Termination:
             raise self.error()
         how = ", again to stop at once" if number == signal.SIGINT else ""
         print(f"{SIGNALS[number]}: the workers finish their step and write a checkpoint{how} ...", flush=True)
-        # from a thread of its own: the main one is inside a call to Ray
+        # The request is made in a thread of its own, since the main one is inside a call to Ray.
         threading.Thread(target=request_stop, args=(self.run, TERMINATE), daemon=True).start()
 
     def error(self, step: int | None = None) -> TrainingStoppedError:

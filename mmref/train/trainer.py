@@ -26,7 +26,7 @@ from mmref.train.ray_storage import ray_filesystem
 from mmref.train.stop import DRAIN, GROW, Termination, withdraw_request
 
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-# workers that wait for a place on a node which went just then do so in vain: count again soon
+# Workers may wait for a place on a node that has just gone, so they are counted again soon.
 ELASTIC_START_TIMEOUT_S = "10"
 START_ATTEMPTS = 3
 RESIZE_CHECK_S = 30.0  # how often a group with fewer workers than asked for looks for places

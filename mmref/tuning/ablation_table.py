@@ -35,7 +35,8 @@ def ratio_interval(own: np.ndarray, other: np.ndarray) -> dict[str, Any]:
         return {"mean": mean, "ci95": None}
     t2 = float(stats.t.ppf(0.975, n - 1)) ** 2 / n
     (own_var, both), (_, other_var) = np.cov(own, other, ddof=1)
-    # the ratios r for which the mean of own - r x other is not distinguishable from 0: a r^2 - 2 b r + c <= 0
+    # The interval holds the ratios r for which the mean of own - r x other cannot be told from 0: a r^2 - 2 b r + c <=
+    # 0.
     a, b, c = other.mean() ** 2 - t2 * other_var, own.mean() * other.mean() - t2 * both, own.mean() ** 2 - t2 * own_var
     if a <= 0:
         return {"mean": mean, "ci95": None}
@@ -207,7 +208,7 @@ def plot(table: list[dict[str, Any]], baseline: str, over: str) -> bytes:
         names = [entry["name"] for entry in table]
         _points(axes, names, [entry["R@1"] for entry in table], "R@1, percent; 95 % over seeds")
         if compared:
-            # the baseline is at 0; a row that shares no seed with it has no point
+            # The baseline is at 0; a row that shares no seed with it has no point.
             values = [
                 entry.get("delta_R@1", {"mean": 0.0 if entry["name"] == baseline else math.nan, "ci95": None})
                 for entry in table

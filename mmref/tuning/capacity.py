@@ -33,7 +33,8 @@ def connected(config: Config, wanted: int | None, trainings: int) -> Iterator[in
     at_once = min(trainings, wanted or side_by_side(config, own))
     needed = TRIAL_CPUS + needed_cpus(config) + SPARE_CPUS
     with connect(needed, config.train.storage_gb * at_once), sigterm_unwinds():
-        # a local cluster offers more logical CPUs than there are cores: trials beyond the cores would only slow each other
+        # A local cluster offers more logical CPUs than there are cores: trials beyond the cores would only slow each
+        # other.
         yield concurrency(ray.cluster_resources(), config, wanted, own if local else None)
 
 

@@ -25,7 +25,7 @@ class Display:
         if sys.stdout.isatty():
             from rich.live import Live
 
-            # what does not fit is cut off below, and the whole table is printed at the end
+            # What does not fit is cut off below, and the whole table is printed at the end.
             self._live = Live(self.table(), refresh_per_second=2, vertical_overflow="ellipsis", transient=True)
             self._live.start()
         return self

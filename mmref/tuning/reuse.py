@@ -63,7 +63,7 @@ class Recorded:
 
     def __init__(self, files: Sequence[str], split: str) -> None:
         """Raises ConfigError for a file that is no ablation.json, holds no trainings or is of another split."""
-        # several of one hash: it does not say how checkpoint and refinement were chosen
+        # One hash may have several, since it does not say how checkpoint and refinement were chosen.
         self._found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for path in files:
             for entry in _read(path, split):

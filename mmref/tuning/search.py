@@ -55,7 +55,7 @@ def tpe(
     """Values by Optuna's tree-structured Parzen estimator from the trials before, drawn at random for the first few."""
     import optuna
 
-    # seeded by the number: a sampler that is built anew must not repeat its first draws
+    # The draw is seeded by the trial's number: a sampler that is built anew must not repeat its first draws.
     draw = int(np.random.default_rng([seed, number]).integers(2**31))
     sampler = optuna.samplers.TPESampler(n_startup_trials=random_first, constant_liar=True, seed=draw)
     asked = study(space, before, pareto, sampler).ask(distributions(space))

@@ -160,7 +160,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
             flush=True,
         )
     if not submitted():  # whose copy of the working directory does not last
-        # best.yaml and a sweep that goes on mean the same in any directory
+        # Paths are made absolute, so that best.yaml and a sweep that goes on mean the same in any directory.
         base, prepared = with_absolute_paths(base), with_absolute_paths(prepared)
     with run.held():
         if read_jsonl(run, LOG):
@@ -280,7 +280,7 @@ def _run(own: Config, base: Config, space: Space, options: Options, run: RunDir)
                     "trials would take",
                     flush=True,
                 )
-        # Tune ends in order at Ctrl-C; whatever else interrupts it is told of below in the same way
+        # Tune ends in order at Ctrl-C. Whatever else interrupts it is told of below in the same way.
         with contextlib.suppress(KeyboardInterrupt), connected(config, options.max_concurrent, left) as fit_in:
             _search(config, space, options, propose, log, min(fit_in, left), run, asha)
     trials = list(log.trials.values())
@@ -325,12 +325,12 @@ def _search(
     """Run the trials that are left; the log holds what comes of them."""
     from ray import tune
 
-    # Tune's own log files of a trial would say again what metrics.jsonl says
+    # Tune's own log files of a trial would say again what metrics.jsonl says.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # the recorder prints what a person needs; a failed trial is a line of its table, not a traceback of Tune
+    # The recorder prints what a person needs; a failed trial is a line of its table, not a traceback of Tune.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # a trial may end before its first evaluation
+    # A trial may end before its first evaluation.
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     ended = [t for t in log.trials.values() if not t.running]

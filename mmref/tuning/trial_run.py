@@ -90,7 +90,7 @@ def abort(controller: Any) -> None:
     """End a training by its controller, None for none: its workers, and the resources they hold."""
     if controller is None:
         return
-    # it exits, as it should, or was gone before
+    # It exits, as it should, or was gone before.
     with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
 

@@ -90,7 +90,7 @@ class Engine:
             try:
                 self.refresh()
                 problem = ""
-            # being replaced, or gone: what is open stays in use, and the next look may succeed
+            # The index is being replaced, or gone: what is open stays in use, and the next look may succeed.
             except Exception as error:
                 problem = str(error) if isinstance(error, (MMRefError, OSError)) else repr(error)
             if problem and problem != said:
@@ -275,7 +275,7 @@ class Engine:
             finally:
                 self._remote.release()
 
-        # ends with its host's patience, not with ours; the process waits for no such thread when it ends
+        # The thread ends with its host's patience, not with ours. The process waits for no such thread when it ends.
         threading.Thread(target=fetch, name="mmref fetch", daemon=True).start()
         try:
             return fetched.result(self.limits.remote_s)

@@ -253,7 +253,7 @@ def build_app(backends: Mapping[str, Backend], access: Access | None = None, lim
     """
     access, limits = access or Access(), limits or Limits()
     service = Service(backends, access, limits)
-    # its own pages of documentation load scripts from other hosts
+    # FastAPI's own pages of documentation would load scripts from other hosts.
     app = FastAPI(title="mmref", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors: Any = {"4XX": {"model": ProblemBody}, "503": {"model": ProblemBody}}
 

@@ -26,7 +26,7 @@ from mmref.retrieval.service.problems import Problem, Refused, refuse
 log = logging.getLogger(__name__)
 
 BATCH = 32  # queries encoded and ranked together
-# requests of one engine that are worked on at once: what is slow keeps none of another kind waiting
+# So many requests of each kind one engine works on at once: what is slow keeps none of another kind waiting.
 THREADS = {"search": 1, "prepare": 2, "decode": 4, "explain": 2, "items": 2, "thumbnails": 2, "images": 4, "health": 1}
 POOLS = {  # of the methods of an engine
     "explain": "explain", "info": "items", "item": "items", "thumbnail": "thumbnails", "image": "images", "health": "health",
@@ -66,7 +66,7 @@ class Worker:
 
     def __init__(self, engine: Engine, threads: int | None = None) -> None:
         self.engine = engine
-        # libraries keep the number for each calling thread
+        # Libraries keep the number of threads for each calling thread.
         prepare = None if threads is None else functools.partial(_use_threads, threads)
         self._pools = {name: Pool(count, f"mmref {name}", prepare) for name, count in THREADS.items()}
         self._waiting: deque[tuple[Prepared, asyncio.Future[Reply]]] = deque()
@@ -200,7 +200,7 @@ class Replicated:
     async def _ask(self, method: str, *args: Any) -> Any:
         from ray.exceptions import RayActorError
 
-        # Ray Serve sends a request on to another replica by itself until one has accepted it: this one had begun
+        # Until a replica has accepted a request, Ray Serve sends it on to another by itself. This one had begun.
         with contextlib.suppress(RayActorError):
             return _answered(await self._reach(method, *args))
         for alone_s in (ALONE_S, None):

@@ -31,7 +31,7 @@ STATIC = ("/", "/page.css", "/page.js", "/icon.svg")
 OPEN = (*STATIC, "/healthz", "/session")  # need no token: they hold no data
 FREE = (*OPEN, "/metrics")  # are answered however many others are: whoever looks after the service asks them
 BODIES = ("/search", "/explain")  # take one, by POST
-# of the rate; an explanation encodes an image 50 times, a page shows a hundred thumbnails at once
+# These are shares of the rate: an explanation encodes an image 50 times, a page shows a hundred thumbnails at once.
 COSTS = {"search": 1.0, "explain": 5.0, "session": 5.0, "image": 0.5, "thumbnail": 0.1}
 MISSED_TOKEN = 5.0
 PIECE = 65_536  # bytes of an answer that are handed on at once
@@ -135,19 +135,19 @@ class Guard:
     def _check(self, scope: Scope, exchange: Exchange) -> None:
         """Raise Refused for a request that is not to be read."""
         headers, path, client = exchange.headers, scope["path"], exchange.client
-        # balancers ask for the health without a host (HTTP/1.0), or by another name
+        # Load balancers ask for the health without a host (HTTP/1.0), or by another name.
         known = (
             self.access.token is not None or path == "/healthz" or _host(headers.get("host", "")) in self.access.hosts
         )
         if not known:
             message = f"the host {headers.get('host', '')[:100]!r} is not this service."
             raise refuse(421, "WrongHost", message, f"Ask for it by {' or '.join(self.access.hosts)}.")
-        # the page's own requests say same-origin or none; another site's are refused before they cost anything
+        # The page's own requests say same-origin or none. Another site's are refused before they cost anything.
         if headers.get("sec-fetch-site", "none") == "cross-site" and path != "/":
             raise refuse(403, "CrossSite", "the request comes from another site.", "Open the page of the service.")
         admitted = self.access.admits(headers)
         if not admitted and path not in STATIC and path != "/healthz":
-            # a bucket of their own: whoever guesses empties none of a valid user of the same address
+            # Guesses have a bucket of their own, so they empty none of a valid user of the same address.
             self._take(("missed", client), MISSED_TOKEN)
             if path != "/session":
                 fix = "Send it: `Authorization: Bearer TOKEN`."
@@ -161,7 +161,8 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdigit() or len(length) > 20 or int(length) > self.limits.body_bytes:
             raise self._too_large()
-        # what an endpoint finds to cost more; with what has been paid it fits into a full bucket
+        # An endpoint that finds a request to cost more charges the rest; with what has been paid it fits into a full
+        # bucket.
         scope["charge"] = lambda more: self._take(client, min(more, self.limits.burst - 1))
 
     def _take(self, client: Any, cost: float) -> None:

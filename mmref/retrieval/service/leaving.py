@@ -32,7 +32,7 @@ class Leaving:
         self.begun = True
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        # a search that computes, or a cluster that does not answer, would hold the process
+        # A search that computes, or a cluster that does not answer, would hold the process.
         late = threading.Timer(LEAVE_S, os._exit, [0 if self.server else 130])
         late.daemon = True
         late.start()

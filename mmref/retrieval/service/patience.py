@@ -23,7 +23,7 @@ class Connections:
 
     def __init__(self, limits: Limits, access: Access) -> None:
         self.limits, self.access = limits, access
-        # in the order they came: clocks of loops are coarse
+        # Connections are kept in the order in which they came, since clocks of loops are coarse.
         self._open: dict[str | None, dict[PatientProtocol, None]] = defaultdict(dict)
         self._count = 0
 
@@ -48,7 +48,7 @@ class Connections:
 
     def _give_up(self, among: dict[PatientProtocol, None], newcomer: PatientProtocol) -> None:
         waiting = [c for c in among if c.waiting_since is not None and c is not newcomer]
-        # one that has begun to send before one that is kept for the next request of a client
+        # A connection that has begun to send goes before one that is kept for the next request of a client.
         chosen = min(waiting, key=lambda c: (c.kept, c.waiting_since), default=newcomer)
         self.remove(chosen)
         chosen.transport.abort()
@@ -80,7 +80,7 @@ class PatientProtocol(H11Protocol):
         return self.cycle is not None and not self._has_begun
 
     def connection_made(self, transport: Any) -> None:
-        # the guard may have to end the connection of an answer that is not taken
+        # The guard may have to end the connection of an answer that is not taken.
         self.app_state = self.app_state | {"transport": transport}
         super().connection_made(transport)
         self.peer = self.open_connections.access.peer(self.client[0] if self.client else "local")

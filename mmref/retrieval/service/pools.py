@@ -30,7 +30,7 @@ class Pool:
         except BaseException:
             self._free.release()
             raise
-        # not when the wait for it ends: a thread whose client has left is busy all the same
+        # The place is not free when the wait for it ends: a thread whose client has left is busy all the same.
 
         def done(_: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile

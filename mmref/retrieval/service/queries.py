@@ -18,7 +18,7 @@ from mmref.retrieval.service.problems import Problem, Refused, refuse
 
 EXPLAINED = "GET /openapi.json describes every request."
 SHOWN = 3  # things that are wrong, of all that may be
-# an image in JSON as far as its first letter; base64 has no quotes, so it ends at the next
+# This matches an image in JSON as far as its first letter. Base64 has no quotes, so the image ends at the next one.
 IMAGE = re.compile(rb'"image"[ \t\r\n]*:[ \t\r\n]*"')
 
 
@@ -83,7 +83,7 @@ def read_json(data: bytes, kind: type[B], limits: Limits) -> tuple[B, bytes | No
         found = kind.model_validate(given)
         if found.image is None:
             return found, None
-        # some writers escape the slash
+        # Some writers of JSON escape the slash.
         return found, base64.b64decode(image.replace(rb"\/", b"/") or found.image.encode(), validate=True)
     except ValidationError as error:
         raise Refused(invalid(error.errors(include_url=False, include_context=False, include_input=False))) from None

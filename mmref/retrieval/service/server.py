@@ -227,7 +227,7 @@ def _backends(
         deployed: dict[str, Replicated] = {}
         try:
             for number, (name, path) in enumerate(named.items()):
-                # not by its own name, which may hold what Ray Serve takes for a separator
+                # A number stands for the index's own name, which may hold what Ray Serve takes for a separator.
                 deployed[name] = deploy(path, str(number), limits, replicas, kept)
             yield dict(deployed)
         finally:

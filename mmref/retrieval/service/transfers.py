@@ -62,7 +62,7 @@ class Transfers:
         """Note that so many bytes have been sent or taken."""
         now = time.monotonic()
         transfer.moved += size
-        # however much a system's buffers took at once, it is the last second that counts
+        # However much a system's buffers took at once, the last second counts.
         earned = max(transfer.fast_until, now) + size / self.limits.pressed_bytes_s
         transfer.fast_until = min(earned, now + GRACE_S)
 

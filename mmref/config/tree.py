@@ -169,6 +169,11 @@ class LossConfig:
         """Whether anything in training needs references: then they are kept, set and refined with."""
         return max(self.w_guide, self.w_fuse, self.w_rec, self.caption_weight) > 0
 
+    @property
+    def masks_words(self) -> bool:
+        """Whether training predicts masked words: then every caption is masked, and passes through its tower once more."""
+        return max(self.w_rec, self.w_mlm) > 0
+
 
 @dataclass
 class TrainConfig:

@@ -103,7 +103,7 @@ def measure_model(config: Config, micro_batch: int, objects: int = 0) -> ModelSi
         pixels = torch.zeros(micro_batch, 3, config.data.image_height, config.data.image_width)
         ids = torch.zeros(micro_batch, config.data.max_tokens, dtype=torch.long)
         masked = None
-        if max(config.loss.w_rec, config.loss.w_mlm) > 0:
+        if config.loss.masks_words:
             words = round(config.loss.mask_rate * ids.numel())
             at: Any = (torch.zeros(words, dtype=torch.long),) * 2  # where they are does not matter, how many does
             masked = Masked(ids, at, ids, torch.zeros(micro_batch, config.reference.per_object, model.embed_dim))

@@ -67,7 +67,7 @@ class StepRunner:
         self.special_ids = torch.as_tensor(tokens.special_ids, device=device)
         self.scale = torch.tensor([1 / config.loss.tau])  # inverse temperature of the last step
         self.reference_norm = torch.zeros((), device=device)  # of the references' gradient in the last step
-        self.with_masks = max(config.loss.w_rec, config.loss.w_mlm) > 0
+        self.with_masks = config.loss.masks_words
 
     def run(self, step: int, batch: Batch) -> Tensor:
         """Forward and backward of one step and the references' update: this rank's losses, as `objective.pack` lays them out."""

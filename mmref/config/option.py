@@ -37,8 +37,12 @@ class Option:
             bound = f"above {self.above:g}"
         return " ".join(part for part in (bound, self.unit) if part)
 
-    def check(self, name: str, value: float) -> None:
-        """Raise ConfigError for a value out of bounds, infinity and NaN among them."""
+    def check(self, name: str, given: Any) -> None:
+        """Raise ConfigError for a value, or one of a list, out of bounds, infinity and NaN among them."""
+        for value in given if isinstance(given, list) else [given]:
+            self._check_one(name, value)
+
+    def _check_one(self, name: str, value: Any) -> None:
         if self.share and not 0 <= value <= 1:
             raise ConfigError(f"`{name}` is a share between 0 and 1, found {value}.")
         if self.at_least is not None and not value >= self.at_least:

@@ -323,6 +323,8 @@ def test_every_number_says_its_bounds():
     ("train.max_steps", 0, "`train.max_steps` must be at least 1, found 0"), ("data.image_height", 0, "at least 1"),
     ("model.feature_cache_gb", 0.0, "above 0"), ("data.cache_gb", -1.0, "at least 0"), ("reference.lr", -0.1, "above 0"),
     ("train.lr", float("inf"), "`train.lr` must be finite, found inf"),
+    ("eval.refine_weights", [0.1, -0.1], "`eval.refine_weights` must be at least 0, found -0.1"),
+    ("eval.refine_top_rs", [0], "at least 1"), ("eval.refine_taus", [0.0], "`eval.refine_taus` must be above 0, found 0.0"),
 ])  # fmt: skip
 def test_a_value_out_of_bounds_is_named(field, value, said):
     section, name = field.split(".")

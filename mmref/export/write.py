@@ -133,6 +133,8 @@ def portable_config(config: Config, module: MMRef) -> Config:
         model |= {"feature_cache": ""}
     values["data"]["tokenizer"] = ""
     values["loss"] |= {"w_rec": 0.0, "w_mlm": 0.0, "w_id": 0.0}  # no heads
+    if config.loss.w_rec and not config.loss.w_fuse:
+        values["loss"]["w_guide"] = 0.0  # a config that guides by references which nothing trains is refused
     values["train"] |= {"precision": "fp32", "gpu": False, "gradient_checkpointing": False}
     return from_dict(values)
 

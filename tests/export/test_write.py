@@ -203,9 +203,13 @@ def test_the_card_holds_the_metrics_and_its_three_lines_work(exported, tmp_path,
     assert not [n for n in folder.rglob("*") if n.suffix in (".bin", ".pt", ".pkl")], "nothing is pickled"
 
 
-def test_heads_of_training_stay_behind(make_config, tmp_path):
-    """Every loss with a head switched on: what an export holds is what features need."""
-    config = make_config({"loss.w_rec": 0.2, "loss.w_mlm": 0.2, "loss.w_id": 0.2})
+@pytest.mark.parametrize("learned", [{}, {"reference.update": "gradient", "loss.w_fuse": 0.0}], ids=str)
+def test_heads_of_training_stay_behind(make_config, tmp_path, learned):
+    """Every loss with a head switched on: what an export holds is what features need.
+
+    Also where reconstruction alone trains the references: its config without the head would be none to train with.
+    """
+    config = make_config({"loss.w_rec": 0.2, "loss.w_mlm": 0.2, "loss.w_id": 0.2, **learned})
     make_run(config, str(tmp_path / "run"), {})
     folder = exporting.export_run(str(tmp_path / "run"), str(tmp_path / "out"))
     kept = load_file(folder / "model.safetensors")

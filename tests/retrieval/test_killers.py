@@ -20,7 +20,7 @@ KILLER = "02.png"
 # SIGKILL is what the system sends where memory runs out
 START = """
 import os, signal, sys
-from mmref.retrieval import embed, index
+from mmref.retrieval import chunks, index
 decoded = chunks.decoded
 def deadly(data, name, *rest):
     if name.endswith(sys.argv[4]):

@@ -14,8 +14,8 @@ import pytest
 
 from mmref.storage.parquet import open_parquet, parquet_batches, read_parquet
 
-ROOT = Path(__file__).parents[1]
-ONLY_HERE = ROOT / "mmref" / "parquet.py"
+ROOT = Path(__file__).parents[2]
+ONLY_HERE = ROOT / "mmref" / "storage" / "parquet.py"
 # what reads with threads of a pool, unless it is told not to
 THREADED = {"ParquetDataset", "ParquetFile", "read_pandas", "read_parquet", "read_table"}
 STARTS = 3

@@ -61,5 +61,7 @@ def test_steps(found, world, variant, accumulation):
         torch.testing.assert_close(a, b, **CLOSE)
     for a, b in zip(many["gradients"], one["gradients"], strict=True):
         assert a.keys() == b.keys()
+        # of the largest: SDM from random weights has gradients of 80, whose parts cancel out in smaller ones
+        close = {**CLOSE, "atol": CLOSE["atol"] * max(1.0, max(float(g.abs().max()) for g in b.values()))}
         for name in b:
-            torch.testing.assert_close(a[name], b[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(a[name], b[name], **close, msg=lambda m, n=name: f"{n}: {m}")

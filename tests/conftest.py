@@ -20,9 +20,9 @@ from mmref.config import Config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the whole start Ray, or something that does; elsewhere a test that starts it says so (`pytest.mark.ray`)."""
+    """Tests of the whole start Ray, or something that does; elsewhere one that starts it takes `ray_cluster`, or is marked."""
     for item in items:
-        if "integration" in item.path.parts:
+        if "integration" in item.path.parts or "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
 
 

@@ -208,6 +208,7 @@ def short_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.ray
 def test_a_local_cluster_is_closed_to_others(short_folder: Path) -> None:
     token = short_folder / ".ray" / "auth_token"
     token.parent.mkdir()

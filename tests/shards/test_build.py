@@ -30,6 +30,7 @@ def contents(root):
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.ray
 def test_same_bytes_twice_and_by_ray_workers(build_table, make_table):
     table = make_table()
     first = contents(build_table("a", table, pack=True, tokenizer_vocab=60))

@@ -32,7 +32,7 @@ from torch import nn
 from mmref.config import ReferenceConfig
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
-from mmref.train import checkpoint
+from mmref.train import checkpoint_files
 from mmref.train.bank import ReferenceBank
 
 WIDTH = 768
@@ -98,22 +98,22 @@ class Target:
     def note(self, name: str, seconds: float) -> None:
         self.seconds.setdefault(name, []).append(seconds)
 
-    def _write(self, folder: str, state: checkpoint.Snapshot, began: float, name: str) -> None:
+    def _write(self, folder: str, state: checkpoint_files.Snapshot, began: float, name: str) -> None:
         self.bytes = state.bytes
         writing = time.perf_counter()
-        checkpoint.write(self.run, folder, state, 0)
-        checkpoint.commit(self.run, folder, state.meta)
+        checkpoint_files.write(self.run, folder, state, 0)
+        checkpoint_files.commit(self.run, folder, state.meta)
         self.note(f"{name}_writing", time.perf_counter() - writing)
         self.note(name, time.perf_counter() - began)
 
     def blocking(self) -> None:
         began = time.perf_counter()
-        state = checkpoint.snapshot(self.loop.engine, self.loop.bank, {"step": 1})
+        state = checkpoint_files.snapshot(self.loop.engine, self.loop.bank, {"step": 1})
         self._write(self._folder(), state, began, "blocking")
 
     def background(self) -> None:
         began = time.perf_counter()
-        state = checkpoint.snapshot(self.loop.engine, self.loop.bank, {"step": 1})
+        state = checkpoint_files.snapshot(self.loop.engine, self.loop.bank, {"step": 1})
         self.note("background_blocking", time.perf_counter() - began)
         self.thread = threading.Thread(target=self._write, args=(self._folder(), state, began, "background_total"))
         self.thread.start()
@@ -131,7 +131,7 @@ class Target:
         began = time.perf_counter()
         with checkpoints.fetched(self.run, info, *checkpoints.KINDS) as folder:
             self.note("verify", time.perf_counter() - began)
-            checkpoint.load(folder, self.loop.engine, self.loop.bank, info.meta)
+            checkpoint_files.load(folder, self.loop.engine, self.loop.bank, info.meta)
         self.note("load", time.perf_counter() - began)
 
     def _folder(self) -> str:

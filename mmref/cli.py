@@ -14,7 +14,7 @@ from typing import NamedTuple
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from mmref.terminal.command import run_command
+from mmref.terminal.run_command import run_command
 from mmref.version import __version__
 
 
@@ -40,12 +40,10 @@ COMMANDS = {
     "explain": Command("mmref.explain.command:main", "where a match lies, what references say, why a result moved"),
     "references": Command("mmref.references.command:main", "add objects to a trained run's references, or remove them"),
     "export": Command("mmref.export.command:main", "write a run's best model as a folder that loads anywhere"),
-    "index": Command("mmref.retrieval.commands:index_main", "make a search index of your images, add to it, remove"),
-    "search": Command("mmref.retrieval.commands:search_main", "search an index with a sentence, an image, or both"),
+    "index": Command("mmref.retrieval.command:index_main", "make a search index of your images, add to it, remove"),
+    "search": Command("mmref.retrieval.command:search_main", "search an index with a sentence, an image, or both"),
     "serve": Command("mmref.retrieval.service.server:serve_main", "a search page and HTTP service over indexes"),
-    "judge": Command(
-        "mmref.retrieval.commands:judge_main", "keep what was right and wrong, export it as training data"
-    ),
+    "judge": Command("mmref.retrieval.command:judge_main", "keep what was right and wrong, export it as training data"),
     "ledger": Command("mmref.train.command:ledger_main", "hold the samples a run has seen against its plan"),
     "tune": Command("mmref.tuning.sweep:main", "search hyper-parameters"),
     "ablate": Command("mmref.tuning.ablate:main", "compare configs over seeds"),

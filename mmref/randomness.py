@@ -3,7 +3,7 @@
 Nothing is stored between draws and nothing is drawn in turn. So a number does not depend on the number of workers, on
 accumulation, or on where a run was resumed, and a worker draws the numbers of its own samples alone.
 
-A stream is a use of random numbers (`Stream`). Two streams share no numbers, whatever the seed. No other module of
+A stream is a use of random numbers (`RandomStream`). Two streams share no numbers, whatever the seed. No other module of
 mmref computes a seed; tests/test_randomness.py sees to it. Scores have fixed seeds of their own (mmref/evaluate): they
 must not change with the run's.
 
@@ -30,7 +30,7 @@ Number = int | np.integer | NDArray[np.integer]
 Draws = NDArray[np.uint64]
 
 
-class Stream(enum.IntEnum):
+class RandomStream(enum.IntEnum):
     """What random numbers are drawn for, and the meaning of step and position where they are more than their names say.
 
     A new use gets a new number. The numbers in use stay, or every run's results change. The sets of a mixture share
@@ -56,7 +56,7 @@ class Stream(enum.IntEnum):
     DROPOUT = 18  # position: rank
 
 
-def draw(stream: Stream, seed: int, step: Number, *position: Number) -> Draws:
+def draw(stream: RandomStream, seed: int, step: Number, *position: Number) -> Draws:
     """64-bit draws, uniform over all values. Draws that differ in their last position alone are never equal.
 
     Args:
@@ -76,17 +76,17 @@ def draw(stream: Stream, seed: int, step: Number, *position: Number) -> Draws:
     return state
 
 
-def uniform(stream: Stream, seed: int, step: Number, *position: Number) -> NDArray[np.float64]:
+def uniform(stream: RandomStream, seed: int, step: Number, *position: Number) -> NDArray[np.float64]:
     """Draws in [0, 1) of 53 bits; arguments as of `draw`."""
     return (draw(stream, seed, step, *position) >> _U64(11)).astype(np.float64) * 2.0**-53
 
 
-def integers(below: int, stream: Stream, seed: int, step: Number, *position: Number) -> NDArray[np.int64]:
+def integers(below: int, stream: RandomStream, seed: int, step: Number, *position: Number) -> NDArray[np.int64]:
     """Draws from 0 .. below - 1; arguments as of `draw`. The error of a remainder of 64 bits is below / 2**64."""
     return (draw(stream, seed, step, *position) % _U64(below)).astype(np.int64)
 
 
-def uniform_tensor(stream: Stream, seed: int, step: Number, *position: Number) -> Tensor:
+def uniform_tensor(stream: RandomStream, seed: int, step: Number, *position: Number) -> Tensor:
     """fp32 draws in [0, 1) of 24 bits, all that fp32 has there, in host memory; arguments as of `draw`."""
     import torch
 
@@ -94,7 +94,7 @@ def uniform_tensor(stream: Stream, seed: int, step: Number, *position: Number) -
     return torch.from_numpy(bits.astype(np.float32)).mul_(2.0**-24)
 
 
-def normal_tensor(stream: Stream, seed: int, step: Number, *position: Number) -> Tensor:
+def normal_tensor(stream: RandomStream, seed: int, step: Number, *position: Number) -> Tensor:
     """fp32 draws from the standard normal distribution by Box and Muller (1958), at most 5.8 from 0, in host memory.
 
     Arguments as of `draw`.
@@ -108,7 +108,7 @@ def normal_tensor(stream: Stream, seed: int, step: Number, *position: Number) ->
     return radius.log_().mul_(-2).sqrt_().mul_(angle.cos_())
 
 
-def torch_seed(stream: Stream, seed: int, step: int, *position: int) -> int:
+def torch_seed(stream: RandomStream, seed: int, step: int, *position: int) -> int:
     """Seed for one of PyTorch's own generators, for what draws inside PyTorch; arguments as of `draw`.
 
     At most 63 bits, as PyTorch takes them. Its generator for the CPU uses the lowest 32 of them.

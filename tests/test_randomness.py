@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmref
-from mmref.randomness import Stream, draw, integers, normal_tensor, permute, torch_seed, uniform, uniform_tensor
+from mmref.randomness import RandomStream, draw, integers, normal_tensor, permute, torch_seed, uniform, uniform_tensor
 
-STREAMS = list(Stream)
+STREAMS = list(RandomStream)
 
 # -- what is drawn ---------------------------------------------------------------------------------------------------
 
@@ -45,12 +45,12 @@ PINNED = {
 
 def test_the_first_draw_of_every_stream_is_what_it_always_was():
     """A change of these numbers changes the results of every run."""
-    assert {stream.name: f"{int(draw(stream, 0, 0, 0)):016x}" for stream in Stream} == PINNED
+    assert {stream.name: f"{int(draw(stream, 0, 0, 0)):016x}" for stream in RandomStream} == PINNED
 
 
 def test_other_kinds_of_numbers_are_what_they_always_were():
-    assert integers(1000, Stream.SAMPLED_NEGATIVES, 3, 7, np.arange(6)).tolist() == [788, 308, 502, 950, 59, 663]
-    assert permute(np.arange(12), 12, draw(Stream.OBJECT_ORDER, 3, 1, 0)).tolist() == [
+    assert integers(1000, RandomStream.SAMPLED_NEGATIVES, 3, 7, np.arange(6)).tolist() == [788, 308, 502, 950, 59, 663]
+    assert permute(np.arange(12), 12, draw(RandomStream.OBJECT_ORDER, 3, 1, 0)).tolist() == [
         10,
         0,
         3,
@@ -64,9 +64,9 @@ def test_other_kinds_of_numbers_are_what_they_always_were():
         6,
         8,
     ]
-    assert torch_seed(Stream.DROPOUT, 3, 7, 1) == 2599837409662524248
-    assert uniform(Stream.CAPTION_SWAP, 3, 0, 5, 1) == pytest.approx(0.16847734003085824, rel=1e-12)
-    assert normal_tensor(Stream.INITIAL_REFERENCES, 3, 0, np.arange(3)).tolist() == pytest.approx(
+    assert torch_seed(RandomStream.DROPOUT, 3, 7, 1) == 2599837409662524248
+    assert uniform(RandomStream.CAPTION_SWAP, 3, 0, 5, 1) == pytest.approx(0.16847734003085824, rel=1e-12)
+    assert normal_tensor(RandomStream.INITIAL_REFERENCES, 3, 0, np.arange(3)).tolist() == pytest.approx(
         [1.235412, 1.246497, 1.56778], abs=1e-5
     )
 
@@ -99,18 +99,22 @@ def test_a_draw_equals_its_slow_twin(stream, seed, step, position):
 
 
 def test_positions_are_broadcast():
-    grid = draw(Stream.WORD_MASKS, 3, 9, np.arange(4)[:, None], np.arange(5))
+    grid = draw(RandomStream.WORD_MASKS, 3, 9, np.arange(4)[:, None], np.arange(5))
     assert grid.shape == (4, 5) and grid.dtype == np.uint64 and len(set(grid.ravel().tolist())) == 20
-    assert int(grid[2, 4]) == int(draw(Stream.WORD_MASKS, 3, 9, 2, 4)) != int(draw(Stream.WORD_MASKS, 3, 9, 4, 2))
-    steps = draw(Stream.IMAGE_CHOICE, 3, np.array([[0, 1, 2]]), np.array([[5], [6]]))
-    assert steps.shape == (2, 3) and int(steps[1, 2]) == int(draw(Stream.IMAGE_CHOICE, 3, 2, 6))
+    assert (
+        int(grid[2, 4])
+        == int(draw(RandomStream.WORD_MASKS, 3, 9, 2, 4))
+        != int(draw(RandomStream.WORD_MASKS, 3, 9, 4, 2))
+    )
+    steps = draw(RandomStream.IMAGE_CHOICE, 3, np.array([[0, 1, 2]]), np.array([[5], [6]]))
+    assert steps.shape == (2, 3) and int(steps[1, 2]) == int(draw(RandomStream.IMAGE_CHOICE, 3, 2, 6))
 
 
 @pytest.mark.parametrize("make", [draw, uniform, uniform_tensor, normal_tensor])
 @pytest.mark.parametrize("cuts", [[], [1], [64, 128, 192], [3, 100, 101, 255]])
 def test_a_share_is_a_slice_of_the_whole(make, cuts):
     def of(first, last):
-        return np.asarray(make(Stream.AUGMENTATION, 5, 11, np.arange(first, last)[:, None], np.arange(8)))
+        return np.asarray(make(RandomStream.AUGMENTATION, 5, 11, np.arange(first, last)[:, None], np.arange(8)))
 
     edges = [0, *cuts, 256]
     assert np.array_equal(np.concatenate([of(a, b) for a, b in itertools.pairwise(edges)]), of(0, 256))
@@ -120,7 +124,7 @@ def test_a_share_is_a_slice_of_the_whole(make, cuts):
 
 
 def test_streams_have_numbers_of_their_own():
-    assert len({int(stream) for stream in Stream}) == len(Stream.__members__), "two names for one stream"
+    assert len({int(stream) for stream in RandomStream}) == len(RandomStream.__members__), "two names for one stream"
 
 
 @pytest.mark.parametrize("one, other", itertools.combinations(STREAMS, 2), ids=lambda stream: stream.name)
@@ -160,12 +164,12 @@ def test_neighbouring_seeds_steps_and_positions_share_no_draw(stream):
 def test_every_bit_of_seed_step_and_position_counts():
     """A change of one bit changes each bit of a draw in half of the cases."""
     at = np.arange(2000)
-    plain = draw(Stream.AUGMENTATION, 12, 34, at)
+    plain = draw(RandomStream.AUGMENTATION, 12, 34, at)
     for bit in range(63):
         for changed in (
-            draw(Stream.AUGMENTATION, 12 ^ (1 << bit), 34, at),
-            draw(Stream.AUGMENTATION, 12, 34 ^ (1 << bit), at),
-            draw(Stream.AUGMENTATION, 12, 34, at ^ (1 << bit)),
+            draw(RandomStream.AUGMENTATION, 12 ^ (1 << bit), 34, at),
+            draw(RandomStream.AUGMENTATION, 12, 34 ^ (1 << bit), at),
+            draw(RandomStream.AUGMENTATION, 12, 34, at ^ (1 << bit)),
         ):
             flips = np.unpackbits((plain ^ changed).view(np.uint8).reshape(-1, 8), axis=1).mean(0)
             assert np.abs(flips - 0.5).max() < 6 * 0.5 / math.sqrt(2000)
@@ -200,26 +204,28 @@ def test_draws_are_uniform(stream, step, position):
 
 def test_uniform_numbers_lie_below_1():
     for x in (
-        uniform(Stream.AUGMENTATION, 0, 0, np.arange(300_000)),
-        uniform_tensor(Stream.AUGMENTATION, 0, 0, np.arange(300_000)),
+        uniform(RandomStream.AUGMENTATION, 0, 0, np.arange(300_000)),
+        uniform_tensor(RandomStream.AUGMENTATION, 0, 0, np.arange(300_000)),
     ):
         assert 0 <= float(x.min()) < 1e-4 and 1 - 1e-4 < float(x.max()) < 1
     assert x.dtype == torch.float32
-    at = [p for p in range(200) if int(draw(Stream.AUGMENTATION, 0, 0, p)) >> 63]  # the largest halves keep their bits
-    assert uniform_tensor(Stream.AUGMENTATION, 0, 0, np.array(at)).numpy() == pytest.approx(
-        uniform(Stream.AUGMENTATION, 0, 0, np.array(at)), abs=2**-24
+    at = [
+        p for p in range(200) if int(draw(RandomStream.AUGMENTATION, 0, 0, p)) >> 63
+    ]  # the largest halves keep their bits
+    assert uniform_tensor(RandomStream.AUGMENTATION, 0, 0, np.array(at)).numpy() == pytest.approx(
+        uniform(RandomStream.AUGMENTATION, 0, 0, np.array(at)), abs=2**-24
     )
 
 
 def test_integers_are_even():
-    drawn = integers(1000, Stream.SAMPLED_NEGATIVES, 0, 3, np.arange(100_000))
+    drawn = integers(1000, RandomStream.SAMPLED_NEGATIVES, 0, 3, np.arange(100_000))
     counts = np.bincount(drawn, minlength=1000)
     assert drawn.dtype == np.int64 and len(counts) == 1000
     assert ((counts - 100) ** 2 / 100).sum() < 1172, "999 degrees of freedom, once in 10,000 times"
 
 
 def test_normal_numbers_are_normal():
-    x = normal_tensor(Stream.INITIAL_REFERENCES, 0, 0, np.arange(300)[:, None], np.arange(200))
+    x = normal_tensor(RandomStream.INITIAL_REFERENCES, 0, 0, np.arange(300)[:, None], np.arange(200))
     assert x.shape == (300, 200) and x.dtype == torch.float32 and torch.isfinite(x).all()
     normal = np.vectorize(lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2))))
     assert kolmogorov_smirnov(x.numpy(), normal) < 2.23
@@ -259,7 +265,7 @@ def test_keys_give_different_and_even_orders():
 
 
 def test_every_order_of_a_few_comes_up_alike():
-    keys = draw(Stream.SUBSTITUTES, 0, 0, np.arange(24_000))
+    keys = draw(RandomStream.SUBSTITUTES, 0, 0, np.arange(24_000))
     orders = Counter(map(tuple, permute(np.arange(4), 4, keys[:, None]).tolist()))
     assert len(orders) == 24 and sum((n - 1000) ** 2 / 1000 for n in orders.values()) < 300, "about 1000 of each"
 
@@ -320,7 +326,7 @@ def test_computed_seeds_are_found(line):
 @pytest.mark.parametrize(
     "line",
     [
-        "torch.manual_seed(torch_seed(Stream.DROPOUT, seed, step, rank))", "np.random.default_rng(0).permutation(n * 2)",
+        "torch.manual_seed(torch_seed(RandomStream.DROPOUT, seed, step, rank))", "np.random.default_rng(0).permutation(n * 2)",
         "np.random.default_rng(seed)", "np.random.default_rng([seed, number])", "fresh = [own.train.seed + 1 + i for i in x]",
     ],
 )  # fmt: skip

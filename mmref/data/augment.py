@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmref.config import DataConfig
-from mmref.randomness import Stream, uniform_tensor
+from mmref.randomness import RandomStream, uniform_tensor
 
 DRAWS = 11  # random numbers of a sample
 
@@ -39,7 +39,7 @@ def augment(images: Tensor, config: DataConfig, seed: int, step: int, positions:
     Returns:
         (n, 3, H, W) fp32, normalised.
     """
-    draws = uniform_tensor(Stream.AUGMENTATION, seed, step, positions[:, None], np.arange(DRAWS))  # (n, DRAWS)
+    draws = uniform_tensor(RandomStream.AUGMENTATION, seed, step, positions[:, None], np.arange(DRAWS))  # (n, DRAWS)
     draws = draws.to(images.device)
     if config.crop_padding > 0:  # what moves pixels does so while they are bytes
         images = _shift(images, draws[:, 0], draws[:, 1], config.crop_padding)

@@ -13,7 +13,7 @@ import numpy as np
 from mmref.config import DataConfig
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.errors import SampleError
-from mmref.randomness import Stream, draw, uniform
+from mmref.randomness import RandomStream, draw, uniform
 
 DONORS = 20  # images whose captions are tried before a caption is left as it is
 
@@ -44,13 +44,13 @@ class CaptionNoise:
 
     def _swap(self, caption: str, image: int, number: int) -> str:
         """With probability `rate` a caption of a random image of another object."""
-        if uniform(Stream.CAPTION_SWAP, self.seed, 0, image, number) >= self.rate:
+        if uniform(RandomStream.CAPTION_SWAP, self.seed, 0, image, number) >= self.rate:
             return caption
         row = int(self.index.object_row[image])
         first, last = int(self.index.object_start[row]), int(self.index.object_start[row + 1])
         others = len(self.index) - (last - first)
         for attempt in range(DONORS if others else 0):
-            drawn = int(draw(Stream.CAPTION_DONOR, self.seed, 0, image, number, attempt))
+            drawn = int(draw(RandomStream.CAPTION_DONOR, self.seed, 0, image, number, attempt))
             donor = drawn % others
             donor += last - first if donor >= first else 0  # the object's own images are stepped over
             try:
@@ -63,7 +63,7 @@ class CaptionNoise:
     def _drop(self, caption: str, image: int, number: int) -> str:
         """Each word is left out with probability `rate`; one word always stays."""
         words = caption.split()
-        drawn = uniform(Stream.CAPTION_DROP, self.seed, 0, image, number, np.arange(len(words)))
+        drawn = uniform(RandomStream.CAPTION_DROP, self.seed, 0, image, number, np.arange(len(words)))
         kept = drawn >= self.rate
         kept[int(drawn.argmax())] = True
         return " ".join(word for word, keep in zip(words, kept) if keep)

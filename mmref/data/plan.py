@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mmref.config import Config
 from mmref.data.sample_reader import SplitIndex
 from mmref.errors import TooFewObjectsError
-from mmref.randomness import Stream, draw, permute
+from mmref.randomness import RandomStream, draw, permute
 
 STAND_INS = 256  # objects that are tried, at least, where a set has so many, before a step is given up as unreadable
 Ints = NDArray[np.int64]
@@ -62,7 +62,7 @@ class ShuffledOrder:
         return self.at(epoch, (first + np.arange(count)) % self.n_objects)
 
     def at(self, epoch: int, places: Ints) -> Ints:
-        return permute(places, self.n_objects, draw(Stream.OBJECT_ORDER, self.seed, epoch, 0))
+        return permute(places, self.n_objects, draw(RandomStream.OBJECT_ORDER, self.seed, epoch, 0))
 
     def near(self, epoch: int, first: int, count: int) -> tuple[int, int]:
         return 0, self.n_objects
@@ -87,7 +87,7 @@ class WindowedOrder:
         shards, shard_at, window_at = self._epoch(epoch)
         window = np.searchsorted(window_at, places, side="right") - 1
         size = window_at[window + 1] - window_at[window]
-        inside = permute(places - window_at[window], size, draw(Stream.OBJECT_ORDER, self.seed, epoch, window))
+        inside = permute(places - window_at[window], size, draw(RandomStream.OBJECT_ORDER, self.seed, epoch, window))
         place = window_at[window] + inside  # among the epoch's objects, shard after shard
         shard = np.searchsorted(shard_at, place, side="right") - 1
         return self.shard_start[shards[shard]] + place - shard_at[shard]
@@ -109,7 +109,7 @@ class WindowedOrder:
     def _lay_out(self, epoch: int) -> tuple[Ints, Ints, Ints]:
         """Shards of an epoch in order, and the place of the first object of each shard and of each window."""
         count = len(self.shard_start) - 1
-        shards = permute(np.arange(count), count, draw(Stream.SHARD_ORDER, self.seed, epoch))
+        shards = permute(np.arange(count), count, draw(RandomStream.SHARD_ORDER, self.seed, epoch))
         shard_at = np.concatenate([[0], np.cumsum(np.diff(self.shard_start)[shards])])
         return shards, shard_at, shard_at[np.append(np.arange(0, count, self.window), count)]
 
@@ -154,11 +154,11 @@ class Plan:
         visit = epoch * self.images_per_object + np.arange(self.images_per_object)  # (Q,) running visit of an object
         # Every pass over an object's images has its own order; the number of the pass is visit // count.
         turn = visit[None, :] // count[:, None]
-        key = draw(Stream.IMAGE_CHOICE, self.seed, turn, objects[:, None])
+        key = draw(RandomStream.IMAGE_CHOICE, self.seed, turn, objects[:, None])
         chosen = permute(visit[None, :] % count[:, None], count[:, None], key)  # (P, Q)
         images = (self.object_start[objects][:, None] + chosen).reshape(-1)
         objects = np.repeat(objects, self.images_per_object)
-        captions = draw(Stream.CAPTION_CHOICE, self.seed, step, np.arange(len(images)))
+        captions = draw(RandomStream.CAPTION_CHOICE, self.seed, step, np.arange(len(images)))
         return Step(step, images.astype(np.int64), objects.astype(np.int64), captions)
 
     def substitute(self, step: int, position: int, attempt: int) -> int | None:
@@ -169,7 +169,7 @@ class Plan:
         others = [i for i in range(first, last) if i != int(planned.images[position])]
         if attempt >= len(others):
             return None
-        return others[int(permute(attempt, len(others), draw(Stream.SUBSTITUTES, self.seed, step, position)))]
+        return others[int(permute(attempt, len(others), draw(RandomStream.SUBSTITUTES, self.seed, step, position)))]
 
     def stand_ins(self, step: int, slot: int) -> Iterator[Ints]:
         """Objects that may take the place of the object at `slot` of a step when none of its images can be read: the images of
@@ -185,7 +185,7 @@ class Plan:
         first, count = within * self.objects_per_step, self.objects_per_step
         own = self.order(epoch, first, count)
         drawn: list[int] = []
-        key = draw(Stream.STAND_INS, self.seed, step)
+        key = draw(RandomStream.STAND_INS, self.seed, step)
         for low, high in (self.order.near(epoch, first, count), (0, self.n_objects)):
             some = np.arange(min(high - low, 2 * count + STAND_INS))
             drawn += self.order.at(epoch, low + permute(some, high - low, key)).tolist()
@@ -199,7 +199,7 @@ class Plan:
         """All images of each object in a seeded order."""
         for row in objects:
             start, size = int(self.object_start[row]), int(self.object_start[row + 1] - self.object_start[row])
-            yield start + permute(np.arange(size), size, draw(Stream.STAND_IN_IMAGES, self.seed, step, slot, row))
+            yield start + permute(np.arange(size), size, draw(RandomStream.STAND_IN_IMAGES, self.seed, step, slot, row))
 
 
 PERIOD = 1000  # steps in which each set of a mixture has its share exactly
@@ -225,7 +225,7 @@ class MixedPlan:
 
     def _turns(self, period: int) -> Ints:
         """The set of each step of a period, (PERIOD,)."""
-        shuffled = permute(np.arange(PERIOD), PERIOD, draw(Stream.SET_TURNS, self.seed, period))
+        shuffled = permute(np.arange(PERIOD), PERIOD, draw(RandomStream.SET_TURNS, self.seed, period))
         return np.searchsorted(np.cumsum(self.counts), shuffled, side="right")
 
     def turn(self, step: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from mmref.errors import ModelError
 from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, PairBackbone, build_backbone
 from mmref.model.word_decoder import ImageWordHead, ReconstructionHead
-from mmref.randomness import Stream, torch_seed
+from mmref.randomness import RandomStream, torch_seed
 
 TRAINING_ONLY = ("classify.",)  # parameters that a model which only encodes is built without
 HEADS = ("reconstruct.", "image_words.")  # of losses that a run may have or not
@@ -203,7 +203,7 @@ def build_model(config: Config, vocab_size: int, objects: int = 0) -> MMRef:
     """MMRef of a config, with weights that depend on the seed and config alone; `objects` of training. Raises ModelError."""
     train = config.train
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, train.seed, 0))
+        torch.manual_seed(torch_seed(RandomStream.INITIAL_WEIGHTS, train.seed, 0))
         backbone = build_backbone(config.model, vocab_size)
         if config.data.max_tokens > backbone.max_positions:
             raise ModelError(

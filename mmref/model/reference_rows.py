@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmref.randomness import Stream, normal_tensor
+from mmref.randomness import RandomStream, normal_tensor
 
 
 def initial_rows(
@@ -21,7 +21,7 @@ def initial_rows(
     for start in range(first - first % chunk, first + count, chunk):
         objects = np.arange(start, start + chunk)[:, None, None]
         of_object = np.arange(per_object)[:, None], np.arange(dim)
-        block = normal_tensor(Stream.INITIAL_REFERENCES, seed, 0, objects, *of_object)  # (chunk, K, d)
+        block = normal_tensor(RandomStream.INITIAL_REFERENCES, seed, 0, objects, *of_object)  # (chunk, K, d)
         lo, hi = max(start, first), min(start + chunk, first + count)
         rows[lo - first : hi - first] = torch.nn.functional.normalize(block[lo - start : hi - start], dim=-1)
     return rows

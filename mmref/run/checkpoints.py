@@ -1,6 +1,6 @@
 """Checkpoints of a run as they are read: complete ones found, verified, brought to this machine, their tensors loaded.
 
-How they are laid out and written: mmref/train/checkpoint.py.
+How they are laid out and written: mmref/train/checkpoint_files.py.
 """
 
 from __future__ import annotations

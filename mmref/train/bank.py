@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmref.config import ReferenceConfig
 from mmref.model.reference_rows import assign_features, initial_rows, moving_average
-from mmref.randomness import Stream, integers
+from mmref.randomness import RandomStream, integers
 from mmref.train import collectives
 
 
@@ -63,7 +63,7 @@ class ReferenceBank:
         active = objects.unique()
         if self.config.negatives == "sampled":
             numbers = np.arange(self.config.sampled_negatives)
-            drawn = integers(self.objects, Stream.SAMPLED_NEGATIVES, self.seed, step, numbers)
+            drawn = integers(self.objects, RandomStream.SAMPLED_NEGATIVES, self.seed, step, numbers)
             active = torch.cat([active, torch.from_numpy(drawn).to(self.device)]).unique()
         return active
 

@@ -20,7 +20,7 @@ from mmref.evaluate.features import Encoder
 from mmref.losses.objective import LOSSES, unpack
 from mmref.model.mmref import build_model
 from mmref.run.directory import BAD_SAMPLES, RunDir
-from mmref.train import checkpoint, collectives
+from mmref.train import checkpoint_files, collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.elastic import accumulation_for
 from mmref.train.engine import all_finite, average_statistics, build_engine, set_learning_rate, trained_tensors
@@ -78,7 +78,7 @@ class Worker:
             torch.set_num_threads(config.train.threads)
 
         self.run.check_shared("config.yaml")
-        with checkpoint.resume_point(run) as at:
+        with checkpoint_files.resume_point(run) as at:
             self.start, self.passed_over = at.step, at.passed_over
             # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built.
             more = self.start < config.train.max_steps
@@ -95,7 +95,7 @@ class Worker:
             if at.meta or not config.train.start_from:
                 at.load(self.engine, self.bank)
             else:
-                checkpoint.start_from(RunDir(config.train.start_from), self.engine, self.bank)
+                checkpoint_files.start_from(RunDir(config.train.start_from), self.engine, self.bank)
         self.runner = StepRunner(
             config, self.engine, lambda loss: self.engine.backward(loss, scale_wrt_gas=False), self.engine.step,
             self.bank, self.tokens, self.device,

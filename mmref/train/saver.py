@@ -13,7 +13,7 @@ from typing import Any
 
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
-from mmref.train import checkpoint, collectives
+from mmref.train import checkpoint_files, collectives
 from mmref.train.bank import ReferenceBank
 
 
@@ -50,7 +50,7 @@ class Saver:
 
         began = time.perf_counter()
         self.wait()
-        state = checkpoint.snapshot(self.engine, self.bank, meta)
+        state = checkpoint_files.snapshot(self.engine, self.bank, meta)
         # Each attempt has a new folder, so that a smaller world has no old ranks' files among its own.
         name = f"step-{meta['step']:08d}-{uuid.uuid4().hex[:6]}"
         storage = ray.train.get_context().get_storage()
@@ -79,16 +79,16 @@ class Saver:
             raise
         return time.perf_counter() - began
 
-    def _write(self, folder: str, state: checkpoint.Snapshot, rank: int, began: float) -> None:
+    def _write(self, folder: str, state: checkpoint_files.Snapshot, rank: int, began: float) -> None:
         """On the upload thread: this rank's files, and on rank 0 the commit when all ranks' are in place."""
         try:
             if self._error:  # Ray repeats an upload whose error it takes for a passing one: retrying is done below us
                 raise self._error
             size = state.bytes
-            checkpoint.write(self.run, folder, state, rank)
+            checkpoint_files.write(self.run, folder, state, rank)
             state.tensors.clear()  # the next copy is made in this memory
             if rank == 0:
-                checkpoint.commit(self.run, folder, state.meta)
+                checkpoint_files.commit(self.run, folder, state.meta)
                 seconds = time.perf_counter() - began
                 self._finished.append(
                     {"step": state.meta["step"], "checkpoint_seconds": seconds, "checkpoint_mb": size / 1e6}

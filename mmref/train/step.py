@@ -23,7 +23,7 @@ from mmref.losses.agreement import agreement, agreement_weights
 from mmref.losses.objective import TOTAL, References, Share, loss_weights, objective, pack, ramp
 from mmref.model.mmref import Masked, Output
 from mmref.model.word_decoder import mask_words
-from mmref.randomness import Stream, torch_seed, uniform_tensor
+from mmref.randomness import RandomStream, torch_seed, uniform_tensor
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
 
@@ -223,7 +223,7 @@ class StepRunner:
         """Masks of this rank's captions (n, L). A caption's depend on the step and its place in the batch."""
         tokens, loss = np.arange(ids.shape[1])[:, None], self.config.loss
         draws = uniform_tensor(
-            Stream.WORD_MASKS, self.config.train.seed, step, positions[:, None, None], tokens, np.arange(3)
+            RandomStream.WORD_MASKS, self.config.train.seed, step, positions[:, None, None], tokens, np.arange(3)
         )  # (n, L, 3)
         special = torch.isin(ids, self.special_ids)
         return mask_words(
@@ -261,7 +261,7 @@ class StepRunner:
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout depends on (seed, step, rank): a resumed run draws what the undisturbed one would have drawn."""
-        torch.manual_seed(torch_seed(Stream.DROPOUT, self.config.train.seed, step, collectives.rank()))
+        torch.manual_seed(torch_seed(RandomStream.DROPOUT, self.config.train.seed, step, collectives.rank()))
 
 
 def _features(out: Output) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from mmref.model.backbone import check_towers
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
 from mmref.run.progress import Progress
-from mmref.train import checkpoint
+from mmref.train import checkpoint_files
 from mmref.train.loop import train_worker
 from mmref.train.ray_storage import ray_filesystem
 from mmref.train.stop import DRAIN, GROW, Termination, withdraw_request
@@ -108,8 +108,8 @@ def prepare_run(config: Config, run: RunDir) -> None:
             _check_same_scores(before, config, run)
     run.write_text("config.yaml", dump_yaml(config))
     run.write_text(DATA, data)
-    checkpoint.remove_uncommitted(run)
-    checkpoint.repair_snapshot(run)
+    checkpoint_files.remove_uncommitted(run)
+    checkpoint_files.repair_snapshot(run)
 
 
 def check_same_data(run: RunDir, config: Config, now: str) -> None:
@@ -184,7 +184,7 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = (), termination:
                 progress.say(LEFT[reason])
     if termination.received:  # in the last step, or while the last checkpoint was written
         raise termination.error(step)
-    checkpoint.remove_uncommitted(run)
+    checkpoint_files.remove_uncommitted(run)
 
 
 def _latest_step(run: RunDir) -> int:

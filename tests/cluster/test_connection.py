@@ -24,7 +24,7 @@ from mmref.cluster.connection import connect, in_time, local_folder, object_stor
 from mmref.cluster.resources import cores, workers_that_fit
 from mmref.cluster.seclusion import private_folder, write_token
 from mmref.errors import ClusterStartError
-from mmref.terminal.command import run_command
+from mmref.terminal.run_command import run_command
 
 GB = 1e9
 

@@ -26,7 +26,7 @@ from mmref.losses.objective import LOSSES
 from mmref.references.bank_rows import remove_objects
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
-from mmref.train import checkpoint
+from mmref.train import checkpoint_files
 from mmref.train import loop as training
 from mmref.train.saver import Saver
 from mmref.train.validation import Validation
@@ -135,10 +135,10 @@ def test_metrics_jsonl(
     )  # fmt: skip
     line = training.Worker._line(worker, 1, 0.1, window)
 
-    monkeypatch.setattr(checkpoint, "write", lambda *_: None)
-    monkeypatch.setattr(checkpoint, "commit", lambda *_: None)
+    monkeypatch.setattr(checkpoint_files, "write", lambda *_: None)
+    monkeypatch.setattr(checkpoint_files, "commit", lambda *_: None)
     saver: Any = SimpleNamespace(run=None, _error=None, _finished=[], _idle=threading.Event())
-    Saver._write(saver, "checkpoints/one", checkpoint.Snapshot({}, 0, {"step": 1}), 0, 0.0)
+    Saver._write(saver, "checkpoints/one", checkpoint_files.Snapshot({}, 0, {"step": 1}), 0, 0.0)
 
     records: list[dict[str, Any]] = []
     monkeypatch.setattr(training, "RunLog", lambda run, start: Log(records))

@@ -18,7 +18,7 @@ from mmref.export.write import export_run
 from mmref.model.adapter import Adapter
 from mmref.model.backbone import build_backbone, check_towers, load_tower
 from mmref.model.mmref import build_model
-from mmref.sizing.command import measure_model
+from mmref.sizing.estimate import measure_model
 
 
 def inputs(n=4):

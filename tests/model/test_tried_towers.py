@@ -13,7 +13,7 @@ from mmref.config import ModelConfig
 from mmref.errors import ModelError
 from mmref.model import backbone
 from mmref.model.backbone import build_backbone, check_towers, try_towers
-from mmref.sizing.command import measure_model
+from mmref.sizing.estimate import measure_model
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = {**SIZES, "patch_size": 8, "image_size": 16}

@@ -19,7 +19,7 @@ from mmref.model.reference_rows import group_means, warm_rows
 from mmref.references import bank_rows
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
-from mmref.train import checkpoint
+from mmref.train import checkpoint_files
 from mmref.train.bank import ReferenceBank
 
 
@@ -49,11 +49,11 @@ def run(config, tmp_path, request):
     for rank, first in enumerate(range(0, whole.objects, share)):
         part = slice(first, first + share)
         rows = {k: v[part].clone() for k, v in whole.state_dict().items()}
-        tensors = rows | checkpoint.pack_ids(whole.object_ids[first : first + share])
+        tensors = rows | checkpoint_files.pack_ids(whole.object_ids[first : first + share])
         name = f"references-{rank}.safetensors"
-        files[name] = checkpoint.write_file(made, f"{folder}/{name}", tensors, first)
+        files[name] = checkpoint_files.write_file(made, f"{folder}/{name}", tensors, first)
     for kind, tensors in (("model", model), ("optimizer", moments)):
-        files[f"{kind}-0.safetensors"] = checkpoint.write_file(made, f"{folder}/{kind}-0.safetensors", tensors, 0)
+        files[f"{kind}-0.safetensors"] = checkpoint_files.write_file(made, f"{folder}/{kind}-0.safetensors", tensors, 0)
     made.write_text(f"{folder}/rank-0.json", json.dumps(files))
     made.write_text(f"{folder}/meta.json", json.dumps({**info.meta, "step": 30, "score": 99.0, "files": files}))
     return made
@@ -63,7 +63,7 @@ def load_bank(folder, meta, config, object_ids=None):
     """The bank of one rank that resumes with these objects."""
     object_ids = object_ids or checkpoints.load_object_ids(folder, meta)
     bank = ReferenceBank(len(object_ids), meta["bank"]["dim"], config.reference, 0, object_ids=object_ids)
-    checkpoint.load_bank(folder, bank, meta)
+    checkpoint_files.load_bank(folder, bank, meta)
     return bank
 
 
@@ -256,7 +256,7 @@ def test_training_starts_from_another_run(run, make_config, config, tmp_path):
     object_ids = ["somebody", *list(index.object_ids)[1:]]
     bank = ReferenceBank(len(object_ids), fresh.model.embed_dim, config.reference, 5, object_ids=object_ids)
     before = {k: v.clone() for k, v in bank.state_dict().items()}
-    checkpoint.start_from(run, engine, bank)
+    checkpoint_files.start_from(run, engine, bank)
     info = checkpoints.best_checkpoint(run)
     with checkpoints.fetched(run, info, *checkpoints.KINDS) as folder:
         saved = load_file(f"{folder}/model-0.safetensors")
@@ -279,7 +279,7 @@ def test_training_starts_from_a_run_with_other_heads(run, make_config, config):
     engine = SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     bank = ReferenceBank(3, model.embed_dim, config.reference, 5, object_ids=["a", "b", "c"])
-    checkpoint.start_from(run, engine, bank)
+    checkpoint_files.start_from(run, engine, bank)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     new = {n for n in before if n.startswith(("classify.", "reconstruct."))}
     assert changed and new and not changed & new

@@ -19,7 +19,7 @@ from mmref.errors import CheckpointError, RunDirectoryError
 from mmref.export.write import export_run
 from mmref.run import checkpoints, directory
 from mmref.run.directory import JsonLines, RunDir, read_jsonl
-from mmref.train import checkpoint
+from mmref.train import checkpoint_files
 from mmref.train.bank import ReferenceBank
 from mmref.train.logs import RunLog
 from mmref.train.ray_storage import ray_filesystem
@@ -65,21 +65,21 @@ def test_checkpoints_are_saved_listed_verified_and_loaded(url):
     engine = SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
     bank = ReferenceBank(4, 2, ReferenceConfig(), 0)
     for step in (1, 2):
-        state = checkpoint.snapshot(engine, bank, {"step": step, "score": -step})
+        state = checkpoint_files.snapshot(engine, bank, {"step": step, "score": -step})
         folder = f"checkpoints/step-{step:08d}-a"
-        checkpoint.write(run, folder, state, 0)
+        checkpoint_files.write(run, folder, state, 0)
         assert [c.step for c in checkpoints.list_checkpoints(run)] == list(range(1, step)), "not before the commit"
-        checkpoint.commit(run, folder, state.meta)
+        checkpoint_files.commit(run, folder, state.meta)
     weight = model.weight.detach().clone()
     torch.nn.init.zeros_(model.weight)
-    with checkpoint.resume_point(run) as at:
+    with checkpoint_files.resume_point(run) as at:
         assert at.step == 2
         at.load(engine, bank)
     assert torch.equal(model.weight, weight) and not os.path.exists(at.folder)
     data = bytearray(run.read_bytes(f"{folder}/model-0.safetensors"))
     data[-1] ^= 1
     run.write_bytes(f"{folder}/model-0.safetensors", bytes(data))
-    with checkpoint.resume_point(run) as at:
+    with checkpoint_files.resume_point(run) as at:
         assert at.step == 1 and f"{url}/{folder}/model-0.safetensors is damaged" in at.passed_over[0]
     info = checkpoints.latest_checkpoint(run)
     with pytest.raises(CheckpointError, match=r"model-0.safetensors is damaged"):

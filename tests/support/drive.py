@@ -3,7 +3,7 @@
 import sys
 
 from mmref.config import load_config
-from mmref.terminal.command import run_command
+from mmref.terminal.run_command import run_command
 from mmref.train import trainer
 
 trainer.RESIZE_CHECK_S = 3.0  # a run of seconds looks for more places sooner than one of days

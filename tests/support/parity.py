@@ -71,7 +71,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
 
     from mmref.data.reader import StepReader
     from mmref.model.mmref import build_model
-    from mmref.train import checkpoint, collectives
+    from mmref.train import checkpoint_files, collectives
     from mmref.train.bank import ReferenceBank
     from mmref.train.engine import build_engine, iterate_state, set_learning_rate
     from mmref.train.step import StepRunner
@@ -83,7 +83,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
     start = 0
     if resume:
         meta = json.loads(Path(resume, "meta.json").read_text())
-        checkpoint.load(resume, engine, bank, meta)
+        checkpoint_files.load(resume, engine, bank, meta)
         start = meta["step"]
     gradients: dict[str, torch.Tensor] = {}
 
@@ -108,7 +108,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
         norms.append(float(engine.get_global_grad_norm()))
         first = first or dict(gradients)
     if stop_at < config.train.max_steps:
-        checkpoint.save(f"{folder}/checkpoint", engine, bank, {"step": stop_at, "score": 0.0})
+        checkpoint_files.save(f"{folder}/checkpoint", engine, bank, {"step": stop_at, "score": 0.0})
     weights = {name: state["weight"].cpu().clone() for name, state in iterate_state(engine, lambda _: True)}
     rows = collectives.gather(torch.nn.functional.pad(bank.rows, (0, 0, 0, 0, 0, bank.share - bank.count)))
     if rank == 0:

@@ -7,7 +7,7 @@ import time
 
 from mmref.retrieval.service.answering import Engine
 from mmref.retrieval.service.server import serve_main
-from mmref.terminal.command import run_command
+from mmref.terminal.run_command import run_command
 
 
 def slow(*_: object) -> list[object]:

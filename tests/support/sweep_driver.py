@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmref.config import load_config
-from mmref.terminal.command import run_command
+from mmref.terminal.run_command import run_command
 from mmref.tuning import sweep as module
 from mmref.tuning.space import read_space
 from mmref.tuning.sweep import Options

@@ -14,7 +14,7 @@ from mmref.data.tokens import load_tokens
 from mmref.model.mmref import MMRef, build_model
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
-from mmref.train import checkpoint
+from mmref.train import checkpoint_files
 from mmref.train.bank import ReferenceBank
 
 UNSEEN = 2  # the first objects have no trained reference
@@ -34,9 +34,9 @@ def make_run(config: Config, path: str, refinement: dict[str, Any]) -> MMRef:
         bank.rows[UNSEEN:] = torch.randn(bank.rows[UNSEEN:].shape, generator=torch.Generator().manual_seed(1))
     scores = {"R@1": 40.0, "R@5": 60.0, "R@10": 70.0, "mAP": 45.0, "mINP": 30.0}
     folder = f"{checkpoints.FOLDER}/step-00000020-a"
-    state = checkpoint.snapshot(engine, bank, {"step": 20, "score": 85.0, "val": scores})
-    checkpoint.write(run, folder, state, 0)
-    checkpoint.commit(run, folder, state.meta)
+    state = checkpoint_files.snapshot(engine, bank, {"step": 20, "score": 85.0, "val": scores})
+    checkpoint_files.write(run, folder, state, 0)
+    checkpoint_files.commit(run, folder, state.meta)
     metrics = {
         "split": "test", "checkpoint": folder, "n_queries": 20, "n_gallery": 10, "initial": scores,
         "refined": {name: value + 2.5 for name, value in scores.items()}, "ci95": {"R@1": [33.0, 51.0]},

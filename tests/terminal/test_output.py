@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from mmref.terminal.command import run_command
+from mmref.terminal.run_command import run_command
 
-RUN = "import sys\nfrom mmref.terminal.command import run_command\nfrom mmref.errors import QueryError\n"
+RUN = "import sys\nfrom mmref.terminal.run_command import run_command\nfrom mmref.errors import QueryError\n"
 MANY = RUN + "sys.exit(run_command(lambda: [print('line', i) for i in range(100000)] and 0))"
 ONE = RUN + "sys.exit(run_command(lambda: print('one') or 0))"
 

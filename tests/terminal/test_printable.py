@@ -13,8 +13,8 @@ from mmref.cli import main
 from mmref.errors import MMRefError
 from mmref.retrieval.searcher import Result
 from mmref.retrieval.show import format_results
-from mmref.terminal.command import run_command
 from mmref.terminal.output import PrintableFormatter, printable
+from mmref.terminal.run_command import run_command
 
 HOSTILE = "a\x1b[2J\x1b]0;owned\x07\r\n\x9b1A\u202egnp.exe\u2066\x7f"
 SHOWN = r"a\x1b[2J\x1b]0;owned\x07\r\n\x9b1A\u202egnp.exe\u2066\x7f"

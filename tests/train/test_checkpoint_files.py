@@ -20,7 +20,7 @@ from mmref.errors import CheckpointError
 from mmref.model.mmref import build_model
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
-from mmref.train import checkpoint, collectives
+from mmref.train import checkpoint_files, collectives
 
 OVERRIDES = {"reference.update": "gradient", "reference.per_object": 2, "loss.w_rec": 0.3, "loss.learn_tau": True}
 
@@ -53,7 +53,7 @@ class Training(PlainTraining):
             monkeypatch.setattr(collectives, "world_size", lambda: world)
             bank = type(self.bank)(self.bank.objects, self.bank.dim, self.config.reference, 0)
             bank.load_rows(bank.find(self.bank.object_ids), whole)
-            checkpoint.save(str(folder), self.engine, bank, {"step": 2, "score": 1.0, **meta})
+            checkpoint_files.save(str(folder), self.engine, bank, {"step": 2, "score": 1.0, **meta})
         monkeypatch.undo()
         return json.loads(Path(folder, "meta.json").read_text())
 
@@ -73,7 +73,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(make_config, trained, 
     with torch.no_grad():
         for parameter in resumed.model.parameters():
             parameter.zero_()
-    checkpoint.load(str(tmp_path), resumed.engine, resumed.bank, meta)
+    checkpoint_files.load(str(tmp_path), resumed.engine, resumed.bank, meta)
     for (name, a), (_, b) in zip(resumed.model.named_parameters(), trained.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     for name, tensor in trained.bank.state_dict().items():
@@ -100,7 +100,7 @@ def test_frozen_parameters_are_saved_without_moments(make_config, tmp_path, monk
     assert any("vision_model" in n for n in load_file(tmp_path / "model-0.safetensors"))
     assert not any("vision_model" in n for n in load_file(tmp_path / "optimizer-0.safetensors"))
     again = Training(make_config({**OVERRIDES, "model.freeze_backbone": True, "train.seed": 9}))
-    checkpoint.load(str(tmp_path), again.engine, again.bank, meta)
+    checkpoint_files.load(str(tmp_path), again.engine, again.bank, meta)
     for a, b in zip(again.model.parameters(), run.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -123,7 +123,7 @@ def test_the_classifier_of_the_objects_is_left_behind_in_evaluation(make_config,
     pixels = torch.randn(2, 3, 16, 16)
     assert model.classify is None and torch.equal(model.eval()(pixels).image, run.model.eval()(pixels).image)
     again = Training(make_config({**OVERRIDES, "loss.w_id": 1.0, "train.seed": 9}))
-    checkpoint.load(str(tmp_path), again.engine, again.bank, meta)
+    checkpoint_files.load(str(tmp_path), again.engine, again.bank, meta)
     assert torch.equal(again.model.classify.weight, run.model.classify.weight)
 
 
@@ -144,7 +144,7 @@ def test_another_model_s_checkpoint_is_refused(make_config, trained, tmp_path, m
     other = Training(make_config({**OVERRIDES, **overrides}))
     before = [p.clone() for p in other.model.parameters()]
     for attempt in (
-        lambda: checkpoint.load(str(tmp_path), other.engine, other.bank, meta),
+        lambda: checkpoint_files.load(str(tmp_path), other.engine, other.bank, meta),
         lambda: checkpoints.load_model(str(tmp_path), other.model),
     ):
         with pytest.raises(CheckpointError, match=rf"{tmp_path} belongs to another model.*{said}"):
@@ -156,7 +156,7 @@ def test_another_bank_s_checkpoint_is_refused(make_config, trained, tmp_path, mo
     meta = trained.save(tmp_path, monkeypatch)
     other = Training(make_config({**OVERRIDES, "reference.per_object": 3}))
     with pytest.raises(CheckpointError, match=r"holds references .*'per_object': 2.*needs .*'per_object': 3"):
-        checkpoint.load_bank(str(tmp_path), other.bank, meta)
+        checkpoint_files.load_bank(str(tmp_path), other.bank, meta)
 
 
 # -- which folders count ---------------------------------------------------------------------------------------------
@@ -223,11 +223,11 @@ def test_no_checkpoint_is_a_named_error_with_what_was_found(tmp_path):
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text("abcxyz", min_size=1, max_size=4), st.integers(0, 1000), max_size=20), st.integers(1, 6))
 def test_sharing_out_is_complete_even_and_free_of_order(sizes, writers):
-    owner = checkpoint.share_out(sizes, writers)
+    owner = checkpoint_files.share_out(sizes, writers)
     assert owner.keys() == sizes.keys() and set(owner.values()) <= set(range(writers))
     load = [sum(sizes[n] for n in sizes if owner[n] == w) for w in range(writers)]
     assert max(load) - min(load) <= max(sizes.values(), default=0)
-    assert checkpoint.share_out(dict(reversed(sizes.items())), writers) == owner
+    assert checkpoint_files.share_out(dict(reversed(sizes.items())), writers) == owner
 
 
 SNAPSHOT = "checkpoints/checkpoint_manager_snapshot.json"
@@ -241,10 +241,10 @@ SNAPSHOT = "checkpoints/checkpoint_manager_snapshot.json"
 ])  # fmt: skip
 def test_ray_s_list_of_checkpoints_goes_when_it_would_stop_a_restart(tmp_path, text, stays):
     run = RunDir(str(tmp_path))
-    checkpoint.repair_snapshot(run)
+    checkpoint_files.repair_snapshot(run)
     write(run, 50)
     run.write_text(SNAPSHOT, text)
-    checkpoint.repair_snapshot(run)
+    checkpoint_files.repair_snapshot(run)
     assert run.exists(SNAPSHOT) == stays and checkpoints.latest_checkpoint(run).step == 50
 
 
@@ -295,7 +295,7 @@ def two_checkpoints(request, trained, tmp_path, monkeypatch) -> RunDir:
 
 def test_resume_takes_the_latest_checkpoint(make_config, trained, two_checkpoints):
     other = Training(make_config({**OVERRIDES, "train.seed": 9}))
-    with checkpoint.resume_point(two_checkpoints) as at:
+    with checkpoint_files.resume_point(two_checkpoints) as at:
         assert at.step == 4 and at.passed_over == []
         at.load(other.engine, other.bank)
     assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), trained.model.parameters(), strict=True))
@@ -307,7 +307,7 @@ def test_resume_passes_a_damaged_checkpoint_over_and_says_so(two_checkpoints, ca
     data = bytearray(run.read_bytes(name))
     data[-1] ^= 1
     run.write_bytes(name, bytes(data))
-    with checkpoint.resume_point(run) as at:
+    with checkpoint_files.resume_point(run) as at:
         assert at.step == 2 and len(at.passed_over) == 1
     assert f"{run.join(name)} is damaged" in caplog.text and "step 4 is not used" in caplog.text
 
@@ -317,7 +317,7 @@ def test_resume_names_every_file_that_is_gone_or_short(two_checkpoints):
     gone, short = (f"checkpoints/step-00000004-a/{name}" for name in ("model-0.safetensors", "optimizer-1.safetensors"))
     run.remove(gone)
     run.write_bytes(short, run.read_bytes(short)[:-1])
-    with checkpoint.resume_point(run) as at:
+    with checkpoint_files.resume_point(run) as at:
         assert at.step == 2
         assert sorted(p.split(" ", 1)[0] for p in at.passed_over) == [run.join(gone), run.join(short)]
         assert {p.split(" ")[2].rstrip(":") for p in at.passed_over} == {"gone", "damaged"}
@@ -326,7 +326,7 @@ def test_resume_names_every_file_that_is_gone_or_short(two_checkpoints):
 def test_resume_names_a_list_of_files_that_cannot_be_read(two_checkpoints):
     where = "checkpoints/step-00000004-a/meta.json"
     two_checkpoints.write_text(where, "{")
-    with checkpoint.resume_point(two_checkpoints) as at:
+    with checkpoint_files.resume_point(two_checkpoints) as at:
         assert at.step == 2 and at.passed_over[0].startswith(f"{two_checkpoints.join(where)} is damaged")
 
 
@@ -335,18 +335,18 @@ def test_without_a_sound_checkpoint_training_does_not_start_again(two_checkpoint
     for info in checkpoints.list_checkpoints(run):
         run.write_bytes(f"{info.folder}/model-0.safetensors", b"x" * info.files()["model-0.safetensors"]["bytes"])
     with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* is sound.*model-0.*from the beginning"):
-        checkpoint.resume_point(run).__enter__()
+        checkpoint_files.resume_point(run).__enter__()
 
 
 def test_a_run_without_checkpoints_begins_at_the_beginning(trained, tmp_path):
-    with checkpoint.resume_point(RunDir(str(tmp_path))) as at:
+    with checkpoint_files.resume_point(RunDir(str(tmp_path))) as at:
         before = [p.clone() for p in trained.model.parameters()]
         at.load(trained.engine, trained.bank)
     assert at.step == 0 and all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters()))
 
 
 def test_a_snapshot_is_apart_from_what_training_changes(trained, tmp_path):
-    state = checkpoint.snapshot(trained.engine, trained.bank, {"step": 2})
+    state = checkpoint_files.snapshot(trained.engine, trained.bank, {"step": 2})
     before = {kind: {n: t.clone() for n, t in tensors.items()} for kind, tensors in state.tensors.items()}
     with torch.no_grad():
         for tensor in (*trained.model.parameters(), *trained.model.buffers(), *trained.bank.state_dict().values()):
@@ -364,14 +364,14 @@ def test_a_checkpoint_does_not_exist_before_every_rank_has_written(trained, tmp_
     states = []
     for rank in (0, 1):
         monkeypatch.setattr(collectives, "rank", lambda r=rank: r)
-        states.append(checkpoint.snapshot(trained.engine, trained.bank, {"step": 2}))
+        states.append(checkpoint_files.snapshot(trained.engine, trained.bank, {"step": 2}))
     monkeypatch.undo()
-    checkpoint.write(run, folder, states[0], 0)
-    waiting = threading.Thread(target=checkpoint.commit, args=(run, folder, states[0].meta), daemon=True)
+    checkpoint_files.write(run, folder, states[0], 0)
+    waiting = threading.Thread(target=checkpoint_files.commit, args=(run, folder, states[0].meta), daemon=True)
     waiting.start()
     waiting.join(timeout=0.2)
     assert waiting.is_alive() and checkpoints.list_checkpoints(run) == [] and not run.exists(f"{folder}/meta.json")
-    checkpoint.write(run, folder, states[1], 1)
+    checkpoint_files.write(run, folder, states[1], 1)
     waiting.join(timeout=60)
     (info,) = checkpoints.list_checkpoints(run)
     assert len(info.files()) == 6 and info.meta["world"] == 2

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from mmref.retrieval.service.access import Access
 from mmref.retrieval.service.backend import Backend
-from mmref.retrieval.service.counters import Metrics
+from mmref.retrieval.service.counters import Counters
 from mmref.retrieval.service.guard import Guard
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.pools import Pool
@@ -81,7 +81,7 @@ class Service:
     """The endpoints, over backends by the names of their indexes."""
 
     def __init__(self, backends: Mapping[str, Backend], access: Access, limits: Limits) -> None:
-        self.backends, self.access, self.limits, self.metrics = dict(backends), access, limits, Metrics()
+        self.backends, self.access, self.limits, self.metrics = dict(backends), access, limits, Counters()
         self._parsing = Pool(PARSERS, "mmref json")
         self._items: dict[str, int] = {}  # of each index, as its last answer said
         self._answered: dict[tuple[str, str], float] = {}  # when an index last did for a method

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl
 from h11 import LocalProtocolError
 
 from mmref.retrieval.service.access import Access, Rates
-from mmref.retrieval.service.counters import Metrics
+from mmref.retrieval.service.counters import Counters
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import INTERNAL, LEAVING, Problem, Refused, refuse
 from mmref.retrieval.service.transfers import Transfer, Transfers, busy
@@ -72,7 +72,7 @@ class Exchange:
 class Guard:
     """ASGI middleware around the application."""
 
-    def __init__(self, app: Any, access: Access, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, app: Any, access: Access, limits: Limits, metrics: Counters) -> None:
         self.app, self.access, self.limits, self.metrics = app, access, limits, metrics
         self.rates = Rates(limits.rate, limits.burst)
         self.transfers = Transfers(limits, metrics)

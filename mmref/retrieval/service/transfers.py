@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mmref.retrieval.service.counters import Metrics
+from mmref.retrieval.service.counters import Counters
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Refused, refuse
 
@@ -31,7 +31,7 @@ class Transfers:
     """All of them. Where room is short, the slowest of the client that holds the most is given up for the newcomer; where
     nobody is slow, the newcomer is refused."""
 
-    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, limits: Limits, metrics: Counters) -> None:
         self.limits, self.metrics = limits, metrics
         self._all: set[Transfer] = set()
         self._held: Counter[str] = Counter()  # bytes by client

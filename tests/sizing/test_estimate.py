@@ -11,7 +11,7 @@ import torch
 from mmref.cli import main
 from mmref.config import from_dict
 from mmref.model.mmref import build_model
-from mmref.sizing.command import ModelSize, compute_sizing, measure_model, scaled
+from mmref.sizing.estimate import ModelSize, compute_sizing, measure_model, scaled
 
 ROOT = Path(__file__).parents[2]
 SMALL = ModelSize(parameters=1_000, trained=1_000, embed_dim=8, activations=500, forward_flops=10, flops=30)

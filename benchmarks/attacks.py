@@ -156,9 +156,7 @@ async def connected(
         writer.transport.abort()
 
 
-async def ask(
-    target: Target, rng: random.Random, path: str, body: bytes = b"", kind: str = "", source: str | None = None
-) -> int:
+async def ask(target: Target, rng: random.Random, path: str, body: bytes = b"", kind: str = "", source: str | None = None) -> int:
     """Status of an answer; 0: the service ended the connection without one."""
     request = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\n{head(target)}Connection: close\r\n"
     request += f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"

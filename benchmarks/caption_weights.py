@@ -33,9 +33,7 @@ def as_trained(config: Config, features: SplitFeatures) -> tuple[np.ndarray, np.
     noise = CaptionNoise(config.data, config.train.seed, index, SampleReader(index))
     number = np.arange(len(queries.text)) - np.searchsorted(queries.images, queries.images)  # of each among its image's
     row = {text: i for i, text in enumerate(queries.texts)}
-    seen = np.array(
-        [row[noise(queries.texts[t], int(i), int(n))] for t, i, n in zip(queries.text, queries.images, number)]
-    )
+    seen = np.array([row[noise(queries.texts[t], int(i), int(n))] for t, i, n in zip(queries.text, queries.images, number)])
     own = set(zip(queries.text.tolist(), queries.objects.tolist()))
     wrong = np.array([(t, o) not in own for t, o in zip(seen.tolist(), queries.objects.tolist())])
     return seen, wrong
@@ -78,9 +76,7 @@ def measure(text: torch.Tensor, references: torch.Tensor, objects: torch.Tensor,
 def figures(run_dir: str) -> dict[str, Any]:
     run, config, checkpoint = open_run(run_dir)
     if config.data.caption_noise == 0 or config.data.caption_noise_kind != "swap" or config.data.mix:
-        raise SystemExit(
-            f"{run_dir}: give a run of one shard set, trained with `--data.caption_noise` above 0 that swaps."
-        )
+        raise SystemExit(f"{run_dir}: give a run of one shard set, trained with `--data.caption_noise` above 0 that swaps.")
     features, space = run_features(run, config, checkpoint, config.data.root, ["train"])
     train = features["train"]
     seen, wrong = as_trained(config, train)

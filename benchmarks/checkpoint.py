@@ -231,9 +231,7 @@ def main() -> None:
             result["loop_seconds"] = min(target.seconds["loop_without"])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(
-        f"{loop.parameters / 1e6:.0f} M parameters, {result['bytes'] / 1e6:.0f} MB with moments and references, {args.device}"
-    )
+    print(f"{loop.parameters / 1e6:.0f} M parameters, {result['bytes'] / 1e6:.0f} MB with moments and references, {args.device}")
     for name, found in result["targets"].items():
         print(f"{name}:")
         for key, value in found.items():

@@ -142,9 +142,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/emoji.yaml")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="consumers")
-    parser.add_argument(
-        "--images", choices=["set", "jpeg"], default="set", help="the config's set, or made photographs"
-    )
+    parser.add_argument("--images", choices=["set", "jpeg"], default="set", help="the config's set, or made photographs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="steps under the clock in a round")
     parser.add_argument("--warmup", type=int, default=20, help="steps before the clock starts")

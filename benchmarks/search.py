@@ -68,9 +68,7 @@ def exact(args: argparse.Namespace) -> dict[str, Any]:
         for start in range(0, args.items, BLOCK):
             plain.add(np.ascontiguousarray(segment.features[start : start + BLOCK]))
         queries = unit(rng.standard_normal((256, args.dim), dtype=np.float32))
-        result: dict[str, Any] = {
-            name: getattr(args, name) for name in ("items", "dim", "references", "top_r", "candidates")
-        }
+        result: dict[str, Any] = {name: getattr(args, name) for name in ("items", "dim", "references", "top_r", "candidates")}
         for batch, rounds in ((64, args.rounds), (1, 4 * args.rounds)):
             at = 0
 
@@ -94,9 +92,7 @@ def exact(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def write_random(
-    folder: Path, args: argparse.Namespace, space: ReferenceSpace, refinement: RefinementSettings
-) -> Segment:
+def write_random(folder: Path, args: argparse.Namespace, space: ReferenceSpace, refinement: RefinementSettings) -> Segment:
     """A segment of random unit vectors without thumbnails; codes of random references (finding them is not measured)."""
     rng = np.random.default_rng(1)
 
@@ -168,9 +164,7 @@ def main() -> None:
     parts = parser.add_subparsers(dest="part", required=True)
     first = parts.add_parser("exact")
     first.add_argument("--dim", type=int, default=512)
-    first.add_argument(
-        "--references", type=int, default=11_003, help="training objects (default: as many as CUHK-PEDES)"
-    )
+    first.add_argument("--references", type=int, default=11_003, help="training objects (default: as many as CUHK-PEDES)")
     first.add_argument("--top-r", type=int, default=64, help="references in a code (default: %(default)s)")
     first.add_argument("--candidates", type=int, default=100)
     second = parts.add_parser("approximate")

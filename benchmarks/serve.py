@@ -115,9 +115,7 @@ class Client:
         if self.reader is None:
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
         method = "POST" if body else "GET"
-        sent = (
-            f"{method} {target} HTTP/1.1\r\n{self.headers}Content-Length: {len(body)}\r\nContent-Type: {kind}\r\n\r\n"
-        )
+        sent = f"{method} {target} HTTP/1.1\r\n{self.headers}Content-Length: {len(body)}\r\nContent-Type: {kind}\r\n\r\n"
         self.writer.write(sent.encode() + body)
         try:
             answer = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -271,9 +269,7 @@ async def valid(client: Client, rng: random.Random, words: list[str], ids: list[
     text, item = quote(f"{rng.choice(words)} {rng.randrange(10_000)}"), quote(rng.choice(ids), safe="")
     kind = rng.randrange(8)
     if kind < 4:
-        return await client.ask(
-            f"/search?text={text}&top={rng.randrange(1, 50)}&refine={rng.choice(['true', 'false'])}"
-        )
+        return await client.ask(f"/search?text={text}&top={rng.randrange(1, 50)}&refine={rng.choice(['true', 'false'])}")
     if kind == 4:
         return await client.ask(f"/search?text={text}&image_weight=0.5", picture(rng))
     if kind == 5:

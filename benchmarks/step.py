@@ -98,9 +98,7 @@ def seconds_of_a_step(run: Any, batches: list[Any]) -> float:
     return (time.perf_counter() - began) / len(batches)
 
 
-def compare_with_ray(
-    config: Config, reader: StepReader, device: torch.device, args: argparse.Namespace
-) -> dict[str, Any]:
+def compare_with_ray(config: Config, reader: StepReader, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """The trainer between two measurements of the bare step; `ratio` is its images/s over the bare step's."""
     run, _ = build(config, reader, device)
     batches = [reader.read_step(s) for s in range(args.steps)]

@@ -92,9 +92,7 @@ def refinement(trials: list[Trial], leader: Trial, run: RunDir, args: argparse.N
             "trainings": len(trials),
             "seconds": alone,
             "points lost by the best config": max(scores) - statistics.mean(scores),
-            f"chance of a setting within {CLOSE} of the best": statistics.mean(
-                s >= max(scores) - CLOSE for s in scores
-            ),
+            f"chance of a setting within {CLOSE} of the best": statistics.mean(s >= max(scores) - CLOSE for s in scores),
         },
     }
 
@@ -186,9 +184,7 @@ def to_the_end(trial: Trial, run: RunDir, copies: Path) -> Trial:
         )  # fmt: skip
     copy = RunDir(str(place))
     ended = replace(trial, results=evaluations(copy.read_config(), copy))
-    print(
-        f"trial {trial.number}: {trial.score:.2f} at step {trial.steps}, {ended.score:.2f} in the end", file=sys.stderr
-    )
+    print(f"trial {trial.number}: {trial.score:.2f} at step {trial.steps}, {ended.score:.2f} in the end", file=sys.stderr)
     return ended
 
 
@@ -200,18 +196,12 @@ def main() -> None:
         command.add_argument("sweep", metavar="DIR", help="run directory of a sweep")
         command.add_argument("--out", metavar="FILE", help="JSON file")
         command.set_defaults(part=part)
-    parts.choices["refinement"].add_argument(
-        "--rounds", type=int, default=5, help="searches timed (default: %(default)s)"
-    )
+    parts.choices["refinement"].add_argument("--rounds", type=int, default=5, help="searches timed (default: %(default)s)")
     parts.choices["asha"].add_argument("--grace-steps", type=int, help="default: as in mmref tune")
     parts.choices["asha"].add_argument("--reduction", type=float, default=3.0, help="default: %(default)s")
-    parts.choices["asha"].add_argument(
-        "--orders", type=int, default=200, help="random orders of the trials (default: 200)"
-    )
+    parts.choices["asha"].add_argument("--orders", type=int, default=200, help="random orders of the trials (default: 200)")
     parts.choices["unstopped"].add_argument("--copies", metavar="DIR", required=True, help="folder for the copies")
-    parts.choices["unstopped"].add_argument(
-        "--at-once", type=int, default=2, help="trainings at a time (default: %(default)s)"
-    )
+    parts.choices["unstopped"].add_argument("--at-once", type=int, default=2, help="trainings at a time (default: %(default)s)")
     args = parser.parse_args()
     run = RunDir(args.sweep)
     trials = sorted(TrialLog(run).trials.values(), key=lambda t: t.number)

@@ -31,9 +31,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "shards": Command(
-        "mmref.shards.command:main", "build, inspect and verify shard sets (your own data: `build table`)"
-    ),
+    "shards": Command("mmref.shards.command:main", "build, inspect and verify shard sets (your own data: `build table`)"),
     "train": Command("mmref.train.command:train_main", "train, evaluate and report"),
     "sizing": Command("mmref.sizing.command:main", "memory, bytes and FLOPs of a run before it is started"),
     "evaluate": Command("mmref.evaluate.command:main", "score a run's best checkpoint on a split"),

@@ -96,9 +96,7 @@ def test_run_directory_of_another_config(attempt: Callable[..., str], tmp_path: 
     assert "RunDirectoryError" in error and "train.lr 0.5 -> 0.001" in error
 
 
-def test_checkpoints_scored_in_another_way(
-    attempt: Callable[..., str], tmp_path: Path, make_config: MakeConfig
-) -> None:
+def test_checkpoints_scored_in_another_way(attempt: Callable[..., str], tmp_path: Path, make_config: MakeConfig) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step-00000004-abc"
     folder.mkdir(parents=True)
     (folder / "meta.json").write_text('{"step": 4, "world": 1, "files": {}}')

@@ -45,9 +45,7 @@ def test_step(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_scaling(tmp_path: Path) -> None:
-    found = run(
-        tmp_path, "scaling.py", *SMOKE, "--workers", "1", "2", "--batch", "16", "--windows", "1", "--steps", "2"
-    )
+    found = run(tmp_path, "scaling.py", *SMOKE, "--workers", "1", "2", "--batch", "16", "--windows", "1", "--steps", "2")
     one, two = found["rows"]
     assert (one["workers"], two["workers"]) == (1, 2) and one["efficiency"] == 1
     assert two["efficiency"] == pytest.approx(two["images_per_second"] / one["images_per_second"] / 2)

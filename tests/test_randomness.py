@@ -101,11 +101,7 @@ def test_a_draw_equals_its_slow_twin(stream, seed, step, position):
 def test_positions_are_broadcast():
     grid = draw(RandomStream.WORD_MASKS, 3, 9, np.arange(4)[:, None], np.arange(5))
     assert grid.shape == (4, 5) and grid.dtype == np.uint64 and len(set(grid.ravel().tolist())) == 20
-    assert (
-        int(grid[2, 4])
-        == int(draw(RandomStream.WORD_MASKS, 3, 9, 2, 4))
-        != int(draw(RandomStream.WORD_MASKS, 3, 9, 4, 2))
-    )
+    assert int(grid[2, 4]) == int(draw(RandomStream.WORD_MASKS, 3, 9, 2, 4)) != int(draw(RandomStream.WORD_MASKS, 3, 9, 4, 2))
     steps = draw(RandomStream.IMAGE_CHOICE, 3, np.array([[0, 1, 2]]), np.array([[5], [6]]))
     assert steps.shape == (2, 3) and int(steps[1, 2]) == int(draw(RandomStream.IMAGE_CHOICE, 3, 2, 6))
 
@@ -145,9 +141,7 @@ def differing_bits(a, b):
 
 @pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
 def test_neighbouring_seeds_steps_and_positions_share_no_draw(stream):
-    grids = [
-        draw(stream, seed, np.arange(60)[:, None], np.arange(200)) for seed in (-2, -1, *range(8), 1_763_800_000, 2**62)
-    ]
+    grids = [draw(stream, seed, np.arange(60)[:, None], np.arange(200)) for seed in (-2, -1, *range(8), 1_763_800_000, 2**62)]
     values = np.concatenate([grid.ravel() for grid in grids])
     assert len(np.unique(values)) == len(values) == 144_000
     # what arithmetic on seeds gets wrong: (seed, step + 1) must not be (seed + 1, step), nor a step a shifted other one
@@ -209,9 +203,7 @@ def test_uniform_numbers_lie_below_1():
     ):
         assert 0 <= float(x.min()) < 1e-4 and 1 - 1e-4 < float(x.max()) < 1
     assert x.dtype == torch.float32
-    at = [
-        p for p in range(200) if int(draw(RandomStream.AUGMENTATION, 0, 0, p)) >> 63
-    ]  # the largest halves keep their bits
+    at = [p for p in range(200) if int(draw(RandomStream.AUGMENTATION, 0, 0, p)) >> 63]  # the largest halves keep their bits
     assert uniform_tensor(RandomStream.AUGMENTATION, 0, 0, np.array(at)).numpy() == pytest.approx(
         uniform(RandomStream.AUGMENTATION, 0, 0, np.array(at)), abs=2**-24
     )

@@ -54,9 +54,7 @@ def check_answers(address: str) -> None:
     try:
         # This is asked in a process of its own, since Ray tries for longer than anybody waits and cannot be told to
         # stop.
-        asked = subprocess.run(
-            [sys.executable, "-c", ray_private.PROBE, address], capture_output=True, timeout=ANSWER_S
-        )
+        asked = subprocess.run([sys.executable, "-c", ray_private.PROBE, address], capture_output=True, timeout=ANSWER_S)
     except subprocess.TimeoutExpired:
         raise _silent(
             address, f"something listens, and is no cluster's head or does not answer within {ANSWER_S:.0f} s"

@@ -203,9 +203,7 @@ def _start_local(cpus: int, storage_gb: float) -> None:
     need_files()
     folder = local_folder()
     shm = Path("/dev/shm")
-    store = object_store_bytes(
-        storage_gb, ray_private.system_memory(), shutil.disk_usage(shm).free if shm.exists() else None
-    )
+    store = object_store_bytes(storage_gb, ray_private.system_memory(), shutil.disk_usage(shm).free if shm.exists() else None)
     with (
         _named_failure(f"Ray does not start on this machine (its logs: {folder}/session_latest/logs)"),
         in_time("Ray to start"),

@@ -46,9 +46,7 @@ def check_config(config: Config) -> Config:
             "references. Set `loss.w_fuse` to 1, `reference.init: mean` or `reference.update: moving_average`."
         )
     if config.reference.assign == "modality" and config.reference.per_object % 2:
-        raise ConfigError(
-            "`reference.assign: modality` needs an even `reference.per_object` (image and text references)."
-        )
+        raise ConfigError("`reference.assign: modality` needs an even `reference.per_object` (image and text references).")
     check_batch(t.global_batch, t.workers, t.accumulation, t.images_per_object)
     if t.compile and t.zero_stage == 3:
         raise ConfigError(
@@ -56,9 +54,7 @@ def check_config(config: Config) -> Config:
             "which leaves nothing to compile. Lower `train.zero_stage`, or leave `train.compile` off."
         )
     if not 0 <= t.min_workers <= t.workers:
-        raise ConfigError(
-            f"`train.min_workers` must be between 0 and `train.workers` {t.workers}, found {t.min_workers}."
-        )
+        raise ConfigError(f"`train.min_workers` must be between 0 and `train.workers` {t.workers}, found {t.min_workers}.")
     if t.min_workers and t.global_batch % t.min_workers:
         counts = [n for n in range(1, t.workers + 1) if t.global_batch % n == 0]
         raise BatchArithmeticError(
@@ -93,9 +89,7 @@ def _check_towers(config: Config) -> None:
     if not m.feature_cache:
         return
     if not m.freeze_backbone:
-        raise ConfigError(
-            "`model.feature_cache` needs `model.freeze_backbone: true`: features of trained towers change."
-        )
+        raise ConfigError("`model.feature_cache` needs `model.freeze_backbone: true`: features of trained towers change.")
     if m.pool == "auto" and not m.adapter_layers:
         raise ConfigError(
             "`model.feature_cache` keeps tokens, and `model.pool: auto` would read a tower's own pooler: set `model.pool` to "

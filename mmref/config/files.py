@@ -184,9 +184,7 @@ def config_hash(config: Config) -> str:
     """12 hex digits of everything that changes results: not the run directory, scale or logging."""
     values = to_dict(config)
     values["data"]["root"] = folder_name(config.data.root)  # a set may be moved
-    values["data"]["mix"] = [
-        [folder_name(root), share] for root, share in config.data.mix.items()
-    ] or {}  # its order counts
+    values["data"]["mix"] = [[folder_name(root), share] for root, share in config.data.mix.items()] or {}  # its order counts
     values["train"]["start_from"] = absolute(config.train.start_from) if config.train.start_from else ""
     for name in NAMES_OR_PLACES:  # runs of older versions hold a folder's path as it was given
         section, key = name.split(".")
@@ -212,9 +210,7 @@ def with_places(config: Config, to: Callable[[str], str]) -> Config:
     values = to_dict(config)
     mix = values["data"]["mix"]
     if odd := [root for root in mix if not isinstance(root, str)]:
-        raise ConfigError(
-            f"`data.mix` names the shard set {odd[0]!r}, which YAML reads as a {type(odd[0]).__name__}: quote it."
-        )
+        raise ConfigError(f"`data.mix` names the shard set {odd[0]!r}, which YAML reads as a {type(odd[0]).__name__}: quote it.")
     values["data"]["mix"] = {to(root): share for root, share in mix.items()}
     if len(values["data"]["mix"]) < len(mix):
         raise ConfigError(f"`data.mix` names a shard set twice: {', '.join(mix)}.")

@@ -29,9 +29,7 @@ class PixelBudget:
         share = min(pixels, self.pixels * 3 // 4)
         with self._changed:
             if not self._changed.wait_for(lambda: self.used + share <= self.pixels, patience_s):
-                raise DecodersBusyError(
-                    f"other images are still being decoded after {patience_s:g} s: try again later."
-                )
+                raise DecodersBusyError(f"other images are still being decoded after {patience_s:g} s: try again later.")
             self.used += share
         return share
 

@@ -14,9 +14,7 @@ from PIL import ExifTags, Image, ImageCms
 Pixels = NDArray[np.uint8]
 
 CHANNELS = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # Pillow's mode of a profile's kind
-LIKE_SRGB = (
-    3  # of 255: a profile that moves no color further is left alone, so that the many kinds of sRGB change nothing
-)
+LIKE_SRGB = 3  # of 255: a profile that moves no color further is left alone, so that the many kinds of sRGB change nothing
 
 
 def to_8_bit(values: NDArray[Any]) -> Pixels:
@@ -87,9 +85,7 @@ def _transform(icc: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
             return mode, to_rgb
         steps = np.arange(0, 256, 17, dtype=np.uint8)
         colors = np.stack(np.meshgrid(*[steps] * 3), axis=-1).reshape(1, -1, 3) if mode == "RGB" else steps[None]
-        moved = np.abs(
-            _apply(to_rgb, colors, mode).astype(int) - (colors if mode == "RGB" else colors[..., None])
-        ).max()
+        moved = np.abs(_apply(to_rgb, colors, mode).astype(int) - (colors if mode == "RGB" else colors[..., None])).max()
         return mode, to_rgb if moved > LIKE_SRGB else None
     except Exception:  # a broken profile tells nothing, whatever is raised about it
         return "", None

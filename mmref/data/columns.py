@@ -102,8 +102,7 @@ def _write_out(file: pq.ParquetFile, folder: Path, numbers: dict[str, Any], stri
         schema = pa.schema([(name, pa.string()) for name in strings])
         with contextlib.ExitStack() as stack:
             arrays = {
-                name: stack.enter_context(ArrayFile(temporary / f"{name}.npy", (rows,), dtype))
-                for name, dtype in numbers.items()
+                name: stack.enter_context(ArrayFile(temporary / f"{name}.npy", (rows,), dtype)) for name, dtype in numbers.items()
             }
             sink = stack.enter_context(pa.OSFile(str(temporary / "strings.arrow"), "wb"))
             writer = stack.enter_context(pa.ipc.new_file(sink, schema))

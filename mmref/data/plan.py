@@ -238,9 +238,7 @@ class MixedPlan:
     def __call__(self, step: int) -> Step:
         part, own = self.turn(step)
         planned = self.plans[part](own)
-        return Step(
-            step, planned.images + self.first_image[part], planned.objects + self.first_object[part], planned.captions
-        )
+        return Step(step, planned.images + self.first_image[part], planned.objects + self.first_object[part], planned.captions)
 
     def substitute(self, step: int, position: int, attempt: int) -> int | None:
         """As Plan.substitute."""

@@ -239,9 +239,7 @@ class SampleReader:
             else:
                 data = retry(f"read {path}", lambda: self._pread(shard, offset, size))
         except OSError as error:  # no such file any more, no permission: so do credentials that have run out
-            raise StorageError(
-                f"cannot read {path}: {error}. Mend it, then start the same command: it resumes."
-            ) from error
+            raise StorageError(f"cannot read {path}: {error}. Mend it, then start the same command: it resumes.") from error
         if len(data) != size:
             raise SampleError(f"{path}: {what} at byte {offset} is short: {len(data)} of {size} bytes.")
         return data

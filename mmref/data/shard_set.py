@@ -134,9 +134,7 @@ class ShardSet:
             start, size = getattr(index, f"{what}_offset"), getattr(index, f"{what}_size")
             inside = (index.shard >= 0) & (index.shard < len(ends))
             if not np.all(inside & (start >= 0) & (size >= 0) & (size <= ends[index.shard * inside] - start)):
-                raise ShardSetError(
-                    f"{self.root}: the index of {split} points outside its shards. Build the set again."
-                )
+                raise ShardSetError(f"{self.root}: the index of {split} points outside its shards. Build the set again.")
         if (len(index), index.n_objects) != (entry["images"], entry["objects"]):
             raise ShardSetError(
                 f"{self.root}: the index of {split} has {len(index)} images of {index.n_objects} objects, the manifest "

@@ -42,9 +42,7 @@ class Tokens:
 
     def __call__(self, captions: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Ids and mask, (n, max_tokens) each; longer captions are cut, shorter ones padded."""
-        out = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="np"
-        )
+        out = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="np")
         ids = out["input_ids"].astype(np.int32)
         mask = out.get("attention_mask")
         return ids, (np.ones_like(ids) if mask is None else mask.astype(np.int32))

@@ -52,8 +52,7 @@ def paired_difference(
     means = sums.sum(axis=0) / sizes.sum()
     intervals = _intervals(_replicates(sums, sizes, n, seed), level)
     return {
-        name: {"mean": float(mean), "ci95": interval}
-        for name, mean, interval in zip(METRIC_NAMES, means, intervals, strict=True)
+        name: {"mean": float(mean), "ci95": interval} for name, mean, interval in zip(METRIC_NAMES, means, intervals, strict=True)
     }
 
 

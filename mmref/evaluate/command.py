@@ -15,9 +15,7 @@ def main(argv: Sequence[str]) -> int:
         description="Score the best checkpoint of a run on a split, before and after refinement, which is chosen on val.",
     )
     parser.add_argument("--checkpoint", required=True, type=place, metavar="RUN", help="run directory of `mmref train`")
-    parser.add_argument(
-        "--data", type=place, metavar="SHARDS", help="shard set; default: the one the run was trained on"
-    )
+    parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set; default: the one the run was trained on")
     parser.add_argument("--split", default="test", help="split to report (default: test); refinement is chosen on val")
     parser.add_argument("--out", type=place, metavar="FILE", help="also write the metrics to this file or URL")
     parser.add_argument("--workers", type=positive, help="Ray actors that compute features (default: eval.workers)")

@@ -232,9 +232,7 @@ class Evaluation:
         self.pair_features, self.pair_objects = features.text[pairs[:, 0]], pairs[:, 1]
         self.refine_images = self._refiner(self.pair_features, features.image)
 
-    def _refiner(
-        self, queries: np.ndarray, gallery: np.ndarray, settings: RefinementSettings | None = None
-    ) -> ScoreFn | None:
+    def _refiner(self, queries: np.ndarray, gallery: np.ndarray, settings: RefinementSettings | None = None) -> ScoreFn | None:
         return None if self.space is None else refined_scores(self.space, settings or self.settings, queries, gallery)
 
     def text_to_image(self, score_fn: ScoreFn | None) -> PerQuery:

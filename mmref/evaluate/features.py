@@ -52,9 +52,7 @@ def read_queries(index: SplitIndex, reader: SampleReader | None = None) -> Queri
         images += [i] * len(usable)
     texts, text = np.unique(np.array(captions, dtype=object), return_inverse=True)
     at = np.array(images, dtype=np.int64)
-    return Queries(
-        list(texts), text.reshape(-1), np.array(kinds), np.asarray(index.object_row)[at].astype(np.int64), at, skipped
-    )
+    return Queries(list(texts), text.reshape(-1), np.array(kinds), np.asarray(index.object_row)[at].astype(np.int64), at, skipped)
 
 
 def read_pixels(reader: SampleReader, rows: Sequence[int], data: DataConfig) -> tuple[NDArray[np.uint8], list[str]]:
@@ -63,9 +61,7 @@ def read_pixels(reader: SampleReader, rows: Sequence[int], data: DataConfig) -> 
     def one(i: int) -> tuple[NDArray[np.uint8], str]:
         try:
             raw = reader.read(int(i))
-            return decode_image(
-                raw.image_bytes, data.image_height, data.image_width, f"image {raw.meta.get('image_id', i)}"
-            ), ""
+            return decode_image(raw.image_bytes, data.image_height, data.image_width, f"image {raw.meta.get('image_id', i)}"), ""
         except SampleError as error:
             return np.zeros((data.image_height, data.image_width, 3), np.uint8), str(error)
 
@@ -80,9 +76,7 @@ class Encoder:
     A context manager: training mode is back afterwards whatever happens.
     """
 
-    def __init__(
-        self, model: Callable, module: torch.nn.Module, data: DataConfig, tokens: Tokens, device: torch.device
-    ) -> None:
+    def __init__(self, model: Callable, module: torch.nn.Module, data: DataConfig, tokens: Tokens, device: torch.device) -> None:
         self.model, self.module, self.data, self.tokens = model, module, data, tokens
         self.device = device
 

@@ -55,9 +55,7 @@ class PerQuery:
         return 100.0 * np.stack([*recalls, self.ap, self.inp], axis=1)
 
 
-def rank_positives(
-    scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def rank_positives(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of every query's hits, exact under ties.
 
     Args:

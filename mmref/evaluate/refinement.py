@@ -81,9 +81,7 @@ class ReferenceSpace:
         if references.ndim == 2:
             references = references[:, None]
         if references.ndim != 3 or references.shape[0] == 0:
-            raise EvaluationError(
-                f"references have shape {references.shape}, expected (objects, references, features)."
-            )
+            raise EvaluationError(f"references have shape {references.shape}, expected (objects, references, features).")
         if not np.isfinite(references).all():
             raise EvaluationError("references are not finite: the checkpoint comes from a run that diverged.")
         self.n_objects, self.per_object, self.dim = references.shape
@@ -240,9 +238,7 @@ def refine(initial: np.ndarray, similarity: np.ndarray, weight: float, inside: n
     return gain
 
 
-def refined_scores(
-    space: ReferenceSpace, settings: RefinementSettings, queries: np.ndarray, gallery: np.ndarray
-) -> ScoreFn:
+def refined_scores(space: ReferenceSpace, settings: RefinementSettings, queries: np.ndarray, gallery: np.ndarray) -> ScoreFn:
     """The score function of `evaluate_features` that refines: S_0 of a chunk of queries in, S out.
 
     Args:

@@ -127,9 +127,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     table.append("refinement: " + _describe_refinement(metrics))
     if best := metrics.get("best_on_test"):
         chosen = ", ".join(f"{name} {_number(best[name])}" for name in ("R@1", "mAP"))
-        table.append(
-            f"best on test, chosen on test as some papers do (step {_count(best['step'])}, before refinement): {chosen}"
-        )
+        table.append(f"best on test, chosen on test as some papers do (step {_count(best['step'])}, before refinement): {chosen}")
     for state, values in (metrics.get("class_protocol") or {}).items():
         table.append(f"by class, {state}: " + ", ".join(f"{name} {_number(value)}" for name, value in values.items()))
     if skipped := metrics.get("skipped"):

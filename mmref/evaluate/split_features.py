@@ -104,9 +104,7 @@ def embed_splits(
         for job in np.unique(batch["job"]):
             at = batch["job"] == job
             of = jobs[int(job)]
-            parts.setdefault((of["split"], of["kind"]), []).append(
-                (batch["row"][at], batch["feature"][at], batch["bad"][at])
-            )
+            parts.setdefault((of["split"], of["kind"]), []).append((batch["row"][at], batch["feature"][at], batch["bad"][at]))
     return {s: _collect(indices[s], queries[s], parts[s, "image"], parts[s, "text"]) for s in splits}
 
 

@@ -22,20 +22,12 @@ def main(argv: Sequence[str]) -> int:
         "refinement moved most, and the first training objects.",
     )
     parser.add_argument("run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, evaluated")
-    parser.add_argument(
-        "--query", nargs="+", type=text, default=[], metavar="TEXT", help="sentences that search the split"
-    )
-    parser.add_argument(
-        "--object", nargs="+", type=text, default=[], metavar="ID", help="objects of any split of the set"
-    )
+    parser.add_argument("--query", nargs="+", type=text, default=[], metavar="TEXT", help="sentences that search the split")
+    parser.add_argument("--object", nargs="+", type=text, default=[], metavar="ID", help="objects of any split of the set")
     parser.add_argument("--examples", type=count, default=EXAMPLES, help="how many, where none is named (%(default)s)")
-    parser.add_argument(
-        "--data", type=place, metavar="SHARDS", help="shard set; default: the one the run was trained on"
-    )
+    parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set; default: the one the run was trained on")
     parser.add_argument("--split", default="test", help="split whose images are searched (default: test)")
-    parser.add_argument(
-        "--grid", type=positive, default=7, help="cells of a heat map on each side (default: %(default)s)"
-    )
+    parser.add_argument("--grid", type=positive, default=7, help="cells of a heat map on each side (default: %(default)s)")
     _explain(parser.parse_args(argv))
     return 0
 
@@ -49,9 +41,7 @@ def _explain(args: argparse.Namespace) -> None:
     queries, objects = args.query, args.object
     if not queries and not objects:
         queries = run.moved(args.examples - args.examples // 2)
-        objects = (
-            list(run.shards.index("train").object_ids[: args.examples // 2]) if "train" in run.shards.splits else []
-        )
+        objects = list(run.shards.index("train").object_ids[: args.examples // 2]) if "train" in run.shards.splits else []
     found = [run.explain_object(name) for name in objects] + [run.explain_query(text) for text in queries]
     for e in found:
         print(printable(f"{e.kind} {e.title}" + (f"; reference of {e.reference}" if e.reference else "")))

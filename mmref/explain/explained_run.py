@@ -222,10 +222,7 @@ class ExplainedRun:
         right = np.flatnonzero(np.isin(g.objects[order], owners))
         if len(right) and right[0] >= SHOWN:  # the first right one, where it is further down
             shown.append((int(right[0]) + 1, int(order[right[0]])))
-        moves = [
-            self._move(feature, at, rank, int(before[at]), float(refined[at] - initial[at]), owners)
-            for rank, at in shown
-        ]
+        moves = [self._move(feature, at, rank, int(before[at]), float(refined[at] - initial[at]), owners) for rank, at in shown]
         row = self._matching_reference(feature, moves)
         reference = None if row is None else self.references[row]
         views = [
@@ -315,9 +312,7 @@ class ExplainedRun:
         pixels = resize_rgb(decode_rgb(raw.image_bytes, index.image_ids[image]), data.image_height, data.image_width)
         variants, size = np.stack(hidden(pixels, self.grid)), self.config.eval.batch
         with self.model.keeping_nothing():
-            features = np.concatenate(
-                [self.encoder.images(variants[i : i + size]) for i in range(0, len(variants), size)]
-            )
+            features = np.concatenate([self.encoder.images(variants[i : i + size]) for i in range(0, len(variants), size)])
         wanted = {"caption": caption, "image": features[0]}
         if references is not None:
             units = references / np.maximum(np.linalg.norm(references, axis=1, keepdims=True), 1e-12)

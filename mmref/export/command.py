@@ -16,9 +16,7 @@ def main(argv: Sequence[str]) -> int:
         "refinement chosen on val, and a copy for plain transformers. `mmref.load(DIR)` reads it.",
     )
     parser.add_argument("run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, or its URL")
-    parser.add_argument(
-        "--out", required=True, type=local_path, metavar="DIR", help="folder to write; must not exist yet"
-    )
+    parser.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder to write; must not exist yet")
     parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set of the run, where it has been moved")
     args = parser.parse_args(argv)
     from mmref.export.write import export_run

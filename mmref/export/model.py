@@ -110,9 +110,7 @@ class Model:
 
     def gallery(self, features: Floats) -> Gallery:
         """Prepare image features (g, d) for many calls of `refine`."""
-        return Gallery(
-            features, None if self.space is None else self.space.encode(features, self.refinement, gallery=True)
-        )
+        return Gallery(features, None if self.space is None else self.space.encode(features, self.refinement, gallery=True))
 
     def refine(self, text: Floats, images: Floats | Gallery) -> Floats:
         """Scores (q, g) of text features (q, d) with images: cosines, and on the first candidates the refinement.
@@ -162,16 +160,12 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mo
         weights = load_file(folder / "model.safetensors")
         arrays = load_arrays(folder / "references.safetensors")
     except OSError as error:
-        raise ModelError(
-            f"{folder} is no exported model: {error}. Write one with `mmref export RUN --out DIR`."
-        ) from None
+        raise ModelError(f"{folder} is no exported model: {error}. Write one with `mmref export RUN --out DIR`.") from None
     if named := [n for n in (config.model.dual, config.model.vision, config.model.text) if n]:  # an export names none
         raise ModelError(f"{folder}/config.yaml wants the model {named[0]} from elsewhere: export the run again.")
     from transformers import AutoTokenizer
 
-    tokens = Tokens(
-        AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False), config.data.max_tokens
-    )
+    tokens = Tokens(AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False), config.data.max_tokens)
     module = build_model(config, tokens.vocab_size)
     missing, unknown = module.load_state_dict(weights, strict=False)
     if missing or unknown:
@@ -180,9 +174,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mo
         )
     ids = unpack_strings(arrays["object_id_bytes"], arrays["object_id_ends"])
     settings = RefinementSettings(**card["refinement"])
-    return Model(
-        config, module, tokens, arrays.get("rows"), ids, settings, arrays.get("text_mean"), torch.device(device), card
-    )
+    return Model(config, module, tokens, arrays.get("rows"), ids, settings, arrays.get("text_mean"), torch.device(device), card)
 
 
 def pack_strings(strings: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -247,8 +247,7 @@ DUAL = ('model = AutoModel.from_pretrained("DIR/transformers")',
         "`get_image_features` and `get_text_features` are the features of mmref before normalisation\n"
         "(SigLIP: of sentences padded to {max_tokens} tokens, without an attention mask).")  # fmt: skip
 PAIR = (
-    'vision = AutoModel.from_pretrained("DIR/transformers/vision")\n'
-    'text = AutoModel.from_pretrained("DIR/transformers/text")',
+    'vision = AutoModel.from_pretrained("DIR/transformers/vision")\ntext = AutoModel.from_pretrained("DIR/transformers/text")',
     "The features of mmref before normalisation are the towers' pooled outputs (`model.pool: {pool}` in config.yaml) times\n"
     "the matrices in `transformers/projections.safetensors`.",
 )

@@ -124,9 +124,7 @@ def _forward(config: ModelConfig, size: tuple[int, int] | None, real: bool) -> N
     with torch.no_grad(), contextlib.nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
         backbone = backbone if real else backbone.to_empty(device="cpu")
         ids = torch.zeros(2, min(TRIED_TOKENS, backbone.max_positions), dtype=torch.long)
-        image, image_tokens = backbone.encode_image(
-            torch.zeros(2, 3, *(size or backbone.native_size or [TRIED_PX] * 2))
-        )
+        image, image_tokens = backbone.encode_image(torch.zeros(2, 3, *(size or backbone.native_size or [TRIED_PX] * 2)))
         text, text_tokens = backbone.encode_text(ids, torch.ones_like(ids))
         backbone.text_model.get_input_embeddings()  # which grow for a mask token
     features = image.shape == text.shape == (2, backbone.embed_dim)

@@ -100,9 +100,7 @@ class TokenFile:
             # SQLite does not wait for a process that is making the same file: it fails with "database is locked".
             with one_at_a_time(f"{path}.lock"):
                 self.connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
-                self.connection.execute(
-                    "CREATE TABLE IF NOT EXISTS tokens (key BLOB PRIMARY KEY, width INT, value BLOB)"
-                )
+                self.connection.execute("CREATE TABLE IF NOT EXISTS tokens (key BLOB PRIMARY KEY, width INT, value BLOB)")
             self.connection.execute("PRAGMA synchronous=OFF")  # a lost entry is computed again
             (page,) = self.connection.execute("PRAGMA page_size").fetchone()
             self.connection.execute(f"PRAGMA max_page_count={max(1, int(limit_gb * 1e9 / page))}")

@@ -9,9 +9,7 @@ from torch import Tensor
 from mmref.randomness import RandomStream, normal_tensor
 
 
-def initial_rows(
-    first: int, count: int, per_object: int, dim: int, seed: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def initial_rows(first: int, count: int, per_object: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random unit references of objects first .. first + count - 1, the same whoever owns them: (count, K, d).
 
     A row does not depend on how rows are shared out.

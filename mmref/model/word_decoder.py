@@ -137,9 +137,7 @@ def _transform(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
 
 
-def mask_words(
-    ids: Tensor, special: Tensor, rate: float, mask_id: int, vocab_size: int, draws: Tensor
-) -> tuple[Tensor, Tensor]:
+def mask_words(ids: Tensor, special: Tensor, rate: float, mask_id: int, vocab_size: int, draws: Tensor) -> tuple[Tensor, Tensor]:
     """BERT's masking: of the chosen words 80 % become the mask token, 10 % a random word, 10 % stay.
 
     Args:

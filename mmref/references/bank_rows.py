@@ -115,13 +115,10 @@ def _add(run: RunDir, config: Config, shards: ShardSet, split: str, workers: int
 def rows_of(features: SplitFeatures, objects: list[int], config: Config) -> Tensor:
     """References (n, K, d) of some objects of an embedded split."""
     image, texts = torch.from_numpy(features.image), torch.from_numpy(features.text)
-    of_image, of_text = (
-        _members(x, len(features.index.object_ids)) for x in (features.image_objects, features.queries.objects)
-    )
+    of_image, of_text = (_members(x, len(features.index.object_ids)) for x in (features.image_objects, features.queries.objects))
     r = config.reference
     made = [
-        warm_rows(image[of_image[row]], texts[features.queries.text[of_text[row]]], r.per_object, r.assign)
-        for row in objects
+        warm_rows(image[of_image[row]], texts[features.queries.text[of_text[row]]], r.per_object, r.assign) for row in objects
     ]
     rows = torch.stack(made)
     # Rows learned by gradient are unit vectors.
@@ -182,9 +179,7 @@ def _remove_everywhere(run: RunDir, wanted: set[str]) -> Removed:
     complete = list_checkpoints(run)
     for info in complete:  # all before the first is changed
         _check_some_left(run, info, wanted)
-    unfinished = {n for n in run.list(FOLDER) if n.startswith("step-")} - {
-        i.folder.rsplit("/", 1)[-1] for i in complete
-    }
+    unfinished = {n for n in run.list(FOLDER) if n.startswith("step-")} - {i.folder.rsplit("/", 1)[-1] for i in complete}
     for name in unfinished:
         run.remove(f"{FOLDER}/{name}")
     found = [_remove(run, info, wanted) for info in complete]

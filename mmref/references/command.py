@@ -19,12 +19,8 @@ def main(argv: Sequence[str]) -> int:
     add = actions.add_parser("add", help="give the objects of a shard set references in the best checkpoint")
     remove = actions.add_parser("remove", help="remove objects from every checkpoint of a run, for good")
     for action in (info, add, remove):
-        action.add_argument(
-            "run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, not training meanwhile"
-        )
-    info.add_argument(
-        "--object", nargs="+", type=text, default=[], metavar="ID", help="also say whether these are there"
-    )
+        action.add_argument("run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, not training meanwhile")
+    info.add_argument("--object", nargs="+", type=text, default=[], metavar="ID", help="also say whether these are there")
     add.add_argument("--data", required=True, type=place, metavar="SHARDS", help="shard set that holds the new objects")
     add.add_argument("--split", default="train", help="split of it (default: train)")
     add.add_argument("--workers", type=positive, help="Ray actors that compute features (default: eval.workers)")

@@ -93,9 +93,7 @@ def _rename(new: dict[int, str], taken: set[str], source: str) -> list[str]:
     return renamed
 
 
-def skipped_elsewhere(
-    skipped: list[dict[str, Any]], listing: Listing, source: str, split: str | None
-) -> list[dict[str, Any]]:
+def skipped_elsewhere(skipped: list[dict[str, Any]], listing: Listing, source: str, split: str | None) -> list[dict[str, Any]]:
     """What was skipped of other sources: it lies not below this one, nor is it listed by it."""
     scope, its = _scope(source, split), {to_text(source), *listing.items["path"].to_pylist()}
     return [s for s in skipped if s["path"] not in its and not _is_below(s["path"], scope)]
@@ -115,14 +113,10 @@ def describe_changes(found: Changes, unread: set[str], source: str, removed: boo
     if lost := sorted(replaced - embedded):
         lines.append(f"{len(lost):,} have changed since, cannot be read any more and were removed: {_some(lost)}")
     if found.renamed:
-        lines.append(
-            f"{len(found.renamed):,} have the names of items from elsewhere, and are called {_some(found.renamed)}"
-        )
+        lines.append(f"{len(found.renamed):,} have the names of items from elsewhere, and are called {_some(found.renamed)}")
     if found.missing:
         end = "and were removed" if removed else "(--remove-missing removes them)"
-        lines.append(
-            f"{len(found.missing):,} items are not in {printable(source)} any more {end}: {_some(found.missing)}"
-        )
+        lines.append(f"{len(found.missing):,} items are not in {printable(source)} any more {end}: {_some(found.missing)}")
     return lines
 
 

@@ -52,9 +52,7 @@ def thumbnail(rgb: NDArray[np.uint8]) -> bytes:
     height, width = rgb.shape[:2]
     scale = min(1.0, THUMBNAIL_PX / max(height, width))
     small = resize_rgb(rgb, max(1, round(height * scale)), max(1, round(width * scale)))
-    _, data = cv2.imencode(
-        ".webp", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, THUMBNAIL_QUALITY]
-    )
+    _, data = cv2.imencode(".webp", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, THUMBNAIL_QUALITY])
     return data.tobytes()
 
 
@@ -104,9 +102,7 @@ def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
         "size": np.array([d[1] for _, d in good], np.int32).reshape(-1, 2),
         "thumbnails": np.frombuffer(b"".join(d[2] for _, d in good), np.uint8),
         "thumbnail_bytes": np.array([len(d[2]) for _, d in good], np.int64),
-        "problems": np.frombuffer(
-            json.dumps({i: d for i, d in sorted(done.items()) if isinstance(d, str)}).encode(), np.uint8
-        ),
+        "problems": np.frombuffer(json.dumps({i: d for i, d in sorted(done.items()) if isinstance(d, str)}).encode(), np.uint8),
         **(code_arrays(model.space, model.refinement, features) if good else {}),
     }
 
@@ -258,8 +254,7 @@ def _embedded(
     with connect(workers):
         gpu = has_gpu()
         jobs = [
-            Job(n, chunks.locations(n), [i for i, what in enumerate(chunks.identities(n)) if what in killers])
-            for n in pending
+            Job(n, chunks.locations(n), [i for i, what in enumerate(chunks.identities(n)) if what in killers]) for n in pending
         ]
         start = functools.partial(ImageEmbedder, model, gpu, None if gpu else 1)
         yield from Workers(start, gpu, min(workers, len(jobs))).answers(jobs)

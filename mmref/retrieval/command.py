@@ -61,9 +61,7 @@ def _create(argv: Sequence[str]) -> int:
         "by its first bytes; the rest is counted. The same command again goes on after a kill. "
         "`mmref index add|remove|info INDEX` change or describe one; a folder of such a name is given as ./add.",
     )
-    parser.add_argument(
-        "images", type=source, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix"
-    )
+    parser.add_argument("images", type=source, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
     parser.add_argument(
         "--model", required=True, type=place, metavar="RUN|EXPORT", help="run directory, or folder of `mmref export`"
     )
@@ -109,15 +107,9 @@ def _add(argv: Sequence[str]) -> int:
         "that are gone named. An image from elsewhere whose id an item has already gets its folder's name before it.",
     )
     parser.add_argument("index", type=local_path, metavar="INDEX")
-    parser.add_argument(
-        "images", type=source, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix"
-    )
-    parser.add_argument(
-        "--model", type=place, metavar="RUN|EXPORT", help="checked to be the index's own, which is used"
-    )
-    parser.add_argument(
-        "--remove-missing", action="store_true", help="remove the items of IMAGES that are not there any more"
-    )
+    parser.add_argument("images", type=source, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
+    parser.add_argument("--model", type=place, metavar="RUN|EXPORT", help="checked to be the index's own, which is used")
+    parser.add_argument("--remove-missing", action="store_true", help="remove the items of IMAGES that are not there any more")
     _source_options(parser)
     args = parser.parse_args(argv)
     manifest = index.add(
@@ -183,9 +175,7 @@ def _report(path: str, manifest: Any) -> None:
     print(f"{path}: {manifest.items:,} images, {manifest.dim} numbers each, {manifest.kind}{skipped}")
     if manifest.kind != "flat":
         v = manifest.vectors
-        print(
-            f"recall@10 {v['recall@10']:.3f} against an exact search, measured with {v['queries']} {v['measured_on']}"
-        )
+        print(f"recall@10 {v['recall@10']:.3f} against an exact search, measured with {v['queries']} {v['measured_on']}")
         if v["recall@10"] < v["wanted"]:
             print(f"warning: below the {v['wanted']} that was asked for, at the highest setting")
 
@@ -195,9 +185,7 @@ def _report(path: str, manifest: Any) -> None:
 
 def search_main(argv: Sequence[str]) -> int:
     """`mmref search INDEX "a sentence"`."""
-    parser = argparse.ArgumentParser(
-        prog="mmref search", description="Search an index with a sentence, an image, or both."
-    )
+    parser = argparse.ArgumentParser(prog="mmref search", description="Search an index with a sentence, an image, or both.")
     parser.add_argument("index", type=local_path, metavar="INDEX", help="directory of `mmref index`")
     parser.add_argument("text", nargs="?", type=text, metavar="TEXT", help="what to look for")
     parser.add_argument("--image", type=expanded, metavar="FILE", help="look for what is like this image")
@@ -213,17 +201,11 @@ def search_main(argv: Sequence[str]) -> int:
         metavar="P",
         help="refine this many of the first pass; 0: all; default: as in evaluation",
     )
-    parser.add_argument(
-        "--where", nargs="+", type=text, default=[], metavar="COLUMN=VALUE", help="only items with these values"
-    )
+    parser.add_argument("--where", nargs="+", type=text, default=[], metavar="COLUMN=VALUE", help="only items with these values")
     parser.add_argument("--json", action="store_true", help="print results as JSON, a line for each query")
     parser.add_argument("--html", type=local_path, metavar="FILE", help="write results as a page with thumbnails")
-    parser.add_argument(
-        "--judge", action="store_true", help="ask of each result whether it is right, and keep the answers"
-    )
-    parser.add_argument(
-        "--judgements", type=local_path, metavar="FILE", help="where (default: judgements.jsonl in the index)"
-    )
+    parser.add_argument("--judge", action="store_true", help="ask of each result whether it is right, and keep the answers")
+    parser.add_argument("--judgements", type=local_path, metavar="FILE", help="where (default: judgements.jsonl in the index)")
     args = parser.parse_args(argv)
     from mmref.retrieval.searcher import Query, Searcher
     from mmref.retrieval.show import format_results, render_page
@@ -242,9 +224,7 @@ def search_main(argv: Sequence[str]) -> int:
         if args.json:
             print(to_json({"query": name, "results": [r.to_dict() for r in results]}))
         elif not args.html:
-            print(
-                printable(name) if len(names) > 1 else "", format_results(results), sep="\n" if len(names) > 1 else ""
-            )
+            print(printable(name) if len(names) > 1 else "", format_results(results), sep="\n" if len(names) > 1 else "")
     if args.html:
         write_output("--html", args.html, render_page(searcher, list(zip(names, answers))))
         print(f"written to {args.html}")
@@ -326,12 +306,8 @@ def judge_main(argv: Sequence[str]) -> int:
 def _export_judgements(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mmref judge export", description="Judgements as a table and its images.")
     parser.add_argument("index", type=local_path, metavar="INDEX")
-    parser.add_argument(
-        "--out", required=True, type=local_path, metavar="DIR", help="folder for table.jsonl and images/"
-    )
-    parser.add_argument(
-        "--split", help="split of every row: `test` for an evaluation split; default: by object at build"
-    )
+    parser.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder for table.jsonl and images/")
+    parser.add_argument("--split", help="split of every row: `test` for an evaluation split; default: by object at build")
     parser.add_argument(
         "--judgements", type=local_path, metavar="FILE", help="what to export (default: judgements.jsonl in the index)"
     )

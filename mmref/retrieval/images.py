@@ -46,9 +46,7 @@ class Listing:
     passed_over: dict[str, int] = field(default_factory=dict)  # files that are no images, by ending
     closed: list[str] = field(default_factory=list)  # folders that could not be looked into
     columns_left: dict[str, str] = field(default_factory=dict)  # columns of a table that are no metadata, and why
-    cells_left: dict[str, int] = field(
-        default_factory=dict
-    )  # infinite numbers of each column, which are kept as missing
+    cells_left: dict[str, int] = field(default_factory=dict)  # infinite numbers of each column, which are kept as missing
 
 
 @dataclass(frozen=True)
@@ -238,9 +236,7 @@ class _TableItems:
         self.kept = [name for name in table.names if name and name not in named]
         own = [name for name in table.names if name in RESERVED]
         self.left = {
-            name: "the index has its own"
-            for name in own
-            if name not in {columns.image, columns.object_id, columns.item_id}
+            name: "the index has its own" for name in own if name not in {columns.image, columns.object_id, columns.item_id}
         }
         self.of_object = columns.object_id in table.names
         self.of_captions = table.caption_columns()
@@ -267,9 +263,7 @@ class _TableItems:
         object_id = (row.text(self.columns.object_id) or None) if self.of_object else None
         if known is not None and known["object_id"] and object_id and object_id != known["object_id"]:
             earlier = known["object_id"]
-            raise SampleError(
-                f"image {cell!r} belongs to the object {earlier!r} in an earlier row, here to {object_id!r}"
-            )
+            raise SampleError(f"image {cell!r} belongs to the object {earlier!r} in an earlier row, here to {object_id!r}")
         texts = [text for column in self.of_captions for text in row.texts(column)]
         fields = {k: v for k in self.kept if (v := self._metadata(row, k)) is not None}
         self.captions += texts

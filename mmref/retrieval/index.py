@@ -73,15 +73,11 @@ class Manifest:
         except OSError:
             begun = Path(f"{index}.partial").exists()
             hint = "was begun and is not finished: run the same `mmref index` again" if begun else "is no index"
-            raise SearchIndexError(
-                f"{index} {hint}. Make one with `mmref index IMAGES --model RUN --out DIR`."
-            ) from None
+            raise SearchIndexError(f"{index} {hint}. Make one with `mmref index IMAGES --model RUN --out DIR`.") from None
         except ValueError as error:
             raise SearchIndexError(f"{path} is damaged ({error}): make the index again.") from None
         if not isinstance(values, dict) or "items" not in values or "splits" in values:
-            raise SearchIndexError(
-                f"{index} is no index, its manifest.json is of something else; give one of `mmref index`."
-            )
+            raise SearchIndexError(f"{index} is no index, its manifest.json is of something else; give one of `mmref index`.")
         if (version := values.get("version")) != VERSION:
             raise SearchIndexError(f"{path} has version {version}, this program reads {VERSION}: make the index again.")
         try:
@@ -284,9 +280,7 @@ def remove(index: str, ids: Sequence[str]) -> Manifest:
         held = {name for s in segments for name in s.items["id"].to_pylist()}
         found = held.intersection(ids)
         if missing := [name for name in ids if name not in found]:
-            raise SearchIndexError(
-                f"{folder} has no item {missing[0]!r} ({len(missing)} of {len(ids)} ids are unknown)."
-            )
+            raise SearchIndexError(f"{folder} has no item {missing[0]!r} ({len(missing)} of {len(ids)} ids are unknown).")
         if len(found) == manifest.items:
             raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
         names = _without(folder, manifest, segments, found)

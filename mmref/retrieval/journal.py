@@ -89,9 +89,7 @@ class Journal:
 class _Noted(Watch):
     def __init__(self, journal: Journal, images: Sequence[str]) -> None:
         deaths = [journal.deaths(image) for image in images]
-        super().__init__(
-            [i for i, n in enumerate(deaths) if n >= DEATHS], [i for i, n in enumerate(deaths) if 0 < n < DEATHS]
-        )
+        super().__init__([i for i, n in enumerate(deaths) if n >= DEATHS], [i for i, n in enumerate(deaths) if 0 < n < DEATHS])
         self.journal, self.images = journal, images
 
     @contextlib.contextmanager

@@ -152,7 +152,5 @@ class Ranker:
         total: Any = 0
         for matrix in self.matrices:
             for start in range(0, len(matrix), SUMMED_ROWS):
-                total = total + self.space.coordinates(np.asarray(matrix[start : start + SUMMED_ROWS])).sum(
-                    0, np.float64
-                )
+                total = total + self.space.coordinates(np.asarray(matrix[start : start + SUMMED_ROWS])).sum(0, np.float64)
         return (total / len(self)).astype(np.float32)

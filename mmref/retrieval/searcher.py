@@ -100,9 +100,7 @@ class Searcher:
         same = previous is not None and previous.manifest.model == self.manifest.model
         self.model: Model = previous.model if previous and same else load(self.index / "model", self.device)
         model = self.model
-        self.ranker = Ranker(
-            self.segments, approximate, model.space, model.refinement, model.text_mean, model.config.eval.top_p
-        )
+        self.ranker = Ranker(self.segments, approximate, model.space, model.refinement, model.text_mean, model.config.eval.top_p)
         self._cached = cached
         self._cache: OrderedDict[str, Encoded] = OrderedDict()
         self._filters: OrderedDict[tuple[tuple[str, str], ...], Rows] = OrderedDict()
@@ -197,9 +195,7 @@ class Searcher:
         encoded = self.encode([q if isinstance(q, Query) else Query(q) for q in queries])
         return self.results(encoded, *self.ranker.rank(encoded, top, refine, candidates, among))
 
-    def results(
-        self, queries: Encoded, rows: Rows, scores: Floats, initial: Floats, before: Rows
-    ) -> list[list[Result]]:
+    def results(self, queries: Encoded, rows: Rows, scores: Floats, initial: Floats, before: Rows) -> list[list[Result]]:
         """Results of ranked rows (q, top): their items, and the references that raised them."""
         distinct, at = np.unique(np.maximum(rows, 0), return_inverse=True)
         # Each row is sliced: `take` would first join the chunks of the whole table, 5 ms for a million items.
@@ -366,9 +362,7 @@ class Searcher:
             column = self.items[name]
             text = pc.cast(column, pa.string())
             wanted = value.lower() if pa.types.is_boolean(column.type) else value
-            wanted = pa.scalar(
-                wanted.encode(errors="replace").decode(), pa.string()
-            )  # half a surrogate pair equals nothing
+            wanted = pa.scalar(wanted.encode(errors="replace").decode(), pa.string())  # half a surrogate pair equals nothing
             mask &= np.asarray(pc.fill_null(pc.equal(text, wanted), False))
         rows = np.flatnonzero(mask)
         with self._lock:

@@ -38,9 +38,7 @@ class Segment:
         self.folder = folder
         try:
             self.features: NDArray[np.float32] = np.load(folder / "features.npy", mmap_mode="r")
-            self.codes = {
-                n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in CODES if (folder / f"{n}.npy").exists()
-            }
+            self.codes = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in CODES if (folder / f"{n}.npy").exists()}
             self.uids: NDArray[np.int64] = np.load(folder / "uids.npy")
             self.spans: NDArray[np.int64] = np.load(folder / "thumbnails.npy", mmap_mode="r")
             self.items: pa.Table = read_parquet(folder / "items.parquet")
@@ -49,9 +47,7 @@ class Segment:
             raise SearchIndexError(f"{folder} cannot be read ({error}): the index is damaged; make it again.") from None
         lengths = {len(x) for x in (self.features, self.uids, self.spans, self.items, *self.codes.values())}
         if len(lengths) != 1:
-            raise SearchIndexError(
-                f"{folder} holds arrays of {sorted(lengths)} rows: the index is damaged; make it again."
-            )
+            raise SearchIndexError(f"{folder} holds arrays of {sorted(lengths)} rows: the index is damaged; make it again.")
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -70,9 +66,7 @@ class Segment:
         return os.fstat(self._thumbnails).st_size
 
 
-def write_segment(
-    folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first_uid: int, count: int, dim: int
-) -> None:
+def write_segment(folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first_uid: int, count: int, dim: int) -> None:
     """Write the embedded chunks of a listing, `count` readable images.
 
     Raises:
@@ -119,9 +113,7 @@ def join_items(tables: Sequence[pa.Table]) -> pa.Table:
             for field in table.schema:
                 kinds.setdefault(field.name, set()).add(field.type)
         mixed = {name for name, types in kinds.items() if not _go_together(types)}
-        as_text = [
-            pa.schema([f.with_type(pa.string()) if f.name in mixed else f for f in table.schema]) for table in tables
-        ]
+        as_text = [pa.schema([f.with_type(pa.string()) if f.name in mixed else f for f in table.schema]) for table in tables]
         return pa.concat_tables([t.cast(schema) for t, schema in zip(tables, as_text)], promote_options="permissive")
 
 

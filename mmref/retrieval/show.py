@@ -31,10 +31,5 @@ def render_page(searcher: Searcher, answers: Sequence[tuple[str, Sequence[Result
         loader=jinja2.PackageLoader("mmref.retrieval"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["printable"] = printable
-    shown = [
-        (query, [(r, base64.b64encode(searcher.thumbnail(r.id)).decode()) for r in results])
-        for query, results in answers
-    ]
-    return environment.get_template("results.html.j2").render(
-        index=searcher.index.name, items=len(searcher), answers=shown
-    )
+    shown = [(query, [(r, base64.b64encode(searcher.thumbnail(r.id)).decode()) for r in results]) for query, results in answers]
+    return environment.get_template("results.html.j2").render(index=searcher.index.name, items=len(searcher), answers=shown)

@@ -136,9 +136,7 @@ def local_folder(run: RunDir, info: CheckpointInfo) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def bring(
-    run: RunDir, info: CheckpointInfo, folder: str, kinds: tuple[str, ...], part: int = 0, parts: int = 1
-) -> list[str]:
+def bring(run: RunDir, info: CheckpointInfo, folder: str, kinds: tuple[str, ...], part: int = 0, parts: int = 1) -> list[str]:
     """Verify files of a checkpoint (those at part, part + parts, ... of the list) and download them; what is wrong."""
     problems = []
     for name, expected in list(info.files(kinds).items())[part::parts]:
@@ -205,9 +203,7 @@ class TensorFolder:
         return {"weight": self.get(name), **moments}
 
 
-def check_fits(
-    tensors: TensorFolder, shapes: dict[str, tuple[int, ...]], folder: str, spare: tuple[str, ...] = ()
-) -> None:
+def check_fits(tensors: TensorFolder, shapes: dict[str, tuple[int, ...]], folder: str, spare: tuple[str, ...] = ()) -> None:
     """Raise CheckpointError that names the first parameters that are missing, unknown or of another shape.
 
     Parameters whose names begin with one of `spare` may be saved without being wanted.

@@ -228,9 +228,7 @@ class RunDir:
     def put(self, folder: str, name: str) -> None:
         """Copy a local folder to `name` inside the run."""
         files = sorted(os.listdir(folder))
-        retry(
-            f"write {self.join(name)}", lambda: [self.fs.put_file(f"{folder}/{f}", self.inner(name, f)) for f in files]
-        )
+        retry(f"write {self.join(name)}", lambda: [self.fs.put_file(f"{folder}/{f}", self.inner(name, f)) for f in files])
 
     def remove(self, name: str) -> None:
         def remove() -> None:

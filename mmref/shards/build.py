@@ -102,9 +102,7 @@ def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions(
     return manifest
 
 
-def _write_shards(
-    source: Source, splits: dict[str, list[SourceObject]], out: str, options: BuildOptions
-) -> dict[str, Any]:
+def _write_shards(source: Source, splits: dict[str, list[SourceObject]], out: str, options: BuildOptions) -> dict[str, Any]:
     """Writes tars, indexes and objects.parquet, and returns the manifest."""
     plan = {split: _cut(source, objects, options) for split, objects in splits.items()}
     tasks = [

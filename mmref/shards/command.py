@@ -50,9 +50,7 @@ def _common_options() -> argparse.ArgumentParser:
     """Options of every source. A new parser each time: `parents` share their actions, so a default would leak."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder of the new set")
-    common.add_argument(
-        "--overwrite", action="store_true", help="replace a complete set in --out when the new one is whole"
-    )
+    common.add_argument("--overwrite", action="store_true", help="replace a complete set in --out when the new one is whole")
     common.add_argument(
         "--workers", type=count, help="parallel Ray tasks; 0: in this process (default: one a core)",
     )  # fmt: skip
@@ -78,18 +76,14 @@ def _add_sources(sources: Any) -> None:
     emoji.add_argument(
         "--packages", type=local_path, metavar="DIR", help="folder of the unpacked packages; else npm fetches them"
     )
-    emoji.add_argument(
-        "--size-px", type=positive, default=64, help="side of the rendered images (default: %(default)s)"
-    )
+    emoji.add_argument("--size-px", type=positive, default=64, help="side of the rendered images (default: %(default)s)")
     emoji.add_argument("--quality", type=int, default=72, help="WebP quality, 1 to 100 (default: %(default)s)")
     emoji.set_defaults(source_options=("packages", "size_px", "quality"), tokenizer_vocab=4000)
     cub = add("cub", "CUB-200-2011 with text_c10 captions, in its native layout")
     cub.add_argument("path", type=local_path, help="folder that holds CUB_200_2011/ and text_c10/")
     cub.set_defaults(source_options=("path", "fractions", "val_fraction"))
     flowers = add("flowers", "Oxford Flowers-102 with text_c10 captions, in its native layout")
-    flowers.add_argument(
-        "--root", required=True, type=local_path, metavar="DIR", help="folder that holds jpg/ and text_c10/"
-    )
+    flowers.add_argument("--root", required=True, type=local_path, metavar="DIR", help="folder that holds jpg/ and text_c10/")
     flowers.set_defaults(source_options=("root", "fractions", "val_fraction"))
     for classes in (cub, flowers):
         classes.add_argument(

@@ -87,9 +87,7 @@ def _clean_captions(image: SourceImage) -> tuple[list[str], list[str] | None]:
     return [caption for caption, _ in kept], [kind for _, kind in kept] if image.caption_kinds else None
 
 
-def _prepare(
-    source: Source, object_id: str, image: SourceImage, options: ImageOptions
-) -> tuple[bytes, str, bytes, int]:
+def _prepare(source: Source, object_id: str, image: SourceImage, options: ImageOptions) -> tuple[bytes, str, bytes, int]:
     """(image bytes, ending, json bytes, number of captions). Raises SampleError, or OSError from the source."""
     captions, kinds = _clean_captions(image)
     data, ext = prepare_image(source.load(image.ref), options)
@@ -140,9 +138,7 @@ def write_shard(
     return result
 
 
-def _write_object(
-    source: Source, item: SourceObject, tar: tarfile.TarFile, options: ImageOptions, result: ShardResult
-) -> None:
+def _write_object(source: Source, item: SourceObject, tar: tarfile.TarFile, options: ImageOptions, result: ShardResult) -> None:
     usable = []
     for image in item.images:
         try:

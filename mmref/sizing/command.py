@@ -21,9 +21,7 @@ def main(argv: Sequence[str]) -> int:
         "`mmref train` are taken as well: --config, --model.dual, --train.zero_stage, --reference.negatives ...",
     )
     parser.add_argument("--objects", type=positive, required=True, help="training objects, each with its references")
-    parser.add_argument(
-        "--workers", type=positive, nargs="+", default=[1], help="numbers of workers, a column for each"
-    )
+    parser.add_argument("--workers", type=positive, nargs="+", default=[1], help="numbers of workers, a column for each")
     parser.add_argument(
         "--batch", type=positive, help="pairs of one worker in a step (default: train.global_batch / train.workers)"
     )

@@ -133,14 +133,10 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
 
     row = FP32 * r.per_object * dim
     stored = row // 2 if r.row_dtype == "bf16" else row  # on its way a row is fp32
-    state = (
-        row + FP32 * r.per_object + INT64 if r.update == "gradient" else 0
-    )  # moments and visits: mmref/train/bank.py
+    state = row + FP32 * r.per_object + INT64 if r.update == "gradient" else 0  # moments and visits: mmref/train/bank.py
     references = -(-objects // world) * (stored + state)
     in_batch = min(objects, config.objects_per_step)
-    contrasted = {"all": objects, "batch": in_batch, "sampled": min(objects, in_batch + r.sampled_negatives)}[
-        r.negatives
-    ]
+    contrasted = {"all": objects, "batch": in_batch, "sampled": min(objects, in_batch + r.sampled_negatives)}[r.negatives]
     rows = contrasted * row
     uses_references = config.loss.uses_references
     features = 2 * FP32 * t.global_batch * dim  # of the global batch: images and texts
@@ -165,9 +161,7 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
         else:  # the batch's rows and their features' sums
             send_references += 2 * _reduced(world, in_batch * row)
 
-    samples = batch * (
-        3 * config.data.image_height * config.data.image_width + 2 * 4 * config.data.max_tokens + 4 * INT64
-    )
+    samples = batch * (3 * config.data.image_height * config.data.image_width + 2 * 4 * config.data.max_tokens + 4 * INT64)
     blocks = config.data.readers * TASKS_PER_READER + 1  # in work, waiting, and the one that is being taken from
     extra_pass = t.accumulation * model.forward_flops if t.accumulation > 1 else 0
     return Sizing(

@@ -32,9 +32,7 @@ def told_when_full(place: str | os.PathLike[str], needed: int | None = None) -> 
     except Exception as error:  # safetensors and faiss have errors of their own, with the system's words in them
         if not is_full(error):
             raise
-        known = next(
-            (folder for folder in (Path(place), *Path(place).absolute().parents) if folder.exists()), Path("/")
-        )
+        known = next((folder for folder in (Path(place), *Path(place).absolute().parents) if folder.exists()), Path("/"))
         need = "" if needed is None else f"{needed:,} bytes are needed, "
         raise StorageError(
             f"no space left for {place}: {need}{shutil.disk_usage(known).free:,} bytes are free ({error}). Free space (or raise "
@@ -44,9 +42,7 @@ def told_when_full(place: str | os.PathLike[str], needed: int | None = None) -> 
 
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or one behind it, says that a disk, a quota or the limit on a file's size is reached."""
-    words = [os.strerror(code) for code in FULL_CODES] + [
-        f"os error {code}" for code in FULL_CODES
-    ]  # of libraries in Rust
+    words = [os.strerror(code) for code in FULL_CODES] + [f"os error {code}" for code in FULL_CODES]  # of libraries in Rust
     while error is not None:
         if getattr(error, "errno", None) in FULL_CODES or any(said in str(error) for said in words):
             return True

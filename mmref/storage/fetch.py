@@ -63,9 +63,7 @@ def locate_inside(ref: str, root: str) -> str:
             raise OutsideError(f"{ref!r} lies outside of {root}: {OUTSIDE} allows it")
         return place
     if _scheme(root) not in ("", "file"):
-        raise OutsideError(
-            f"{ref!r} is a path of this machine, and the table's images lie below {root}: {OUTSIDE} allows it"
-        )
+        raise OutsideError(f"{ref!r} is a path of this machine, and the table's images lie below {root}: {OUTSIDE} allows it")
     try:
         found = os.path.realpath(_file(place))
     except OSError:  # what reads it says so; the name alone decides

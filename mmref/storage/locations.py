@@ -132,9 +132,7 @@ def below(root: str, name: str) -> str:
     if not is_url(root):
         found = os.path.realpath(path)
         if os.path.commonpath([found, os.path.realpath(root)]) != os.path.realpath(root):
-            raise ValueError(
-                f"{path} is a link that leads out of {root}, to {found}: copy or link the whole folder instead"
-            )
+            raise ValueError(f"{path} is a link that leads out of {root}, to {found}: copy or link the whole folder instead")
         if why := endless(path):
             raise ValueError(why)
     return path

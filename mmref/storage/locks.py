@@ -32,9 +32,7 @@ def held(path: str) -> Iterator[None]:
                 if f" on {host} " in holder or time.monotonic() > until:
                     raise BlockingIOError(holder)
                 if not waiting:
-                    log.warning(
-                        "%s is in use: %s, or its machine was lost; waiting up to %.0f s", path, holder, LEASE_S
-                    )
+                    log.warning("%s is in use: %s, or its machine was lost; waiting up to %.0f s", path, holder, LEASE_S)
                     waiting = True
                 time.sleep(LOOK_S)
             if not _is_at(file, path):

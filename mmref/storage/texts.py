@@ -92,9 +92,7 @@ def parse_yaml(text: str, place: str, wrong: type[MMRefError]) -> dict[str, Any]
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         hint = " YAML is indented with spaces, not tabs." if "\\t" in str(error.problem) else ""
-        raise wrong(
-            f"{place}{where} is not YAML: {' '.join(filter(None, (error.context, error.problem)))}.{hint}"
-        ) from None
+        raise wrong(f"{place}{where} is not YAML: {' '.join(filter(None, (error.context, error.problem)))}.{hint}") from None
     except Exception as error:  # a value that is none of its tag's: each has an error of its own
         raise wrong(f"{place} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(loaded or {}, dict):

@@ -44,9 +44,7 @@ def whole_folder(out: str, error: type[MMRefError], last: str, owned: Owned) -> 
             is in the way. StorageError when the disk is full.
     """
     if "://" in str(out):
-        raise error(
-            f"{out} is a URL, and this command writes a folder: give a local one with --out, and copy it there."
-        )
+        raise error(f"{out} is a URL, and this command writes a folder: give a local one with --out, and copy it there.")
     target = Path(os.path.realpath(out))
     with told_when_full(target), contextlib.ExitStack() as stack:
         with _failures_named(target, error):

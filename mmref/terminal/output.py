@@ -58,9 +58,7 @@ class _Output(io.FileIO):
             os.close(null)
             if isinstance(error, BrokenPipeError):
                 raise ReaderLeftError("whatever read standard output has ended.") from None
-            raise OutputError(
-                f"standard output cannot be written: {error}. Free space, or send it elsewhere."
-            ) from None
+            raise OutputError(f"standard output cannot be written: {error}. Free space, or send it elsewhere.") from None
 
 
 def to_json(value: Any, **options: Any) -> str:

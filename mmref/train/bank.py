@@ -115,9 +115,7 @@ class ReferenceBank:
         return grad.norm()
 
     @torch.no_grad()
-    def follow(
-        self, image: Tensor, text: Tensor, objects: Tensor, all_objects: Tensor, momentum: float | None = None
-    ) -> None:
+    def follow(self, image: Tensor, text: Tensor, objects: Tensor, all_objects: Tensor, momentum: float | None = None) -> None:
         """Move the references of the batch's objects towards their features; those never seen become their mean.
 
         Args:

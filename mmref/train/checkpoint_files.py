@@ -254,9 +254,7 @@ def load_bank(folder: str, bank: ReferenceBank, meta: dict[str, Any], names: tup
                     found = {name: file.read(name, start, start + len(mine)) for name in wanted}
                     bank.load_rows(mine, found, keep_unset=bool(names))
     if known < bank.count:
-        log.warning(
-            "%d of %d objects have no references in %s: theirs start anew", bank.count - known, bank.count, folder
-        )
+        log.warning("%d of %d objects have no references in %s: theirs start anew", bank.count - known, bank.count, folder)
 
 
 def _parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:

@@ -145,9 +145,7 @@ def build_engine(model: MMRef, config: Config, world: int) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.train), betas=(0.9, config.train.beta2), eps=config.train.eps
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.train), betas=(0.9, config.train.beta2), eps=config.train.eps)
     if config.train.zero_stage == 0:
         optimizer.register_step_pre_hook(partial(_clip, config.train.clip_norm))
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)

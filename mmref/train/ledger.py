@@ -86,9 +86,7 @@ class Audit:
     samples: int
     lost: int  # planned and not in the ledger
     repeated: int  # in the ledger more than once, or beyond the plan
-    replaced: (
-        int  # another image than the planned one, which was broken: of the same object, or of one that stands in for it
-    )
+    replaced: int  # another image than the planned one, which was broken: of the same object, or of one that stands in for it
 
     @property
     def sound(self) -> bool:

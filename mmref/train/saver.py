@@ -90,9 +90,7 @@ class Saver:
             if rank == 0:
                 checkpoint_files.commit(self.run, folder, state.meta)
                 seconds = time.perf_counter() - began
-                self._finished.append(
-                    {"step": state.meta["step"], "checkpoint_seconds": seconds, "checkpoint_mb": size / 1e6}
-                )
+                self._finished.append({"step": state.meta["step"], "checkpoint_seconds": seconds, "checkpoint_mb": size / 1e6})
         except Exception as error:
             self._error = error
             raise

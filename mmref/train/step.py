@@ -156,9 +156,7 @@ class StepRunner:
 
     # -- losses --------------------------------------------------------------------------------------------------
 
-    def _objective(
-        self, image: Tensor, text: Tensor, scale: Tensor, objects: Tensor, common: Common
-    ) -> dict[str, Tensor]:
+    def _objective(self, image: Tensor, text: Tensor, scale: Tensor, objects: Tensor, common: Common) -> dict[str, Tensor]:
         """Losses of this rank's rows (n) against the global batch (N)."""
         config, references = self.config, None
         if common.active is not None and common.rows is not None:
@@ -226,9 +224,7 @@ class StepRunner:
             RandomStream.WORD_MASKS, self.config.train.seed, step, positions[:, None, None], tokens, np.arange(3)
         )  # (n, L, 3)
         special = torch.isin(ids, self.special_ids)
-        return mask_words(
-            ids, special, loss.mask_rate, self.tokens.mask_id, self.tokens.vocab_size, draws.to(ids.device)
-        )
+        return mask_words(ids, special, loss.mask_rate, self.tokens.mask_id, self.tokens.vocab_size, draws.to(ids.device))
 
     def _common(self, step: int, objects: Tensor, micro: list[MicroBatch]) -> Common:
         c = self.config

@@ -55,11 +55,7 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
     check_inputs(config)
     split = reported_split(ShardSet.open(config.data.root)) if final_evaluation else None
     if final_evaluation and split != "test":
-        what = (
-            ": val, which chooses checkpoint and refinement, is reported too"
-            if split
-            else " and no val: nothing is evaluated"
-        )
+        what = ": val, which chooses checkpoint and refinement, is reported too" if split else " and no val: nothing is evaluated"
         print(f"{config.data.root} has no test split{what}", flush=True)
     with run.held():
         prepare_run(config, run)
@@ -142,11 +138,7 @@ def _differences(before: Config, now: Config) -> str:
     a, b = to_dict(before), to_dict(now)
     for section in a:
         if isinstance(a[section], dict) and section != "eval":
-            found += [
-                f"{section}.{k} {a[section][k]} -> {b[section][k]}"
-                for k in a[section]
-                if a[section][k] != b[section][k]
-            ]
+            found += [f"{section}.{k} {a[section][k]} -> {b[section][k]}" for k in a[section] if a[section][k] != b[section][k]]
     return "; ".join(found[:5])
 
 

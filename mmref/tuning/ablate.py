@@ -45,9 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", metavar="ROW", help="row that all are compared with (default: the file's)")
     parser.add_argument("--config", type=expanded, metavar="FILE", help="config that the rows vary")
     parser.add_argument("--seeds", type=count, nargs="+", default=[0, 1, 2], help="default: %(default)s")
-    parser.add_argument(
-        "--split", default="test", help="split reported; refinement is chosen on val (default: %(default)s)"
-    )
+    parser.add_argument("--split", default="test", help="split reported; refinement is chosen on val (default: %(default)s)")
     parser.add_argument("--kind", default="", help="kind of captions reported besides all of them")
     parser.add_argument(
         "--run_dir",
@@ -58,9 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--results", nargs="+", default=[], type=expanded, metavar="FILE",
                         help="ablation.json of other ablations: same config and seed, same training: taken from it")  # fmt: skip
-    parser.add_argument(
-        "--max-concurrent", type=positive, metavar="N", help="trainings at a time (default: as many as fit)"
-    )
+    parser.add_argument("--max-concurrent", type=positive, metavar="N", help="trainings at a time (default: as many as fit)")
     return parser
 
 
@@ -110,8 +106,7 @@ def ablate(
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"`--seeds` names a seed twice: {seeds}.")
     configs = {
-        t: with_absolute_paths(rows.config(base, t.row, t.point, t.seed, run.join(t.folder)))
-        for t in trainings(rows, seeds)
+        t: with_absolute_paths(rows.config(base, t.row, t.point, t.seed, run.join(t.folder))) for t in trainings(rows, seeds)
     }
     wanted = rows.only(only, "--only") if only else rows
     planned = {t: configs[t] for t in trainings(wanted, seeds)}
@@ -217,9 +212,7 @@ def train_and_evaluate(values: dict[str, Any], split: str) -> dict[str, float]:
     return metrics["refined"]
 
 
-def _train(
-    base: Config, planned: dict[Training, Config], split: str, wanted: int | None
-) -> Iterator[tuple[Training, str]]:
+def _train(base: Config, planned: dict[Training, Config], split: str, wanted: int | None) -> Iterator[tuple[Training, str]]:
     """Run the trainings, as many at a time as fit; each as it ends, with the reason where it ended badly."""
     if not planned:
         return
@@ -249,9 +242,7 @@ def _train(
 
 def write_tables(run: RunDir, table: list[dict[str, Any]], rows: Rows, about: dict[str, Any]) -> None:
     """ablation.json, .md, .csv and .png."""
-    run.write_text(
-        "ablation.json", json.dumps({**about, "baseline": rows.baseline, "over": rows.over, "rows": table}, indent=1)
-    )
+    run.write_text("ablation.json", json.dumps({**about, "baseline": rows.baseline, "over": rows.over, "rows": table}, indent=1))
     run.write_text("ablation.md", markdown(table, rows.baseline) + "\n")
     run.write_text("ablation.csv", table_csv(table))
     run.write_bytes("ablation.png", plot(table, rows.baseline, rows.over))

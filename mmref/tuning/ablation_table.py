@@ -170,9 +170,7 @@ def table_csv(table: list[dict[str, Any]]) -> str:
     names = dict.fromkeys(key for entry in table for key, value in entry.items() if isinstance(value, dict))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["name", "at", "seeds", "step_ratio", *(f"{n} {part}" for n in names for part in ("mean", "low", "high"))]
-    )
+    writer.writerow(["name", "at", "seeds", "step_ratio", *(f"{n} {part}" for n in names for part in ("mean", "low", "high"))])
     for entry in table:
         numbers: list[Any] = []
         for name in names:
@@ -210,8 +208,7 @@ def plot(table: list[dict[str, Any]], baseline: str, over: str) -> bytes:
         if compared:
             # The baseline is at 0; a row that shares no seed with it has no point.
             values = [
-                entry.get("delta_R@1", {"mean": 0.0 if entry["name"] == baseline else math.nan, "ci95": None})
-                for entry in table
+                entry.get("delta_R@1", {"mean": 0.0 if entry["name"] == baseline else math.nan, "ci95": None}) for entry in table
             ]
             _points(others[0], names, values, f"points over {baseline}, paired by seed")
             others[0].axvline(0.0, color="grey", linewidth=0.8)

@@ -43,9 +43,7 @@ class Recorder(Callback):
         values = ", ".join(f"{k} {short(v)}" for k, v in record.values.items())
         self.display.say(record, f"goes on after step {record.steps}" if record.results else f"starts: {values}")
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         number = trial.config["number"]
         if CONTROLLER in result:
             self.controllers[number] = result[CONTROLLER]

@@ -96,9 +96,7 @@ def _read(path: str, split: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(read_text(path, ConfigError))
     except (ConfigError, ValueError) as error:
-        raise ConfigError(
-            f"`--results {path}`: {str(error).rstrip('.')}. It takes the ablation.json of an ablation."
-        ) from None
+        raise ConfigError(f"`--results {path}`: {str(error).rstrip('.')}. It takes the ablation.json of an ablation.") from None
     if not isinstance(found, dict) or not isinstance(found.get("trainings"), list):
         raise ConfigError(f"`--results {path}` holds no `trainings`: it takes the ablation.json of an ablation.")
     if found.get("split") != split:

@@ -108,9 +108,7 @@ def read_rows(path: str, base: Config) -> Rows:
         for other in filter(None, (row.of, row.against)):
             _check_name(other, rows, f"{path}: row `{row.name}`")
         if row.of and (row.values or row.steps != 1.0):
-            raise ConfigError(
-                f"{path}: row `{row.name}` reads the training of `{row.of}` and cannot `set` or lengthen it."
-            )
+            raise ConfigError(f"{path}: row `{row.name}` reads the training of `{row.of}` and cannot `set` or lengthen it.")
         if row.of and next(r for r in rows if r.name == row.of).of:
             raise ConfigError(f"{path}: row `{row.name}` is of `{row.of}`, which has no training of its own.")
     baseline = str(found.get("baseline", rows[0].name))
@@ -118,9 +116,7 @@ def read_rows(path: str, base: Config) -> Rows:
     over, points = _read_over(found.get("over"), path)
     for row in rows:
         if over in row.values:
-            raise ConfigError(
-                f"{path}: row `{row.name}` sets `{over}`, which `over` sets for every row: leave one of them out."
-            )
+            raise ConfigError(f"{path}: row `{row.name}` sets `{over}`, which `over` sets for every row: leave one of them out.")
     result = Rows(rows, baseline, over, points)
     folders: dict[str, Training] = {}
     for training in trainings(result, [0]):
@@ -129,9 +125,7 @@ def read_rows(path: str, base: Config) -> Rows:
         except ConfigError as error:
             raise ConfigError(f"{path}: row `{training.row}`: {error}") from None
         if folders.setdefault(training.folder, training) != training:
-            raise ConfigError(
-                f"{path}: `{training}` and `{folders[training.folder]}` would share a folder: rename one row."
-            )
+            raise ConfigError(f"{path}: `{training}` and `{folders[training.folder]}` would share a folder: rename one row.")
     return result
 
 
@@ -153,9 +147,7 @@ def _read_over(entry: Any, path: str) -> tuple[str, tuple[Any, ...]]:
         raise ConfigError(f"{path}: `over` takes one field and its values, as {{data.caption_noise: [0.0, 0.2, 0.5]}}.")
     ((name, values),) = entry.items()
     if any(isinstance(value, dict | list) for value in values):
-        raise ConfigError(
-            f"{path}: `over` takes single values of `{name}`, a point of the curve each; make rows of the others."
-        )
+        raise ConfigError(f"{path}: `over` takes single values of `{name}`, a point of the curve each; make rows of the others.")
     return name, tuple(_value(name, value, path) for value in values)
 
 
@@ -164,16 +156,12 @@ def _value(name: str, value: Any, path: str) -> Any:
     if name in ("run_dir", "train.seed", "train.max_steps"):
         raise ConfigError(f"{path}: `{name}` is set by the ablation; `steps` changes the length of one row's training.")
     if name in SIZES:
-        raise ConfigError(
-            f"{path}: `{name}` sizes the trainings before they start: set it for all, on the command line."
-        )
+        raise ConfigError(f"{path}: `{name}` sizes the trainings before they start: set it for all, on the command line.")
     hint = annotation(name, path)
     if is_single(hint):
         return cast_value(name, value, hint, path)
     if dataclasses.is_dataclass(hint):
-        raise ConfigError(
-            f"{path}: `{name}` is a section: set its fields, as `{name}.{dataclasses.fields(hint)[0].name}`."
-        )
+        raise ConfigError(f"{path}: `{name}` is a section: set its fields, as `{name}.{dataclasses.fields(hint)[0].name}`.")
     return _checked(name, value, path)
 
 

@@ -49,9 +49,7 @@ def proposer(space: Space, searcher: str, seed: int, first: dict[str, Any] | Non
     return propose
 
 
-def tpe(
-    space: Space, number: int, before: list[Trial], seed: int, random_first: int, pareto: bool = False
-) -> dict[str, Any]:
+def tpe(space: Space, number: int, before: list[Trial], seed: int, random_first: int, pareto: bool = False) -> dict[str, Any]:
     """Values by Optuna's tree-structured Parzen estimator from the trials before, drawn at random for the first few."""
     import optuna
 

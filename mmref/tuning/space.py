@@ -166,9 +166,7 @@ def parse_space(text: str, path: str) -> Space:
         else:
             parameters.append(_parameter(str(name), entry, path))
     if not parameters:
-        raise ConfigError(
-            f"{path} searches refinement alone, which takes no sweep: `mmref evaluate` chooses it on val."
-        )
+        raise ConfigError(f"{path} searches refinement alone, which takes no sweep: `mmref evaluate` chooses it on val.")
     return Space(tuple(parameters), refinement, text)
 
 
@@ -255,9 +253,7 @@ def annotation(name: str, where: str) -> Any:
 
 def is_single(hint: Any) -> bool:
     """Whether a field of this annotation holds one value: no section, list or mapping."""
-    return not (
-        dataclasses.is_dataclass(hint) or typing.get_origin(hint) in (list, dict, typing.Union, types.UnionType)
-    )
+    return not (dataclasses.is_dataclass(hint) or typing.get_origin(hint) in (list, dict, typing.Union, types.UnionType))
 
 
 def field_type(name: str, where: str) -> Any:

@@ -74,9 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--space", default=str(DEFAULT_SPACE), type=expanded, metavar="FILE", help="search space (default: %(default)s)"
     )
-    parser.add_argument(
-        "--trials", type=positive, metavar="N", help="number of trials (default: 16; grid: all combinations)"
-    )
+    parser.add_argument("--trials", type=positive, metavar="N", help="number of trials (default: 16; grid: all combinations)")
     parser.add_argument(
         "--config",
         default=DEFAULT_CONFIG,
@@ -304,9 +302,7 @@ def _run(own: Config, base: Config, space: Space, options: Options, run: RunDir)
                 f"all trials are done and best.yaml is written; the comparison on test is not. {go_on}"
             ) from None
         except SweepError as error:
-            raise SweepError(
-                f"all trials are done and best.yaml is written; the comparison on test: {error} {go_on}"
-            ) from None
+            raise SweepError(f"all trials are done and best.yaml is written; the comparison on test: {error} {go_on}") from None
         run.write_text("sweep.html", render_sweep(trials, space, config, f"Sweep {Path(run.path).name}", final))
     print(f"report: {run.join('sweep.html')}")
     return best
@@ -378,14 +374,10 @@ def _conclude(trials: list[Trial], base: Config, run: RunDir, trial_steps: int) 
     best = best_of(trials)
     if best is None:
         first = next((t.error for t in trials if t.error), "no trial reached its first evaluation")
-        raise SweepError(
-            f"no trial of {run.path} ended with a score; the first: {first} All of them are in trials.parquet."
-        )
+        raise SweepError(f"no trial of {run.path} ended with a score; the first: {first} All of them are in trials.parquet.")
     config = with_values(base, {**best.values, "run_dir": run.join("best")})
     run.write_text("best.yaml", best_yaml(config, best, base.eval.metric, trial_steps))
-    print(
-        f"best: trial {best.number}, score {best.score:.2f}. Train it: python jobs/train.py --config {run.join('best.yaml')}"
-    )
+    print(f"best: trial {best.number}, score {best.score:.2f}. Train it: python jobs/train.py --config {run.join('best.yaml')}")
     return config, best
 
 

@@ -29,9 +29,7 @@ def history(trials: list[Trial], metric: str) -> Markup | None:
         return None
     figure, axes = axes_of("trial", f"val {metric}")
     sound = [t for t in scored if t.status != "failed"]
-    axes.step(
-        [t.number for t in sound], _running_best(sound), where="post", color=BLUE, linewidth=1.8, label="best so far"
-    )
+    axes.step([t.number for t in sound], _running_best(sound), where="post", color=BLUE, linewidth=1.8, label="best so far")
     for status, marker, colour, filled in (
         ("finished", "o", BLUE, True), ("stopped-early", "o", ORANGE, False), ("failed", "X", PURPLE, True),
         ("interrupted", "s", GREEN, False),
@@ -94,12 +92,8 @@ def importances(space: Space, scored: list[Trial]) -> dict[str, float] | None:
     except ImportError:  # random and grid search do without it
         return None
     order = sorted(scored, key=lambda t: (t.steps, t.score))
-    places = [
-        Trial(t.number, t.values, "finished", [{"step": 1, "score": float(place)}]) for place, t in enumerate(order)
-    ]
-    found = get_param_importances(
-        study(space, places), evaluator=PedAnovaImportanceEvaluator(target_quantile=BETTER_HALF)
-    )
+    places = [Trial(t.number, t.values, "finished", [{"step": 1, "score": float(place)}]) for place, t in enumerate(order)]
+    found = get_param_importances(study(space, places), evaluator=PedAnovaImportanceEvaluator(target_quantile=BETTER_HALF))
     return {name: float(share) for name, share in found.items() if math.isfinite(share)}
 
 
@@ -151,9 +145,7 @@ def parallel(space: Space, scored: list[Trial], metric: str) -> Markup | None:
     for trial in sorted(scored, key=lambda t: t.score or 0):
         share = ((trial.score or 0) - low) / spread
         ys = [*(place(p, trial.values[p.name]) for p in parameters), share]
-        axes.plot(
-            range(len(ys)), ys, color=colours(0.7 * (1 - share)), linewidth=1 + 2 * share, alpha=0.5 + 0.5 * share
-        )
+        axes.plot(range(len(ys)), ys, color=colours(0.7 * (1 - share)), linewidth=1 + 2 * share, alpha=0.5 + 0.5 * share)
     for x, parameter in enumerate(parameters):
         axes.axvline(x, color=FAINT, linewidth=1)
         for y, text in ticks(parameter):
@@ -173,9 +165,7 @@ def parallel(space: Space, scored: list[Trial], metric: str) -> Markup | None:
 def _mark(axes: Any, text: str, x: float, y: float) -> None:
     """A value beside its axis, readable over the lines."""
     box = {"facecolor": PAGE, "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
-    axes.annotate(
-        text, (x, y), xytext=(5, 0), textcoords="offset points", color=INK, fontsize=8.5, va="center", bbox=box
-    )
+    axes.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", color=INK, fontsize=8.5, va="center", bbox=box)
 
 
 def slices(parameters: list[Parameter], scored: list[Trial], metric: str) -> Markup:

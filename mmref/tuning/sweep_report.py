@@ -17,9 +17,7 @@ from mmref.tuning.trial_log import Trial, best_of, pareto_front, ranked
 GROUPS = {"references": "reference.", "loss weights and temperatures": "loss.", "other fields": ""}
 
 
-def render_sweep(
-    trials: list[Trial], space: Space, config: Config, title: str, final: list[dict[str, Any]] | None = None
-) -> str:
+def render_sweep(trials: list[Trial], space: Space, config: Config, title: str, final: list[dict[str, Any]] | None = None) -> str:
     """The report as HTML that loads nothing from anywhere.
 
     Args:

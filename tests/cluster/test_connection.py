@@ -57,9 +57,7 @@ def test_cores_are_those_a_process_is_bound_to(monkeypatch: pytest.MonkeyPatch) 
     assert cores() == 2
 
 
-def test_workers_are_as_many_as_the_machine_offers(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_workers_are_as_many_as_the_machine_offers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(resources, "cores", lambda: 12)
     assert [workers_that_fit(n) for n in (None, 0, 3, 12)] == [12, 0, 3, 12] and capsys.readouterr().err == ""
@@ -152,9 +150,7 @@ def test_what_keeps_ray_from_starting_is_named(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.init", fail)
     with (
-        pytest.raises(
-            ClusterStartError, match=r"Ray does not start on this machine .*: The current node .* says Ray.$"
-        ),
+        pytest.raises(ClusterStartError, match=r"Ray does not start on this machine .*: The current node .* says Ray.$"),
         connect(),
     ):
         pass
@@ -183,9 +179,7 @@ def test_where_sessions_of_a_local_cluster_lie(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("variable", ["http_proxy", "HTTPS_PROXY", "all_proxy"])
 @pytest.mark.parametrize(("named", "after"), [("", "localhost,127.0.0.1,::1"), ("a.org, ::1", "a.org,::1,localhost,127.0.0.1"),
                                               ("*", "*")])  # fmt: skip
-def test_this_machine_is_reached_directly(
-    variable: str, named: str, after: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_this_machine_is_reached_directly(variable: str, named: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import urllib.request
 
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
@@ -252,9 +246,7 @@ def test_a_token_needs_no_home_directory(home: str, tmp_path: Path, monkeypatch:
     assert len(token.read_text()) == 64 and token.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize(
-    "limits, after", [((64, 64), None), ((64, 900), (900, 900)), ((100_000, 200_000), (100_000, 200_000))]
-)
+@pytest.mark.parametrize("limits, after", [((64, 64), None), ((64, 900), (900, 900)), ((100_000, 200_000), (100_000, 200_000))])
 def test_files_that_may_be_open_are_enough_or_named(
     limits: tuple[int, int], after: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,9 +87,7 @@ def test_a_model_of_somebody_else_runs_no_code_when_it_is_opened(stranger, tower
     poison(run, tower)
     poison(export, tower)
     module = tower["import"].partition(":")[0]
-    said = (
-        "no class of torch modules" if module.startswith("mmref.") else f"runs code of .*MMREF_TRUST_MODULES={module},"
-    )
+    said = "no class of torch modules" if module.startswith("mmref.") else f"runs code of .*MMREF_TRUST_MODULES={module},"
     for act in (
         lambda: mmref.load(export),
         lambda: index.create(str(tmp_path), str(export), str(tmp_path / "index"), workers=0),

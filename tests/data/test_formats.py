@@ -267,9 +267,7 @@ def test_what_is_beside_the_pixels_of_a_png_costs_nothing(between):
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF"])
-@pytest.mark.parametrize(
-    "at, broken", [(0, b"nonsense"), (4, b"\x7f\xff\xff\xff"), (8, b"\xff\xff"), (10, b"\xff" * 20)]
-)
+@pytest.mark.parametrize("at, broken", [(0, b"nonsense"), (4, b"\x7f\xff\xff\xff"), (8, b"\xff\xff"), (10, b"\xff" * 20)])
 def test_broken_exif_costs_nothing(form, at, broken):
     exif = Image.Exif()
     exif[0x132] = "2020:01:01 00:00:00"
@@ -353,9 +351,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(kind, side, monkeypatch):
     data = huge(side)[kind]
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("it was decoded"))
-    with pytest.raises(
-        PixelLimitError, match=rf"^photo 7: ({side} x {side}|{side**2:,}) pixels, more than .*: make it smaller"
-    ):
+    with pytest.raises(PixelLimitError, match=rf"^photo 7: ({side} x {side}|{side**2:,}) pixels, more than .*: make it smaller"):
         decode_rgb(data, "photo 7")
     with pytest.raises(PixelLimitError, match="pixels"):
         prepare_image(data, ImageOptions(resize_to_px=32))

@@ -81,9 +81,7 @@ def test_sets_take_turns(tiny_set: Path, tmp_path: Path, make_config: MakeConfig
         check_inputs(make_config({"data.mix": {str(tmp_path / "nowhere"): 0.5}}))
 
 
-def test_a_set_on_s3_is_read_by_ranges_and_through_the_cache(
-    tiny_set: Path, tmp_path: Path, make_config: MakeConfig
-) -> None:
+def test_a_set_on_s3_is_read_by_ranges_and_through_the_cache(tiny_set: Path, tmp_path: Path, make_config: MakeConfig) -> None:
     local = make_config({"data.window_shards": 1})
     expected = [StepReader(local).read_step(step) for step in range(6)]
     epoch = StepReader(local).plan.steps_per_epoch  # type: ignore[union-attr]

@@ -66,9 +66,7 @@ def test_links_out_of_the_set_are_refused(hostile, linked):
         ShardSet.open(str(root))
 
 
-@pytest.mark.parametrize(
-    "name", ["manifest.json", "objects.parquet", "train/train.index.parquet", "a shard", "a packed one"]
-)
+@pytest.mark.parametrize("name", ["manifest.json", "objects.parquet", "train/train.index.parquet", "a shard", "a packed one"])
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 def test_a_pipe_keeps_nobody_waiting(hostile, name, command, capsys):
     root, manifest, _ = hostile
@@ -149,9 +147,7 @@ def test_an_index_that_points_outside_its_shards_is_refused(hostile, column, val
     values = table[column].to_pylist()
     values[0] = value
     at = table.schema.get_field_index(column)
-    pq.write_table(
-        table.set_column(at, table.schema.field(column), pa.array(values, table.schema.field(column).type)), path
-    )
+    pq.write_table(table.set_column(at, table.schema.field(column), pa.array(values, table.schema.field(column).type)), path)
     with pytest.raises(ShardSetError, match="points outside its shards"):
         ShardSet.open(str(root)).index("train")
 

@@ -74,9 +74,7 @@ def pngs(orientation: int) -> dict[str, bytes]:
     info.add_text("Software", "photoshop " * 100, zip=True)
     info.add_itxt("XML:com.adobe.xmp", "<x:xmpmeta>SECRET</x:xmpmeta>")
     found = {
-        mode: saved(
-            "PNG", picture(mode), pnginfo=info, exif=exif(orientation), icc_profile=profile() if mode == "RGB" else None
-        )
+        mode: saved("PNG", picture(mode), pnginfo=info, exif=exif(orientation), icc_profile=profile() if mode == "RGB" else None)
         for mode in ("RGB", "RGBA", "L", "P", "1")
     }
     data = found["RGB"]
@@ -134,9 +132,7 @@ def test_animations_run_as_before(form: str) -> None:
 
 def test_a_gif_of_another_application() -> None:
     data = saved("GIF")
-    texts = (
-        b"\x21\xff\x0bXMP DataXMP\x06SECRET\0" + b"\x21\xfe\x06SECRET\0" + b"\x21\x01\x0c" + bytes(12) + b"\x06SECRET\0"
-    )
+    texts = b"\x21\xff\x0bXMP DataXMP\x06SECRET\0" + b"\x21\xfe\x06SECRET\0" + b"\x21\x01\x0c" + bytes(12) + b"\x06SECRET\0"
     at = 13 + (3 << ((data[10] & 7) + 1) if data[10] & 0x80 else 0)
     clean = without_metadata(data[:at] + texts + data[at:] + b"SECRET")
     assert clean is not None and b"SECRET" not in clean

@@ -37,9 +37,7 @@ def built(tmp_path_factory):
         for i in range(1 + number % 4):
             pixels = np.random.default_rng(10 * number + i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / f"{number}_{i}.png")
-            rows.append(
-                {"image": f"{number}_{i}.png", "object_id": f"obj {number}", "captions": ["one", f"is {number}"]}
-            )
+            rows.append({"image": f"{number}_{i}.png", "object_id": f"obj {number}", "captions": ["one", f"is {number}"]})
     (root / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = TableSource(str(root / "t.jsonl"), fractions={"train": 0.6, "test": 0.4})
     build_shards(source, str(root / "set"), BuildOptions(min_shards=3, pack=True, progress=False))
@@ -112,9 +110,7 @@ def test_a_set_that_is_replaced_is_not_read_half(built, tmp_path):
     replaced = build("two")
     assert [os.path.getsize(path) for path in reader.index.shard_paths] == sizes, "nothing but the contents has changed"
     assert reader.read(0) == first
-    with pytest.raises(
-        ShardSetError, match=r"was replaced by another shard set while it was read: train/train-000002.tar"
-    ):
+    with pytest.raises(ShardSetError, match=r"was replaced by another shard set while it was read: train/train-000002.tar"):
         reader.read(last)
     with pytest.raises(ShardSetError, match="was replaced"):
         pickle.loads(pickle.dumps(reader)).read(0)

@@ -218,9 +218,7 @@ def kuberay_groups(name: str) -> list[dict[str, float]]:
     found = []
     for group in groups_of(kuberay(name)):
         start = group["rayStartParams"]
-        found.append(
-            {"nodes": group.get("replicas", 1), "CPU": int(start["num-cpus"]), "GPU": int(start.get("num-gpus", 0))}
-        )
+        found.append({"nodes": group.get("replicas", 1), "CPU": int(start["num-cpus"]), "GPU": int(start.get("num-gpus", 0))})
     return found
 
 

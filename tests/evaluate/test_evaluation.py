@@ -118,9 +118,7 @@ def test_a_kind_whose_images_cannot_be_read_is_left_out(run_on, tiny_set, monkey
     monkeypatch.setattr(module, "run_features", with_a_lost_kind)
     metrics = evaluate_run(run_on(tiny_set))
     assert set(metrics["by_caption_kind"]) == {"name", "sentence"} and metrics["n_excluded"] > 0
-    assert (
-        metrics["n_excluded"] + sum(k["n_queries"] for k in metrics["by_caption_kind"].values()) == metrics["n_queries"]
-    )
+    assert metrics["n_excluded"] + sum(k["n_queries"] for k in metrics["by_caption_kind"].values()) == metrics["n_queries"]
 
 
 def test_a_copy_that_cannot_be_written_is_named_before_anything_is_computed(run_on, tiny_set, tmp_path, monkeypatch):

@@ -131,9 +131,7 @@ def test_dense_product_of_sparse_codes_equals_the_sparse_one(monkeypatch):
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from(["sparse", "dense", "expansion"]), st.floats(0, 100)
-)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from(["sparse", "dense", "expansion"]), st.floats(0, 100))
 def test_no_item_outside_top_p_moves_past_a_candidate(seed, top_p, kind, weight):
     rng = np.random.default_rng(seed)
     references, queries, gallery = case(seed % 7)
@@ -299,9 +297,7 @@ def test_a_reference_that_was_never_set_counts_in_nothing(kind):
         for r in (references, both)
     )
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    np.testing.assert_allclose(
-        ReferenceSpace(references).centres, one / np.linalg.norm(one, axis=1)[:, None], atol=1e-6
-    )
+    np.testing.assert_allclose(ReferenceSpace(references).centres, one / np.linalg.norm(one, axis=1)[:, None], atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.full((3, 2, 4), np.nan), np.zeros((0, 2, 4)), np.zeros(3)])

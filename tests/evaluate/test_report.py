@@ -184,9 +184,7 @@ def test_optional_parts_may_be_missing():
     ],
 )
 def test_refinement_in_words(settings, expected):
-    assert re.search(
-        expected, report._describe_refinement({"refinement": settings, "n_gallery": 3074, "split": "test"})
-    )
+    assert re.search(expected, report._describe_refinement({"refinement": settings, "n_gallery": 3074, "split": "test"}))
 
 
 def test_settings_tried_end_with_the_initial_ranking_wherever_it_came():
@@ -197,9 +195,7 @@ def test_settings_tried_end_with_the_initial_ranking_wherever_it_came():
     shown = report._best_tried({"tried": tried})
     assert [row["weight"] for row in shown[:2]] == [2.9, 2.8]
     assert len(shown) == report._TRIED_SHOWN + 1 and shown[-1]["weight"] == 0
-    assert "initial ranking" in render(
-        metrics=some_metrics(refinement={"weight": 2.9, "top_r": 8, "tau": 0.1, "tried": tried})
-    )
+    assert "initial ranking" in render(metrics=some_metrics(refinement={"weight": 2.9, "top_r": 8, "tau": 0.1, "tried": tried}))
 
 
 def test_figures_draw_the_parts_that_exist():
@@ -217,9 +213,7 @@ def test_figures_take_the_colours_of_the_page():
     assert not [colour for colour in CSS_COLOURS if colour in html]
     assert "var(--series-1)" in html and "var(--ink)" in html
     html = render(history=[{"step": i, **dict.fromkeys(report.LOSSES, 1.0 + i)} for i in (1, 2)])
-    assert set(re.findall(r"var\((--[\w-]+)\)", html)) <= set(re.findall(r"(--[\w-]+):", html)), (
-        "a colour is not defined"
-    )
+    assert set(re.findall(r"var\((--[\w-]+)\)", html)) <= set(re.findall(r"(--[\w-]+):", html)), "a colour is not defined"
 
 
 def test_rolling_mean_is_centred_and_shrinks_at_the_ends():
@@ -266,9 +260,8 @@ def test_signed(value, expected):
 def test_the_best_on_test_is_labelled_as_such():
     best = {"step": 1500, **block(60.0)["initial"], "chosen_on": "test"}
     metrics = some_metrics(best_on_test=best)
-    assert (
-        "best on test, chosen on test as some papers do (step 1,500, before refinement): R@1 60.0, mAP 75.0"
-        in format_table(metrics)
+    assert "best on test, chosen on test as some papers do (step 1,500, before refinement): R@1 60.0, mAP 75.0" in format_table(
+        metrics
     )
     assert "chosen on test" in render(metrics=metrics) and "chosen on test" not in render()
 

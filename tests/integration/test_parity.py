@@ -49,17 +49,13 @@ def same(tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, st
 
 
 @pytest.mark.parametrize(("workers", "stage", "accumulation"), SOME)
-def test_some(
-    tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, stage: int, accumulation: int
-) -> None:
+def test_some(tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, stage: int, accumulation: int) -> None:
     same(tmp_path, tiny_set, alone, workers, stage, accumulation)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "stage", "accumulation"), EVERY)
-def test_every(
-    tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, stage: int, accumulation: int
-) -> None:
+def test_every(tmp_path: Path, tiny_set: Path, alone: dict[str, Any], workers: int, stage: int, accumulation: int) -> None:
     same(tmp_path, tiny_set, alone, workers, stage, accumulation)
 
 
@@ -78,9 +74,7 @@ def test_compiled_towers(
 def test_losses_fall_and_all_parts_are_there(alone: dict[str, Any]) -> None:
     losses = torch.tensor(alone["losses"])  # (steps, losses)
     assert losses[-1, AT["loss_rec"]] < losses[0, AT["loss_rec"]], "masked words are not learned"
-    assert all(losses[-1, AT[name]] > 0 for name in (TOTAL, "loss_align", "loss_rec", "loss_guide")), (
-        "a loss is missing"
-    )
+    assert all(losses[-1, AT[name]] > 0 for name in (TOTAL, "loss_align", "loss_rec", "loss_guide")), "a loss is missing"
     assert (losses[:, AT["loss_fuse"]] == 0).all(), "references that follow are not fused by a loss"
     assert alone["rows"].abs().sum() > 0, "no reference followed its object"
 

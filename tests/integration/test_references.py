@@ -29,9 +29,7 @@ def held(run: Path) -> dict[str, torch.Tensor]:
     return dict(zip(ids, rows))
 
 
-def test_added_objects_have_the_mean_of_their_features_and_are_anchors_in_evaluation(
-    make_config, tmp_path, monkeypatch, capsys
-):
+def test_added_objects_have_the_mean_of_their_features_and_are_anchors_in_evaluation(make_config, tmp_path, monkeypatch, capsys):
     from support.tiny_run import UNSEEN, make_run
     from support.tiny_set import TinySource, build_tiny_set
 

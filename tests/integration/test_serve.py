@@ -204,9 +204,7 @@ def test_a_request_that_kills_its_replica_costs_two_and_nobody_else(own_index, m
     with connect(2, 0.2):
         served = backend.deploy(str(own_index), "own", Limits(), 1)
         killed, *others = asyncio.run(ask(served))
-        dead = [
-            a for a in ray._private.state.actors().values() if "Serve" in a["ActorClassName"] and a["State"] == "DEAD"
-        ]
+        dead = [a for a in ray._private.state.actors().values() if "Serve" in a["ActorClassName"] and a["State"] == "DEAD"]
         served.close()
     assert isinstance(killed, Refused) and (killed.problem.status, killed.problem.error) == (503, "Crashed")
     assert [len(answer["results"]) for answer in others] == [10] * 20, others

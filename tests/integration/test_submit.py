@@ -35,9 +35,7 @@ def cluster() -> Iterator[str]:
     # the usual port of what starts jobs may be another cluster's
     argv += [f"--dashboard-agent-listen-port={free_port()}"]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    head = subprocess.Popen(
-        argv, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    head = subprocess.Popen(argv, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield f"http://127.0.0.1:{dashboard}"
     finally:
@@ -82,11 +80,7 @@ def test_submitted_sweep_fills_the_cluster_and_leaves_its_best(cluster: str, tin
     (tmp_path / "space.yaml").write_text("loss.w_guide: {type: uniform, low: 0.0, high: 1.0}\n")
     argv = ["--config", str(config), "--space", str(tmp_path / "space.yaml"), "--trials", "2", "--final-seeds", "0"]
     output = submitted(cluster, "tune/sweep.py", *argv, "--scheduler", "none", "--run_dir", str(tmp_path / "sweep"))
-    assert "2 trials of 8 steps" in output and "2 at a time" in output, (
-        "6 CPUs hold two trials of 2.1 and Ray Data's one"
-    )
-    assert [row["status"] for row in pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()] == [
-        "finished"
-    ] * 2
+    assert "2 trials of 8 steps" in output and "2 at a time" in output, "6 CPUs hold two trials of 2.1 and Ray Data's one"
+    assert [row["status"] for row in pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()] == ["finished"] * 2
     assert load_config(["--config", str(tmp_path / "sweep" / "best.yaml")]).train.max_steps == 8
     assert (tmp_path / "sweep" / "sweep.html").exists()

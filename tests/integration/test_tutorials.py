@@ -155,9 +155,7 @@ def free_ports(count: int) -> list[int]:
 def own_cluster() -> Iterator[dict[str, str]]:
     """Environment of a cluster that a tutorial starts, whose processes are found by it and ended."""
     mark = str(uuid.uuid4())
-    with tempfile.TemporaryDirectory(
-        dir="/tmp", prefix="rt", ignore_cleanup_errors=True
-    ) as folder:  # short, for sockets
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="rt", ignore_cleanup_errors=True) as folder:  # short, for sockets
         try:
             yield {"MMREF_TUTORIAL": mark, "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
         finally:

@@ -12,9 +12,7 @@ def test_value_and_gradients_equal_the_loops():
     g = torch.Generator().manual_seed(0)
     image, text = (torch.randn(4, 6, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
     objects = torch.tensor([5, 0, 3, 3])
-    total = sum(
-        torch.log(torch.exp(x[i]).sum()) - x[i, y] for x in (image, text) for i, y in enumerate(objects.tolist())
-    )
+    total = sum(torch.log(torch.exp(x[i]).sum()) - x[i, y] for x in (image, text) for i, y in enumerate(objects.tolist()))
     total.backward()
     own = [x.detach().float().requires_grad_() for x in (image, text)]
     loss = identity_loss(*own, objects)

@@ -102,9 +102,7 @@ def test_pair_from_configs_and_from_directories(kind, pool, tmp_path):
     assert text_tokens.shape == (3, 8, 16)
     for name in ("vision_model", "text_model"):
         getattr(backbone, name).save_pretrained(tmp_path / name)
-    loaded = build(
-        ModelConfig(vision=str(tmp_path / "vision_model"), text=str(tmp_path / "text_model"), embed_dim=8, pool=pool)
-    )
+    loaded = build(ModelConfig(vision=str(tmp_path / "vision_model"), text=str(tmp_path / "text_model"), embed_dim=8, pool=pool))
     loaded.visual_projection, loaded.text_projection = backbone.visual_projection, backbone.text_projection
     torch.testing.assert_close(loaded.encode_image(pixels())[0], image)
     torch.testing.assert_close(loaded.encode_text(ids, mask)[0], text)
@@ -228,9 +226,7 @@ def test_a_directory_without_a_model_is_a_named_error(tmp_path):
     assert str(tmp_path) in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "kept, found", [("text", "vision_model."), ("", "logit|text_model.|vision_model."), ("all", None)]
-)
+@pytest.mark.parametrize("kept, found", [("text", "vision_model."), ("", "logit|text_model.|vision_model."), ("all", None)])
 def test_weights_that_are_not_there_are_not_made_up(kept, found, tmp_path):
     model = AutoModel.from_config(AutoConfig.for_model(**CLIP))
     weights = model.state_dict()

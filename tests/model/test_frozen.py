@@ -18,9 +18,7 @@ from mmref.model.mmref import Masked, build_model
 @pytest.fixture
 def cached(make_config, foreign_towers, tmp_path):
     def build(**overrides):
-        return build_model(
-            make_config({**foreign_towers, "model.feature_cache": str(tmp_path / "cache"), **overrides}), 80
-        )
+        return build_model(make_config({**foreign_towers, "model.feature_cache": str(tmp_path / "cache"), **overrides}), 80)
 
     return build
 

@@ -146,13 +146,9 @@ def test_sizing_and_export_know_such_towers(make_config, foreign_towers, tmp_pat
     loaded = mmref.load(export_run(str(tmp_path / "run"), str(tmp_path / "out")))
     assert loaded.config.model.feature_cache == "" and loaded.config.model.vision_config == config.model.vision_config
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    x = (torch.from_numpy(pixels).float() / 255 - torch.tensor(config.data.image_mean)) / torch.tensor(
-        config.data.image_std
-    )
+    x = (torch.from_numpy(pixels).float() / 255 - torch.tensor(config.data.image_mean)) / torch.tensor(config.data.image_std)
     own = model.eval()(x.permute(0, 3, 1, 2)).image.detach().numpy()
-    np.testing.assert_allclose(
-        loaded.encode_images(list(pixels)), own, atol=2e-3
-    )  # the run's tokens are half precision
+    np.testing.assert_allclose(loaded.encode_images(list(pixels)), own, atol=2e-3)  # the run's tokens are half precision
     card = (tmp_path / "out" / "README.md").read_text()
     assert "AutoModel" not in card, "plain transformers has no adapters"
 
@@ -183,9 +179,7 @@ def test_the_towers_of_the_cub_config_load():
 
     from mmref.config import load_config
 
-    config = load_config(
-        ["--config", str(Path(__file__).parents[2] / "configs" / "cub_cpu.yaml"), "--model.feature_cache", ""]
-    )
+    config = load_config(["--config", str(Path(__file__).parents[2] / "configs" / "cub_cpu.yaml"), "--model.feature_cache", ""])
     tokens = load_tokens(config)
     model = build_model(config, tokens.vocab_size).eval()
     ids, mask = (torch.from_numpy(a).long() for a in tokens(["a red bird", "a small crimson bird", "a grey gull"]))

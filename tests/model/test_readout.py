@@ -62,6 +62,4 @@ def test_telling_words_are_those_of_the_reference_and_not_of_others(trained):
     red, grey = telling_words(model, tokens, references, references, length, 2)
     assert {w for w, _ in red} <= {"red", "circle"} and red and all(ratio > 1 for _, ratio in red)
     assert {w for w, _ in grey} <= {"grey", "square"} and grey
-    assert telling_words(model, tokens, references[:1], references[:1], length, 2) == [[]], (
-        "nothing tells it from itself"
-    )
+    assert telling_words(model, tokens, references[:1], references[:1], length, 2) == [[]], "nothing tells it from itself"

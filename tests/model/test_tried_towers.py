@@ -73,9 +73,7 @@ def test_families_that_give_no_features_are_named(family, kind, tmp_path):
         build_backbone(config, 40)
 
 
-@pytest.mark.parametrize(
-    "family, said", [("altclip", "(2, 8, 8) where 16 and 16 wide"), ("owlvit", "get_input_embeddings")]
-)
+@pytest.mark.parametrize("family, said", [("altclip", "(2, 8, 8) where 16 and 16 wide"), ("owlvit", "get_input_embeddings")])
 def test_tokens_of_another_width_and_fixed_vocabularies_are_named(family, said):
     with pytest.raises(ModelError, match=f"family `{family}`") as raised:
         check_towers(ModelConfig(dual_config={"model_type": family, **WITHOUT_PLACES[family]}), None, (16, 16))

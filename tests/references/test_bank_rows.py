@@ -110,9 +110,7 @@ def test_a_removed_object_is_in_no_file_and_the_others_are_as_before(run, config
     for path, data in every_byte(run).items():
         for folder in before:
             for name in gone:
-                assert (
-                    before[folder][name]["rows"].numpy().tobytes() not in data or not before[folder][name]["rows"].any()
-                ), path
+                assert before[folder][name]["rows"].numpy().tobytes() not in data or not before[folder][name]["rows"].any(), path
         assert b"thing.5" not in data.replace(b"thing.55", b""), path
     for info in checkpoints.list_checkpoints(run):
         assert info.meta["removed"] == 3
@@ -247,9 +245,7 @@ def test_training_starts_from_another_run(run, make_config, config, tmp_path):
     """Weights and the references of the objects that both have; optimizer state is new."""
     index = ShardSet.open(config.data.root).index("train")
     fresh = PlainTraining(
-        make_config(
-            {"train.seed": 5, "reference.update": config.reference.update, "reference.per_object": 2, "loss.tau": 0.03}
-        )
+        make_config({"train.seed": 5, "reference.update": config.reference.update, "reference.per_object": 2, "loss.tau": 0.03})
     )
     tau = fresh.model.log_scale.clone()
     engine = SimpleNamespace(module=fresh.model, optimizer=torch.optim.AdamW(fresh.model.parameters()))
@@ -320,6 +316,4 @@ def test_fewer_features_than_references_leave_the_rest_unseen():
     features = unit(2, 6)
     rows = group_means(features[[0, 1, 0]], torch.ones(3), 5)
     assert np.count_nonzero(rows.abs().sum(1)) == 2 and (rows[2:] == 0).all()
-    assert {tuple(r.tolist()) for r in rows[:2].round(decimals=5)} == {
-        tuple(r.tolist()) for r in features.round(decimals=5)
-    }
+    assert {tuple(r.tolist()) for r in rows[:2].round(decimals=5)} == {tuple(r.tolist()) for r in features.round(decimals=5)}

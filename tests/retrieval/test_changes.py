@@ -85,9 +85,7 @@ def test_a_changed_file_is_embedded_again(places):
     assert manifest.notes == ["0 images added", "2 have changed since and were embedded again"]
     assert manifest.items == 5 == len(paths(out)) and paths(out)["2024/a.png"] == f"{second}/a.png"
     pixels = np.asarray(Image.open(second / "a.png"))
-    np.testing.assert_allclose(
-        feature(out, "2024/a.png"), Searcher(str(out)).model.encode_images([pixels])[0], atol=1e-6
-    )
+    np.testing.assert_allclose(feature(out, "2024/a.png"), Searcher(str(out)).model.encode_images([pixels])[0], atol=1e-6)
     assert not np.allclose(feature(out, "2024/a.png"), old) and np.allclose(feature(out, "a.png"), kept)
     (second / "a.png").write_bytes(b"broken now")
     manifest = index.add(str(out), str(second), workers=0)

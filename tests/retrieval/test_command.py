@@ -138,9 +138,7 @@ def test_an_infinite_number_costs_no_image(run, tmp_path, capsys, ending):
     """JSON, in which answers are given, has none: it is kept as missing, which is said."""
     for name in ("a.png", "b.png", "c.png"):
         Image.new("RGB", (20, 20), "red").save(tmp_path / name)
-    rows = [
-        {"image": f"{n}.png", "price": p, "size": s} for n, p, s in zip("abc", (1.5, math.inf, -math.inf), (1, 2, 3))
-    ]
+    rows = [{"image": f"{n}.png", "price": p, "size": s} for n, p, s in zip("abc", (1.5, math.inf, -math.inf), (1, 2, 3))]
     if ending == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     else:

@@ -113,9 +113,7 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(own_ind
         export_table(searcher, [], str(out))
     assert contents() == before, "an export that fails leaves the one before"
     export_table(searcher, judgements.read()[:1], str(out))
-    assert {n for n in contents() if "000000" not in n} == {"table.jsonl", "images/mine.png"}, (
-        "nothing of the old is left"
-    )
+    assert {n for n in contents() if "000000" not in n} == {"table.jsonl", "images/mine.png"}, "nothing of the old is left"
 
     shutil.rmtree(out)
     (out / "images").mkdir(parents=True)

@@ -58,18 +58,13 @@ def test_ids_of_a_column(folder, run, tmp_path):
     assert Searcher(str(tmp_path / "out")).metadata_columns == ["caption"]
     said = {s["id"]: s["problem"] for s in index.read_skipped(tmp_path / "out")}
     assert list(said) == ["row 5", "row 6", "row 7"] and said["row 7"] == "no sku"
-    assert (
-        "has the id '8' in an earlier row, here '9'" in said["row 5"]
-        and "is that of the image '00.png'" in said["row 6"]
-    )
+    assert "has the id '8' in an earlier row, here '9'" in said["row 5"] and "is that of the image '00.png'" in said["row 6"]
     with pytest.raises(SearchIndexError, match=r"no column 'nr'.*--id-column"):
         list_images(str(folder / "t.csv"), columns=TableColumns(item_id="nr"))
 
 
 def test_the_same_urls_with_other_signatures(folder, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        images, "read_location", lambda place: (folder / place.split("/")[-1].partition("?")[0]).read_bytes()
-    )
+    monkeypatch.setattr(images, "read_location", lambda place: (folder / place.split("/")[-1].partition("?")[0]).read_bytes())
     urls = [f"https://a.b/{name}.png?Expires=1&Signature=" for name in ("00", "02")]
     for signature in ("k1", "k2"):
         rows = "".join(f"{url}{signature}\n" for url in [*urls, urls[0] + "again"])

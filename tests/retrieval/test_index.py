@@ -480,9 +480,7 @@ def test_any_name_is_held_shown_and_opened(run, tmp_path, capsys):
     assert main(["search", str(index_dir), "red", "--top", "10", "--html", str(tmp_path / "page.html")]) == 0
     assert main(["index", "info", str(index_dir)]) == 0
     limits = Limits()
-    client = TestClient(
-        build_app({"out": Local(Engine(str(index_dir), limits, watch=False))}, None, limits), "http://127.0.0.1"
-    )
+    client = TestClient(build_app({"out": Local(Engine(str(index_dir), limits, watch=False))}, None, limits), "http://127.0.0.1")
     from urllib.parse import quote
 
     for item in ids(index_dir):

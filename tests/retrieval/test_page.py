@@ -144,11 +144,7 @@ def test_a_result_opens_with_its_map_references_and_reasons(page, server):
     why = page.text("#why")
     result = Searcher(str(server.engine._searcher.index)).search("red circle 0", top=12)[0]
     assert f"Rank 1: likeness {result.initial:.3f} + {result.score - result.initial:.3f} from references" in why
-    assert (
-        "References that raise it" in why
-        and result.references[0].caption in why
-        and "References nearest to both" in why
-    )
+    assert "References that raise it" in why and result.references[0].caption in why and "References nearest to both" in why
     drawn = (
         "(() => { const c = document.querySelector('#detail canvas');"
         "return new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size; })()"
@@ -239,9 +235,7 @@ def test_a_phone_and_the_dark(page):
     dark = page.run("getComputedStyle(document.body).backgroundColor")
     page.run("document.querySelector('#results button').click()")
     page.wait("document.querySelectorAll('#why li').length > 4")
-    box = page.run(
-        "(() => { const b = document.querySelector('#detail').getBoundingClientRect(); return [b.x, b.width]; })()"
-    )
+    box = page.run("(() => { const b = document.querySelector('#detail').getBoundingClientRect(); return [b.x, b.width]; })()")
     assert box[0] >= 0 and box[0] + box[1] <= 375
     page.screen(1100, 800)
     assert page.run("getComputedStyle(document.body).backgroundColor") != dark
@@ -258,9 +252,7 @@ def test_a_token_is_asked_for_once(tab, split_index):
         tab.run("document.querySelector('#login input').value = ''")
         tab.type(TOKEN)
         tab.press("Enter")
-        tab.wait(
-            "!document.querySelector('#login').open && document.querySelector('#status').textContent.includes('12')"
-        )
+        tab.wait("!document.querySelector('#login').open && document.querySelector('#status').textContent.includes('12')")
         search(tab, "red circle")
         tab.wait("[...document.images].filter(i => i.offsetParent).every(i => i.complete && i.naturalWidth > 0)")
         assert TOKEN not in tab.run("location.href + document.cookie")

@@ -52,9 +52,7 @@ def bomb(side: int = 60_000) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
 
 
 def same(answer: dict, results: list) -> None:
@@ -186,10 +184,7 @@ def test_health_metrics_and_description(client):
     text = client.get("/metrics").text
     assert 'mmref_requests_total{route="/search",status="200"}' in text
     assert 'mmref_requests_total{route="/items/{item_id:path}",status="404"}' in text
-    assert (
-        'mmref_stage_seconds_total{index="test",stage="rank"}' in text
-        and 'mmref_index_items{index="test"} 12.0' in text
-    )
+    assert 'mmref_stage_seconds_total{index="test",stage="rank"}' in text and 'mmref_index_items{index="test"} 12.0' in text
     described = client.get("/openapi.json").json()
     assert {"/search", "/explain", "/items/{item_id}"} <= set(described["paths"])
     assert "image/*" in described["paths"]["/search"]["post"]["requestBody"]["content"]
@@ -340,10 +335,7 @@ def test_a_token_is_asked_for(split_index):
     assert client.post("/session", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 204
     assert TOKEN not in str(client.cookies)
     assert client.get("/thumbnail/" + client.get("/search?text=x").json()["results"][0]["id"]).status_code == 200
-    assert (
-        client_of(split_index, access=Access(TOKEN + "x")).get("/indexes", cookies=dict(client.cookies)).status_code
-        == 401
-    )
+    assert client_of(split_index, access=Access(TOKEN + "x")).get("/indexes", cookies=dict(client.cookies)).status_code == 401
 
 
 def test_rates(split_index):
@@ -461,9 +453,7 @@ def test_a_batch_answers_each_as_alone(split_index):
         ((alone, _),) = engine.search([engine.prepare(ask)])
         assert problem is None and answer["batch"] == len(asks)
         assert [r["id"] for r in answer["results"]] == [r["id"] for r in alone["results"]]
-        assert [r["score"] for r in answer["results"]] == pytest.approx(
-            [r["score"] for r in alone["results"]], abs=1e-5
-        )
+        assert [r["score"] for r in answer["results"]] == pytest.approx([r["score"] for r in alone["results"]], abs=1e-5)
 
 
 def test_searches_that_wait_are_answered_together(split_index, monkeypatch):
@@ -638,9 +628,7 @@ def test_images_come_without_what_cameras_write(run: Path, tmp_path: Path) -> No
     shot = Image.open(io.BytesIO(png(30, 20)))
     for name in ("a.jpg", "b.webp", "c.png", "d.tif"):
         shot.save(folder / name, exif=tags.tobytes(), compression=None)
-    (tmp_path / "t.csv").write_text(
-        "image\n" + "".join(f"{folder}/{name}\n" for name in ("a.jpg", "b.webp", "c.png", "d.tif"))
-    )
+    (tmp_path / "t.csv").write_text("image\n" + "".join(f"{folder}/{name}\n" for name in ("a.jpg", "b.webp", "c.png", "d.tif")))
     index.create(str(tmp_path / "t.csv"), str(run), str(tmp_path / "out"), workers=0)
     client = client_of(tmp_path / "out")
     found = client.get("/search", params={"text": "x"})

@@ -42,9 +42,7 @@ def test_forged_addresses_open_no_new_bucket(split_index):
     limits, proxies = Limits(rate=0.001, burst=2), (network("10.1.0.1"),)
     for peer, header in (("192.0.2.1", "203.0.113.{}"), ("10.1.0.1", "203.0.113.{}, 192.0.2.7")):
         client = client_of(split_index, access=Access(proxies=proxies), limits=limits, peer=peer)
-        codes = [
-            client.get("/search?text=x", headers={"x-forwarded-for": header.format(n)}).status_code for n in range(4)
-        ]
+        codes = [client.get("/search?text=x", headers={"x-forwarded-for": header.format(n)}).status_code for n in range(4)]
         assert codes == [200, 200, 429, 429], peer
     two = [("x-forwarded-for", "203.0.113.1"), ("x-forwarded-for", "198.51.100.2")]  # in two lines
     assert client.get("/search?text=x", headers=two).status_code == 200, "another client of the same proxy"

@@ -100,9 +100,7 @@ def test_a_slow_host_is_given_up_and_keeps_nothing_else_waiting(split_index, ite
     try:
         with client, ThreadPoolExecutor(12) as pool:
             waiting = [pool.submit(client.get, f"/image/{item}") for _ in range(12)]
-            assert (
-                client.get("/search?text=x").status_code == 200 and client.get(f"/thumbnail/{item}").status_code == 200
-            )
+            assert client.get("/search?text=x").status_code == 200 and client.get(f"/thumbnail/{item}").status_code == 200
             said = {(one.result().status_code, one.result().json()["error"]) for one in waiting}
             assert said == {(404, "ImageUnreachable"), (429, "Busy")}
             assert len(slow.begun) == 8, "no more threads than these wait for hosts"
@@ -247,9 +245,7 @@ def test_an_upload_may_take_its_time_as_long_as_it_moves(split_index):
 
 
 def test_a_body_in_chunks_of_a_byte_is_cut_off(split_index):
-    head = (
-        b"POST /search?top=1 HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n"
-    )
+    head = b"POST /search?top=1 HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n"
     with listening(split_index) as service:
         data = png()
         chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (data[:9], data[9:1000], data[1000:]))

@@ -56,9 +56,7 @@ def test_offsets_give_what_webdataset_reads(build_table):
             assert raw.meta["caption_kinds"] == ["name", "detail"] and raw.meta["colour"] == "red"
 
 
-@pytest.mark.parametrize(
-    "text", ["001.Black/x.y.jpg", "ä 日本/.hidden", "a%2Eb", "~_-", "https://x.org/a?b=c&d#e", "." * 200]
-)
+@pytest.mark.parametrize("text", ["001.Black/x.y.jpg", "ä 日本/.hidden", "a%2Eb", "~_-", "https://x.org/a?b=c&d#e", "." * 200])
 def test_keys_are_reversible_and_safe(text):
     key = escape_key(text)
     assert key.isascii() and not set("./ ~") & set(key)
@@ -166,9 +164,7 @@ def test_values_that_json_has_no_type_for(tmp_path, encode):
     pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
     options = BuildOptions(workers=0, min_shards=1, progress=False)
     build_shards(TableSource(str(tmp_path / "t.parquet"), keep=["made"]), str(tmp_path / "set"), options)
-    assert (
-        SampleReader(ShardSet.open(str(tmp_path / "set")).index("train")).read_meta(0)["made"].startswith("2026-01-02")
-    )
+    assert SampleReader(ShardSet.open(str(tmp_path / "set")).index("train")).read_meta(0)["made"].startswith("2026-01-02")
     lines = [{k: str(v[i]) for k, v in rows.items()} for i in range(3)]
     lines[1]["caption"] = "half of an emoji: \ud83d"
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -184,9 +180,7 @@ def test_shard_sizes(build_table, make_table):
         return [s["samples"] for s in json.loads((root / "manifest.json").read_text())["splits"]["train"]["shards"]]
 
     images = sum(counts(build_table("one", table, min_shards=1)))
-    assert counts(build_table("fixed", table, samples_per_shard=6, min_shards=1)) == [6] * (images // 6) + [3] * (
-        images % 6 > 0
-    )
+    assert counts(build_table("fixed", table, samples_per_shard=6, min_shards=1)) == [6] * (images // 6) + [3] * (images % 6 > 0)
     assert counts(build_table("many", table, min_shards=1000)) == [3] * (images // 3), "an object is never cut"
     assert len(counts(build_table("small", table, target_mb=0.012, min_shards=1))) > 5
 

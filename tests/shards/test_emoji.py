@@ -217,6 +217,4 @@ def test_tokenizer_does_not_depend_on_chance(tmp_path):
         vocabularies.append(json.loads((tmp_path / run / "tokenizer.json").read_text())["model"]["vocab"])
     assert vocabularies[0] == vocabularies[1]
     assert list(vocabularies[0])[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    assert vocabularies[0]["ab"] == 5 + len("aceg") + len("bcdfh"), (
-        "after all first and later letters, the commonest pair"
-    )
+    assert vocabularies[0]["ab"] == 5 + len("aceg") + len("bcdfh"), "after all first and later letters, the commonest pair"

@@ -49,9 +49,7 @@ def test_folders_apart_as_the_two_downloads_leave_them(flowers):
     (flowers / "cvpr2016_flowers").mkdir()
     for name in ("text_c10", *(f"{split}classes.txt" for split in ("train", "val", "test"))):
         (flowers / name).rename(flowers / "cvpr2016_flowers" / name)
-    assert {o.object_id: o.split for o in FlowersSource(str(flowers)).objects()} == dict(
-        zip(CLASSES, ("train", "val", "test"))
-    )
+    assert {o.object_id: o.split for o in FlowersSource(str(flowers)).objects()} == dict(zip(CLASSES, ("train", "val", "test")))
 
 
 def test_left_out_are_images_without_captions_and_classes_without_a_split(flowers, encode):

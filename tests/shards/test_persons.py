@@ -208,7 +208,5 @@ def test_files_that_are_not_there_and_one_too_many(make_tree, tmp_path):
     with pytest.raises(SourceError, match=r"reid_raw.json is missing.*caption_all.json, which is there, has no splits"):
         make_source("cuhk", root=str(root))
     source = make_source("cuhk", root=str(root), annotations=str(root / "caption_all.json"))
-    with pytest.raises(
-        SourceError, match=r"entry 1 has no 'split'.*caption_all.json has no splits: give reid_raw.json"
-    ):
+    with pytest.raises(SourceError, match=r"entry 1 has no 'split'.*caption_all.json has no splits: give reid_raw.json"):
         list(source.objects())

@@ -12,9 +12,7 @@ from mmref.errors import StorageError
 from mmref.storage.array_file import ArrayFile, save_array
 
 
-@pytest.mark.parametrize(
-    "array", [np.arange(12, dtype=np.float32).reshape(4, 3), np.arange(4), np.zeros((0, 2), np.int32)]
-)
+@pytest.mark.parametrize("array", [np.arange(12, dtype=np.float32).reshape(4, 3), np.arange(4), np.zeros((0, 2), np.int32)])
 def test_files_are_those_of_numpy(tmp_path, array):
     with ArrayFile(tmp_path / "a.npy", array.shape, array.dtype) as file:
         file.write(array[:1].astype(np.float64))
@@ -28,9 +26,7 @@ def test_files_are_those_of_numpy(tmp_path, array):
 def test_a_full_disk_is_told_with_the_bytes_needed():
     """/dev/full is a disk without room."""
     rows = np.zeros((1000, 8), np.float32)
-    with pytest.raises(
-        StorageError, match=r"no space left for /dev/full: 32,000 bytes are needed, [\d,]+ bytes are free"
-    ):
+    with pytest.raises(StorageError, match=r"no space left for /dev/full: 32,000 bytes are needed, [\d,]+ bytes are free"):
         save_array(Path("/dev/full"), rows)
     with (
         pytest.raises(StorageError, match="32,000 bytes"),

@@ -151,9 +151,7 @@ def test_a_shard_that_was_built_anew_is_fetched_again(tiny_set: Path, tmp_path: 
     assert SampleReader(remote, cache).read(0) == SampleReader(index).read(0)
 
 
-def test_threads_share_a_reader_of_more_shards_than_it_holds_open(
-    tiny_set: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_share_a_reader_of_more_shards_than_it_holds_open(tiny_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither does one close what another reads, nor are files left open."""
     monkeypatch.setattr(sample_reader, "MAX_OPEN_FILES", 1)
     index = ShardSet.open(str(tiny_set)).index("train")

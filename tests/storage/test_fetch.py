@@ -142,11 +142,7 @@ def test_names_of_windows_and_other_spellings(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "b\\c.png").write_bytes(b"as it is")
     assert read_location(locate("pics\\A 1.png", str(tmp_path))) == b"image"
     assert read_location(locate("b\\c.png", str(tmp_path))) == b"as it is"
-    assert (
-        read_location(f"file://{tmp_path}/pics/A%201.png")
-        == read_location(f"file://{tmp_path}/pics/A 1.png")
-        == b"image"
-    )
+    assert read_location(f"file://{tmp_path}/pics/A%201.png") == read_location(f"file://{tmp_path}/pics/A 1.png") == b"image"
     with pytest.raises(FileNotFoundError, match=r"has 'A 1.png', with other capitals"):
         read_location(locate("pics/a 1.PNG", str(tmp_path)))
     with pytest.raises(FileNotFoundError, match="a path of Windows"):
@@ -219,9 +215,7 @@ def test_a_table_of_a_storage_names_what_lies_below_its_prefix(ref: str, allowed
             locate_inside(ref, "memory://bucket/x")
 
 
-def test_a_storage_that_is_not_installed_is_told_before_the_flag(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_storage_that_is_not_installed_is_told_before_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(FileSystemMissingError, match="adlfs"):
         locate_inside("abfs://a/b.png", str(tmp_path))

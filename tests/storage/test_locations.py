@@ -79,9 +79,7 @@ def test_a_host_that_does_not_answer_is_named(monkeypatch):
     with socket.socket() as sock:  # bound and not listening: nobody else can take the port
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-        with pytest.raises(
-            StorageError, match=rf"cannot look at http://127\.0\.0\.1:{port}/x: .*Cannot connect to host"
-        ):
+        with pytest.raises(StorageError, match=rf"cannot look at http://127\.0\.0\.1:{port}/x: .*Cannot connect to host"):
             size_of(f"http://127.0.0.1:{port}/x")
 
 
@@ -105,14 +103,10 @@ def test_answers_are_not_waited_for(tmp_path, monkeypatch):
             read_bytes(str(tmp_path / name))
 
 
-@pytest.mark.parametrize(
-    ("url", "package"), [("gs://bucket/x", "gcsfs"), ("abfs://a@b/x", "adlfs"), ("nosuch://x", "nosuch")]
-)
+@pytest.mark.parametrize(("url", "package"), [("gs://bucket/x", "gcsfs"), ("abfs://a@b/x", "adlfs"), ("nosuch://x", "nosuch")])
 def test_a_file_system_that_is_not_installed_is_named(url, package):
     for use in (file_system, read_bytes, size_of):
-        with pytest.raises(
-            FileSystemMissingError, match=rf"{url} needs a file system that is not installed: .*{package}"
-        ):
+        with pytest.raises(FileSystemMissingError, match=rf"{url} needs a file system that is not installed: .*{package}"):
             use(url)
 
 
@@ -131,9 +125,7 @@ def test_names_that_are_no_text_have_one(name, text):
     assert to_text(os.fsdecode(name)) == text and os.fsencode(from_text(text)) == name
 
 
-@given(
-    st.lists(st.sampled_from([b"\\", b"x", b"e9", b"\xe9", b"\xc3\xa9", b"a", b"/", b"\n"]), max_size=8).map(b"".join)
-)
+@given(st.lists(st.sampled_from([b"\\", b"x", b"e9", b"\xe9", b"\xc3\xa9", b"a", b"/", b"\n"]), max_size=8).map(b"".join))
 def test_every_name_has_a_text_of_its_own(name):
     text = to_text(os.fsdecode(name))
     text.encode()

@@ -161,9 +161,7 @@ with whole_folder(sys.argv[1], ExportError, "last", lambda folder: ()) as folder
 
 def test_a_second_writer_is_refused_by_name(tmp_path):
     target = tmp_path / "out"
-    other = subprocess.Popen(
-        [sys.executable, "-c", WRITE, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    other = subprocess.Popen([sys.executable, "-c", WRITE, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ExportError, match=rf"{target} is in use: process {other.pid} on .* writes it"):

@@ -73,9 +73,7 @@ class Nodes:
         """Announce that a node will be taken away, as clouds do of spot instances."""
         client = GcsClient(address=self.address)
         until_ms = int(1000 * (time.time() + seconds))
-        accepted, why = client.drain_node(
-            node.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", until_ms
-        )
+        accepted, why = client.drain_node(node.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", until_ms)
         assert accepted, why
 
     def workers(self) -> dict[Any, list[psutil.Process]]:

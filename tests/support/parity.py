@@ -134,7 +134,5 @@ def run(folder: Path, values: dict[str, Any], world: int, stop_at: int = STEPS, 
     """Result of rank 0: losses and gradient norm per step, gradients of the first and last step, final weights and reference
     rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    mp.start_processes(
-        _process, (world, str(folder), values, stop_at, resume), nprocs=world, start_method="spawn", join=True
-    )
+    mp.start_processes(_process, (world, str(folder), values, stop_at, resume), nprocs=world, start_method="spawn", join=True)
     return torch.load(folder / "result.pt", weights_only=True)

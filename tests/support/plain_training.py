@@ -36,9 +36,7 @@ class PlainTraining:
         self.config = config
         self.reader = StepReader(config, rank, world)
         self.model: MMRef = build_model(config, self.reader.tokens.vocab_size, self.reader.index.n_objects).train()
-        self.bank = ReferenceBank(
-            self.reader.index.n_objects, self.model.embed_dim, config.reference, config.train.seed
-        )
+        self.bank = ReferenceBank(self.reader.index.n_objects, self.model.embed_dim, config.reference, config.train.seed)
         self.boundaries = 0
         self.runner = StepRunner(
             config, self.model, lambda loss: loss.backward(), self._boundary, self.bank, self.reader.tokens,
@@ -55,9 +53,7 @@ class PlainTraining:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         together = torch.cat([losses, *(g.flatten() for g in grads)])
-        mean = (collectives.sum_over_ranks(together) / collectives.world_size()).split(
-            [len(losses), *(g.numel() for g in grads)]
-        )
+        mean = (collectives.sum_over_ranks(together) / collectives.world_size()).split([len(losses), *(g.numel() for g in grads)])
         for parameter, grad in zip(trained, mean[1:]):
             parameter.grad = grad.view_as(parameter).clone()
         return mean[0]

@@ -200,9 +200,7 @@ def driver_terminated(chaos: Chaos) -> Outcome:
     seconds = recovered(again)
     output = _finish(again)
     assert f"resuming at step {stopped}" in output, "no step was lost"
-    return chaos.outcome(
-        "SIGTERM to the driver", run, seconds, "checkpoint, exit status 143, same command, no step repeated"
-    )
+    return chaos.outcome("SIGTERM to the driver", run, seconds, "checkpoint, exit status 143, same command, no step repeated")
 
 
 def driver_killed(chaos: Chaos) -> Outcome:
@@ -329,12 +327,8 @@ def loss_not_finite(chaos: Chaos) -> Outcome:
     chaos.nodes.ensure(2)
     output = _finish(chaos.start(run, "--train.lr", "1e30", "--train.clip_norm", "0"), expect=1)
     offenders = json.loads((run / "nonfinite.json").read_text())
-    passed = (
-        "NonFiniteLossError" in output and len(offenders["image_ids"]) == 8 and not list(run.glob("checkpoints/step-*"))
-    )
-    return Outcome(
-        "loss not finite", None, 0, 0, passed, "stopped by name, nothing overwritten, the step's images named"
-    )
+    passed = "NonFiniteLossError" in output and len(offenders["image_ids"]) == 8 and not list(run.glob("checkpoints/step-*"))
+    return Outcome("loss not finite", None, 0, 0, passed, "stopped by name, nothing overwritten, the step's images named")
 
 
 def _with_broken_images(chaos: Chaos, run: Path, allowed: float) -> Job:

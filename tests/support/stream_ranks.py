@@ -96,9 +96,7 @@ class Killer:
     def _run(self) -> None:
         while len(self.killed) < self.kills and not self._stop.wait(self.random.uniform(0.3, 1.5)):
             named = {int(path.name.split("-")[1]) for path in self.folder.iterdir()}
-            family = {
-                process.pid for process in psutil.Process().children(recursive=True)
-            }  # a number may be used again
+            family = {process.pid for process in psutil.Process().children(recursive=True)}  # a number may be used again
             alive = sorted((named & family) - set(self.killed))
             if alive:
                 self.killed.append(self.random.choice(alive))

@@ -117,9 +117,7 @@ def test_paths_of_a_config(home, tmp_path):
     assert kept.data.tokenizer == kept.train.start_from == kept.model.dual == ""
     # a run that holds the folder as an older version kept it is the same run
     assert config_hash(kept) == config_hash(config)
-    package = with_absolute_paths(
-        load_config(["--model.vision", "package://torch/x", "--model.text", "package://torch/y"])
-    )
+    package = with_absolute_paths(load_config(["--model.vision", "package://torch/x", "--model.text", "package://torch/y"]))
     assert package.model.vision == "package://torch/x" and "package://torch/x" in dump_yaml(package)
 
 

@@ -59,9 +59,7 @@ def test_a_closed_stream_takes_no_file_of_the_command(closed, tmp_path):
     assert found.returncode == 0 and path.read_text() == "kept"
 
 
-@pytest.mark.parametrize(
-    ("encoding", "text"), [("ascii", b"caf\\xe9 \\U0001f642\n"), ("latin-1", b"caf\xe9 \\U0001f642\n")]
-)
+@pytest.mark.parametrize(("encoding", "text"), [("ascii", b"caf\\xe9 \\U0001f642\n"), ("latin-1", b"caf\xe9 \\U0001f642\n")])
 def test_a_terminal_without_unicode_shows_every_text(encoding, text):
     code = RUN + "sys.exit(run_command(lambda: print('caf\\xe9 \\U0001f642') or 0))"
     found = shell(code, "", PYTHONIOENCODING=encoding)

@@ -52,9 +52,7 @@ def test_errors_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in PrintableFormatter("mmref: %(message)s").format(record)
 
 
-def test_a_shard_set_is_inspected_without_harm(
-    tmp_path: Path, make_png: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_shard_set_is_inspected_without_harm(tmp_path: Path, make_png: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"image": make_png.name, "object_id": "o\x1b[31m", "caption": HOSTILE, "split": "test"}
     table = tmp_path / "t.jsonl"
     table.write_text("\n".join(json.dumps(r) for r in (row, row | {"image": "missing\x1b[8m.png"})))

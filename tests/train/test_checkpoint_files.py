@@ -273,9 +273,7 @@ def test_a_damaged_file_is_named_and_not_loaded(trained, tmp_path, monkeypatch, 
     with checkpoints.fetched(run, info, *others):
         pass  # what is not read is not checked
     with (
-        pytest.raises(
-            CheckpointError, match=rf"{damaged} is damaged: its SHA-256 is \w+, \w+ was written.*Remove that"
-        ),
+        pytest.raises(CheckpointError, match=rf"{damaged} is damaged: its SHA-256 is \w+, \w+ was written.*Remove that"),
         checkpoints.fetched(run, info, kind),
     ):
         raise AssertionError("a damaged checkpoint was handed out")

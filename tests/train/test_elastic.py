@@ -19,9 +19,7 @@ def test_numbers_of_workers_divide_the_batch(make_config: Callable[..., Config])
 
 
 def test_fewer_workers_have_no_larger_micro_batches(make_config: Callable[..., Config]) -> None:
-    config = make_config(
-        {"train.global_batch": 24, "train.workers": 6, "train.min_workers": 1, "train.accumulation": 2}
-    )
+    config = make_config({"train.global_batch": 24, "train.workers": 6, "train.min_workers": 1, "train.accumulation": 2})
     assert config.micro_batch == 2
     assert accumulation_for(config, 6) == 2, "as configured"
     for workers in worker_counts(config):

@@ -11,9 +11,7 @@ from mmref.train.ray_trainer import named_error
 
 def test_an_error_of_a_reader_is_found_without_its_traceback() -> None:
     """As Ray Data raises it in a worker: a copy of both classes, its text a traceback, ours with an advice on retries."""
-    ours = SampleError(
-        "object a has no usable image left.\nFailed to apply UDF transform after 1/1 attempts.\nTo change ..."
-    )
+    ours = SampleError("object a has no usable image left.\nFailed to apply UDF transform after 1/1 attempts.\nTo change ...")
     copy = ray.exceptions.RayTaskError("submit()", "Traceback: ...", ours).as_instanceof_cause()
     assert isinstance(copy, MMRefError) and "Traceback" in str(copy)
     found = named_error(WorkerGroupError("1 worker failed", {0: copy}))

@@ -107,9 +107,7 @@ def test_the_checkpoint_in_flight_is_written_when_training_fails(uploads, traini
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_storage_that_stays_away_is_an_error_and_leaves_no_checkpoint(
-    uploads, training, tmp_path, monkeypatch, asynchronous
-):
+def test_a_storage_that_stays_away_is_an_error_and_leaves_no_checkpoint(uploads, training, tmp_path, monkeypatch, asynchronous):
     run = RunDir(str(tmp_path))
     monkeypatch.setattr(retries, "PATIENCE_S", 0.05)
     monkeypatch.setattr(retries, "FIRST_DELAY_S", 0.01)

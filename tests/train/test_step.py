@@ -345,9 +345,7 @@ def test_fusion_by_gradient_alone_leaves_the_encoders_as_they_are(make_config):
 
 def test_what_is_switched_off_is_logged_as_0_and_any_seed_will_do(make_config):
     for seed in (1_763_800_000, -322_000_000):
-        losses = PlainTraining(
-            make_config({"loss.w_guide": 0.0, "reference.update": "gradient", "train.seed": seed})
-        ).step(0)
+        losses = PlainTraining(make_config({"loss.w_guide": 0.0, "reference.update": "gradient", "train.seed": seed})).step(0)
         assert losses[AT["loss_guide"]] == 0 and losses[AT["loss_fuse"]] > 0
 
 
@@ -448,8 +446,7 @@ def update_golden() -> None:
     torch.set_num_threads(1)
     runs = {name: [[round(x, 7) for x in step] for step in losses] for name, losses in golden_run().items()}
     lines = [
-        f'  "{name}": [\n' + ",\n".join(f"   {json.dumps(step)}" for step in losses) + "\n  ]"
-        for name, losses in runs.items()
+        f'  "{name}": [\n' + ",\n".join(f"   {json.dumps(step)}" for step in losses) + "\n  ]" for name, losses in runs.items()
     ]
     text = f'{{\n "names": {json.dumps(list(LOSSES))},\n "runs": {{\n' + ",\n".join(lines) + "\n }\n}\n"
     GOLDEN.parent.mkdir(exist_ok=True)

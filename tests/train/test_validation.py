@@ -94,6 +94,4 @@ def test_images_that_cannot_be_read_are_left_out_as_at_the_end(
     queries = validation.queries
     expected = evaluate_features(text[queries.text], image[usable], queries.objects, validation.objects[usable])
     assert found == pytest.approx(summarize(expected))
-    assert found != pytest.approx(
-        summarize(evaluate_features(text[queries.text], image, queries.objects, validation.objects))
-    )
+    assert found != pytest.approx(summarize(evaluate_features(text[queries.text], image, queries.objects, validation.objects)))

@@ -70,9 +70,7 @@ def test_the_same_command_does_only_what_is_missing(base: Config, trained: list[
     assert all((out / f"ablation.{kind}").stat().st_size for kind in ("md", "csv", "png"))
 
 
-def test_tables_are_there_as_soon_as_a_training_is(
-    base: Config, trained: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_are_there_as_soon_as_a_training_is(base: Config, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     fake, seen = module._train, []
 
     def watch(*args: Any) -> Iterator[tuple[Training, str]]:
@@ -119,9 +117,7 @@ def test_results_of_another_config_are_refused(base: Config, trained: list[str])
         ("eval.refine_in_training", True),
     ],
 )
-def test_results_that_were_chosen_otherwise_are_refused(
-    name: str, value: Any, base: Config, trained: list[str]
-) -> None:
+def test_results_that_were_chosen_otherwise_are_refused(name: str, value: Any, base: Config, trained: list[str]) -> None:
     ablate(base, ROWS, [0])
     with pytest.raises(RunDirectoryError, match=f"plain-seed0 was trained with `{name}`"):
         ablate(with_values(base, {name: value}), ROWS, [0])
@@ -160,9 +156,7 @@ def test_trainings_of_another_ablation_are_not_repeated(base: Config, trained: l
     assert trained[6:] == ["other-seed0", "all-seed0", "plain-seed0"]
 
 
-def test_recorded_trainings_that_cannot_be_compared_are_refused(
-    base: Config, trained: list[str], tmp_path: Path
-) -> None:
+def test_recorded_trainings_that_cannot_be_compared_are_refused(base: Config, trained: list[str], tmp_path: Path) -> None:
     ablate(base, ROWS, [0])
     published = str(Path(base.run_dir, "ablation.json").rename(tmp_path / "published.json"))
     base.run_dir = str(tmp_path / "elsewhere")
@@ -181,9 +175,7 @@ def test_recorded_trainings_that_cannot_be_compared_are_refused(
     for entry in shards["trainings"]:
         entry["data"] = "0123456789ab"
     Path(published).write_text(json.dumps(shards))
-    with pytest.raises(
-        ConfigError, match=r"`plain`, seed 0, was trained on shards with the fingerprint 0123456789ab, .* has"
-    ):
+    with pytest.raises(ConfigError, match=r"`plain`, seed 0, was trained on shards with the fingerprint 0123456789ab, .* has"):
         ablate(base, ROWS, [0], files=[published])
 
 

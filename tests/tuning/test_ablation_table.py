@@ -127,7 +127,5 @@ def test_the_interval_of_a_ratio_is_where_its_difference_is_not_told_from_zero()
     for at in (low, high):  # a ratio at the edge is rejected at just 5 %
         assert stats.ttest_1samp(own - at * other, 0.0).pvalue == pytest.approx(0.05, abs=1e-6)
     assert low < own.mean() / other.mean() < high
-    assert ratio_interval(own, np.array([10.0, -9.0, 1.0]))["ci95"] is None, (
-        "nobody knows whether the other loses at all"
-    )
+    assert ratio_interval(own, np.array([10.0, -9.0, 1.0]))["ci95"] is None, "nobody knows whether the other loses at all"
     assert ratio_interval(own[:1], other[:1]) == {"mean": 0.4, "ci95": None}

@@ -108,9 +108,7 @@ def test_a_value_that_does_not_fit_the_config_is_found_before_the_start(
 def test_the_configs_own_point_is_tried_only_where_the_space_contains_it(tmp_path: Path) -> None:
     entries = {"loss__w_guide": {"type": "uniform", "low": 0, "high": 1}}
     assert space_of(tmp_path, **entries).default_point(Config()) == {"loss.w_guide": 0.5}
-    assert (
-        space_of(tmp_path, **entries, loss__w_rec={"type": "choice", "values": [0.1]}).default_point(Config()) is None
-    )
+    assert space_of(tmp_path, **entries, loss__w_rec={"type": "choice", "values": [0.1]}).default_point(Config()) is None
 
 
 def test_with_values_copies(make_config: Callable[..., Config]) -> None:
@@ -122,9 +120,7 @@ def test_with_values_copies(make_config: Callable[..., Config]) -> None:
     assert changed.model.text_config is not base.model.text_config
 
 
-def test_every_value_and_combinations_are_tried_before_the_start(
-    tmp_path: Path, make_config: Callable[..., Config]
-) -> None:
+def test_every_value_and_combinations_are_tried_before_the_start(tmp_path: Path, make_config: Callable[..., Config]) -> None:
     """Ends that fit say nothing of what lies between them, nor of two fields at once."""
     batch = space_of(tmp_path, train__global_batch={"type": "int", "low": 24, "high": 28})
     with pytest.raises(ConfigError, match=r"train.global_batch = 25 does not fit"):
@@ -133,15 +129,11 @@ def test_every_value_and_combinations_are_tried_before_the_start(
         "loss__guide_from": {"type": "uniform", "low": 0.0, "high": 0.4},
         "loss__guide_full": {"type": "uniform", "low": 0.3, "high": 0.8},
     }
-    with pytest.raises(
-        ConfigError, match=r"loss.guide_from = 0.3\d*, loss.guide_full = 0.3\d* does not fit.*comes before"
-    ):
+    with pytest.raises(ConfigError, match=r"loss.guide_from = 0.3\d*, loss.guide_full = 0.3\d* does not fit.*comes before"):
         space_of(tmp_path, **ramp).prepare(make_config({"loss.guide_from": 0.2, "loss.guide_full": 0.4}))
 
 
-def test_the_refinement_s_values_stand_beside_the_config_s_own(
-    tmp_path: Path, make_config: Callable[..., Config]
-) -> None:
+def test_the_refinement_s_values_stand_beside_the_config_s_own(tmp_path: Path, make_config: Callable[..., Config]) -> None:
     space = space_of(
         tmp_path, loss__w_guide={"type": "uniform", "low": 0.0, "high": 1.0},
         refinement__weight={"type": "choice", "values": [0.3, 0.1]},

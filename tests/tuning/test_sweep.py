@@ -61,9 +61,7 @@ def test_command_line_errors(tmp_path: Path) -> None:
         main(["--trials", "0"])
 
 
-def test_a_directory_that_holds_a_sweep_is_left_alone(
-    tmp_path: Path, space: Space, make_config: Callable[..., Config]
-) -> None:
+def test_a_directory_that_holds_a_sweep_is_left_alone(tmp_path: Path, space: Space, make_config: Callable[..., Config]) -> None:
     config = make_config({"run_dir": str(tmp_path / "sweep")})
     (tmp_path / "sweep").mkdir()
     log = TrialLog(RunDir(str(tmp_path / "sweep")))
@@ -89,9 +87,7 @@ def test_a_sweep_that_did_not_fit_may_be_asked_for_again(
         resume(str(tmp_path / "sweep"), trials=1)
 
 
-def test_asha_needs_evaluations_as_often_as_it_judges(
-    tmp_path: Path, space: Space, make_config: Callable[..., Config]
-) -> None:
+def test_asha_needs_evaluations_as_often_as_it_judges(tmp_path: Path, space: Space, make_config: Callable[..., Config]) -> None:
     changed = {"train.max_steps": 80, "train.eval_every": 40, "loss.w_guide": 0.5, "loss.guide_full": 0.4}
     config = make_config({"run_dir": str(tmp_path / "sweep"), **changed})
     with pytest.raises(ConfigError, match=r"from step 32 on.*every 40 steps: set `--train\.eval_every` to at most 32"):
@@ -102,9 +98,7 @@ def test_asha_needs_evaluations_as_often_as_it_judges(
     prepare(config, space, Options(1, grace_steps=40), RunDir(config.run_dir))
 
 
-def test_trials_are_compared_on_the_same_shards(
-    tmp_path: Path, space: Space, make_config: Callable[..., Config]
-) -> None:
+def test_trials_are_compared_on_the_same_shards(tmp_path: Path, space: Space, make_config: Callable[..., Config]) -> None:
     run = RunDir(str(tmp_path / "sweep"))
     config = make_config({"run_dir": run.path, "train.workers": 8})
     with pytest.raises(ClusterTooSmallError):
@@ -115,9 +109,7 @@ def test_trials_are_compared_on_the_same_shards(
         resume(run.path)
 
 
-def test_without_test_there_is_no_comparison_at_the_end(
-    tmp_path: Path, space: Space, make_config: Callable[..., Config]
-) -> None:
+def test_without_test_there_is_no_comparison_at_the_end(tmp_path: Path, space: Space, make_config: Callable[..., Config]) -> None:
     class WithoutTest(TinySource):
         def objects(self):  # type: ignore[no-untyped-def]
             return (o for o in super().objects() if o.split != "test")
@@ -169,9 +161,7 @@ def test_the_command_line_reaches_the_sweep(
     main(argv[:-2])
     assert seen[1][2] == Options(16, final_seeds=3)
     main([])
-    assert (
-        seen[2][0].model == load_config(["--config", "configs/emoji.yaml"]).model and len(seen[2][1].parameters) == 10
-    )
+    assert seen[2][0].model == load_config(["--config", "configs/emoji.yaml"]).model and len(seen[2][1].parameters) == 10
 
 
 # --- how trials are recorded
@@ -205,9 +195,7 @@ def test_every_trial_is_a_row_with_its_best_evaluation(tmp_path: Path) -> None:
     (tmp_path / "trials" / "000").mkdir(parents=True)
     lines = "".join(f'{{"step": {i}, "step_seconds": {t}}}\n' for i, t in enumerate((9, 2, 2)))
     (tmp_path / "trials" / "000" / "metrics.jsonl").write_text(lines)
-    recorder.on_trial_result(
-        0, [], trials[2], {"error": "NonFiniteLossError: the loss of step 3", "config": trials[2].config}
-    )
+    recorder.on_trial_result(0, [], trials[2], {"error": "NonFiniteLossError: the loss of step 3", "config": trials[2].config})
     stopped.add(1)
     for t in trials:  # a trial that fails returns like any other
         recorder.on_trial_complete(0, trials, t)
@@ -285,9 +273,7 @@ def test_values_that_do_not_go_together_are_the_trial_s_failure(
     told: list[dict[str, Any]] = []
     monkeypatch.setattr("ray.tune.report", told.append)
     RunDir(str(tmp_path)).write_text("sweep.json", "{}")
-    trial_module.run_trial(
-        {"number": 0, "values": {"train.global_batch": 7}}, to_dict(make_config({"run_dir": str(tmp_path)}))
-    )
+    trial_module.run_trial({"number": 0, "values": {"train.global_batch": 7}}, to_dict(make_config({"run_dir": str(tmp_path)})))
     assert len(told) == 1 and told[0]["error"].startswith("BatchArithmeticError"), told
 
 
@@ -430,9 +416,7 @@ def test_the_benchmark_stops_trials_where_asha_would(
     assert found["winner"] == {"all to the end": 1, "ASHA": 0} and found["score"]["ASHA"] == 7.0
     # the second, lowest at step 2, lasts only in orders that let it go on with nobody to be compared with
     orders = found["random orders"]
-    assert (
-        0.1 < orders["same winner"] < 0.7 and 0 < orders["points lost"] <= 13 and 0.4 < orders["share of the steps"] < 1
-    )
+    assert 0.1 < orders["same winner"] < 0.7 and 0 < orders["points lost"] <= 13 and 0.4 < orders["share of the steps"] < 1
 
 
 # --- searchers and schedulers, with trials that only report
@@ -465,9 +449,7 @@ def test_searchers_and_schedulers(
 ) -> None:
     config = make_config({"run_dir": str(tmp_path / "sweep"), "loss.w_guide": 0.9, "train.max_steps": 100})
     config.data.root = os.path.relpath(config.data.root)
-    best = sweep(
-        config, space, Options(5, searcher, scheduler, max_concurrent=1, trial_steps=12, grace_steps=2, reduction=4)
-    )
+    best = sweep(config, space, Options(5, searcher, scheduler, max_concurrent=1, trial_steps=12, grace_steps=2, reduction=4))
     rows = read_rows(tmp_path / "sweep")
     guides = [row["loss.w_guide"] for row in rows]
     assert guides[0] == 0.9, "the config's own values come first"
@@ -484,10 +466,7 @@ def test_searchers_and_schedulers(
         assert worse and all(rows[i]["steps"] == 2 for i in worse)
     loaded = load_config(["--config", str(tmp_path / "sweep" / "best.yaml")])
     assert loaded.train.max_steps == 100 and loaded.run_dir == str(tmp_path / "sweep" / "best")
-    assert (
-        Path(loaded.data.root).is_absolute()
-        and loaded.data.root == RunDir(str(tmp_path / "sweep")).read_config().data.root
-    )
+    assert Path(loaded.data.root).is_absolute() and loaded.data.root == RunDir(str(tmp_path / "sweep")).read_config().data.root
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -52,9 +52,7 @@ class Access:
             return True
         name, expected = self.cookie_name, self.cookie().encode()
         return any(
-            hmac.compare_digest(value.encode(), expected)
-            for found, value in _cookies(headers.get("cookie", ""))
-            if found == name
+            hmac.compare_digest(value.encode(), expected) for found, value in _cookies(headers.get("cookie", "")) if found == name
         )
 
     def client(self, peer: str, headers: dict[str, str]) -> str:

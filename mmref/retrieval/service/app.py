@@ -180,9 +180,7 @@ class Service:
             self.metrics.holds(name, info)
             found.append(info | {"name": name})
         limits = self.limits
-        allowed = {
-            name: getattr(limits, name) for name in ("text", "image_bytes", "pixels", "top", "candidates", "filters")
-        }
+        allowed = {name: getattr(limits, name) for name in ("text", "image_bytes", "pixels", "top", "candidates", "filters")}
         return JSONResponse({"indexes": found, "limits": allowed, "version": __version__})
 
     async def item(self, item_id: str, index: str | None = None) -> Response:

@@ -31,18 +31,14 @@ THREADS = {"search": 1, "prepare": 2, "decode": 4, "explain": 2, "items": 2, "th
 POOLS = {  # of the methods of an engine
     "explain": "explain", "info": "items", "item": "items", "thumbnail": "thumbnails", "image": "images", "health": "health",
 }  # fmt: skip
-STUCK = Problem(
-    503, "Stuck", "a search does not come to an end.", "Look into the log of `mmref serve`, and start it again."
-)
+STUCK = Problem(503, "Stuck", "a search does not come to an end.", "Look into the log of `mmref serve`, and start it again.")
 ONGOING = 1024  # requests a replica holds: more than the service lets in, or a probe would wait behind them
 ONGOING_WANTED = 8  # more than so many for each replica: one more is started
 LOOK_S = 1.0  # between looks at whether a replica lives; by itself Ray Serve takes 10 s, and starts another only then
 DEPLOY_LIMIT_S = 900.0  # until a replica runs, on a cluster that starts a node for it too
 RETRY_S = 0.2  # between looks for a replica, where there is none
 PATIENCE_S = 45.0  # for one to be there
-ALONE_S = (
-    2.0  # that a request which is asked again keeps others that are waiting: one that kills mostly does so by then
-)
+ALONE_S = 2.0  # that a request which is asked again keeps others that are waiting: one that kills mostly does so by then
 
 
 class Backend(Protocol):

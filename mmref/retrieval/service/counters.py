@@ -15,9 +15,7 @@ class Counters:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("mmref_requests", "Requests answered", ["route", "status"], registry=self.registry)
-        self.seconds = Histogram(
-            "mmref_request_seconds", "Time to answer", ["route"], buckets=BUCKETS, registry=self.registry
-        )
+        self.seconds = Histogram("mmref_request_seconds", "Time to answer", ["route"], buckets=BUCKETS, registry=self.registry)
         self.in_flight = Gauge("mmref_requests_in_flight", "Requests being answered", registry=self.registry)
         self.held = Gauge("mmref_bytes_held", "Bytes of bodies and of answers being taken", registry=self.registry)
         self.given_up = Counter("mmref_given_up", "Slow transfers given up for others", registry=self.registry)

@@ -136,9 +136,7 @@ class Guard:
         """Raise Refused for a request that is not to be read."""
         headers, path, client = exchange.headers, scope["path"], exchange.client
         # Load balancers ask for the health without a host (HTTP/1.0), or by another name.
-        known = (
-            self.access.token is not None or path == "/healthz" or _host(headers.get("host", "")) in self.access.hosts
-        )
+        known = self.access.token is not None or path == "/healthz" or _host(headers.get("host", "")) in self.access.hosts
         if not known:
             message = f"the host {headers.get('host', '')[:100]!r} is not this service."
             raise refuse(421, "WrongHost", message, f"Ask for it by {' or '.join(self.access.hosts)}.")
@@ -270,9 +268,7 @@ class Guard:
             exchange.status = message["status"]
             try:
                 await exchange.send(message | {"headers": _with_headers(message["headers"])})
-            except (
-                LocalProtocolError
-            ) as error:  # what followed the headers was no HTTP: uvicorn has answered and closed
+            except LocalProtocolError as error:  # what followed the headers was no HTTP: uvicorn has answered and closed
                 raise ClientLeft from error
             return
         if exchange.refused and not exchange.status:

@@ -172,7 +172,5 @@ def _short(number: int) -> str:
 
 def invalid(errors: Any) -> Problem:
     """What pydantic finds wrong, in words."""
-    said = "; ".join(
-        f"{'.'.join(str(at) for at in e['loc'] if at != 'query') or 'body'}: {e['msg']}" for e in errors[:SHOWN]
-    )
+    said = "; ".join(f"{'.'.join(str(at) for at in e['loc'] if at != 'query') or 'body'}: {e['msg']}" for e in errors[:SHOWN])
     return Problem(422, "InvalidRequest", f"{said}."[:500], EXPLAINED)

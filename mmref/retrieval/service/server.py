@@ -206,9 +206,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def _backends(
-    named: dict[str, str], limits: Limits, replicas: int, kept: int, end: Leaving
-) -> Iterator[dict[str, Backend]]:
+def _backends(named: dict[str, str], limits: Limits, replicas: int, kept: int, end: Leaving) -> Iterator[dict[str, Backend]]:
     """Engines of all indexes, here or on Ray."""
     if replicas == 0:
         engines = {name: Engine(path, limits) for name, path in named.items()}

@@ -42,9 +42,7 @@ class CubSource:
         "train+val+test": {"objects": 200, "images": 11788},
     }  # fmt: skip
 
-    def __init__(
-        self, path: str, fractions: Mapping[str, float] = DEFAULT_FRACTIONS, val_fraction: float = 0.0
-    ) -> None:
+    def __init__(self, path: str, fractions: Mapping[str, float] = DEFAULT_FRACTIONS, val_fraction: float = 0.0) -> None:
         """fractions: of classes in each split, only used when there are no class-split files; val_fraction: of the train
         classes, held out as val (`reed.class_splits`). Raises SourceError."""
         path = os.path.abspath(path)  # workers may run in another directory
@@ -66,9 +64,7 @@ class CubSource:
             self.origin, self.published = self.origin + HELD_OUT, held_out_counts(self.published)
         self.class_files, self.warnings = class_files([*folders, self.text])
         self.origin += HASHED if self.warnings else ""
-        self.caption_folders = {
-            class_number(entry.name): entry.path for entry in os.scandir(self.text) if entry.is_dir()
-        }
+        self.caption_folders = {class_number(entry.name): entry.path for entry in os.scandir(self.text) if entry.is_dir()}
         self.skipped: list[str] = []
 
     def _pairs(self, name: str) -> dict[str, str]:

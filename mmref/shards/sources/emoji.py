@@ -87,9 +87,7 @@ class EmojiSource:
     min_images = 3
     extras = ("README.md", *(f"LICENSES/{name}" for name in sorted(os.listdir(LICENSES))))
 
-    def __init__(
-        self, packages: str | None = None, size_px: int = 64, quality: int = 72, sets: list[str] | None = None
-    ) -> None:
+    def __init__(self, packages: str | None = None, size_px: int = 64, quality: int = 72, sets: list[str] | None = None) -> None:
         """size_px: side of the square image; quality: WebP, 1-100; sets: artist sets to use, all when None."""
         self.size_px, self.quality, self.skipped = size_px, quality, list[str]()
         cache_dir = os.path.abspath(packages or npm.default_cache())  # workers may run in another directory
@@ -134,9 +132,7 @@ class EmojiSource:
         svg = icon_svg(_icons(self.folders[artist_set]), icon)
         side = self.size_px
         try:
-            png = resvg_py.svg_to_bytes(
-                svg_string=svg, width=side, height=side, background="#ffffff", skip_system_fonts=True
-            )
+            png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, background="#ffffff", skip_system_fonts=True)
         except ValueError as error:
             raise SampleError(f"{artist_set}/{icon} cannot be rendered: {error}") from error
         image = Image.open(io.BytesIO(bytes(png))).convert("RGB")

@@ -36,9 +36,7 @@ class FlowersSource:
         "train+val+test": {"objects": 102, "images": 8189},
     }  # fmt: skip
 
-    def __init__(
-        self, root: str, fractions: Mapping[str, float] = DEFAULT_FRACTIONS, val_fraction: float = 0.0
-    ) -> None:
+    def __init__(self, root: str, fractions: Mapping[str, float] = DEFAULT_FRACTIONS, val_fraction: float = 0.0) -> None:
         """fractions: of classes in each split, only used when there are no class-split files; val_fraction: of the train
         classes, held out as val (`reed.class_splits`). Raises SourceError."""
         root = os.path.abspath(root)  # workers may run in another directory

@@ -103,9 +103,7 @@ class PersonSource:
         self.file = os.path.abspath(annotations) if annotations else self._find()
         if not os.path.isfile(self.file):
             raise SourceError(f"--annotations {self.file} is no file.")
-        self.folders = (
-            [os.path.abspath(images)] if images else [os.path.join(self.root, name) for name in IMAGE_FOLDERS]
-        )
+        self.folders = [os.path.abspath(images)] if images else [os.path.join(self.root, name) for name in IMAGE_FOLDERS]
         self.val_fraction = val_fraction
         self.published = form.published
         self.skipped: list[str] = []

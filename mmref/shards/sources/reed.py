@@ -51,11 +51,7 @@ def class_files(folders: Iterable[str]) -> tuple[dict[str, str], list[str]]:
             found[split] = path
     if found and "train" not in found:
         both = next(filter(os.path.isfile, (os.path.join(folder, "trainvalclasses.txt") for folder in folders)), "")
-        fix = (
-            f" {both} does not say which of its classes are val: write trainclasses.txt and valclasses.txt."
-            if both
-            else ""
-        )
+        fix = f" {both} does not say which of its classes are val: write trainclasses.txt and valclasses.txt." if both else ""
         raise SourceError(
             f"There is {', '.join(sorted(os.path.basename(path) for path in found.values()))} but no trainclasses.txt in "
             f"{', '.join(folders)}: no class would be left to train on.{fix}"

@@ -252,8 +252,8 @@ class _TableItems:
 
     def take(self, row: Row) -> None:
         """Raises SampleError for a row that cannot be used, or gives an image another object or id."""
-        cell = _needed(row, self.columns.image).removeprefix("./")
-        name = id_of(cell) if self.columns.item_id is None else _needed(row, self.columns.item_id)
+        cell = row.needed(self.columns.image).removeprefix("./")
+        name = id_of(cell) if self.columns.item_id is None else row.needed(self.columns.item_id)
         image, known = unsigned(cell), self.rows.get(name)
         if (before := self._ids.get(image, name)) != name:
             raise SampleError(f"image {cell!r} has the id {before!r} in an earlier row, here {name!r}")
@@ -289,9 +289,3 @@ class _TableItems:
         if value is None and cell is not None:
             self.left[column] = "no single values"
         return value if _is_scalar(value) else str(value)
-
-
-def _needed(row: Row, column: str) -> str:
-    if not (text := row.text(column)):
-        raise SampleError(f"no {column}")
-    return text

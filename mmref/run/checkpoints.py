@@ -22,7 +22,7 @@ from mmref.errors import CheckpointError
 from mmref.model.mmref import TRAINING_ONLY
 from mmref.run.directory import RunDir
 from mmref.run.row_file import row_files
-from mmref.storage.tensor_file import Hashing, sha256_of
+from mmref.storage.tensor_file import Hashing, sha256_of_rest
 
 FOLDER = "checkpoints"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in a file of the optimizer
@@ -142,7 +142,7 @@ def bring(run: RunDir, info: CheckpointInfo, folder: str, kinds: tuple[str, ...]
     for name, expected in list(info.files(kinds).items())[part::parts]:
         where = f"{info.folder}/{name}"
         try:
-            found = run.read_stream(where, sha256_of if run.local else _downloader(f"{folder}/{name}"))
+            found = run.read_stream(where, sha256_of_rest if run.local else _downloader(f"{folder}/{name}"))
         except FileNotFoundError:
             problems.append(f"{run.join(where)} is gone")
             continue

@@ -54,6 +54,12 @@ class Row(NamedTuple):
         value = self.cell(column)
         return str(value) if isinstance(value, (date, uuid.UUID)) else _text(column, value)
 
+    def needed(self, column: str) -> str:
+        """As `text`, of a column that a row cannot do without. Raises SampleError."""
+        if not (text := self.text(column)):
+            raise SampleError(f"no {column}")
+        return text
+
     def texts(self, column: str) -> list[str]:
         """Captions: a text, or a list of them. Raises SampleError."""
         value = self.cell(column)

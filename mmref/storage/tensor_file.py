@@ -53,7 +53,7 @@ def write_tensors(file: Any, tensors: dict[str, Tensor], metadata: dict[str, str
             file.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def sha256_of(file: Any) -> str:
+def sha256_of_rest(file: Any) -> str:
     """SHA-256 of what is left of a file, hexadecimal."""
     found = hashlib.sha256()
     while piece := file.read(PIECE):

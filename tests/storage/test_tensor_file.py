@@ -36,4 +36,4 @@ def test_bytes_and_hash_are_those_of_the_file(monkeypatch):
     assert hashing.bytes == len(file.getvalue()) > 4000
     assert hashing.sha256 == hashlib.sha256(file.getvalue()).hexdigest()
     file.seek(0)
-    assert tensor_file.sha256_of(file) == hashing.sha256
+    assert tensor_file.sha256_of_rest(file) == hashing.sha256

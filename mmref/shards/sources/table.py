@@ -69,7 +69,7 @@ class TableSource:
         for row in table.rows(needed):
             count += 1
             try:
-                image, object_id = (self._needed(row, column) for column in (self.image, self.object_id))
+                image, object_id = (row.needed(column) for column in (self.image, self.object_id))
                 if image not in images:
                     self.locate(image, self.image_root)
                 split = self._split_of(row, split_column, object_id)
@@ -116,15 +116,10 @@ class TableSource:
             )
         return captions, split
 
-    def _needed(self, row: Row, column: str) -> str:
-        if not (text := row.text(column)):
-            raise SampleError(f"no {column}")
-        return text
-
     def _split_of(self, row: Row, column: str | None, object_id: str) -> str:
         if column is None:
             return hash_split(object_id, self.fractions)
-        name = self._needed(row, column).lower()
+        name = row.needed(column).lower()
         name = SPLIT_NAMES.get(name, name)
         if not name.replace("_", "").replace("-", "").isalnum():  # it becomes a folder
             raise SourceError(f"{self.path}, row {row.number}: {name!r} (column {column!r}) cannot name a split.")

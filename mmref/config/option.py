@@ -57,8 +57,11 @@ PLAIN = Option()
 
 
 def option(default: Any, **about: Any) -> Any:
-    """A dataclass field with an `Option`."""
-    return dataclasses.field(default=default, metadata={"option": Option(**about)})
+    """A dataclass field with an `Option`; each config gets a list of its own."""
+    metadata = {"option": Option(**about)}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def options(section: Any, prefix: str = "") -> Iterator[tuple[str, Option, Any]]:

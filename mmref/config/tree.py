@@ -257,13 +257,11 @@ class EvalConfig:
     """Candidates of the first pass that refinement re-scores; 0: all."""
     refine_kinds: list[Literal["sparse", "dense", "expansion"]] = field(default_factory=lambda: ["sparse", "dense"])
     """Codes that the search for the refinement tries, with every combination of the three below."""
-    refine_weights: list[float] = field(
-        default_factory=lambda: [0.05, 0.1, 0.2, 0.4, 0.8], metadata={"option": Option(at_least=0)}
-    )
+    refine_weights: list[float] = option([0.05, 0.1, 0.2, 0.4, 0.8], at_least=0)
     """Weights of the reference-based similarity that it tries; no refinement always competes."""
-    refine_top_rs: list[int] = field(default_factory=lambda: [16, 64, 256], metadata={"option": Option(at_least=1)})
+    refine_top_rs: list[int] = option([16, 64, 256], at_least=1)
     """References in a sparse code or an expansion that it tries."""
-    refine_taus: list[float] = field(default_factory=lambda: [0.02, 0.05, 0.1], metadata={"option": Option(above=0)})
+    refine_taus: list[float] = option([0.02, 0.05, 0.1], above=0)
     """Temperatures of both that it tries."""
     refine_in_training: bool = False
     """Search the refinement at each evaluation on val too: checkpoints are then picked by their refined score."""

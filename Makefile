@@ -37,7 +37,7 @@ runs/demo/metrics.json:
 test: setup  ## all but the slow tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-unit: setup  ## the tests that start no Ray, in about two minutes
+test-unit: setup  ## the tests that start no Ray
 	$(BIN)/python -m pytest -m "not slow and not ray"
 
 test-slow: setup  ## the slow tests: failures, sweeps, many workers

@@ -157,6 +157,7 @@ def test_a_killed_job_resumes_by_the_same_command(undisturbed: Path, config_file
     same_losses(undisturbed, run)
 
 
+@pytest.mark.slow
 def test_ctrl_c_loses_no_step(undisturbed: Path, config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     argv = ("train.py", "--config", str(config_file), "--run_dir", str(run))

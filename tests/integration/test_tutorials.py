@@ -121,6 +121,7 @@ def small_clip(tiny_set: Path, tmp_path: Path) -> Path:
     return tmp_path / "clip"
 
 
+@pytest.mark.slow
 def test_search_my_photos(photos: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     values = {"PHOTOS": photos, "PHOTO": photos / "2024" / "red-circle.png", "QUERY": "a red circle", "WORK": work}

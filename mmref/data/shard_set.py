@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmref.data.manifest import read_manifest
+from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.errors import ShardSetError
 from mmref.storage.cache import ShardCache
-from mmref.storage.locations import absolute, file_system, folder_name, is_url, join, read_bytes, size_of
+from mmref.storage.locations import absolute, file_system, folder_name, is_url, join, read_bytes, sha256_of, size_of
 from mmref.storage.parquet import read_parquet
 from mmref.storage.retries import retry
 
 if TYPE_CHECKING:
     from mmref.config import Config
-
-from mmref.data.sample_reader import SampleReader, SplitIndex
 
 SMALLEST_SAMPLE = 1024  # bytes in a tar: the headers of an image and its json
 
@@ -40,18 +39,6 @@ def _sizes(folder: str) -> dict[str, int]:
     fs, inner = file_system(folder)
     found = retry(f"list {folder}", lambda: fs.find(inner, detail=True))
     return {name.rsplit("/", 1)[-1]: int(entry["size"]) for name, entry in found.items()}
-
-
-def sha256_of(path: str) -> str:
-    """Hex digest of a local file or URL, read in 1 MiB pieces."""
-    if is_url(path):
-        return hashlib.sha256(read_bytes(path)).hexdigest()
-
-    def digest() -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return retry(f"read {path}", digest)
 
 
 class ShardSet:

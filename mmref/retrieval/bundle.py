@@ -11,9 +11,10 @@ from pathlib import Path
 
 from mmref.config import Config
 from mmref.data.sample_reader import SampleReader
-from mmref.data.shard_set import ShardSet, sha256_of
+from mmref.data.shard_set import ShardSet
 from mmref.errors import ModelError, SampleError, ShardSetError
 from mmref.storage.disk import is_full, sync_files
+from mmref.storage.locations import sha256_of
 
 # These files of an export a search needs; the copy for plain transformers stays behind.
 FILES = ("config.json", "config.yaml", "model.safetensors", "references.safetensors", "README.md")

@@ -27,6 +27,8 @@ def index_main(argv: Sequence[str]) -> int:
 
 
 def _source_options(parser: argparse.ArgumentParser) -> None:
+    """IMAGES, as the next positional argument, and how they are read."""
+    parser.add_argument("images", type=source, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
     parser.add_argument("--split", help="split of a shard set (default: all of them)")
     parser.add_argument("--image-column", default="image", help="column of a table with paths or URLs (default: image)")
     parser.add_argument("--object-column", default="object_id", help="column with object ids, where there is one")
@@ -61,7 +63,6 @@ def _create(argv: Sequence[str]) -> int:
         "by its first bytes; the rest is counted. The same command again goes on after a kill. "
         "`mmref index add|remove|info INDEX` change or describe one; a folder of such a name is given as ./add.",
     )
-    parser.add_argument("images", type=source, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
     parser.add_argument(
         "--model", required=True, type=place, metavar="RUN|EXPORT", help="run directory, or folder of `mmref export`"
     )
@@ -107,7 +108,6 @@ def _add(argv: Sequence[str]) -> int:
         "that are gone named. An image from elsewhere whose id an item has already gets its folder's name before it.",
     )
     parser.add_argument("index", type=local_path, metavar="INDEX")
-    parser.add_argument("images", type=source, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
     parser.add_argument("--model", type=place, metavar="RUN|EXPORT", help="checked to be the index's own, which is used")
     parser.add_argument("--remove-missing", action="store_true", help="remove the items of IMAGES that are not there any more")
     _source_options(parser)

@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmref.data.shard_set import sha256_of
 from mmref.errors import ModelMismatchError, SearchIndexError
 from mmref.retrieval import bundle
 from mmref.retrieval.changes import compare, describe_changes, skipped_elsewhere
@@ -35,7 +34,7 @@ from mmref.retrieval.journal import KILLED
 from mmref.retrieval.segment import Segment, copy_rows, write_segment
 from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
 from mmref.storage.disk import sync_files, told_when_full
-from mmref.storage.locations import absolute, below, endless, to_text
+from mmref.storage.locations import absolute, below, endless, sha256_of, to_text
 from mmref.storage.locks import held
 from mmref.storage.whole_folder import held_folder, write_whole
 from mmref.terminal.output import printable

@@ -15,9 +15,9 @@ from PIL import Image
 
 from mmref.data.container import image_ext
 from mmref.data.decode import decode_pixels, image_format
-from mmref.data.shard_set import sha256_of
 from mmref.errors import SampleError
 from mmref.shards.samples import Source, SourceImage, SourceObject, escape_key
+from mmref.storage.locations import sha256_of
 
 LOSSY = {"AVIF", "HEIF", "JPEG2000"}  # stored as JPEG, any other as PNG: what others evaluate on, to the last bit
 BLOCK = tarfile.BLOCKSIZE

@@ -6,6 +6,7 @@ that is mounted on it. Both are read with the same patience: mounted storage fai
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -219,3 +220,15 @@ def size_of(place: str) -> int | None:
         return found.st_size if stat.S_ISREG(found.st_mode) else None
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def sha256_of(path: str) -> str:
+    """Hex digest of a local file or URL, read in 1 MiB pieces."""
+    if is_url(path):
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+
+    def digest() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return retry(f"read {path}", digest)

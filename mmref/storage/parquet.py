@@ -6,6 +6,7 @@ process ends. Its library then aborts the process ("terminate called without an 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,24 +25,27 @@ def open_parquet(source: Any) -> pq.ParquetFile:
     Raises:
         OSError, ValueError: it cannot be read, or is no Parquet file that can be read here.
     """
-    try:
+    with _as_documented():
         return pq.ParquetFile(source, pre_buffer=False)
-    except pa.ArrowNotImplementedError as error:  # of pyarrow's errors the one that is neither of the two
-        raise ValueError(str(error)) from error
 
 
 def read_parquet(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
     """Columns of a file, by default all. `source` as in `open_parquet`, or what that gives. Raises as that does."""
     file = source if isinstance(source, pq.ParquetFile) else open_parquet(source)
-    try:
+    with _as_documented():
         return file.read(None if columns is None else list(columns), use_threads=False)
-    except pa.ArrowNotImplementedError as error:
-        raise ValueError(str(error)) from error
 
 
 def parquet_batches(file: pq.ParquetFile, columns: Sequence[str], rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
     """The rows of a file in order, at most `rows` at a time. Raises as `read_parquet`."""
-    try:
+    with _as_documented():
         yield from file.iter_batches(rows, columns=list(columns), use_threads=False)
+
+
+@contextlib.contextmanager
+def _as_documented() -> Iterator[None]:
+    """Turn the one error of pyarrow that is neither an OSError nor a ValueError into a ValueError."""
+    try:
+        yield
     except pa.ArrowNotImplementedError as error:
         raise ValueError(str(error)) from error

@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny_run import make_run
+from support.tiny_run import make_run, random_features
 
 from mmref.config import Config
 from mmref.data.shard_set import ShardSet
 from mmref.evaluate import evaluation
-from mmref.evaluate.features import read_queries
 from mmref.evaluate.metrics import METRIC_NAMES
-from mmref.evaluate.refinement import ReferenceSpace
-from mmref.evaluate.split_features import SplitFeatures
 from mmref.losses.objective import LOSSES
 from mmref.references.bank_rows import remove_objects
 from mmref.run import checkpoints
@@ -75,17 +72,7 @@ def config(make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_metrics_json(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def features(run: Any, config: Any, checkpoint: Any, root: str, splits: list[str]) -> Any:
-        rng, found = np.random.default_rng(0), {}
-        for split in splits:
-            index = ShardSet.open(root).index(split)
-            queries = read_queries(index)
-            image, text = (rng.normal(size=(n, 8)).astype(np.float32) for n in (len(index), len(queries.texts)))
-            image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
-            found[split] = SplitFeatures(index, queries, image, np.arange(len(index)), text, [])
-        return found, ReferenceSpace(rng.normal(size=(10, 8)))
-
-    monkeypatch.setattr(evaluation, "run_features", features)
+    monkeypatch.setattr(evaluation, "run_features", random_features)
     make_run(config, str(tmp_path), {})
     line = {"step": 20, **{f"test_{m}": v for m, v in SCORES.items()}}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")  # of `eval.test_in_training`

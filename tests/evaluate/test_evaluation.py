@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny_run import make_run
+from support.tiny_run import make_run, random_features
 from support.tiny_set import TinySource, build_tiny_set, tiny_config
 
 from mmref.data.shard_set import ShardSet
 from mmref.errors import StorageError
 from mmref.evaluate import evaluation as module
 from mmref.evaluate.evaluation import evaluate_run, reported_split
-from mmref.evaluate.features import read_queries
-from mmref.evaluate.refinement import ReferenceSpace
 from mmref.evaluate.split_features import SplitFeatures
 
 CHOSEN = {"kind": "sparse", "weight": 0.4, "top_r": 4, "tau": 0.05}
@@ -38,17 +36,7 @@ def run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A run whose own set is this one; its features are random."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
-    def features(run: Any, config: Any, checkpoint: Any, root: str, splits: list[str]):
-        rng, found = np.random.default_rng(0), {}
-        for split in splits:
-            index = ShardSet.open(root).index(split)
-            queries = read_queries(index)
-            image, text = (rng.normal(size=(n, 8)).astype(np.float32) for n in (len(index), len(queries.texts)))
-            image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
-            found[split] = SplitFeatures(index, queries, image, np.arange(len(index)), text, [])
-        return found, ReferenceSpace(rng.normal(size=(10, 8)))
-
-    monkeypatch.setattr(module, "run_features", features)
+    monkeypatch.setattr(module, "run_features", random_features)
 
     def make(root: Path) -> str:
         path = str(tmp_path / "run")

@@ -6,11 +6,15 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmref.config import Config, dump_yaml
 from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
+from mmref.evaluate.features import read_queries
+from mmref.evaluate.refinement import ReferenceSpace
+from mmref.evaluate.split_features import SplitFeatures
 from mmref.model.mmref import MMRef, build_model
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
@@ -47,3 +51,17 @@ def make_run(config: Config, path: str, refinement: dict[str, Any]) -> MMRef:
     }  # fmt: skip
     run.write_text("metrics.json", json.dumps(metrics))
     return model
+
+
+def random_features(
+    run: Any, config: Any, checkpoint: Any, root: str, splits: list[str]
+) -> tuple[dict[str, SplitFeatures], ReferenceSpace]:
+    """In place of `evaluation.run_features`: features that no model has made, and no Ray."""
+    rng, found = np.random.default_rng(0), {}
+    for split in splits:
+        index = ShardSet.open(root).index(split)
+        queries = read_queries(index)
+        image, text = (rng.normal(size=(n, 8)).astype(np.float32) for n in (len(index), len(queries.texts)))
+        image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
+        found[split] = SplitFeatures(index, queries, image, np.arange(len(index)), text, [])
+    return found, ReferenceSpace(rng.normal(size=(10, 8)))

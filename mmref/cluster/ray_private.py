@@ -35,14 +35,19 @@ NAMES = {
     "ray.data._internal.execution.execution_callback:ExecutionCallback": "keep Ray Data's loop from taking half of the cores",
     "ray.data._internal.datasource.range_datasource:RangeDatasource": "list a run's steps without waiting for a free CPU",
 }
-BASES = {path.partition(":")[2]: path.partition(":")[0] for path in NAMES}
+MODULES = {path.partition(":")[2]: path.partition(":")[0] for path in NAMES}
+
+
+def _private(name: str) -> Any:
+    """A name of `NAMES`, imported when it is asked for."""
+    return getattr(importlib.import_module(MODULES[name]), name)
 
 
 def __getattr__(name: str) -> Any:
     """The classes of `NAMES` that mmref derives from: `from mmref.cluster.ray_private import ExecutionCallback`."""
-    if name not in BASES:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(BASES[name]), name)
+    return _private(name)
 
 
 # -- this machine --------------------------------------------------------------------------------------------------------
@@ -50,16 +55,12 @@ def __getattr__(name: str) -> Any:
 
 def container_cpus() -> int:
     """CPUs of this machine, or of the container's quota where it is lower."""
-    from ray._private.utils import get_num_cpus
-
-    return int(get_num_cpus(override_docker_cpu_warning=True))
+    return int(_private("get_num_cpus")(override_docker_cpu_warning=True))
 
 
 def system_memory() -> int:
     """Bytes of memory of this machine, or of the container's limit where it is lower."""
-    from ray._private.utils import get_system_memory
-
-    return int(get_system_memory())
+    return int(_private("get_system_memory")())
 
 
 # -- connecting ----------------------------------------------------------------------------------------------------------
@@ -70,38 +71,29 @@ PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.ar
 
 def running_cluster() -> str:
     """HOST:PORT of the cluster that runs on this machine. Raises ConnectionError or ValueError where none does."""
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-
-    return str(canonicalize_bootstrap_address_or_die("auto"))
+    return str(_private("canonicalize_bootstrap_address_or_die")("auto"))
 
 
 def read_settings_anew() -> None:
     """Have Ray's core read RAY_* variables that were set after it was imported."""
-    from ray._raylet import Config  # type: ignore[attr-defined]
-
-    Config.initialize("")
+    _private("Config").initialize("")
 
 
 def enable_cluster(enabled: bool) -> bool:
     """Whether a node that this process starts may be reached from others; what it was before."""
-    from ray._private import ray_constants
-
-    before, ray_constants.ENABLE_RAY_CLUSTER = bool(ray_constants.ENABLE_RAY_CLUSTER), enabled
+    constants = importlib.import_module(MODULES["ENABLE_RAY_CLUSTER"])
+    before, constants.ENABLE_RAY_CLUSTER = bool(constants.ENABLE_RAY_CLUSTER), enabled  # type: ignore[attr-defined]
     return before
 
 
 def new_token() -> str:
     """A token as Ray makes them."""
-    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
-
-    return str(generate_new_authentication_token())
+    return str(_private("generate_new_authentication_token")())
 
 
 def propagate(variable: str) -> None:
     """Have Ray Train hand an environment variable on to its controller and workers."""
-    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
-
-    ENV_VARS_TO_PROPAGATE.add(variable)
+    _private("ENV_VARS_TO_PROPAGATE").add(variable)
 
 
 # -- notes in the cluster ------------------------------------------------------------------------------------------------
@@ -109,31 +101,23 @@ def propagate(variable: str) -> None:
 
 def put_note(key: str, value: str) -> None:
     """Keep a note in the cluster that this process is connected to, in place of one of the same key."""
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    _internal_kv_put(key, value)
+    _private("_internal_kv_put")(key, value)
 
 
 def get_note(key: str) -> str | None:
     """A note of the cluster, None where there is none."""
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    found = _internal_kv_get(key)
+    found = _private("_internal_kv_get")(key)
     return found.decode() if found else None
 
 
 def remove_note(key: str) -> None:
     """Remove a note, where there is one."""
-    from ray.experimental.internal_kv import _internal_kv_del
-
-    _internal_kv_del(key)
+    _private("_internal_kv_del")(key)
 
 
 def list_notes(prefix: str) -> list[str]:
     """Keys of the notes that begin so."""
-    from ray.experimental.internal_kv import _internal_kv_list
-
-    return [key.decode() for key in _internal_kv_list(prefix)]
+    return [key.decode() for key in _private("_internal_kv_list")(prefix)]
 
 
 # -- what the cluster does -----------------------------------------------------------------------------------------------
@@ -141,9 +125,7 @@ def list_notes(prefix: str) -> list[str]:
 
 def draining_nodes() -> set[str]:
     """Ids of nodes that are being taken away."""
-    from ray._private.state import state
-
-    return set(state.get_draining_nodes())
+    return set(_private("state").get_draining_nodes())
 
 
 def node_is_drained() -> bool:
@@ -151,27 +133,19 @@ def node_is_drained() -> bool:
 
     `ray.train.get_preemption_info()` says the same, but waits for all ranks at every call.
     """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
+    return _private("get_train_context")().preemption_context.preemption_info is not None
 
 
 def living_jobs() -> set[str]:
     """Ids of the jobs of this cluster that have not ended."""
-    from ray._private.state import jobs
-
-    return {job["JobID"] for job in jobs() if not job["IsDead"]}
+    return {job["JobID"] for job in _private("jobs")() if not job["IsDead"]}
 
 
 def placement_groups() -> Iterator[bytes]:
     """The cluster's placement groups, each as a serialized PlacementGroupTableData."""
-    from ray._private.state import state
-
-    yield from state._connect_and_get_accessor().get_placement_group_table()
+    yield from _private("state")._connect_and_get_accessor().get_placement_group_table()
 
 
 def actor_is_dead(actor_id: str) -> bool:
     """Whether an actor, by its id in hex digits, has ended."""
-    from ray._private.state import state
-
-    return bool(state.actor_table(actor_id).get("State") == "DEAD")
+    return bool(_private("state").actor_table(actor_id).get("State") == "DEAD")

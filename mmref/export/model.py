@@ -42,6 +42,8 @@ from mmref.evaluate.refinement import (
 from mmref.model.mmref import MMRef, build_model
 from mmref.storage.fetch import read_location
 from mmref.storage.locations import read_bytes
+from mmref.storage.packed_strings import NAMES as ID_TENSORS
+from mmref.storage.packed_strings import unpack_strings
 
 FORMAT = 1
 T = TypeVar("T")
@@ -172,19 +174,6 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mo
         raise ModelError(
             f"{folder}/model.safetensors does not fit its config: missing {missing[:3]}, unknown {unknown[:3]}. Export again."
         )
-    ids = unpack_strings(arrays["object_id_bytes"], arrays["object_id_ends"])
+    ids = unpack_strings(*(arrays[name] for name in ID_TENSORS)).to_pylist()
     settings = RefinementSettings(**card["refinement"])
     return Model(config, module, tokens, arrays.get("rows"), ids, settings, arrays.get("text_mean"), torch.device(device), card)
-
-
-def pack_strings(strings: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Strings as their UTF-8 bytes end to end, and where each ends."""
-    parts = [s.encode() for s in strings]
-    ends = np.cumsum([len(p) for p in parts], dtype=np.int64) if parts else np.zeros(0, np.int64)
-    return np.frombuffer(b"".join(parts), np.uint8), ends
-
-
-def unpack_strings(data: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
-    """The inverse of `pack_strings`."""
-    raw, starts = data.tobytes(), [0, *ends.tolist()]
-    return [raw[a:b].decode() for a, b in zip(starts, ends.tolist())]

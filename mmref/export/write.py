@@ -32,11 +32,13 @@ from mmref.errors import ExportError
 from mmref.evaluate.choose import settings_of, trained_space
 from mmref.evaluate.features import Floats, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
-from mmref.export.model import FORMAT, load, pack_strings
+from mmref.export.model import FORMAT, load
 from mmref.model.backbone import IMPORT, DualBackbone, PairBackbone, tower_config
 from mmref.model.mmref import HEADS, TRAINING_ONLY, MMRef, build_model
 from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_model, load_object_ids, load_references
 from mmref.run.directory import RunDir
+from mmref.storage.packed_strings import NAMES as ID_TENSORS
+from mmref.storage.packed_strings import pack_strings
 from mmref.storage.whole_folder import whole_folder
 from mmref.version import __version__
 
@@ -155,7 +157,7 @@ def _write_references(folder: Path, references: Floats | None, object_ids: list[
         object_ids = [object_ids[i] for i in seen]
     else:
         object_ids = []
-    arrays["object_id_bytes"], arrays["object_id_ends"] = pack_strings(object_ids)
+    arrays |= zip(ID_TENSORS, pack_strings(object_ids))
     save_arrays(arrays, folder / "references.safetensors")
 
 

@@ -11,26 +11,21 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mmref.errors import CheckpointError
+from mmref.storage.packed_strings import NAMES as ID_TENSORS
+from mmref.storage.packed_strings import pack_strings, unpack_strings
 
-IDS = ("object_id_bytes", "object_id_ends")  # as `mmref.export.model.pack_strings` writes them
 CHUNK = 1 << 16  # rows read at a time
 
 
 def pack_ids(object_ids: pa.LargeStringArray) -> dict[str, Tensor]:
-    """Ids as the tensors IDS: UTF-8 bytes end to end, and where each id ends."""
-    if not len(object_ids):
-        return dict(zip(IDS, (torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))))
-    _, offsets, data = object_ids.buffers()
-    at = np.frombuffer(offsets, np.int64)[object_ids.offset : object_ids.offset + len(object_ids) + 1]
-    text = np.frombuffer(data, np.uint8)[at[0] : at[-1]] if at[-1] > at[0] else np.zeros(0, np.uint8)
-    return dict(zip(IDS, (torch.from_numpy(text.copy()), torch.from_numpy(at[1:] - at[0]))))
+    """Ids as the tensors that a file of rows holds them in."""
+    return dict(zip(ID_TENSORS, map(torch.from_numpy, pack_strings(object_ids))))
 
 
 class RowFile:
@@ -40,15 +35,13 @@ class RowFile:
         self.name, self._file = path.rsplit("/", 1)[-1], file
         self.first = int(file.metadata()["first"])  # files in this order are the rows in order
         names = set(file.keys())
-        if not names.issuperset(IDS):
+        if not names.issuperset(ID_TENSORS):
             raise CheckpointError(
                 f"{path} does not say which objects its references belong to: an older version of mmref wrote it. Train "
                 "again with this one."
             )
-        data, ends = (file.get_tensor(name).numpy() for name in IDS)
-        offsets = np.concatenate([[0], ends]).astype(np.int64)
-        self.object_ids = pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(data))
-        self.names = sorted(names - set(IDS))
+        self.object_ids = unpack_strings(*(file.get_tensor(name).numpy() for name in ID_TENSORS))
+        self.names = sorted(names - set(ID_TENSORS))
 
     def __len__(self) -> int:
         return len(self.object_ids)

@@ -26,7 +26,6 @@ from mmref.errors import ExportError, ModelError, SampleError, StorageError
 from mmref.evaluate.features import Encoder, read_pixels, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.export import write as exporting
-from mmref.export.model import pack_strings, unpack_strings
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**SMALL, "image_size": 16, "patch_size": 8}
@@ -270,8 +269,3 @@ def test_the_command(make_config, tmp_path, capsys):
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "deep" / "out")]) == 0
     assert "exported to" in capsys.readouterr().out
     assert (tmp_path / "deep" / "out" / "config.json").exists()
-
-
-def test_strings_survive_packing():
-    for strings in ([], [""], ["a", "", "é – 鳥", "x" * 300]):
-        assert unpack_strings(*pack_strings(strings)) == strings

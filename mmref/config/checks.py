@@ -8,22 +8,12 @@ from mmref.config.option import options
 from mmref.config.tree import Config
 from mmref.errors import BatchArithmeticError, ConfigError
 
-SEEDS = 2**63
-"""Seeds lie below it: of a larger one a draw would not see every bit."""
-
 
 def check_config(config: Config) -> Config:
     """Check bounds and combinations; returns the config. Raises ConfigError."""
     t, m = config.train, config.model
     for name, option, value in options(config):
         option.check(name, value)
-    if t.seed >= SEEDS:
-        raise ConfigError(f"`train.seed` must be below {SEEDS}, found {t.seed}.")
-    for name, values in (("data.image_mean", config.data.image_mean), ("data.image_std", config.data.image_std)):
-        least = 0 if name == "data.image_std" else -math.inf
-        if len(values) != 3 or not all(least < value < math.inf for value in values):
-            above = " above 0" if name == "data.image_std" else ""
-            raise ConfigError(f"`{name}` is three numbers{above}, of red, green and blue; found {values}.")
     mix = config.data.mix
     if any(not 0.001 <= share < 1 for share in mix.values()) or sum(mix.values()) >= 1:
         raise ConfigError(

@@ -17,6 +17,8 @@ class Option:
 
     Args:
         at_least, above: the lower bound, itself allowed or not.
+        below: the upper bound, not itself allowed.
+        length: how many values a list has.
         share: a number from 0 to 1.
         unit: what is counted.
         identity: whether another value makes another run; False for scale, logging and what only says when a run ends.
@@ -24,6 +26,8 @@ class Option:
 
     at_least: float | None = None
     above: float | None = None
+    below: float | None = None
+    length: int | None = None
     share: bool = False
     unit: str = ""
     identity: bool = True
@@ -35,22 +39,28 @@ class Option:
             bound = f"at least {self.at_least:g}"
         if self.above is not None:
             bound = f"above {self.above:g}"
+        if self.length is not None:
+            bound = f"{self.length} numbers, each {bound}" if bound else f"{self.length} numbers"
         return " ".join(part for part in (bound, self.unit) if part)
 
     def check(self, name: str, given: Any) -> None:
         """Raise ConfigError for a value, or one of a list, out of bounds, infinity and NaN among them."""
+        if self.length is not None and len(given) != self.length:
+            raise ConfigError(f"`{name}` is {self.length} numbers, found {given}.")
         for value in given if isinstance(given, list) else [given]:
-            self._check_one(name, value)
+            self._check_one(name, value, f"{value} in {given}" if value is not given else str(value))
 
-    def _check_one(self, name: str, value: Any) -> None:
+    def _check_one(self, name: str, value: Any, found: str) -> None:
         if self.share and not 0 <= value <= 1:
-            raise ConfigError(f"`{name}` is a share between 0 and 1, found {value}.")
+            raise ConfigError(f"`{name}` is a share between 0 and 1, found {found}.")
         if self.at_least is not None and not value >= self.at_least:
-            raise ConfigError(f"`{name}` must be at least {self.at_least:g}, found {value}.")
+            raise ConfigError(f"`{name}` must be at least {self.at_least:g}, found {found}.")
         if self.above is not None and not value > self.above:
-            raise ConfigError(f"`{name}` must be above {self.above:g}, found {value}.")
-        if value == math.inf:
-            raise ConfigError(f"`{name}` must be finite, found {value}.")
+            raise ConfigError(f"`{name}` must be above {self.above:g}, found {found}.")
+        if self.below is not None and not value < self.below:
+            raise ConfigError(f"`{name}` must be below {self.below:g}, found {found}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"`{name}` must be finite, found {found}.")
 
 
 PLAIN = Option()

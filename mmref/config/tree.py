@@ -8,6 +8,8 @@ from typing import Any, Literal, Optional
 
 from mmref.config.option import Option, option
 
+SEEDS = 2**63
+"""Seeds lie below it: of a larger one a draw would not see every bit."""
 MIN_TAU = 0.01
 """Of the alignment, as in CLIP: training keeps a learned temperature above it."""
 
@@ -34,9 +36,9 @@ class DataConfig:
     """Width in pixels that images are resized to."""
     max_tokens: int = option(24, at_least=1, unit="tokens")
     """Captions are cut to this many tokens, special tokens included."""
-    image_mean: list[float] = field(default_factory=lambda: [0.481, 0.458, 0.408])
+    image_mean: list[float] = option([0.481, 0.458, 0.408], length=3)
     """Mean of the red, green and blue channels (0 to 1), subtracted from images."""
-    image_std: list[float] = field(default_factory=lambda: [0.269, 0.261, 0.276])
+    image_std: list[float] = option([0.269, 0.261, 0.276], above=0, length=3)
     """Standard deviation of the channels (0 to 1), that images are divided by."""
     flip: float = option(0.5, share=True)
     """Probability of a horizontal flip in training."""
@@ -197,7 +199,7 @@ class TrainConfig:
     """Micro-batches of a step on each worker: the same losses and gradients in less memory, about 1.4 x the time."""
     max_steps: int = option(400, at_least=1, unit="steps")
     """Length of training in steps."""
-    seed: int = 0
+    seed: int = option(0, below=SEEDS)
     """Seed of the initial weights, the sample stream, masks and augmentation."""
     start_from: str = ""
     """Run directory whose best checkpoint gives the first weights, and the references of objects that both sets have."""

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from whole_run import run_trainer
 
 from mmref.config import Config, from_dict, load_config, to_dict
 from mmref.data.reader import StepReader
+from mmref.model.flops import flop_counter
 from mmref.model.mmref import build_model
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import parameter_groups
@@ -138,7 +138,7 @@ def main() -> None:
         run(0, batches[0])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             run(0, batches[0])
         result[name] = {"tflop": counter.get_total_flops() / 1e12}
         if device.type == "cuda":

@@ -82,15 +82,15 @@ def measure_model(config: Config, micro_batch: int, objects: int = 0) -> ModelSi
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
 
     from mmref.model.backbone import try_towers, without_weights
+    from mmref.model.flops import flop_counter
     from mmref.model.mmref import Masked, build_model
 
     trust_own(config.model)
     try_towers(config.model, (config.data.image_height, config.data.image_width))
     config = dataclasses.replace(config, model=without_weights(config.model))
-    flops = FlopCounterMode(display=False)
+    flops = flop_counter()
     with torch.device("meta"):
         model = build_model(config, 0, objects)
     with FakeTensorMode(allow_non_fake_inputs=True):

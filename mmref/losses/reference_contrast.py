@@ -19,21 +19,24 @@ def reference_scores(features: Tensor, references: Tensor, reduce: Literal["max"
     Returns:
         (n, A) fp32 logits.
     """
-    unseen = references.detach().abs().amax(-1) == 0  # (A, K)
-    r = torch.nn.functional.normalize(references.float(), dim=-1)
-    f = torch.nn.functional.normalize(features.float(), dim=-1)
-    logits = scale * torch.einsum("nd,akd->nak", f, r)
-    logits = logits.masked_fill(unseen[None], -math.inf)
-    if references.shape[1] == 1:
-        return logits[:, :, 0]
+    objects, per_object, _ = references.shape
+    unseen = (references.detach().abs().amax(-1) == 0).T  # (K, A)
+    r = torch.nn.functional.normalize(references.float(), dim=-1).transpose(0, 1)
+    f = scale * torch.nn.functional.normalize(features.float(), dim=-1)
+    # The cosines are most of what a step keeps in memory: one pass computes, scales and masks them, and an object's K lie so
+    # that the objects, and not its few references, are the innermost dimension of what follows.
+    absent = torch.zeros_like(unseen, dtype=f.dtype).masked_fill(unseen, -math.inf).flatten()
+    logits = torch.addmm(absent, f, r.reshape(per_object * objects, -1).T).view(-1, per_object, objects)
+    if per_object == 1:
+        return logits[:, 0]
     if reduce == "max":
-        return logits.amax(-1)
-    seen = (~unseen).sum(-1).clamp(min=1).log()  # (A,) log of how many references the mean is over
+        return logits.amax(1)
+    seen = (~unseen).sum(0).clamp(min=1).log()  # (A,) log of how many references the mean is over
     # The gradient of logsumexp over a row of -inf alone is NaN, so unseen objects get a finite stand-in and are masked
     # afterwards.
-    none_seen = unseen.all(-1)
-    safe = logits.masked_fill(none_seen[None, :, None], 0.0)
-    return (safe.logsumexp(-1) - seen).masked_fill(none_seen[None], -math.inf)
+    none_seen = unseen.all(0)
+    safe = logits.masked_fill(none_seen, 0.0)
+    return (safe.logsumexp(1) - seen).masked_fill(none_seen, -math.inf)
 
 
 def reference_loss(

@@ -30,6 +30,7 @@ from mmref.config import ModelConfig
 from mmref.config.packages import IMPORT, imported, local_name
 from mmref.errors import ModelError
 from mmref.model.adapter import Adapter
+from mmref.model.depthwise import use_depthwise
 from mmref.model.frozen import FrozenTokens
 
 DRIVEN = ("clip", "metaclip_2", "siglip")  # families of dual encoders that are tested
@@ -232,7 +233,7 @@ class DualBackbone(nn.Module):
         self.vocab_size = text.vocab_size
         self.max_positions = text.max_position_embeddings
         # SigLIP was trained on padded text without a mask; CLIP is causal and reads its features at the end token.
-        self.uses_mask = model.config.model_type != "siglip"
+        self.uses_mask = self.trims_texts = model.config.model_type != "siglip"
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         interpolate = tuple(pixels.shape[-2:]) != self.native_size
@@ -284,6 +285,8 @@ class PairBackbone(nn.Module):
         self.embed_dim = embed_dim
         self.vocab_size = text.config.vocab_size
         self.max_positions = getattr(text.config, "max_position_embeddings", 1 << 30)
+        # What a tower from an import path makes of padding is its own affair.
+        self.trims_texts = isinstance(text, PreTrainedModel)
         size = getattr(vision.config, "image_size", None)
         self.native_size = (size, size) if isinstance(size, int) else (tuple(size) if size else None)
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(vision.forward).parameters
@@ -380,4 +383,5 @@ def build_backbone(config: ModelConfig, vocab_size: int) -> Backbone:
     if vocab_size > backbone.vocab_size:  # a mask token added to a tokenizer without one (CLIP)
         backbone.text_model.resize_token_embeddings(vocab_size, mean_resizing=False)
         backbone.vocab_size = vocab_size
+    use_depthwise(backbone.vision_model)
     return backbone

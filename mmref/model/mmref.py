@@ -15,6 +15,7 @@ from mmref.config import MIN_TAU, Config, LossConfig, ReferenceConfig
 from mmref.errors import ModelError
 from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, PairBackbone, build_backbone
+from mmref.model.text_groups import TextGroup, encode_groups
 from mmref.model.word_decoder import ImageWordHead, ReconstructionHead
 from mmref.randomness import RandomStream, torch_seed
 
@@ -137,12 +138,14 @@ class MMRef(nn.Module):
     def compile_towers(self) -> None:
         """Compile both towers in place: names of parameters stay, which checkpoints go by.
 
-        Training meets each tower with one shape, in two modes under gradient caching; evaluation, which meets others, runs
-        the towers as they are. Dropout draws what it would draw uncompiled, the same in both passes of gradient caching.
+        Training meets images of one shape and captions of many lengths, in two modes under gradient caching; evaluation,
+        which meets others, runs the towers as they are. Dropout draws what it would draw uncompiled, the same in both passes
+        of gradient caching.
         """
         self.compiled = True
-        for tower in (self.backbone.vision_model, self.backbone.text_model):
-            tower.compile(dynamic=False, options={"fallback_random": True})
+        options = {"fallback_random": True}
+        self.backbone.vision_model.compile(dynamic=False, options=options)
+        self.backbone.text_model.compile(dynamic=self.backbone.trims_texts, options=options)
 
     @property
     def embed_dim(self) -> int:
@@ -155,9 +158,10 @@ class MMRef(nn.Module):
         mask: Tensor | None = None,
         masked: Masked | None = None,
         objects: Tensor | None = None,
+        groups: list[TextGroup] | None = None,
     ) -> Output:
         """Features of images (B, 3, H, W) and captions (B, L), either or both; the heads' losses where `masked` captions
-        and the `objects` (B,) of the samples are given."""
+        and the `objects` (B,) of the samples are given. `groups` of `group_texts(mask)` save the work on padding."""
         image = text = rec_sum = mlm_sum = id_sum = None
         device = self.log_scale.device.type
         # Evaluation brings other shapes, and each would be compiled for a few batches.
@@ -170,14 +174,14 @@ class MMRef(nn.Module):
                 image = nn.functional.normalize(image_global.float(), dim=-1)
             if ids is not None:
                 assert mask is not None
-                text_global = self.backbone.encode_text(ids, mask)[0]
+                text_global = self._encode_text(ids, mask, groups)[0]
                 text = nn.functional.normalize(text_global.float(), dim=-1)
             if objects is not None and self.classify is not None:
                 id_sum = identity_loss(self.classify(image_global), self.classify(text_global), objects)
             if masked is not None:
                 assert mask is not None
                 with self.keeping_nothing():  # masked anew at each step
-                    states, words = self.backbone.encode_text(masked.ids, mask)[1], masked.words[masked.at]
+                    states, words = self._encode_text(masked.ids, mask, groups)[1], masked.words[masked.at]
                 if self.reconstruct is not None:
                     given = states.detach() if self.rec_detach_text else states
                     rec_sum = reconstruction_loss(self.reconstruct(given, mask, masked.references, masked.at), words)
@@ -185,6 +189,11 @@ class MMRef(nn.Module):
                     seen, read = self.backbone.in_shared_space(image_tokens, states)
                     mlm_sum = reconstruction_loss(self.image_words(read, mask, seen, masked.at), words)
         return Output(image, text, rec_sum, mlm_sum, id_sum, AtMost.apply(self.log_scale.float().exp(), 1 / MIN_TAU))
+
+    def _encode_text(self, ids: Tensor, mask: Tensor, groups: list[TextGroup] | None) -> tuple[Tensor, Tensor]:
+        if groups is None or not self.backbone.trims_texts:
+            return self.backbone.encode_text(ids, mask)
+        return encode_groups(self.backbone.encode_text, ids, mask, groups)
 
     def is_new(self, name: str) -> bool:
         """Whether a parameter starts from random weights beside pretrained towers (gets `train.lr_new`)."""

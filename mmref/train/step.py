@@ -22,6 +22,7 @@ from mmref.data.tokens import Tokens
 from mmref.losses.agreement import agreement, agreement_weights
 from mmref.losses.objective import TOTAL, References, Share, loss_weights, objective, pack, ramp
 from mmref.model.mmref import Masked, Output
+from mmref.model.text_groups import TextGroup, group_texts
 from mmref.model.word_decoder import mask_words
 from mmref.randomness import RandomStream, torch_seed, uniform_tensor
 from mmref.train import collectives
@@ -37,6 +38,7 @@ class MicroBatch:
     mask: Tensor  # (b, L)
     masked: tuple[Tensor, Tensor] | None  # masked ids and positions, (b, L) each
     objects: Tensor  # (b,) object rows
+    groups: list[TextGroup]  # of its captions
 
 
 class Common(NamedTuple):
@@ -119,7 +121,7 @@ class StepRunner:
         with torch.no_grad():
             for m in micro:
                 states.append(_random_state(self.device))
-                out = self.model(m.pixels, m.ids, m.mask)
+                out = self.model(m.pixels, m.ids, m.mask, groups=m.groups)
                 image, text = _features(out)
                 images.append(image)
                 texts.append(text)
@@ -152,7 +154,7 @@ class StepRunner:
         return {TOTAL: total, **losses}, image.detach(), text.detach()
 
     def _forward(self, m: MicroBatch, common: Common) -> Output:
-        return self.model(m.pixels, m.ids, m.mask, self._masked(m, common), m.objects)
+        return self.model(m.pixels, m.ids, m.mask, self._masked(m, common), m.objects, m.groups)
 
     # -- losses --------------------------------------------------------------------------------------------------
 
@@ -213,7 +215,14 @@ class StepRunner:
         masked = self._mask(step, ids, batch["position"]) if with_masks else None
         size = n // c.train.accumulation
         return [
-            MicroBatch(pixels[s], ids[s], mask[s], None if masked is None else (masked[0][s], masked[1][s]), objects[s])
+            MicroBatch(
+                pixels[s],
+                ids[s],
+                mask[s],
+                None if masked is None else (masked[0][s], masked[1][s]),
+                objects[s],
+                group_texts(batch["mask"][s], self.device),
+            )
             for s in (slice(i * size, (i + 1) * size) for i in range(c.train.accumulation))
         ]
 

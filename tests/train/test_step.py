@@ -16,7 +16,7 @@ import torch
 if __name__ == "__main__":  # pytest's conftest does this otherwise
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.plain_training import AT, VARIANTS, PlainTraining, train, train_adam
+from support.plain_training import AT, CLOSE, VARIANTS, PlainTraining, assert_gradients_close, train, train_adam
 from support.tiny_set import BERT, VIT, damage_image, tiny_config
 
 from mmref.losses import agreement, agreement_weights, infonce, reference_loss, sdm, soft_targets
@@ -25,7 +25,6 @@ from mmref.randomness import draw
 from mmref.train import collectives
 from mmref.train.engine import learning_rate
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
 BUNDLED = Path(__file__).parents[2] / "data_shards" / "emoji"
 GOLDEN_STEPS = 20
@@ -53,8 +52,7 @@ def test_accumulation_gives_the_same_losses_gradients_and_references(make_config
         for a, b in zip(cut.references, whole.references, strict=True):
             torch.testing.assert_close(a, b, **CLOSE)
         for a, b in zip(cut.gradients, whole.gradients, strict=True):
-            for name in b:
-                torch.testing.assert_close(a[name], b[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+            assert_gradients_close(a, b)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
@@ -167,8 +165,7 @@ def test_a_step_is_the_sum_of_its_losses(make_config, accumulation, per_object, 
     run.bank.apply_gradient = lambda active, grad, lr: asked.append((active, grad, lr))
     torch.testing.assert_close(run.step(3), values, **CLOSE)
     expected, found = whole.gradients(), run.gradients()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+    assert_gradients_close(found, expected)
     ((active, grad, lr),) = asked
     assert active.tolist() == list(range(14))
     torch.testing.assert_close(grad, references.grad, **CLOSE)
@@ -202,8 +199,7 @@ def test_irra_s_objective_is_the_sum_of_its_three_losses(make_config, accumulati
     torch.testing.assert_close(run.step(3), pack(values), **CLOSE)
     expected, found = whole.gradients(), run.gradients()
     assert {n for n, _ in model.named_parameters()} - set(expected) == {"log_scale"}
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+    assert_gradients_close(found, expected)
     assert (run.bank.rows == 0).all(), "no references are kept"
 
 

@@ -1,0 +1,46 @@
+"""Captions of a batch encoded in groups of like length, each cut to its longest: padding costs what words cost.
+
+Of emoji's captions the mean has 10 of 24 tokens, and nearly every batch has one of 24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+GROUPS = 4
+"""Groups of a batch, as many on all workers, which ZeRO-3 needs. On emoji they leave 13 of 24 tokens, twice as many would leave
+12."""
+
+
+class TextGroup(NamedTuple):
+    """Some captions of a batch."""
+
+    rows: Tensor  # (g,) their places in the batch
+    tokens: int  # of the longest
+
+
+def group_texts(mask: NDArray[Any], device: torch.device | str = "cpu") -> list[TextGroup]:
+    """Captions in groups by length; `mask` (B, L) is 1 on the tokens of each caption, which come before its padding."""
+    lengths = mask.sum(1)
+    parts = np.array_split(np.argsort(lengths, kind="stable"), min(GROUPS, len(lengths)))
+    return [TextGroup(torch.from_numpy(rows).to(device), int(lengths[rows].max())) for rows in parts]
+
+
+def encode_groups(
+    encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], ids: Tensor, mask: Tensor, groups: list[TextGroup]
+) -> tuple[Tensor, Tensor]:
+    """What `encode` gives for captions (B, L) and their mask: features (B, d) and tokens (B, L, w), zero where a group ends."""
+    features, tokens = [], []
+    for rows, longest in groups:
+        of_group, its_tokens = encode(ids[rows, :longest], mask[rows, :longest])
+        features.append(of_group)
+        tokens.append(F.pad(its_tokens, (0, 0, 0, ids.shape[1] - longest)))
+    back = torch.cat([rows for rows, _ in groups]).argsort()
+    return torch.cat(features)[back], torch.cat(tokens)[back]

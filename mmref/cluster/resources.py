@@ -9,6 +9,7 @@ import platform
 import resource
 import sys
 from pathlib import Path
+from typing import Literal
 
 from mmref.cluster import ray_private
 from mmref.cluster.address import cluster_address
@@ -24,6 +25,11 @@ def cores() -> int:
     quota = ray_private.container_cpus()
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else quota  # Linux alone has it
     return max(1, min(bound, quota))
+
+
+def torch_threads(asked: Literal["auto"] | int, processes: int) -> int:
+    """Torch threads of each of the processes that share this node's cores: `asked`, or an equal part of the cores."""
+    return max(1, cores() // processes) if asked == "auto" else asked
 
 
 def workers_that_fit(asked: int | None) -> int:
@@ -72,8 +78,8 @@ def machine(config: Config) -> str:
     except OSError:  # not Linux
         lines = []
     processor = lines[0].partition(":")[2].strip() if lines else platform.machine()
-    threads = f"{config.train.threads} thread{'' if config.train.threads == 1 else 's'}"
-    return f"{processor}, workers: {config.train.workers} of {threads}"
+    threads = torch_threads(config.train.threads, config.train.workers)
+    return f"{processor}, workers: {config.train.workers} of {threads} thread{'' if threads == 1 else 's'}"
 
 
 def has_gpu() -> bool:

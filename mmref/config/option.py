@@ -51,6 +51,8 @@ class Option:
             self._check_one(name, value, f"{value} in {given}" if value is not given else str(value))
 
     def _check_one(self, name: str, value: Any, found: str) -> None:
+        if isinstance(value, str):  # one of the words that its type allows beside numbers
+            return
         if self.share and not 0 <= value <= 1:
             raise ConfigError(f"`{name}` is a share between 0 and 1, found {found}.")
         if self.at_least is not None and not value >= self.at_least:

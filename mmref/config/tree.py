@@ -4,7 +4,7 @@ part of the run's identity."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 from mmref.config.option import Option, option
 
@@ -189,8 +189,8 @@ class TrainConfig:
     """Train on GPUs (NCCL); off: CPUs (gloo)."""
     cpus_per_worker: float = option(1, at_least=0, unit="CPUs", identity=False)
     """CPUs reserved for each worker."""
-    threads: int = option(1, at_least=1, identity=False)
-    """Torch threads of each worker on CPU."""
+    threads: Union[Literal["auto"], int] = option("auto", at_least=1, identity=False)
+    """Torch threads of each worker on CPU; `auto`: the cores that its node lets it use, shared out over the workers there."""
     global_batch: int = option(192, at_least=1, unit="pairs")
     """Image-caption pairs of one step over all workers."""
     images_per_object: int = option(2, at_least=1)

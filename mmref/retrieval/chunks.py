@@ -108,15 +108,15 @@ def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
 
 
 class ImageEmbedder:
-    """Embeds chunks; the model is loaded once."""
+    """Embeds chunks; the model is loaded once. The node's cores are shared by `processes` of its kind."""
 
-    def __init__(self, model: str, gpu: bool, threads: int | None = None) -> None:
+    def __init__(self, model: str, gpu: bool, processes: int = 1) -> None:
+        import torch
+
+        from mmref.cluster.resources import torch_threads
         from mmref.export.model import load
 
-        if threads:
-            import torch
-
-            torch.set_num_threads(threads)
+        torch.set_num_threads(torch_threads("auto", processes))
         self.model = load(model, "cuda" if gpu else "cpu")
 
     def embed(self, locations: list[Location], watch: Watch) -> bytes:
@@ -256,8 +256,8 @@ def _embedded(
         jobs = [
             Job(n, chunks.locations(n), [i for i, what in enumerate(chunks.identities(n)) if what in killers]) for n in pending
         ]
-        start = functools.partial(ImageEmbedder, model, gpu, None if gpu else 1)
-        yield from Workers(start, gpu, min(workers, len(jobs))).answers(jobs)
+        count = min(workers, len(jobs))
+        yield from Workers(functools.partial(ImageEmbedder, model, gpu, count), gpu, count).answers(jobs)
 
 
 def _bar(total: int, done: int) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from mmref.cluster.resources import torch_threads
 from mmref.config import Config, check_batch, config_hash, from_dict
 from mmref.config.packages import trust_own
 from mmref.data.shard_set import ShardSet, train_index
@@ -75,7 +76,7 @@ class Worker:
             self.device = get_device()
         else:
             self.device = torch.device("cpu")
-            torch.set_num_threads(config.train.threads)
+            torch.set_num_threads(torch_threads(config.train.threads, context.get_local_world_size()))
 
         self.run.check_shared("config.yaml")
         with checkpoint_files.resume_point(run) as at:

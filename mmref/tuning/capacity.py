@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 
 from mmref.cluster.address import cluster_address
 from mmref.cluster.connection import connect, sigterm_unwinds
-from mmref.cluster.resources import cores, needed_cpus
+from mmref.cluster.resources import cores, needed_cpus, torch_threads
 from mmref.config import Config
 from mmref.errors import ClusterTooSmallError
 
@@ -41,7 +42,15 @@ def connected(config: Config, wanted: int | None, trainings: int) -> Iterator[in
 def side_by_side(config: Config, cores: int) -> int:
     """Trainings that the cores of one machine hold without slowing each other, at least one."""
     t = config.train
-    return max(1, math.floor(cores / (t.workers * max(t.cpus_per_worker, 1 if t.gpu else t.threads))))
+    threads = 1 if t.gpu or t.threads == "auto" else t.threads
+    return max(1, math.floor(cores / (t.workers * max(t.cpus_per_worker, threads))))
+
+
+def sharing(config: Config, at_once: int) -> Config:
+    """The config of trainings of which so many run at a time: with `train.threads: auto` they share the cores of a node."""
+    t = config.train
+    threads = torch_threads(t.threads, at_once * t.workers)
+    return dataclasses.replace(config, train=dataclasses.replace(t, threads=threads))
 
 
 def concurrency(have: dict[str, float], config: Config, wanted: int | None, cores: int | None) -> int:

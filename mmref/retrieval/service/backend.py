@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from mmref.cluster import ray_private
 from mmref.cluster.connection import in_time
-from mmref.cluster.resources import cores
+from mmref.cluster.resources import torch_threads
 from mmref.retrieval.service.answering import Ask, Engine, Prepared, Reply
 from mmref.retrieval.service.leaving import ANSWER_S
 from mmref.retrieval.service.limits import Limits
@@ -57,13 +57,13 @@ class Worker:
     Ray Serve's own batching closes a batch before it waits for its turn: under load each search would be alone in its own.
 
     Args:
-        threads: that one search may use; None: as the libraries choose.
+        processes: of this kind, which share the cores of the node.
     """
 
-    def __init__(self, engine: Engine, threads: int | None = None) -> None:
+    def __init__(self, engine: Engine, processes: int = 1) -> None:
         self.engine = engine
         # Libraries keep the number of threads for each calling thread.
-        prepare = None if threads is None else functools.partial(_use_threads, threads)
+        prepare = functools.partial(_use_threads, torch_threads("auto", processes))
         self._pools = {name: Pool(count, f"mmref {name}", prepare) for name, count in THREADS.items()}
         self._waiting: deque[tuple[Prepared, asyncio.Future[Reply]]] = deque()
         self._batches: asyncio.Task[None] | None = None
@@ -159,7 +159,7 @@ class Replica(Worker):
     """What Ray Serve runs."""
 
     def __init__(self, index: str, limits: Limits, replicas: int) -> None:
-        super().__init__(Engine(index, limits), max(1, cores() // replicas))
+        super().__init__(Engine(index, limits), replicas)
 
 
 class Replicated:

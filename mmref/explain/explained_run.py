@@ -199,7 +199,7 @@ class ExplainedRun:
         g, queries = self.gallery, self.queries
         features = SplitFeatures(g.index, queries, g.features, g.rows, self.text, [])
         evaluation = Evaluation(self.config, features, self.space, self.refinement, [])
-        before, after = (evaluation.text_to_image(fn).first_rank for fn in (None, evaluation.refine_images))
+        before, after = evaluation.initial.first_rank, evaluation.refined.first_rank
         change = (before - after).astype(np.int64)  # positive: better
         once = np.unique(queries.text, return_index=True)[1]  # equal captions of several images: the first
         order = once[np.argsort(-change[once], kind="stable")].tolist()

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from mmref.data.captions import usable_captions
+from mmref.data.captions import shortest, usable_captions
 from mmref.data.decode import decode_rgb, resize_rgb
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.shard_set import ShardSet
@@ -48,6 +48,7 @@ class View:
 
     image_id: str
     object_id: str
+    label: str  # the shortest caption of the object
     pixels: np.ndarray  # (H, W, 3) uint8, as the model sees it
     heat: dict[str, np.ndarray]  # each of MAPS there is -> (grid, grid)
     cosine: dict[str, float]
@@ -60,6 +61,7 @@ class Move:
 
     image_id: str
     object_id: str
+    label: str  # as of View
     rank: int
     before: int
     gain: float
@@ -226,7 +228,7 @@ class ExplainedRun:
         row = self._matching_reference(feature, moves)
         reference = None if row is None else self.references[row]
         views = [
-            self._view(g.index, int(g.rows[at]), feature, reference, f"rank {m.rank}, before refinement {m.before}")
+            self._view(g.index, int(g.rows[at]), m.label, feature, reference, f"rank {m.rank}, before refinement {m.before}")
             for (_, at), m in zip(shown, moves)
         ]
         if row is None or reference is None:
@@ -244,7 +246,9 @@ class ExplainedRun:
             matched = [(self.reference_ids[i], float(parts[i])) for i in best if parts[i] > 0]
         g, own = self.gallery, int(self.gallery.objects[at])
         right = bool(np.isin(own, owners)) if len(owners) else None
-        return Move(g.index.image_ids[int(g.rows[at])], g.index.object_ids[own], rank, before, gain, matched, right)
+        image_id, object_id = g.index.image_ids[int(g.rows[at])], g.index.object_ids[own]
+        label = self.queries.shortest(own) or object_id
+        return Move(image_id, object_id, label, rank, before, gain, matched, right)
 
     def _matching_reference(self, query: Floats, moves: list[Move]) -> int | None:
         """Row of the reference that gave the first result most; without refinement the nearest to the query."""
@@ -277,7 +281,9 @@ class ExplainedRun:
         reference, origin = self._reference_of(object_id, reader, [i for i, _ in captioned], texts)
         chosen = captioned[:SHOWN]
         features = self.encode_texts([c for _, c in chosen])
-        views = [self._view(index, i, f, reference, note=c) for (i, c), f in zip(chosen, features)]
+        label = shortest(captions)
+        notes = ["" if c == label else f"caption: {c}" for _, c in chosen]  # what the map of the caption is of
+        views = [self._view(index, i, label, f, reference, note) for (i, _), f, note in zip(chosen, features, notes)]
         read, telling = ("", []) if reference is None else self._read(reference[None])
         return Explanation("object", f"{object_id} ({split})", origin, views, captions, read, telling)
 
@@ -306,7 +312,7 @@ class ExplainedRun:
 
     # -- what both are made of -----------------------------------------------------------------------------------------
 
-    def _view(self, index: SplitIndex, image: int, caption: Floats, references: np.ndarray | None, note: str) -> View:
+    def _view(self, index: SplitIndex, image: int, label: str, caption: Floats, references: np.ndarray | None, note: str) -> View:
         """Heat maps of one image: the caption's, that of the reference nearest to it, and that of the image's own feature."""
         raw, data = SampleReader(index).read(image), self.config.data
         pixels = resize_rgb(decode_rgb(raw.image_bytes, index.image_ids[image]), data.image_height, data.image_width)
@@ -322,7 +328,7 @@ class ExplainedRun:
         heat = dict(zip(names, heat_maps(features, targets, self.grid)))
         cosine = {name: float(features[0] @ wanted[name]) for name in names}
         object_id = index.object_ids[int(index.object_row[image])]
-        return View(index.image_ids[image], object_id, pixels, heat, cosine, note)
+        return View(index.image_ids[image], object_id, label, pixels, heat, cosine, note)
 
     def _read(self, references: np.ndarray) -> tuple[str, list[tuple[str, float]]]:
         """Text and telling words of one object's references (1, K, d); nothing without a reconstruction head."""

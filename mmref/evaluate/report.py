@@ -101,7 +101,7 @@ def render_report(
         loss_figure=_loss_figure(history),
         val_figure=_val_figure(history),
         opening=[_example(example, metrics["n_gallery"]) for example in opening["examples"]],
-        moves=_moves_in_words(opening["moves"]),
+        moves=_moves_in_words(opening["moves"], len(opening["examples"])),
         examples=[_example(example, metrics["n_gallery"]) for example in examples],
         strip_width=_longest(examples),
         row_width=_longest(opening["examples"]),
@@ -259,16 +259,21 @@ def _move_in_words(before: int, after: int, images: int) -> str:
     if not before:
         return "no right image in the gallery"
     if before == after:
-        return f"first right image stays at {_count(before)} of {_count(images)}"
-    return f"first right image {'up' if after < before else 'down'}: {_count(before)} → {_count(after)} of {_count(images)}"
+        return f"first right image: rank {_count(before)} of {_count(images)}, before and after"
+    verdict = "better" if after < before else "worse"
+    return f"first right image: rank {_count(before)} → {_count(after)} of {_count(images)}, {verdict}"
 
 
-def _moves_in_words(moves: Mapping[str, int]) -> str:
-    """What refinement did to the first right results of all queries, as of `examples.count_moves`."""
+def _moves_in_words(moves: Mapping[str, int], shown: int) -> str:
+    """What refinement did to the first right results of all queries, as of `examples.count_moves`, and how the `shown` ones were
+    chosen among them."""
     up, down, same = (_count(moves[name]) for name in ("up", "down", "same"))
-    if not moves["up"] and not moves["down"]:
-        return f"Refinement moved the first right image of none of the {same} captions."
-    return f"Refinement moved the first right image up for {up} captions, down for {down}, and left it in its place for {same}."
+    if moves["up"] or moves["down"]:
+        said = f"Refinement moved the first right image up for {up} captions, down for {down}, and not at all for {same}."
+    else:
+        said = f"Refinement moved the first right image of none of the {same} captions."
+    drawn = "Of each kind one is shown," if all(moves.values()) and shown == len(moves) else "Those shown are"
+    return f"{said} {drawn} drawn at random with a fixed seed, if possible with a right image in a row."
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

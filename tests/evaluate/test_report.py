@@ -145,15 +145,15 @@ def test_right_results_are_marked_and_movement_is_shown():
     shown = report._example(example(before, after), 3074)
     moved = {label: [r["moved"] for r in results] for label, results in shown["strips"]}
     assert moved == {"Initial": ["", "", "", "leaves"], "Refined": ["↑2", "", "new", "↓3"]}
-    assert shown["move"] == "first right image up: 3 → 1 of 3,074"
+    assert shown["move"] == "first right image: rank 3 → 1 of 3,074, better"
 
 
 @pytest.mark.parametrize(
     ("ranks", "said"),
     [
-        ((1432, 57), "first right image up: 1,432 → 57 of 3,074"),
-        ((1, 12), "first right image down: 1 → 12 of 3,074"),
-        ((35, 35), "first right image stays at 35 of 3,074"),
+        ((1432, 57), "first right image: rank 1,432 → 57 of 3,074, better"),
+        ((1, 12), "first right image: rank 1 → 12 of 3,074, worse"),
+        ((35, 35), "first right image: rank 35 of 3,074, before and after"),
         ((0, 0), "no right image in the gallery"),
     ],
 )
@@ -171,10 +171,10 @@ def test_the_first_screen_shows_queries_before_any_table():
     ]
     assert places == sorted(places) and html.index("later") > html.index("<table>")
     text = " ".join(" ".join(Elements(html).text).split())
-    assert "up for 1,234 captions, down for 56, and left it in its place for 7." in text and "fixed seed" in text
+    assert "up for 1,234 captions, down for 56, and not at all for 7. Of each kind one is shown, drawn at random" in text
     assert "More examples" in text
     still = render(opening=opening(shown[0], same=3210))
-    assert "Refinement moved the first right image of none of the 3,210 captions." in still
+    assert "Refinement moved the first right image of none of the 3,210 captions. Those shown are drawn at random" in still
 
 
 def test_a_tile_is_labelled_with_what_it_shows_and_its_title_has_the_ids():

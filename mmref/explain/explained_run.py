@@ -81,6 +81,7 @@ class Explanation:
     read: str = ""  # the reference's text; "" where the run has no reconstruction head
     telling: list[tuple[str, float]] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)  # of the references named: object id -> its shortest caption
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,9 @@ class ExplainedRun:
             return Explanation("query", text, "", views, moves=moves)
         read, telling = self._read(reference[None])
         name = self.reference_ids[row]
-        return Explanation("query", text, name, views, self._train_captions(name), read, telling, moves)
+        captions = {i: self._train_captions(i) for i in dict.fromkeys([name, *(i for m in moves for i, _ in m.references)])}
+        labels = {i: shortest(found) for i, found in captions.items() if found}
+        return Explanation("query", text, name, views, captions[name], read, telling, moves, labels)
 
     def _move(self, query: Floats, at: int, rank: int, before: int, gain: float, owners: np.ndarray) -> Move:
         matched: list[tuple[str, float]] = []
@@ -285,7 +288,8 @@ class ExplainedRun:
         notes = ["" if c == label else f"caption: {c}" for _, c in chosen]  # what the map of the caption is of
         views = [self._view(index, i, label, f, reference, note) for (i, _), f, note in zip(chosen, features, notes)]
         read, telling = ("", []) if reference is None else self._read(reference[None])
-        return Explanation("object", f"{object_id} ({split})", origin, views, captions, read, telling)
+        labels = {object_id: label}
+        return Explanation("object", f"{object_id} ({split})", origin, views, captions, read, telling, labels=labels)
 
     def _find(self, object_id: str) -> tuple[str, int]:
         for split in self.shards.splits:
@@ -350,13 +354,17 @@ class ExplainedRun:
         inside = (mask > 0) & ~np.isin(ids, self.tokens.special_ids)
         return max(1, int(np.median(inside.sum(1))))
 
+    @cached_property
+    def _train_rows(self) -> dict[str, int]:
+        """Rows of the training objects by id; {} where the set at hand has none."""
+        return {i: row for row, i in enumerate(self.shards.index("train").object_ids)} if "train" in self.shards.splits else {}
+
     def _train_captions(self, object_id: str) -> list[str]:
         """Captions of a training object, [] where the set at hand does not have it."""
-        index = self.shards.index("train") if "train" in self.shards.splits else None
-        ids = [] if index is None else list(index.object_ids)
-        if index is None or object_id not in ids:
+        if object_id not in self._train_rows:
             return []
-        row, reader, captions = ids.index(object_id), SampleReader(index), []
+        index, row = self.shards.index("train"), self._train_rows[object_id]
+        reader, captions = SampleReader(index), []
         for i in range(int(index.object_start[row]), int(index.object_start[row + 1]))[:IMAGES_OF_OBJECT]:
             try:
                 captions += [c for c, _ in usable_captions(reader.read_meta(i), index.image_ids[i])]

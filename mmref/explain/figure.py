@@ -50,7 +50,8 @@ def headline(explanation: Explanation, width: int) -> str:
     """What is explained, by which reference, and what that says, in lines of `width` characters."""
     parts = [f"“{explanation.title}”" if explanation.kind == "query" else explanation.title]
     if explanation.reference:
-        parts.append(f"reference of {explanation.reference}" + (f": “{explanation.read}”" if explanation.read else ""))
+        name = explanation.labels.get(explanation.reference, explanation.reference)
+        parts.append(f"reference of {name}" + (f": “{explanation.read}”" if explanation.read else ""))
     return "\n".join(line for part in parts for line in textwrap.wrap(part, width))
 
 

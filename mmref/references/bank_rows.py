@@ -241,8 +241,7 @@ def _strike(run: RunDir, name: str, wanted: set[str]) -> bool:
     """Whether a report or list of the run named one of the objects. A page is deleted, entries of lists are dropped."""
     text = run.read_text(name)
     if name.endswith(".html"):
-        # A report marks what it shows of an object with its id, explanations name references in a <div>. Older reports did the
-        # latter with all results, and wrote the object of an example into a sentence.
+        # A report marks what it shows of an object with its id. Older ones showed the id: in a <div>, or in a sentence.
         marks = ('data-object="{}"', "<div>{}</div>", "object {}; first")
         shown = any(mark.format(escape(i)) in text for i in wanted for mark in marks)
         if shown:

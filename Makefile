@@ -19,8 +19,11 @@ $(READY): pyproject.toml
 	$(BIN)/python -m mmref.train.build_ops
 	touch $(READY)
 
+DEMO := $(BIN)/python jobs/train.py --config configs/emoji.yaml --run_dir runs/demo
+
 demo: setup  ## train on the bundled data, evaluate, print the table, write runs/demo/report.html
-	$(BIN)/python jobs/train.py --config configs/emoji.yaml --run_dir runs/demo
+	$(DEMO)
+	@echo "next, to search the bundled images with this model: make serve"
 
 # options of mmref serve: make serve SERVE="--port 9000"
 serve: setup runs/demo-index/manifest.json  ## search the bundled images with the demo's model, on a page in your browser
@@ -31,8 +34,9 @@ runs/demo-index/manifest.json: runs/demo/metrics.json
 	rm -rf runs/demo-index runs/demo-index.partial
 	$(BIN)/mmref index data_shards/emoji --model runs/demo --out runs/demo-index --workers 0
 
-runs/demo/metrics.json:
-	$(MAKE) demo
+# order-only: a newer .venv is no reason to train again
+runs/demo/metrics.json: | $(READY)
+	$(DEMO)
 
 test: setup  ## all but the slow tests
 	$(BIN)/python -m pytest -m "not slow"

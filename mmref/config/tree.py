@@ -272,7 +272,7 @@ class EvalConfig:
     bootstrap: int = option(1000, at_least=1, unit="resamples")
     """Resamples of the 95 % intervals."""
     examples: int = option(12, at_least=0)
-    """Queries shown in the report."""
+    """Queries shown in the report, the first three at its top."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ wrong each time it comes up, as in a set that was annotated badly, and the same 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,12 @@ def usable_captions(meta: dict[str, Any], name: str) -> list[tuple[str, str]]:
     if not usable:
         raise SampleError(f"{name}: no caption (found {captions!r}).")
     return usable
+
+
+def shortest(captions: Iterable[str]) -> str:
+    """What a picture is labelled with: the caption of the fewest characters, of equally long ones the first in the order of their
+    text; "" of none."""
+    return min(captions, key=lambda caption: (len(caption), caption), default="")
 
 
 class CaptionNoise:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mmref.errors import RunDirectoryError, ShardSetError, StorageError
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
 from mmref.evaluate.choose import choose_on_val, settings_of, trained_space
 from mmref.evaluate.class_protocol import class_metrics, class_queries
+from mmref.evaluate.examples import choose_further, choose_opening, count_moves
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.evaluate.report import (
@@ -36,6 +38,7 @@ from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.output import printable
 
 SHOWN = 10  # results of an example in the report
+SHOWN_FIRST = 5  # results of those at its top, two rows of which stand side by side
 
 
 def open_run(run_dir: str) -> tuple[RunDir, Config, CheckpointInfo]:
@@ -161,10 +164,12 @@ def evaluate_run(
     if out:
         _write_copy(out, text)
     if report:
+        opening, further = evaluation.examples(config.eval.examples)
         page = render_report(
             metrics=metrics,
             history=read_jsonl(run),
-            examples=evaluation.examples(config.eval.examples),
+            opening=opening,
+            examples=further,
             title=f"{shards.manifest['name']} · {run.path.rsplit('/', 1)[-1]}",
             config=to_dict(config),
         )
@@ -235,6 +240,16 @@ class Evaluation:
     def _refiner(self, queries: np.ndarray, gallery: np.ndarray, settings: RefinementSettings | None = None) -> ScoreFn | None:
         return None if self.space is None else refined_scores(self.space, settings or self.settings, queries, gallery)
 
+    @cached_property
+    def initial(self) -> PerQuery:
+        """What every caption achieves by its feature alone."""
+        return self.text_to_image(None)
+
+    @cached_property
+    def refined(self) -> PerQuery:
+        """What it achieves after refinement."""
+        return self.text_to_image(self.refine_images)
+
     def text_to_image(self, score_fn: ScoreFn | None) -> PerQuery:
         """Every caption queries every image."""
         f = self.features
@@ -250,7 +265,7 @@ class Evaluation:
     def metrics(self) -> dict[str, Any]:
         """Metrics of both directions, intervals, per caption kind; keys as in metrics.json."""
         f, q, n = self.features, self.features.queries, self.config.eval.bootstrap
-        initial, refined = self.text_to_image(None), self.text_to_image(self.refine_images)
+        initial, refined = self.initial, self.refined
         texts = f.text[q.text]
         back, back_refined = self.image_to_text(None), self.image_to_text(self._refiner(f.image, texts))
         kinds = {}
@@ -296,45 +311,51 @@ class Evaluation:
         everywhere = self._refiner(queries, f.image, replace(self.settings, top_p=None))
         return {"initial": class_metrics(*given), "refined": class_metrics(*given, refined, everywhere)}
 
-    def examples(self, count: int) -> list[dict[str, Any]]:
-        """Queries with their first results before and after refinement: half where refinement moved the first hit."""
-        f, q = self.features, self.features.queries
-        before = self.text_to_image(None).first_rank
-        after = self.text_to_image(self.refine_images).first_rank
-        rng = np.random.default_rng(0)
-        moved = rng.permutation(np.flatnonzero(before != after))[: count // 2]
-        others = np.setdiff1d(np.arange(len(before)), moved)
-        chosen = [*moved, *rng.permutation(others)[: count - len(moved)]]
-        reader = SampleReader(f.index)
-        shown = []
-        for i in chosen:
-            pair = slice(int(self.pair_of[i]), int(self.pair_of[i]) + 1)
-            initial = self.pair_features[pair] @ f.image.T
-            refined = self.refine_images(pair, initial.copy()) if self.refine_images else initial
-            shown.append(
-                {
-                    "query": q.texts[q.text[i]],
-                    "kind": str(q.kinds[i]),
-                    "object_id": f.index.object_ids[q.objects[i]],
-                    "before": self._results(reader, initial[0], int(q.objects[i])),
-                    "after": self._results(reader, refined[0], int(q.objects[i])),
-                }
-            )
-        return shown
+    def examples(self, count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Up to `count` queries with their first results before and after refinement, for the top of the report and for further
+        down: `opening` and `examples` of `render_report`."""
+        before, after = self.initial.first_rank, self.refined.first_rank
+        opening = choose_opening(before, after, SHOWN_FIRST)[:count]
+        further = choose_further(before, after, count - len(opening), opening)
+        reader = SampleReader(self.features.index)
+        first = [self._example(reader, i, SHOWN_FIRST) for i in opening]
+        return {"moves": count_moves(before, after), "examples": first}, [self._example(reader, i, SHOWN) for i in further]
 
-    def _results(self, reader: SampleReader, scores: np.ndarray, target: int) -> list[dict[str, Any]]:
+    def _example(self, reader: SampleReader, i: int, shown: int) -> dict[str, Any]:
+        f, q = self.features, self.features.queries
+        target = int(q.objects[i])
+        pair = slice(int(self.pair_of[i]), int(self.pair_of[i]) + 1)
+        initial = self.pair_features[pair] @ f.image.T
+        refined = self.refine_images(pair, initial.copy()) if self.refine_images else initial
+        return {
+            "query": q.texts[q.text[i]],
+            "kind": str(q.kinds[i]),
+            "object_id": f.index.object_ids[target],
+            "label": self._label(target),
+            "rank_before": int(self.initial.first_rank[i]),
+            "rank_after": int(self.refined.first_rank[i]),
+            "before": self._results(reader, initial[0], target, shown),
+            "after": self._results(reader, refined[0], target, shown),
+        }
+
+    def _label(self, row: int) -> str:
+        """What an object is called: by its shortest caption, by its id where it has none."""
+        return self.features.queries.shortest(row) or self.features.index.object_ids[row]
+
+    def _results(self, reader: SampleReader, scores: np.ndarray, target: int, shown: int) -> list[dict[str, Any]]:
         f, results = self.features, []
-        for at in np.argsort(-scores, kind="stable")[:SHOWN]:
+        for at in np.argsort(-scores, kind="stable")[:shown]:
             row = int(f.image_rows[at])
-            raw = reader.read(row)
+            raw, found = reader.read(row), int(f.image_objects[at])
             results.append(
                 {
                     "image": raw.image_bytes,
                     "ext": raw.image_ext,
-                    "object_id": f.index.object_ids[int(f.image_objects[at])],
+                    "object_id": f.index.object_ids[found],
+                    "label": self._label(found),
                     "image_id": f.index.image_ids[row],
                     "score": float(scores[at]),
-                    "hit": int(f.image_objects[at]) == target,
+                    "hit": found == target,
                 }
             )
         return results

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mmref.config import DataConfig
 from mmref.data.augment import normalize
-from mmref.data.captions import usable_captions
+from mmref.data.captions import shortest, usable_captions
 from mmref.data.decode import decode_image
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.tokens import Tokens
@@ -32,6 +32,10 @@ class Queries:
     objects: NDArray[np.int64]  # (q,) object row
     images: NDArray[np.int64]  # (q,) image the caption was written for, an index into the split
     skipped: list[str] = field(default_factory=list)  # samples without a caption or with a broken record
+
+    def shortest(self, row: int) -> str:
+        """The shortest caption of an object row, as of `captions.shortest`; "" where it has none."""
+        return shortest(self.texts[i] for i in np.unique(self.text[self.objects == row]))
 
 
 def read_queries(index: SplitIndex, reader: SampleReader | None = None) -> Queries:

@@ -62,6 +62,7 @@ def render_report(
     *,
     metrics: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
+    opening: Mapping[str, Any],
     examples: Sequence[Mapping[str, Any]],
     title: str,
     config: Mapping[str, Any],
@@ -72,8 +73,10 @@ def render_report(
         metrics: as described at the top of this file.
         history: lines of metrics.jsonl, training lines {"step", "loss", ...} and val lines
             {"step", "val_R@1", ...} mixed.
-        examples: [{"query", "kind", "object_id", "before": [result, ...], "after": [result, ...]}], a result being
-            {"image": bytes, "ext", "object_id", "image_id", "score", "hit"}, best first.
+        opening: {"moves": as of `examples.count_moves`, "examples": those at the top of the page}.
+        examples: further ones, [{"query", "kind", "object_id", "label", "rank_before", "rank_after", "before": [result, ...],
+            "after": [result, ...]}]: what its object is called, and ranks of the first right result, 0 where there is none. A
+            result is {"image": bytes, "ext", "object_id", "label", "image_id", "score", "hit"}, best first.
         title: headline of the page.
         config: the resolved config; values that JSON does not know are shown as text.
     """
@@ -97,8 +100,11 @@ def render_report(
         tried=_best_tried(metrics.get("refinement") or {}),
         loss_figure=_loss_figure(history),
         val_figure=_val_figure(history),
-        examples=[_example(example) for example in examples],
-        strip_width=max((len(example[side]) for example in examples for side in ("before", "after")), default=1),
+        opening=[_example(example, metrics["n_gallery"]) for example in opening["examples"]],
+        moves=_moves_in_words(opening["moves"], len(opening["examples"])),
+        examples=[_example(example, metrics["n_gallery"]) for example in examples],
+        strip_width=_longest(examples),
+        row_width=_longest(opening["examples"]),
         skipped=metrics.get("skipped") or [],
         config=yaml.safe_dump(json.loads(json.dumps(dict(config), default=str)), sort_keys=False, allow_unicode=True),
     )
@@ -217,26 +223,28 @@ def _best_tried(refinement: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [row for place, row in enumerate(ordered) if place < _TRIED_SHOWN or not row["weight"]]
 
 
-def _example(example: Mapping[str, Any]) -> dict[str, Any]:
-    """An example with its images inlined and each result's movement between the two rankings."""
+def _longest(examples: Sequence[Mapping[str, Any]]) -> int:
+    """Results of the longest row."""
+    return max((len(example[side]) for example in examples for side in ("before", "after")), default=1)
+
+
+def _example(example: Mapping[str, Any], images: int) -> dict[str, Any]:
+    """An example with its images inlined and each result's movement between the two rankings of `images` images."""
     rank_before = {result["image_id"]: rank for rank, result in enumerate(example["before"], 1)}
     stays = {result["image_id"] for result in example["after"]}
     before = [_result(result, "" if result["image_id"] in stays else "leaves") for result in example["before"]]
     after = [_result(r, _movement(rank_before.get(r["image_id"]), rank)) for rank, r in enumerate(example["after"], 1)]
-    firsts = [_first_hit(example[side]) for side in ("before", "after")]
     return {
-        "query": example["query"],
-        "kind": example["kind"],
-        "object_id": example["object_id"],
+        **{key: example[key] for key in ("query", "kind", "object_id", "label")},
         "strips": [("Initial", before), ("Refined", after)],
-        "first_hit": firsts[0] if firsts[0] == firsts[1] else f"{firsts[0]} → {firsts[1]}",
+        "move": _move_in_words(example["rank_before"], example["rank_after"], images),
     }
 
 
 def _result(result: Mapping[str, Any], moved: str) -> dict[str, Any]:
     subtype = {"jpg": "jpeg", "svg": "svg+xml"}.get(result["ext"].lower(), result["ext"].lower())
     data = base64.b64encode(result["image"]).decode("ascii")
-    shown = {key: result[key] for key in ("object_id", "image_id", "score", "hit")}
+    shown = {key: result[key] for key in ("object_id", "label", "image_id", "score", "hit")}
     return shown | {"source": f"data:image/{subtype};base64,{data}", "moved": moved}
 
 
@@ -246,9 +254,26 @@ def _movement(before: int | None, after: int) -> str:
     return "" if before == after else f"{'↑' if after < before else '↓'}{abs(before - after)}"
 
 
-def _first_hit(results: Sequence[Mapping[str, Any]]) -> str:
-    rank = next((rank for rank, result in enumerate(results, 1) if result["hit"]), None)
-    return f"beyond {len(results)}" if rank is None else str(rank)
+def _move_in_words(before: int, after: int, images: int) -> str:
+    """What refinement did to the first right result, by its ranks among `images`; both are 0 where the gallery has none."""
+    if not before:
+        return "no right image in the gallery"
+    if before == after:
+        return f"first right image: rank {_count(before)} of {_count(images)}, before and after"
+    verdict = "better" if after < before else "worse"
+    return f"first right image: rank {_count(before)} → {_count(after)} of {_count(images)}, {verdict}"
+
+
+def _moves_in_words(moves: Mapping[str, int], shown: int) -> str:
+    """What refinement did to the first right results of all queries, as of `examples.count_moves`, and how the `shown` ones were
+    chosen among them."""
+    up, down, same = (_count(moves[name]) for name in ("up", "down", "same"))
+    if moves["up"] or moves["down"]:
+        said = f"Refinement moved the first right image up for {up} captions, down for {down}, and not at all for {same}."
+    else:
+        said = f"Refinement moved the first right image of none of the {same} captions."
+    drawn = "Of each kind one is shown," if all(moves.values()) and shown == len(moves) else "Those shown are"
+    return f"{said} {drawn} drawn at random with a fixed seed, if possible with a right image in a row."
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,6 @@ def _explain(args: argparse.Namespace) -> None:
         for m in e.moves:
             because = ", ".join(f"{name} {part:+.3f}" for name, part in m.references)
             right = " (right)" if m.right else ""
-            print(printable(f"  {m.rank} (before {m.before}) {m.image_id}{right}: {because or 'not refined'}"))
+            print(printable(f"  {m.rank} (before {m.before}) {m.image_id} “{m.label}”{right}: {because or 'not refined'}"))
     for path in write(run.run, run.checkpoint.folder, found, run.view):
         print(f"written to {path}")

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from mmref.data.captions import usable_captions
+from mmref.data.captions import shortest, usable_captions
 from mmref.data.decode import decode_rgb, resize_rgb
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.shard_set import ShardSet
@@ -48,6 +48,7 @@ class View:
 
     image_id: str
     object_id: str
+    label: str  # the shortest caption of the object
     pixels: np.ndarray  # (H, W, 3) uint8, as the model sees it
     heat: dict[str, np.ndarray]  # each of MAPS there is -> (grid, grid)
     cosine: dict[str, float]
@@ -60,6 +61,7 @@ class Move:
 
     image_id: str
     object_id: str
+    label: str  # as of View
     rank: int
     before: int
     gain: float
@@ -79,6 +81,7 @@ class Explanation:
     read: str = ""  # the reference's text; "" where the run has no reconstruction head
     telling: list[tuple[str, float]] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)  # of the references named: object id -> its shortest caption
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ class ExplainedRun:
         g, queries = self.gallery, self.queries
         features = SplitFeatures(g.index, queries, g.features, g.rows, self.text, [])
         evaluation = Evaluation(self.config, features, self.space, self.refinement, [])
-        before, after = (evaluation.text_to_image(fn).first_rank for fn in (None, evaluation.refine_images))
+        before, after = evaluation.initial.first_rank, evaluation.refined.first_rank
         change = (before - after).astype(np.int64)  # positive: better
         once = np.unique(queries.text, return_index=True)[1]  # equal captions of several images: the first
         order = once[np.argsort(-change[once], kind="stable")].tolist()
@@ -226,14 +229,16 @@ class ExplainedRun:
         row = self._matching_reference(feature, moves)
         reference = None if row is None else self.references[row]
         views = [
-            self._view(g.index, int(g.rows[at]), feature, reference, f"rank {m.rank}, before refinement {m.before}")
+            self._view(g.index, int(g.rows[at]), m.label, feature, reference, f"rank {m.rank}, before refinement {m.before}")
             for (_, at), m in zip(shown, moves)
         ]
         if row is None or reference is None:
             return Explanation("query", text, "", views, moves=moves)
         read, telling = self._read(reference[None])
         name = self.reference_ids[row]
-        return Explanation("query", text, name, views, self._train_captions(name), read, telling, moves)
+        captions = {i: self._train_captions(i) for i in dict.fromkeys([name, *(i for m in moves for i, _ in m.references)])}
+        labels = {i: shortest(found) for i, found in captions.items() if found}
+        return Explanation("query", text, name, views, captions[name], read, telling, moves, labels)
 
     def _move(self, query: Floats, at: int, rank: int, before: int, gain: float, owners: np.ndarray) -> Move:
         matched: list[tuple[str, float]] = []
@@ -244,7 +249,9 @@ class ExplainedRun:
             matched = [(self.reference_ids[i], float(parts[i])) for i in best if parts[i] > 0]
         g, own = self.gallery, int(self.gallery.objects[at])
         right = bool(np.isin(own, owners)) if len(owners) else None
-        return Move(g.index.image_ids[int(g.rows[at])], g.index.object_ids[own], rank, before, gain, matched, right)
+        image_id, object_id = g.index.image_ids[int(g.rows[at])], g.index.object_ids[own]
+        label = self.queries.shortest(own) or object_id
+        return Move(image_id, object_id, label, rank, before, gain, matched, right)
 
     def _matching_reference(self, query: Floats, moves: list[Move]) -> int | None:
         """Row of the reference that gave the first result most; without refinement the nearest to the query."""
@@ -277,9 +284,12 @@ class ExplainedRun:
         reference, origin = self._reference_of(object_id, reader, [i for i, _ in captioned], texts)
         chosen = captioned[:SHOWN]
         features = self.encode_texts([c for _, c in chosen])
-        views = [self._view(index, i, f, reference, note=c) for (i, c), f in zip(chosen, features)]
+        label = shortest(captions)
+        notes = ["" if c == label else f"caption: {c}" for _, c in chosen]  # what the map of the caption is of
+        views = [self._view(index, i, label, f, reference, note) for (i, _), f, note in zip(chosen, features, notes)]
         read, telling = ("", []) if reference is None else self._read(reference[None])
-        return Explanation("object", f"{object_id} ({split})", origin, views, captions, read, telling)
+        labels = {object_id: label}
+        return Explanation("object", f"{object_id} ({split})", origin, views, captions, read, telling, labels=labels)
 
     def _find(self, object_id: str) -> tuple[str, int]:
         for split in self.shards.splits:
@@ -306,7 +316,7 @@ class ExplainedRun:
 
     # -- what both are made of -----------------------------------------------------------------------------------------
 
-    def _view(self, index: SplitIndex, image: int, caption: Floats, references: np.ndarray | None, note: str) -> View:
+    def _view(self, index: SplitIndex, image: int, label: str, caption: Floats, references: np.ndarray | None, note: str) -> View:
         """Heat maps of one image: the caption's, that of the reference nearest to it, and that of the image's own feature."""
         raw, data = SampleReader(index).read(image), self.config.data
         pixels = resize_rgb(decode_rgb(raw.image_bytes, index.image_ids[image]), data.image_height, data.image_width)
@@ -322,7 +332,7 @@ class ExplainedRun:
         heat = dict(zip(names, heat_maps(features, targets, self.grid)))
         cosine = {name: float(features[0] @ wanted[name]) for name in names}
         object_id = index.object_ids[int(index.object_row[image])]
-        return View(index.image_ids[image], object_id, pixels, heat, cosine, note)
+        return View(index.image_ids[image], object_id, label, pixels, heat, cosine, note)
 
     def _read(self, references: np.ndarray) -> tuple[str, list[tuple[str, float]]]:
         """Text and telling words of one object's references (1, K, d); nothing without a reconstruction head."""
@@ -344,13 +354,17 @@ class ExplainedRun:
         inside = (mask > 0) & ~np.isin(ids, self.tokens.special_ids)
         return max(1, int(np.median(inside.sum(1))))
 
+    @cached_property
+    def _train_rows(self) -> dict[str, int]:
+        """Rows of the training objects by id; {} where the set at hand has none."""
+        return {i: row for row, i in enumerate(self.shards.index("train").object_ids)} if "train" in self.shards.splits else {}
+
     def _train_captions(self, object_id: str) -> list[str]:
         """Captions of a training object, [] where the set at hand does not have it."""
-        index = self.shards.index("train") if "train" in self.shards.splits else None
-        ids = [] if index is None else list(index.object_ids)
-        if index is None or object_id not in ids:
+        if object_id not in self._train_rows:
             return []
-        row, reader, captions = ids.index(object_id), SampleReader(index), []
+        index, row = self.shards.index("train"), self._train_rows[object_id]
+        reader, captions = SampleReader(index), []
         for i in range(int(index.object_start[row]), int(index.object_start[row + 1]))[:IMAGES_OF_OBJECT]:
             try:
                 captions += [c for c, _ in usable_captions(reader.read_meta(i), index.image_ids[i])]

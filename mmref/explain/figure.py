@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from mmref.explain.explained_run import MAPS, Explanation
 
+WIDTH = 42  # characters of a line above an image
 MIN_SIDE = 200  # pixels that small images are enlarged to
 HEADS = {
     "caption": "what the caption finds",
@@ -31,7 +32,7 @@ def draw(explanation: Explanation) -> bytes:
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     for row, view in enumerate(explanation.views):
         picture = enlarged(view.pixels)
-        _show(axes[row, 0], picture, f"{view.object_id}\n" + "\n".join(textwrap.wrap(view.note, 42)[:2]))
+        _show(axes[row, 0], picture, "\n".join([*lines(view.label), *lines(view.note)]))
         for column, name in enumerate(names, 1):
             title = f"{HEADS[name]}\n" if row == 0 else ""
             _show(axes[row, column], overlay(picture, view.heat[name]), f"{title}cosine {view.cosine[name]:.2f}")
@@ -40,12 +41,18 @@ def draw(explanation: Explanation) -> bytes:
     return out.getvalue()
 
 
+def lines(text: str) -> list[str]:
+    """A text above an image, in at most two lines."""
+    return textwrap.wrap(text, WIDTH, max_lines=2, placeholder=" …")
+
+
 def headline(explanation: Explanation, width: int) -> str:
     """What is explained, by which reference, and what that says, in lines of `width` characters."""
-    lines = [f"“{explanation.title}”" if explanation.kind == "query" else explanation.title]
+    parts = [f"“{explanation.title}”" if explanation.kind == "query" else explanation.title]
     if explanation.reference:
-        lines.append(f"reference of {explanation.reference}" + (f": “{explanation.read}”" if explanation.read else ""))
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, width))
+        name = explanation.labels.get(explanation.reference, explanation.reference)
+        parts.append(f"reference of {name}" + (f": “{explanation.read}”" if explanation.read else ""))
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, width))
 
 
 def _show(axes: Any, picture: np.ndarray, title: str) -> None:

@@ -240,8 +240,10 @@ def _kept(file: RowFile, keep: pa.BooleanArray) -> dict[str, Tensor]:
 def _strike(run: RunDir, name: str, wanted: set[str]) -> bool:
     """Whether a report or list of the run named one of the objects. A page is deleted, entries of lists are dropped."""
     text = run.read_text(name)
-    if name.endswith(".html"):  # as mmref/evaluate/templates/report.html.j2 shows results and examples
-        shown = any(f"<div>{escape(i)}</div>" in text or f"object {escape(i)}; first" in text for i in wanted)
+    if name.endswith(".html"):
+        # A report marks what it shows of an object with its id. Older ones showed the id: in a <div>, or in a sentence.
+        marks = ('data-object="{}"', "<div>{}</div>", "object {}; first")
+        shown = any(mark.format(escape(i)) in text for i in wanted for mark in marks)
         if shown:
             run.remove(name)
         return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 
 from mmref.storage.locations import absolute
@@ -16,8 +17,10 @@ def train_main(argv: Sequence[str]) -> int:
     config = load_config(list(argv))
     from mmref.train.trainer import train as run
 
-    run(config)
-    print(f"report: {absolute(config.run_dir)}/report.html")
+    metrics, where = run(config), absolute(config.run_dir)
+    if metrics:
+        print(f"report: {where}/report.html")
+    print(f"next, to search pictures of your own: mmref index PHOTOS --model {shlex.quote(where)} --out INDEX")
     return 0
 
 

@@ -41,11 +41,17 @@ def some_metrics(**changes):
 
 
 def result(image_id, hit=False, score=0.5, ext="png"):
-    return {"image": IMAGE, "ext": ext, "object_id": f"o-{image_id}", "image_id": image_id, "score": score, "hit": hit}
+    named = {"object_id": f"o-{image_id}", "label": f"a {image_id}", "image_id": image_id}
+    return {"image": IMAGE, "ext": ext, **named, "score": score, "hit": hit}
 
 
-def example(before, after, query="a <b>red</b> bird"):
-    return {"query": query, "kind": "name", "object_id": "red bird", "before": before, "after": after}
+def example(before, after, query="a <b>red</b> bird", ranks=(3, 1)):
+    named = {"query": query, "kind": "name", "object_id": "o-1", "label": "red bird"}
+    return {**named, "rank_before": ranks[0], "rank_after": ranks[1], "before": before, "after": after}
+
+
+def opening(*examples, **moves):
+    return {"moves": {"up": 0, "down": 0, "same": 0} | moves, "examples": list(examples)}
 
 
 HISTORY = [
@@ -58,8 +64,8 @@ HISTORY = [
 
 
 def render(**changes):
-    arguments = {"metrics": some_metrics(), "history": HISTORY, "examples": [], "title": "A run", "config": {"seed": 1}}
-    return render_report(**arguments | changes)
+    arguments = {"metrics": some_metrics(), "history": HISTORY, "title": "A run", "config": {"seed": 1}}
+    return render_report(**arguments | {"opening": opening(), "examples": []} | changes)
 
 
 class Elements(HTMLParser):
@@ -92,7 +98,8 @@ class Elements(HTMLParser):
 
 
 def test_is_well_formed_and_loads_nothing():
-    html = render(examples=[example([result("a", True)], [result("b")])])
+    shown = [example([result("a", True)], [result("b")])]
+    html = render(opening=opening(*shown), examples=shown)
     page = Elements(html)
     assert page.open == [] and page.wrong == []
     assert not re.search(r"https?://|//[a-z]|@import|url\((?!#)", html)
@@ -103,20 +110,22 @@ def test_is_well_formed_and_loads_nothing():
 
 def test_whatever_the_user_wrote_is_escaped():
     evil = "<script>alert('x')</script>"
-    bad = result("a") | {"object_id": evil, "image_id": f'"{evil}', "ext": f'png"{evil}'}
+    bad = result("a") | {"object_id": evil, "label": evil, "image_id": f'"{evil}', "ext": f'png"{evil}'}
+    shown = example([bad], [bad], query=evil) | {"kind": evil, "object_id": evil, "label": evil}
     metrics = some_metrics(skipped=[evil], split=evil, by_caption_kind={evil: {"n_queries": 1, **block(1.0)}})
     html = render(
         title=evil,
         metrics=metrics,
         config={"name": evil},
-        examples=[example([bad], [bad], query=evil) | {"kind": evil, "object_id": evil}],
+        opening=opening(shown),
+        examples=[shown],
         history=[{"step": 1, f"val_{evil}mAP": 3.0}],
     )
     page = Elements(html)
     assert "<script" not in html
     assert not page.all("script") and page.wrong == []
     assert all(set(image) == {"src", "alt"} for image in page.all("img"))
-    assert "".join(page.text).count(evil) >= 8
+    assert "".join(page.text).count(evil) >= 14
 
 
 def test_images_are_inlined_with_their_type():
@@ -133,14 +142,51 @@ def test_right_results_are_marked_and_movement_is_shown():
     marked = ["hit" in figure["class"].split() for figure in page.all("figure") if "class" in figure]
     assert marked == [False, False, True, False, True, False, True, False]
     assert [image["alt"].endswith(", right") for image in page.all("img")] == marked
-    shown = report._example(example(before, after))
+    shown = report._example(example(before, after), 3074)
     moved = {label: [r["moved"] for r in results] for label, results in shown["strips"]}
     assert moved == {"Initial": ["", "", "", "leaves"], "Refined": ["↑2", "", "new", "↓3"]}
-    assert shown["first_hit"] == "3 → 1"
+    assert shown["move"] == "first right image: rank 3 → 1 of 3,074, better"
 
 
-def test_no_hit_among_the_results_is_said():
-    assert report._example(example([result("a")] * 10, [result("a", hit=True)]))["first_hit"] == "beyond 10 → 1"
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        ((1432, 57), "first right image: rank 1,432 → 57 of 3,074, better"),
+        ((1, 12), "first right image: rank 1 → 12 of 3,074, worse"),
+        ((35, 35), "first right image: rank 35 of 3,074, before and after"),
+        ((0, 0), "no right image in the gallery"),
+    ],
+)
+def test_the_rank_of_the_first_right_image_is_said_wherever_it_is(ranks, said):
+    shown = example([result("a")] * 10, [result("a")] * 10, ranks=ranks)
+    html = render(opening=opening(shown), examples=[shown])
+    assert html.count(said) == 2 and "beyond" not in html
+
+
+def test_the_first_screen_shows_queries_before_any_table():
+    shown = [example([result(f"b{i}")], [result(f"a{i}", hit=True)], query=f"query {i}") for i in range(3)]
+    html = render(opening=opening(*shown, up=1234, down=56, same=7), examples=[example([result("x")], [], query="later")])
+    places = [
+        html.index(part) for part in ("<h1>", "Measured on test", "query 0", "query 1", "query 2", "R@1, refined", "<table>")
+    ]
+    assert places == sorted(places) and html.index("later") > html.index("<table>")
+    text = " ".join(" ".join(Elements(html).text).split())
+    assert "up for 1,234 captions, down for 56, and not at all for 7. Of each kind one is shown, drawn at random" in text
+    assert "More examples" in text
+    still = render(opening=opening(shown[0], same=3210))
+    assert "Refinement moved the first right image of none of the 3,210 captions. Those shown are drawn at random" in still
+
+
+def test_a_tile_is_labelled_with_what_it_shows_and_its_title_has_the_ids():
+    long = "a drawing of an officer of the police, with words that no tile has room for"
+    tile = result("1f46e-1f3fc-200d-2642-fe0f@twemoji") | {"object_id": "1f46e", "label": long}
+    html = render(opening=opening(example([tile], [])), examples=[example([tile], [])])
+    assert html.count(f"<div>{long}</div>") == 2 and "text-overflow: ellipsis" in html
+    page = Elements(html)
+    assert "1f46e" not in "".join(page.text)
+    figures = [f for f in page.all("figure") if f.get("data-object") == "1f46e"]
+    assert [f["title"] for f in figures] == [f"{long} (image 1f46e-1f3fc-200d-2642-fe0f@twemoji of 1f46e)"] * 2
+    assert [image["alt"] for image in page.all("img")] == [long] * 2
 
 
 def test_table_shows_both_directions_kinds_and_intervals():

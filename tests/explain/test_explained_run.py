@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mmref.data.shard_set import ShardSet
 from mmref.errors import QueryError, ShardSetError
 from mmref.evaluate.report import section_path, with_section
 from mmref.explain.explained_run import ExplainedRun
-from mmref.explain.figure import draw, enlarged, headline, overlay
+from mmref.explain.figure import draw, enlarged, headline, lines, overlay
 from mmref.explain.section import distinct, render, slug
 from mmref.export.write import export_run
 from mmref.retrieval.heat_maps import hidden
@@ -202,7 +203,7 @@ def test_pictures_and_section_are_written_and_replaced(run_dir, objects, tmp_pat
         assert np.asarray(Image.open(picture)).std() > 10
     page = (path / "report.html").read_text()
     assert page.count("<h2>Explained</h2>") == 1 and page.endswith("<p>rest</p></html>")
-    assert page.count("<article") == 2 and f" {number}”" in page and f"<div>{trained}</div>" in page
+    assert page.count("<article") == 2 and f" {number}”" in page and f'data-object="{trained}"' in page
     assert 'src="data:image/png;base64,' in page and "http" not in page.replace("http-equiv", "")
     (path / "explain" / "mine.txt").write_text("mine")
     before = {p.name for p in (path / "explain").iterdir()}
@@ -260,11 +261,34 @@ def test_names_and_captions_for_people():
     assert with_section("<p>an old report</p>", "new") == "<p>an old report</p>"
 
 
+def test_pictures_and_results_are_labelled_with_the_shortest_caption(run, objects):
+    """Captions of the tiny set are `<color> <shape> <number>`, and a longer sentence of each image."""
+    asked = run.explain_query(QUERY)
+    known = run.explain_object(objects[5])
+    for shown in (*asked.views, *asked.moves, *known.views):
+        number = shown.object_id.split(".")[1]
+        assert shown.label.split()[-1] == number and len(shown.label.split()) == 3
+    page = render([asked], [b"png"])
+    for name in {asked.reference, *(name for m in asked.moves for name, _ in m.references)}:
+        assert asked.labels[name].split()[-1] == name.split(".")[1] and f'title="{name}">{asked.labels[name]}</div>' in page
+    first = asked.moves[0]
+    named = f"{first.label} (image {first.image_id} of {first.object_id})"
+    assert page.count(named) == 2, "of the figure, and of the row"
+    assert f'data-object="{first.object_id}"' in page and "text-overflow: ellipsis" in page
+    assert f"{first.label}</div>" in page and f">{first.image_id}" not in page
+
+
+def test_text_above_an_image_ends_where_it_is_cut():
+    assert lines("grey square") == ["grey square"] and lines("") == []
+    cut = lines("a person in a grey coat with a black bag over the left shoulder who walks past a red car and a tree")
+    assert len(cut) == 2 and cut[-1].endswith(" …") and max(map(len, cut)) <= 42
+
+
 def test_a_picture_says_what_it_explains(run, objects):
-    lines = headline(run.explain_query(QUERY), 200).split("\n")
-    assert lines[0] == f"“{QUERY}”" and lines[1].startswith("reference of thing.")
+    said = headline(run.explain_query(QUERY), 200).split("\n")
+    assert said[0] == f"“{QUERY}”" and re.match(r"reference of \w+ \w+ \d+: ", said[1])
     found = run.explain_object(objects[5])
-    assert headline(found, 300) == f"{objects[5]} (train)\nreference of {objects[5]}: “{found.read}”"
+    assert headline(found, 300) == f"{objects[5]} (train)\nreference of {found.views[0].label}: “{found.read}”"
     assert max(map(len, headline(found, 20).split("\n"))) <= 20
 
 
@@ -287,4 +311,4 @@ def test_another_set_has_pictures_and_a_section_of_its_own(run_dir, tmp_path, ca
     assert [p.name for p in (path / "explain").glob("*.png")] == ["1-query-red-circle.png"]
     assert [p.name for p in (path / "explain-other").glob("*.png")] == ["1-query-blue-star.png"]
     own, others = (path / "report.html").read_text(), (path / "report-other.html").read_text()
-    assert "red circle" in own and "blue star" not in own and "blue star" in others and "red circle" not in others
+    assert "“red circle”" in own and "“blue star”" not in own and "“blue star”" in others and "“red circle”" not in others

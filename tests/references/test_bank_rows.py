@@ -15,6 +15,7 @@ from support.tiny_run import UNSEEN, make_run
 from mmref.cli import main
 from mmref.data.shard_set import ShardSet
 from mmref.errors import CheckpointError, ReferencesError, RunDirectoryError
+from mmref.evaluate.report import render_report
 from mmref.model.reference_rows import group_means, warm_rows
 from mmref.references import bank_rows
 from mmref.run import checkpoints
@@ -115,6 +116,33 @@ def test_a_removed_object_is_in_no_file_and_the_others_are_as_before(run, config
     for info in checkpoints.list_checkpoints(run):
         assert info.meta["removed"] == 3
         assert set(run.list(info.folder)) == {"meta.json", *info.meta["files"]}, "nothing that is not listed"
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_a_report_whose_pictures_show_a_removed_object_is_deleted(run, split):
+    """Pictures are labelled with captions: what tells the object is a mark that nobody sees."""
+
+    def page(object_id):
+        result = {
+            "image": b"png",
+            "ext": "png",
+            "object_id": object_id,
+            "label": "a bird",
+            "image_id": "7",
+            "score": 1,
+            "hit": True,
+        }
+        named = {"query": "a bird", "kind": "", "object_id": "of test", "label": "a bird", "rank_before": 1, "rank_after": 1}
+        example = {**named, "before": [result], "after": [result]}
+        opening = {"moves": {"up": 0, "down": 0, "same": 1}, "examples": [example] if split == "test" else []}
+        scores = {"initial": {}, "refined": {}, "split": split, "n_queries": 1, "n_gallery": 1, "n_objects": 1}
+        further = [] if split == "test" else [example]
+        return render_report(metrics=scores, history=[], opening=opening, examples=further, title="", config={})
+
+    run.write_text("report.html", page("thing.5"))
+    run.write_text("report-other.html", page("thing.55"))
+    assert bank_rows.remove_objects(run.path, ["thing.5"]).reports == ["report.html"]
+    assert not run.exists("report.html") and run.exists("report-other.html")
 
 
 def test_a_second_removal_adds_to_the_count_and_an_unknown_object_is_named(run, config):

@@ -15,6 +15,7 @@ import time
 
 from whole_run import run_trainer
 
+from mmref.cluster.resources import torch_threads
 from mmref.config import from_dict, load_config, to_dict
 
 
@@ -41,7 +42,7 @@ def main() -> None:
         row = {"workers": workers, **run_trainer(from_dict(values), args.windows, args.steps)}
         first = rows[0] if rows else row
         row["efficiency"] = row["images_per_second"] / first["images_per_second"] * first["workers"] / workers
-        row["most_by_cores"] = 1.0 if gpu else min(1.0, cores / (workers * config.train.threads))
+        row["most_by_cores"] = 1.0 if gpu else min(1.0, cores / (workers * torch_threads(config.train.threads, workers)))
         row["wall_seconds"] = time.perf_counter() - began
         rows.append(row)
     print(f"{'workers':>8}{'images/s':>10}{'step ms':>10}{'data wait %':>13}{'efficiency':>12}{'most by cores':>15}")

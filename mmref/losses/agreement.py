@@ -1,4 +1,4 @@
-"""Weights of captions by how well they agree with the reference of their object: a wrong caption counts less."""
+"""Weights of captions by how well they agree with the reference of their object: a wrong caption counts less. Ours."""
 
 from typing import Literal
 

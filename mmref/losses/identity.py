@@ -1,4 +1,4 @@
-"""Identity classification of both features, a part of IRRA's objective."""
+"""Identity classification of both features, a part of IRRA's objective (Jiang and Ye, CVPR 2023, arXiv:2303.12501)."""
 
 import torch
 from torch import Tensor

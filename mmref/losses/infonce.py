@@ -1,4 +1,8 @@
-"""Identity-aware (multi-positive) InfoNCE."""
+"""Identity-aware (multi-positive) InfoNCE: every pair of one object is a positive.
+
+InfoNCE is of van den Oord et al. 2018 (arXiv:1807.03748), several positives as in Khosla et al. 2020 (arXiv:2004.11362). MMRef
+aligns images and texts with it (Ma et al., arXiv:2504.07718).
+"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,7 @@
-"""Local reconstruction: cross-entropy on masked words."""
+"""Local reconstruction of MMRef (Ma et al., arXiv:2504.07718): cross-entropy on masked words.
+
+IRRA's masked words, predicted from the image, have the same loss.
+"""
 
 import torch
 from torch import Tensor

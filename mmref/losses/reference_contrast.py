@@ -1,4 +1,4 @@
-"""Global fusion and reference-guided learning: one cross-entropy on cos(R, E)."""
+"""Global fusion and reference-guided learning of MMRef (Ma et al., arXiv:2504.07718): one cross-entropy on cos(R, E)."""
 
 import math
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Similarity distribution matching."""
+"""Similarity distribution matching, the alignment of IRRA (Jiang and Ye, CVPR 2023, arXiv:2303.12501)."""
 
 import torch
 from torch import Tensor

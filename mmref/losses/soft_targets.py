@@ -1,4 +1,4 @@
-"""Soft targets of guidance: objects whose references are alike share what an ambiguous caption says."""
+"""Soft targets of guidance: objects whose references are alike share what an ambiguous caption says. Ours."""
 
 import torch
 from torch import Tensor

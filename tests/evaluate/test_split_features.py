@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.jobs import Job
+from support.jobs import Job, lines_of_ray
 from support.tiny_run import make_run
 
 from mmref.cluster.connection import connect
@@ -16,9 +15,6 @@ from mmref.errors import ShardSetError
 from mmref.evaluate import split_features
 from mmref.evaluate.evaluation import open_run
 from mmref.evaluate.split_features import Portion, embed_splits
-
-# A line of Ray's core, of Ray's Python loggers, or of one of Ray's processes.
-OF_RAY = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+ \w \d+ \d+\]|\b(?:INFO|WARNING|ERROR)\b.*\.py:\d+ -- |\(\w*pid=\d+|max_restarts")
 
 
 @pytest.fixture
@@ -34,7 +30,7 @@ def test_a_sound_evaluation_prints_no_line_of_ray(run: Path) -> None:
     status, output = Job("evaluate.py", "--checkpoint", str(run)).wait()
     assert status == 0, output
     assert "choosing the refinement on val ..." in output and "scoring test ..." in output and "text to image" in output
-    assert not [line for line in output.splitlines() if OF_RAY.search(line)], output
+    assert not lines_of_ray(output)
 
 
 @pytest.mark.ray

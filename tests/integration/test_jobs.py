@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.jobs import Job, losses, records, wait_for, write_config
+from support.jobs import Job, lines_of_ray, losses, records, wait_for, write_config
 
 from mmref.config import Config
 from mmref.run.directory import RunDir
@@ -37,6 +37,7 @@ def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     status, output = Job("train.py", "--config", str(config_file), "--run_dir", str(run)).wait()
     assert status == 0, output
     assert "text to image" in output, "the table is printed"
+    assert not lines_of_ray(output)
     return run
 
 

@@ -36,6 +36,7 @@ from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load
 from mmref.run.directory import BAD_SAMPLES, RunDir, read_jsonl
 from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.output import printable
+from mmref.terminal.progress import say
 
 SHOWN = 10  # results of an example in the report
 SHOWN_FIRST = 5  # results of those at its top, two rows of which stand side by side
@@ -133,6 +134,7 @@ def evaluate_run(
     embedded = time.perf_counter() - began
     tried: list[dict[str, Any]] = []
     if val := features.get("val"):
+        say("choosing the refinement on val ...")
         settings, tried = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
         chosen_on = "val"
     elif own or space is None:
@@ -140,6 +142,7 @@ def evaluate_run(
     else:
         settings, chosen_on = chosen_before(run, checkpoint)
         chosen_on = chosen_on and f"{chosen_on} of {ShardSet.open(config.data.root).manifest['name']}"
+    say(f"scoring {split} ...")
     evaluation = Evaluation(config, features[split], space, settings, tried)
     metrics = {
         "data": shards.manifest["name"],

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from mmref.cluster.resources import torch_threads
 from mmref.config import Config
 from mmref.config.packages import trust_own
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.shard_set import ShardSet
-from mmref.data.stream import quiet_ray_data
 from mmref.data.tokens import load_tokens
+from mmref.errors import MMRefError
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.model.mmref import build_model
 from mmref.run.checkpoints import CheckpointInfo, fetched, load_model
 from mmref.run.directory import RunDir
+from mmref.terminal.progress import Counter
 
 
 @dataclass
@@ -36,85 +41,135 @@ class SplitFeatures:
         return np.asarray(self.index.object_row)[self.image_rows].astype(np.int64)
 
 
-class Embedder:
-    """Ray Data's actor: a row is a job {split, kind, start, stop, texts}, the answer its features."""
+@dataclass(frozen=True)
+class Portion:
+    """Some images or texts of a split, for one call of a worker."""
 
-    def __init__(self, run_dir: str, checkpoint: CheckpointInfo, config: Config, root: str, splits: list[str]) -> None:
-        self.device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(1)
+    split: str
+    kind: str  # "image" or "text"
+    start: int
+    stop: int
+    texts: list[str]  # of kind "text"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Embedder:
+    """A worker, which encodes portions of splits.
+
+    The model is loaded at the first call, not as the worker is made: what Ray raises of a constructor has lost its name.
+    """
+
+    def __init__(self, run_dir: str, checkpoint: CheckpointInfo, config: Config, root: str) -> None:
+        self.run_dir, self.checkpoint, self.config, self.root = run_dir, checkpoint, config, root
+        self._encoder: Encoder | None = None
+        self.readers: dict[str, SampleReader] = {}
+
+    def ready(self) -> None:
+        """Answers once the model is loaded."""
+        self._loaded()
+
+    def _loaded(self) -> Encoder:
+        if self._encoder is None:
+            self._encoder = self._load()
+        return self._encoder
+
+    def _load(self) -> Encoder:
+        config = self.config
+        device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(torch_threads("auto", config.eval.workers))
         trust_own(config.model)  # whoever opened the run has checked it
         tokens = load_tokens(config)
         model = build_model(config, tokens.vocab_size)
-        with fetched(RunDir(run_dir), checkpoint, "model") as folder:
+        with fetched(RunDir(self.run_dir), self.checkpoint, "model") as folder:
             load_model(folder, model)
-        self.encoder = Encoder(model.to(self.device), model, config.data, tokens, self.device)
-        self.config = config
-        shards = ShardSet.open(root)
-        self.readers = {split: SampleReader(shards.index(split)) for split in splits}
+        return Encoder(model.to(device), model, config.data, tokens, device)
 
-    def __call__(self, jobs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        job, split, kind = int(jobs["job"][0]), str(jobs["split"][0]), str(jobs["kind"][0])
-        rows = list(range(int(jobs["start"][0]), int(jobs["stop"][0])))
-        bad = [""] * len(rows)
-        with self.encoder:
-            if kind == "image":
-                pixels, bad = read_pixels(self.readers[split], rows, self.config.data)
-                features = self.encoder.images(pixels)
-            else:
-                features = self.encoder.texts(list(jobs["texts"][0]))
-        return {
-            "job": np.full(len(rows), job),
-            "row": np.array(rows),
-            "feature": features,
-            "bad": np.array(bad, dtype=object),
-        }
+    def encode(self, portion: Portion) -> tuple[Floats, list[str]]:
+        """Features (n, d) and, for each image, why it cannot be read, "" where it can."""
+        with self._loaded() as encoder:
+            if portion.kind == "text":
+                return encoder.texts(portion.texts), [""] * len(portion)
+            if portion.split not in self.readers:
+                self.readers[portion.split] = SampleReader(ShardSet.open(self.root).index(portion.split))
+            pixels, bad = read_pixels(self.readers[portion.split], list(range(portion.start, portion.stop)), self.config.data)
+            return encoder.images(pixels), bad
 
 
 def embed_splits(
     config: Config, run: RunDir, checkpoint: CheckpointInfo, root: str, splits: list[str]
 ) -> dict[str, SplitFeatures]:
     """Features of the splits of a shard set with a checkpoint's weights. Ray must be connected."""
-    import ray
-    import ray.data
-
-    from mmref.cluster.resources import has_gpu
-
     shards = ShardSet.open(root)
     indices = {s: shards.index(s) for s in splits}
     queries = {s: read_queries(indices[s]) for s in splits}
-    jobs: list[dict[str, Any]] = []
+    portions: list[Portion] = []
     for s in splits:
         for kind, count in (("image", len(indices[s])), ("text", len(queries[s].texts))):
             for start in range(0, count, config.eval.batch):
                 stop = min(start + config.eval.batch, count)
-                texts = queries[s].texts[start:stop] if kind == "text" else []
-                jobs.append({"job": len(jobs), "split": s, "kind": kind, "start": start, "stop": stop, "texts": texts})
-    quiet_ray_data()
-    dataset = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map_batches(
-        Embedder,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=config.eval.workers),
-        num_cpus=1,
-        num_gpus=int(config.train.gpu and has_gpu()),  # the run may have been trained on GPUs elsewhere
-        fn_constructor_args=(run.path, checkpoint, config, root, splits),
-    )
-    parts: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
-    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-        for job in np.unique(batch["job"]):
-            at = batch["job"] == job
-            of = jobs[int(job)]
-            parts.setdefault((of["split"], of["kind"]), []).append((batch["row"][at], batch["feature"][at], batch["bad"][at]))
+                portions.append(Portion(s, kind, start, stop, queries[s].texts[start:stop] if kind == "text" else []))
+    parts: dict[tuple[str, str], list[tuple[int, Floats, list[str]]]] = {}
+    with Counter(f"encoding images and texts of {' and '.join(splits)}", sum(map(len, portions)), "item") as progress:
+        for portion, features, bad in _encoded(_starter(config, run, checkpoint, root), portions, config.eval.workers):
+            parts.setdefault((portion.split, portion.kind), []).append((portion.start, features, bad))
+            progress.add(len(portion))
     return {s: _collect(indices[s], queries[s], parts[s, "image"], parts[s, "text"]) for s in splits}
 
 
+def _starter(config: Config, run: RunDir, checkpoint: CheckpointInfo, root: str) -> Callable[[], Any]:
+    """What starts a worker, which Ray starts again when it dies.
+
+    These are actors of our own. Ray Data hands its actors references to objects, and Ray warns on the terminal of every actor
+    that it is to start again from references. Arguments that travel with the actor are there as long as it is.
+    """
+    import ray
+
+    from mmref.cluster.resources import has_gpu
+
+    gpu = config.train.gpu and has_gpu()  # the run may have been trained on GPUs elsewhere
+    actor: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_restarts=-1, max_task_retries=-1)(Embedder)
+    return functools.partial(actor.remote, run.path, checkpoint, config, root)
+
+
+def _encoded(start: Callable[[], Any], portions: list[Portion], workers: int) -> Iterator[tuple[Portion, Floats, list[str]]]:
+    """Each portion with what `Embedder.encode` says of it, as they are done.
+
+    Raises a worker's own error where it is one of ours.
+    """
+    import ray
+
+    waiting, left = deque(portions), len(portions)
+    # By what a worker will answer: the worker and its portion, None while it starts. One that finds no place gets none.
+    working: dict[Any, tuple[Any, Portion | None]] = {}
+    for _ in range(min(workers, left)):
+        worker = start()
+        working[worker.ready.remote()] = worker, None
+    while left:
+        (done, *_), _ = ray.wait(list(working), num_returns=1)
+        worker, portion = working.pop(done)
+        try:
+            answer = ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, MMRefError):
+                raise error.cause from None
+            raise
+        if portion is not None:
+            left -= 1
+            yield portion, *answer
+        if waiting:
+            portion = waiting.popleft()
+            working[worker.encode.remote(portion)] = worker, portion
+
+
 def _collect(index: SplitIndex, queries: Queries, images: list, texts: list) -> SplitFeatures:
-    rows, features, bad = (np.concatenate(x) for x in zip(*images))
-    order = np.argsort(rows)
-    rows, features, bad = rows[order], features[order], bad[order]
-    usable = np.array([not b for b in bad])
-    text_rows, text, _ = (np.concatenate(x) for x in zip(*texts))
+    """A split of its parts (start, features, bad), which came in any order."""
+    images, texts = (sorted(parts, key=lambda part: part[0]) for parts in (images, texts))
+    features, text = (np.concatenate([part[1] for part in parts]) for parts in (images, texts))
+    bad = [why for _, _, reasons in images for why in reasons]
+    usable = np.array([not why for why in bad])
     return SplitFeatures(
-        index, queries, np.ascontiguousarray(features[usable]), rows[usable],
-        np.ascontiguousarray(text[np.argsort(text_rows)]), queries.skipped + [b for b in bad if b],
-    )  # fmt: skip
+        index, queries, features[usable], np.flatnonzero(usable), text, queries.skipped + [why for why in bad if why]
+    )

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +30,7 @@ from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.journal import KILLED, Journal, Watch
 from mmref.storage.disk import sync_files
 from mmref.storage.parquet import read_parquet
+from mmref.terminal.progress import Counter
 
 THUMBNAIL_PX, THUMBNAIL_QUALITY = 256, 80
 SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 32, 512, 200
@@ -230,11 +230,11 @@ def embed(chunks: Chunks, model: Path, workers: int, killers: Collection[str] = 
     pending = chunks.pending()
     if not pending:
         return
-    bar = _bar(len(chunks.items), len(chunks.items) - sum(len(chunks.rows(n)) for n in pending))
-    with bar:
+    done = len(chunks.items) - sum(len(chunks.rows(n)) for n in pending)
+    with Counter("embedding", len(chunks.items), "image", done) as progress:
         for number, data in _embedded(chunks, pending, str(model), workers, killers):
             chunks.write(number, data)
-            bar.update(len(chunks.rows(number)))
+            progress.add(len(chunks.rows(number)))
 
 
 def _embedded(
@@ -258,10 +258,3 @@ def _embedded(
         ]
         count = min(workers, len(jobs))
         yield from Workers(functools.partial(ImageEmbedder, model, gpu, count), gpu, count).answers(jobs)
-
-
-def _bar(total: int, done: int) -> Any:
-    from tqdm import tqdm
-
-    quiet = not sys.stderr.isatty()
-    return tqdm(total=total, initial=done, unit="image", desc="embedding", mininterval=10 if quiet else 0.1, ncols=80)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from typing import Any
 
 from mmref.errors import OutputError, StorageError
 from mmref.losses.objective import LOSSES
 from mmref.run.directory import RunDir, read_jsonl
+from mmref.terminal.progress import clock, terminal_bar
 
 POLL_S, POLL_URL_S = 0.5, 5.0
 
@@ -30,7 +30,7 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
     if "loss" not in record:  # no val split
         return f"{head}  stopped {record['checkpoint_blocking_seconds']:.2f} s for the checkpoint"
     parts = "  ".join(f"{name.removeprefix('loss_')} {record[name]:.3f}" for name in LOSSES if record.get(name))
-    left = "" if eta_s is None else f"  eta {_clock(eta_s)}"
+    left = "" if eta_s is None else f"  eta {clock(eta_s)}"
     return (
         f"{head}  {parts}  {record['images_per_second']:.0f} images/s  wait {100 * record['data_wait']:.1f} %  "
         f"{record['memory_gb']:.1f} GB{left}"
@@ -46,11 +46,6 @@ def start_line(record: dict[str, Any]) -> str:
     return f"training on {workers}, {where}{why}"
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
-
-
 class Progress:
     """Follows a run's metrics.jsonl from a thread of the driver."""
 
@@ -63,12 +58,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         print(f"training to {self.run.path}; starting workers ...", flush=True)
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar: Any = tqdm(total=self.max_steps, initial=self.start, unit="step", dynamic_ncols=True)
-        else:
-            self._bar = None
+        self._bar = terminal_bar(self.max_steps, "step", done=self.start)
         self._thread.start()
         return self
 

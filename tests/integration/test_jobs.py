@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.jobs import Job, losses, records, wait_for, write_config
+from support.jobs import Job, lines_of_ray, losses, records, wait_for, write_config
 
 from mmref.config import Config
 from mmref.run.directory import RunDir
@@ -37,6 +37,7 @@ def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     status, output = Job("train.py", "--config", str(config_file), "--run_dir", str(run)).wait()
     assert status == 0, output
     assert "text to image" in output, "the table is printed"
+    assert not lines_of_ray(output)
     return run
 
 
@@ -95,7 +96,7 @@ def test_references_of_one_set_refine_another(undisturbed: Path, tmp_path: Path)
     from mmref.evaluate.features import read_queries
     from mmref.evaluate.metrics import evaluate_features, summarize
     from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
-    from mmref.evaluate.split_features import Embedder
+    from mmref.evaluate.split_features import Embedder, Portion
     from mmref.run.checkpoints import load_references
 
     other, out = build_tiny_set(tmp_path / "other", TinySource("other", first=1000)), tmp_path / "metrics.json"
@@ -110,11 +111,10 @@ def test_references_of_one_set_refine_another(undisturbed: Path, tmp_path: Path)
 
     run, config, checkpoint = open_run(str(undisturbed))
     index = ShardSet.open(str(other)).index("test")
-    queries, embed = read_queries(index), Embedder(run.path, checkpoint, config, str(other), ["test"])
+    queries, embed = read_queries(index), Embedder(run.path, checkpoint, config, str(other))
 
     def features(kind: str, count: int) -> np.ndarray:
-        job = {"job": [0], "split": ["test"], "kind": [kind], "start": [0], "stop": [count], "texts": [queries.texts]}
-        return embed(job)["feature"]
+        return embed.encode(Portion("test", kind, 0, count, queries.texts))[0]
 
     # a caption's words once for each object they describe: dense codes are centred on the mean of what is compared
     pairs, of = np.unique(np.stack([queries.text, queries.objects], 1), axis=0, return_inverse=True)

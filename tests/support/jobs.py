@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from mmref.config import Config, dump_yaml
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
+# A line of Ray's core, of Ray's Python loggers, or of one of Ray's processes.
+OF_RAY = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+ \w \d+ \d+\]|\b(?:INFO|WARNING|ERROR)\b.*\.py:\d+ -- |\(\w*pid=\d+|max_restarts")
 
 
 def titled(processes: Iterable[psutil.Process], *titles: str) -> list[psutil.Process]:
@@ -73,6 +76,11 @@ class Job:
             except psutil.Error:
                 continue
         self.process.wait(timeout=60)
+
+
+def lines_of_ray(output: str) -> list[str]:
+    """What Ray's internals have printed: a sound run has none of it."""
+    return [line for line in output.splitlines() if OF_RAY.search(line)]
 
 
 def write_config(config: Config, folder: Path) -> Path:

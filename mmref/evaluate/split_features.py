@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmref.cluster.resources import torch_threads
+from mmref.cluster.resources import has_gpu, torch_threads
 from mmref.config import Config
 from mmref.config.packages import trust_own
 from mmref.data.sample_reader import SampleReader, SplitIndex
@@ -126,8 +126,6 @@ def _starter(config: Config, run: RunDir, checkpoint: CheckpointInfo, root: str)
     that it is to start again from references. Arguments that travel with the actor are there as long as it is.
     """
     import ray
-
-    from mmref.cluster.resources import has_gpu
 
     gpu = config.train.gpu and has_gpu()  # the run may have been trained on GPUs elsewhere
     actor: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_restarts=-1, max_task_retries=-1)(Embedder)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmref.config import MIN_TAU, Config, LossConfig, ReferenceConfig
+from mmref.config import MIN_TAU, Config, LossConfig, ReferenceConfig, TrainConfig
 from mmref.errors import ModelError
 from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, PairBackbone, build_backbone
@@ -208,6 +208,15 @@ def computes_in_bf16(gpu: bool) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def chosen_precision(train: TrainConfig) -> tuple[bool, str]:
+    """Whether a run on this machine computes in bf16, and why, in words."""
+    if train.precision != "auto":
+        return train.precision == "bf16", "as `train.precision` says"
+    what = "GPU" if train.gpu else "processor"
+    native = computes_in_bf16(train.gpu)
+    return native, f"this {what} {'multiplies in it' if native else 'has no instructions for bf16'}"
+
+
 def build_model(config: Config, vocab_size: int, objects: int = 0) -> MMRef:
     """MMRef of a config, with weights that depend on the seed and config alone; `objects` of training. Raises ModelError."""
     train = config.train
@@ -219,7 +228,7 @@ def build_model(config: Config, vocab_size: int, objects: int = 0) -> MMRef:
                 f"data.max_tokens {config.data.max_tokens} is more than the {backbone.max_positions} positions of the "
                 f"text tower: set data.max_tokens to at most {backbone.max_positions}."
             )
-        bf16 = train.precision == "bf16" or (train.precision == "auto" and computes_in_bf16(train.gpu))
+        bf16 = chosen_precision(train)[0]
         plain = bf16 and not train.gpu
         model = MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16, objects, plain)
         if config.model.freeze_backbone:

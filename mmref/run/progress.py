@@ -25,6 +25,8 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
         )
     if "started" in record:
         return start_line(record)
+    if "pace" in record:
+        return f"{head}  about {record['pace']:.0f} images/s here{'' if eta_s is None else f', {clock(eta_s)} to go'}"
     if "checkpoint_seconds" in record:
         return f"{head}  checkpoint complete after {record['checkpoint_seconds']:.1f} s"
     if "loss" not in record:  # no val split
@@ -40,10 +42,13 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
 def start_line(record: dict[str, Any]) -> str:
     """Where the workers of a run begin, and why not later: the one place that says so."""
     workers = f"{record['workers']} worker{'' if record['workers'] == 1 else 's'}"
+    if threads := record.get("threads"):
+        workers += f" of {threads} thread{'' if threads == 1 else 's'}"
+    how = f" in {record['precision']} ({record['precision_why']})" if "precision" in record else ""
     where = f"resuming at step {record['step']}" if record["step"] else "from the beginning"
     damaged = record["passed_over"]
     why = f"; newer checkpoints cannot be used: {'; '.join(damaged)}" if damaged else ""
-    return f"training on {workers}, {where}{why}"
+    return f"training on {workers}{how}, {where}{why}"
 
 
 class Progress:
@@ -84,7 +89,7 @@ class Progress:
             if "started" in record:  # what earlier workers did after this step is done again
                 self._seen = {one for one in self._seen if one[0] <= record["step"]}
             self._seen.add(_identity(record))
-            left = record.get("step_seconds", 0) * (self.max_steps - record["step"]) or None
+            left = record.get("step_seconds", record.get("pace_seconds", 0)) * (self.max_steps - record["step"]) or None
             line = log_line(record, self.max_steps, left)
             if self._bar is None or "loss" not in record:
                 self.say(line)
@@ -104,4 +109,4 @@ class Progress:
 def _identity(record: dict[str, Any]) -> tuple[int, str]:
     if "started" in record:
         return record["step"], f"started {record['started']}"
-    return record["step"], next((kind for kind in ("loss", "checkpoint_seconds") if kind in record), "")
+    return record["step"], next((kind for kind in ("loss", "checkpoint_seconds", "pace") if kind in record), "")

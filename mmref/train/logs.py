@@ -42,7 +42,7 @@ class RunLog:
             self._add_to_board(record)
 
     def _add_to_board(self, record: dict[str, Any]) -> None:
-        if "started" in record:  # no curve
+        if "started" in record or "pace" in record:  # no curve
             return
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)):

@@ -19,7 +19,7 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import NonFiniteLossError, TooManyBadSamplesError
 from mmref.evaluate.features import Encoder
 from mmref.losses.objective import LOSSES, unpack
-from mmref.model.mmref import build_model
+from mmref.model.mmref import build_model, chosen_precision
 from mmref.run.directory import BAD_SAMPLES, RunDir
 from mmref.train import checkpoint_files, collectives
 from mmref.train.bank import ReferenceBank
@@ -122,7 +122,7 @@ class Worker:
         self.engine.train()
         reason = 0
         with self._logging(), Saver(self.run, self.engine, self.bank, config.async_checkpoints) as saver:
-            window = Window(self.device)
+            window, pace = Window(self.device), Pace(self.start, config.global_batch)
             for step in range(self.start, config.max_steps):
                 assert self.stream is not None
                 batch = next(self.stream)
@@ -132,6 +132,8 @@ class Worker:
                 window.add(step, losses, self.engine.get_global_grad_norm(), self.runner.reference_norm)
                 self.ledger.add(batch)
                 done = step + 1
+                if estimate := pace(done):
+                    self._log(estimate, saver)
                 reason = self.notice.agreed() if done < config.max_steps else 0
                 evaluates = done % eval_every == 0 or done == config.max_steps
                 logs = done % config.log_every == 0 or done == config.max_steps or reason > 0
@@ -265,8 +267,11 @@ class Worker:
             yield
             return
         self.log = RunLog(self.run, self.start)
+        bf16, why = chosen_precision(self.config.train)
         self.log({
-            "step": self.start, "started": time.time(), "workers": self.world, "passed_over": self.passed_over
+            "step": self.start, "started": time.time(), "workers": self.world, "passed_over": self.passed_over,
+            "threads": None if self.config.train.gpu else torch.get_num_threads(),
+            "precision": "bf16" if bf16 else "fp32", "precision_why": why,
         })  # fmt: skip
         try:
             yield
@@ -278,6 +283,25 @@ class Worker:
         """The broken images that the run has met, for its report."""
         if not self.rank and (found := self.bad | self.bad_before):
             self.run.write_text(BAD_SAMPLES, json.dumps(sorted(found), indent=1))
+
+
+class Pace:
+    """Says once, a few steps after the start, how fast they were: until the first log line it may take minutes."""
+
+    STEPS = 3
+
+    def __init__(self, start: int, batch: int) -> None:
+        self.start, self.batch, self.began = start, batch, 0.0
+
+    def __call__(self, done: int) -> dict[str, Any] | None:
+        """A record of metrics.jsonl after STEPS steps behind the first, which warms up."""
+        behind = done - self.start
+        if behind == 1:
+            self.began = time.perf_counter()
+        if behind != 1 + self.STEPS:
+            return None
+        seconds = (time.perf_counter() - self.began) / self.STEPS
+        return {"step": done, "pace": self.batch / seconds, "pace_seconds": seconds}
 
 
 class Window:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+from mmref.config.tree import TrainConfig
+from mmref.model import mmref
 from mmref.run.directory import JsonLines, RunDir
 from mmref.run.progress import Progress
+from mmref.train.loop import Pace
 
 LOSS = {"loss": 1.0, "images_per_second": 10.0, "data_wait": 0.0, "memory_gb": 1.0, "step_seconds": 1.0}
 
@@ -40,6 +45,36 @@ def test_each_start_of_the_workers_is_told_once_with_its_step_and_its_reasons(tm
     ]
     assert output.count("resuming") == 2, "nobody else says where a run goes on"
     assert output.count("step     10/40") == 1 and output.count("step     20/40") == 2
+
+
+def test_threads_precision_and_pace_are_told_within_the_first_steps(tmp_path, capsys):
+    run = RunDir(str(tmp_path / "run"))
+    lines = JsonLines(run)
+    pace = Pace(start=0, batch=96)
+    with Progress(run, 800) as progress:
+        why = "this processor has no instructions for bf16"
+        lines.append({**start(0, 1.0), "threads": 4, "precision": "fp32", "precision_why": why})
+        told = [pace(done) for done in range(1, 9)]
+        assert [record is not None for record in told] == [done == 4 for done in range(1, 9)]
+        assert told[3]["pace"] == pytest.approx(96 / told[3]["pace_seconds"]) and told[3]["pace_seconds"] > 0
+        lines.append({**told[3], "pace": 48.2, "pace_seconds": 2.0})
+        lines.flush()
+        progress._show()
+    output = capsys.readouterr().out.splitlines()
+    assert output[-2:] == [
+        "training on 2 workers of 4 threads in fp32 (this processor has no instructions for bf16), from the beginning",
+        "step      4/800  about 48 images/s here, 26:32 to go",
+    ]
+
+
+@pytest.mark.parametrize("asked, native, expected", [
+    ("auto", True, (True, "this processor multiplies in it")),
+    ("auto", False, (False, "this processor has no instructions for bf16")),
+    ("fp32", True, (False, "as `train.precision` says")), ("bf16", False, (True, "as `train.precision` says")),
+])  # fmt: skip
+def test_the_precision_and_its_reason(monkeypatch, asked, native, expected):
+    monkeypatch.setattr(mmref, "computes_in_bf16", lambda gpu: native)
+    assert mmref.chosen_precision(TrainConfig(precision=asked)) == expected
 
 
 def test_a_driver_that_joins_later_tells_what_is_new(tmp_path, capsys):

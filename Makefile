@@ -1,10 +1,13 @@
 # Everything runs in .venv, made on first use from pyproject.toml.
 PYTHON ?= python3
+# as in pyproject.toml
+SUPPORTED := 3.11 3.12 3.13 3.14
+PYTHONS ?= $(SUPPORTED)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo serve test test-unit test-slow lint format docs sweep chaos clean
+.PHONY: help setup demo serve test test-unit test-slow test-pythons lint format docs sweep chaos clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -13,6 +16,11 @@ setup: $(READY)  ## create .venv and install mmref with what its tests need
 
 # the CPU communication of DeepSpeed is compiled here once, not in the first minute of the first run
 $(READY): pyproject.toml
+	@found=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null); \
+	case " $(SUPPORTED) " in *" $${found:-none} "*) ;; *) \
+		echo "mmref: $(PYTHON) is $${found:+Python }$${found:-no Python that runs here}; mmref runs on Python" \
+			"$$(echo $(SUPPORTED) | sed 's/ /, /g'). Name one that is installed: make setup PYTHON=python3.12" >&2; \
+		exit 1 ;; esac
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e ".[dev,tuning,serving]"
@@ -47,6 +55,10 @@ test-unit: setup  ## the tests that start no Ray
 test-slow: setup  ## the slow tests: failures, sweeps, many workers
 	$(BIN)/python -m pytest -m slow
 
+# of some Pythons, some tests: make test-pythons PYTHONS="3.12 3.13" TESTS="tests/losses tests/data"
+test-pythons:  ## set-up and the tests that start no Ray on each supported Python that is installed, in .venv-VERSION
+	@PYTHONS="$(PYTHONS)" TESTS="$(TESTS)" tests/pythons.sh
+
 lint: setup  ## what .pre-commit-config.yaml holds, on every file: ruff, mypy, the floors (import-linter)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy mmref jobs tune data_shards
@@ -71,6 +83,6 @@ sweep: setup  ## a small sweep on the bundled data (or the rest of one), its bes
 chaos: setup  ## kill workers, nodes, drivers and disks of a small run; the table of what it cost into runs/chaos/
 	$(BIN)/python benchmarks/chaos.py --out runs/chaos/chaos.json
 
-clean:  ## remove .venv, runs/ and caches
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## remove .venv, .venv-VERSION, runs/ and caches
+	rm -rf $(VENV) .venv-* runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

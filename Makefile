@@ -27,11 +27,8 @@ $(READY): pyproject.toml
 	$(BIN)/python -m mmref.train.build_ops
 	touch $(READY)
 
-DEMO := $(BIN)/python jobs/train.py --config configs/emoji.yaml --run_dir runs/demo
-
 demo: setup  ## train on the bundled data, evaluate, print the table, write runs/demo/report.html
-	$(DEMO)
-	@echo "next, to search the bundled images with this model: make serve"
+	$(BIN)/python jobs/demo.py
 
 # options of mmref serve: make serve SERVE="--port 9000"
 serve: setup runs/demo-index/manifest.json  ## search the bundled images with the demo's model, on a page in your browser
@@ -44,13 +41,14 @@ runs/demo-index/manifest.json: runs/demo/metrics.json
 
 # order-only: a newer .venv is no reason to train again
 runs/demo/metrics.json: | $(READY)
-	$(DEMO)
+	$(BIN)/python jobs/demo.py
 
-test: setup  ## all but the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+test: test-unit  ## all but the slow tests
+	$(BIN)/python -m pytest -m "not slow and ray"
 
+# a process a core; tests of a module share what its fixtures build
 test-unit: setup  ## the tests that start no Ray
-	$(BIN)/python -m pytest -m "not slow and not ray"
+	$(BIN)/python -m pytest -m "not slow and not ray" -n auto --dist loadscope
 
 test-slow: setup  ## the slow tests: failures, sweeps, many workers
 	$(BIN)/python -m pytest -m slow

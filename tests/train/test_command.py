@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import runpy
 from pathlib import Path
 
 import pytest
+from support.plain_training import PlainTraining
 
 from mmref.cli import main
+from mmref.config import from_dict, load_config, to_dict
+from mmref.model.flops import flop_counter
+from mmref.run.directory import JsonLines, RunDir
 from mmref.train import trainer
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +26,28 @@ def test_the_last_lines_name_the_report_and_the_next_command(tmp_path, monkeypat
     assert report == ([f"report: {tmp_path / 'a run'}/report.html"] if metrics else []), "none is written without an evaluation"
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_the_demo_ends_with_the_command_that_searches():
-    said = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    training, last = said.splitlines()[-2:]
-    assert "jobs/train.py --config configs/emoji.yaml --run_dir runs/demo" in training and last.endswith(': make serve"')
+def test_the_demo_ends_with_the_commands_that_come_next(tmp_path, monkeypatch, capsys):
+    def train(config):
+        lines = JsonLines(RunDir(config.run_dir))
+        for seconds in (9.0, 1.5, 1.5):
+            lines.append({"step": 10, "step_seconds": seconds})
+        lines.flush()
+        return {"split": "test"}
+
+    monkeypatch.setattr(trainer, "train", train)
+    demo = runpy.run_path(str(ROOT / "jobs/demo.py"))["demo"]
+    assert demo(["--run_dir", str(tmp_path / "run")]) == 0
+    serve, recipe = capsys.readouterr().out.splitlines()[-2:]
+    assert serve.endswith(": make serve")
+    assert "20 min of training here" in recipe and recipe.endswith(": mmref train --config configs/emoji.yaml")  # 800 steps
+
+
+def test_the_demo_s_training_costs_at_most_50_tflop():
+    config = load_config(["--config", str(ROOT / "configs/emoji.yaml"), "--config", str(ROOT / "configs/demo.yaml")])
+    values = to_dict(config)
+    values["data"]["root"], values["train"]["precision"] = str(ROOT / "data_shards/emoji"), "fp32"
+    values["loss"] |= {"guide_from": 0.0, "guide_full": 0.0}  # guidance costs as much once it is there
+    training = PlainTraining(from_dict(values))
+    with flop_counter() as counter:
+        training.step(0)
+    assert counter.get_total_flops() * config.train.max_steps < 50e12

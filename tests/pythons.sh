@@ -11,7 +11,7 @@ one() {  # VERSION: sets $said; 0 where all went well
     log=$venv/tests.log
     make --no-print-directory setup PYTHON="$python" VENV="$venv" || { said="set-up failed"; return 1; }
     # shellcheck disable=SC2086 # several files
-    "$venv/bin/python" -m pytest -m "not slow and not ray" ${TESTS:-} 2>&1 | tee "$log"
+    "$venv/bin/python" -m pytest -m "not slow and not ray" -n auto --dist loadscope ${TESTS:-} 2>&1 | tee "$log"
     status=${PIPESTATUS[0]}
     said=$(grep -E '^=+ .*(passed|failed|error|no tests ran).* =+$' "$log" | tail -n 1 | tr -d '=' | xargs)
     # An interpreter that dies at its end has passed its tests before.

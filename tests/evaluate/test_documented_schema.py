@@ -129,11 +129,15 @@ def test_metrics_jsonl(
 
     records: list[dict[str, Any]] = []
     monkeypatch.setattr(training, "RunLog", lambda run, start: Log(records))
-    warned: Any = SimpleNamespace(rank=0, run=None, start=20, world=2, passed_over=["damaged"], _write_bad=lambda: None)
+    warned: Any = SimpleNamespace(
+        config=config, rank=0, run=None, start=20, world=2, passed_over=["damaged"], _write_bad=lambda: None
+    )
     with training.Worker._logging(warned):
         pass
-    kinds = [line, evaluated[0], *saver._finished, *records]
-    assert len(kinds) == 4
+    pace = training.Pace(20, 8)
+    paces = [record for done in range(21, 30) if (record := pace(done))]
+    kinds = [line, evaluated[0], *saver._finished, *records, *paces]
+    assert len(kinds) == 5
     assert set().union(*map(named, kinds)) == documented("metrics.jsonl")
 
 

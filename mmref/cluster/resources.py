@@ -32,6 +32,13 @@ def torch_threads(asked: Literal["auto"] | int, processes: int) -> int:
     return max(1, cores() // processes) if asked == "auto" else asked
 
 
+def use_threads() -> None:
+    """Have Torch compute with no more threads in this process than it may use cores; a smaller number stays as it is."""
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+
+
 def workers_that_fit(asked: int | None) -> int:
     """Actors or tasks of a CPU each: `asked`, None for one a core, but no more than a local cluster offers; that is said.
 

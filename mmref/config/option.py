@@ -18,6 +18,7 @@ class Option:
     Args:
         at_least, above: the lower bound, itself allowed or not.
         below: the upper bound, not itself allowed.
+        words: what may stand in the place of a number.
         length: how many values a list has.
         share: a number from 0 to 1.
         unit: what is counted.
@@ -28,6 +29,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     length: int | None = None
+    words: tuple[str, ...] = ()
     share: bool = False
     unit: str = ""
     identity: bool = True
@@ -39,6 +41,8 @@ class Option:
             bound = f"at least {self.at_least:g}"
         if self.above is not None:
             bound = f"above {self.above:g}"
+        if self.below is not None:
+            bound = f"below {self.below}"
         if self.length is not None:
             bound = f"{self.length} numbers, each {bound}" if bound else f"{self.length} numbers"
         return " ".join(part for part in (bound, self.unit) if part)
@@ -51,7 +55,7 @@ class Option:
             self._check_one(name, value, f"{value} in {given}" if value is not given else str(value))
 
     def _check_one(self, name: str, value: Any, found: str) -> None:
-        if isinstance(value, str):  # one of the words that its type allows beside numbers
+        if value in self.words:
             return
         if self.share and not 0 <= value <= 1:
             raise ConfigError(f"`{name}` is a share between 0 and 1, found {found}.")
@@ -60,7 +64,7 @@ class Option:
         if self.above is not None and not value > self.above:
             raise ConfigError(f"`{name}` must be above {self.above:g}, found {found}.")
         if self.below is not None and not value < self.below:
-            raise ConfigError(f"`{name}` must be below {self.below:g}, found {found}.")
+            raise ConfigError(f"`{name}` must be below {self.below}, found {found}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"`{name}` must be finite, found {found}.")
 

@@ -189,7 +189,7 @@ class TrainConfig:
     """Train on GPUs (NCCL); off: CPUs (gloo)."""
     cpus_per_worker: float = option(1, at_least=0, unit="CPUs", identity=False)
     """CPUs reserved for each worker."""
-    threads: Union[Literal["auto"], int] = option("auto", at_least=1, identity=False)
+    threads: Union[Literal["auto"], int] = option("auto", at_least=1, words=("auto",), identity=False)
     """Torch threads of each worker on CPU; `auto`: the cores that its node lets it use, shared out over the workers there."""
     global_batch: int = option(192, at_least=1, unit="pairs")
     """Image-caption pairs of one step over all workers."""

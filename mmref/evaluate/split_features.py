@@ -17,12 +17,14 @@ from mmref.config.packages import trust_own
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
-from mmref.errors import MMRefError
+from mmref.errors import MMRefError, WorkerDiedError
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.model.mmref import build_model
 from mmref.run.checkpoints import CheckpointInfo, fetched, load_model
 from mmref.run.directory import RunDir
 from mmref.terminal.progress import Counter
+
+RETRIES = 3  # of a portion whose worker dies: nodes go and memory runs short, but an image may be what ends a worker
 
 
 @dataclass
@@ -54,6 +56,9 @@ class Portion:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def __str__(self) -> str:
+        return f"{self.kind}s {self.start} to {self.stop - 1} of {self.split}"
+
 
 class Embedder:
     """A worker, which encodes portions of splits.
@@ -79,7 +84,7 @@ class Embedder:
         config = self.config
         device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
-            torch.set_num_threads(torch_threads("auto", config.eval.workers))
+            torch.set_num_threads(torch_threads(config.train.threads, config.eval.workers))
         trust_own(config.model)  # whoever opened the run has checked it
         tokens = load_tokens(config)
         model = build_model(config, tokens.vocab_size)
@@ -128,14 +133,14 @@ def _starter(config: Config, run: RunDir, checkpoint: CheckpointInfo, root: str)
     import ray
 
     gpu = config.train.gpu and has_gpu()  # the run may have been trained on GPUs elsewhere
-    actor: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_restarts=-1, max_task_retries=-1)(Embedder)
+    actor: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_restarts=-1, max_task_retries=RETRIES)(Embedder)
     return functools.partial(actor.remote, run.path, checkpoint, config, root)
 
 
 def _encoded(start: Callable[[], Any], portions: list[Portion], workers: int) -> Iterator[tuple[Portion, Floats, list[str]]]:
     """Each portion with what `Embedder.encode` says of it, as they are done.
 
-    Raises a worker's own error where it is one of ours.
+    Raises a worker's own error where it is one of ours, WorkerDiedError for a portion that ends every worker that has it.
     """
     import ray
 
@@ -154,6 +159,12 @@ def _encoded(start: Callable[[], Any], portions: list[Portion], workers: int) ->
             if isinstance(error.cause, MMRefError):
                 raise error.cause from None
             raise
+        except ray.exceptions.RayActorError as error:
+            what = "before it has loaded the model" if portion is None else f"of {portion}"
+            raise WorkerDiedError(
+                f"a worker of the evaluation dies {what}, {1 + RETRIES} times ({str(error).strip().splitlines()[0][:200]}): is "
+                "there too little memory? Lower `--eval.batch` or `--eval.workers`. `mmref shards verify` finds broken images."
+            ) from None
         if portion is not None:
             left -= 1
             yield portion, *answer

@@ -32,6 +32,7 @@ from mmref.errors import ModelError
 from mmref.model.adapter import Adapter
 from mmref.model.depthwise import use_depthwise
 from mmref.model.frozen import FrozenTokens
+from mmref.model.text_groups import BLIND_TO_PADDING
 
 DRIVEN = ("clip", "metaclip_2", "siglip")  # families of dual encoders that are tested
 NOT_IN_EVERY_FILE = ("pooler", "mask_token", "logit_")  # weights a tower may start without: trained anew, or not read
@@ -212,7 +213,7 @@ class DualBackbone(nn.Module):
     visual_projection: Any
     text_projection: Any
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, imported: bool = False) -> None:
         super().__init__()
         if not hasattr(model, "vision_model") or not hasattr(model, "text_model"):
             raise ModelError(
@@ -233,7 +234,8 @@ class DualBackbone(nn.Module):
         self.vocab_size = text.vocab_size
         self.max_positions = text.max_position_embeddings
         # SigLIP was trained on padded text without a mask; CLIP is causal and reads its features at the end token.
-        self.uses_mask = self.trims_texts = model.config.model_type != "siglip"
+        self.uses_mask = model.config.model_type != "siglip"
+        self.trims_texts = not imported and model.config.model_type in BLIND_TO_PADDING
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         interpolate = tuple(pixels.shape[-2:]) != self.native_size
@@ -286,7 +288,8 @@ class PairBackbone(nn.Module):
         self.vocab_size = text.config.vocab_size
         self.max_positions = getattr(text.config, "max_position_embeddings", 1 << 30)
         # What a tower from an import path makes of padding is its own affair.
-        self.trims_texts = isinstance(text, PreTrainedModel)
+        known = getattr(text.config, "model_type", None) in BLIND_TO_PADDING
+        self.trims_texts = known and IMPORT not in (config.text_config or {})
         size = getattr(vision.config, "image_size", None)
         self.native_size = (size, size) if isinstance(size, int) else (tuple(size) if size else None)
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(vision.forward).parameters
@@ -364,7 +367,8 @@ def _family(config: ModelConfig) -> str:
 
 def _towers(config: ModelConfig) -> Backbone:
     if config.dual or config.dual_config:
-        return DualBackbone(load_tower(config.dual, config.dual_config, "model.dual"))
+        imports = IMPORT in (config.dual_config or {})
+        return DualBackbone(load_tower(config.dual, config.dual_config, "model.dual"), imports)
     return PairBackbone(
         load_tower(config.vision, config.vision_config, "model.vision"),
         load_tower(config.text, config.text_config, "model.text"),

@@ -9,12 +9,14 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 MOST_CELLS = 196
-"""Cells of a feature map up to which the product pays: it grows with their square (see docs/benchmarks.md)."""
+"""Cells of a feature map up to which the product pays: it grows with their square."""
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -62,19 +64,22 @@ def _kernel_gradient(x: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:
     outputs = grad.permute(1, 0, 2, 3).reshape(channels, batch, cells)
     pairs = torch.bmm(inputs, outputs).view(channels, cells * cells)
     pairs = pairs.to(torch.promote_types(pairs.dtype, torch.float32))  # bf16 would lose the small ones of a long sum
-    tap = _taps(height, width, shape[2], shape[3]).to(x.device)
+    tap = torch.from_numpy(_taps(height, width, shape[2], shape[3]))
     return pairs.new_zeros(channels, taps + 1).index_add_(1, tap, pairs)[:, :taps].view(shape).to(x.dtype)
 
 
 @lru_cache(maxsize=64)
-def _taps(height: int, width: int, rows: int, columns: int) -> Tensor:
-    """(cells * cells,) which value of a kernel joins an input cell (first) to an output cell; rows * columns where none does."""
-    cell = torch.arange(height * width)
+def _taps(height: int, width: int, rows: int, columns: int) -> NDArray[np.int64]:
+    """(cells * cells,) which value of a kernel joins an input cell (first) to an output cell; rows * columns where none does.
+
+    An array: a tensor that was made while shapes alone are followed (`mmref sizing`) must not be kept.
+    """
+    cell = np.arange(height * width)
     y, x = cell // width, cell % width
     down = y[:, None] - y[None] + rows // 2
     right = x[:, None] - x[None] + columns // 2
     joined = (down >= 0) & (down < rows) & (right >= 0) & (right < columns)
-    return torch.where(joined, down * columns + right, rows * columns).flatten()
+    return np.where(joined, down * columns + right, rows * columns).flatten()
 
 
 def use_depthwise(tower: nn.Module) -> None:

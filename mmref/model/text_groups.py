@@ -14,6 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+# Families of text towers whose features do not see padding. Others do, as SigLIP's, which reads the last place, and ConvBERT's,
+# whose convolutions reach beyond a caption; or nobody has looked.
+BLIND_TO_PADDING = {
+    "albert", "bert", "camembert", "chinese_clip_text_model", "clip", "clip_text_model", "deberta", "deberta-v2", "distilbert",
+    "electra", "metaclip_2", "metaclip_2_text_model", "modernbert", "mpnet", "roberta", "xlm-roberta",
+}  # fmt: skip
 GROUPS = 4
 """Groups of a batch, as many on all workers, which ZeRO-3 needs. On emoji they leave 13 of 24 tokens, twice as many would leave
 12."""
@@ -29,8 +35,9 @@ class TextGroup(NamedTuple):
 def group_texts(mask: NDArray[Any], device: torch.device | str = "cpu") -> list[TextGroup]:
     """Captions in groups by length; `mask` (B, L) is 1 on the tokens of each caption, which come before its padding."""
     lengths = mask.sum(1)
-    parts = np.array_split(np.argsort(lengths, kind="stable"), min(GROUPS, len(lengths)))
-    return [TextGroup(torch.from_numpy(rows).to(device), int(lengths[rows].max())) for rows in parts]
+    groups = GROUPS if torch.device(device).type == "cpu" else 1  # what several cost a GPU in launches is not measured yet
+    parts = np.array_split(np.argsort(lengths, kind="stable"), min(groups, len(lengths)))
+    return [TextGroup(torch.from_numpy(rows).to(device), max(1, int(lengths[rows].max()))) for rows in parts]
 
 
 def encode_groups(

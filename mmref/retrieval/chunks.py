@@ -108,15 +108,18 @@ def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
 
 
 class ImageEmbedder:
-    """Embeds chunks; the model is loaded once. The node's cores are shared by `processes` of its kind."""
+    """Embeds chunks; the model is loaded once. The node's cores are shared by `processes` of its kind; None: in this process."""
 
-    def __init__(self, model: str, gpu: bool, processes: int = 1) -> None:
+    def __init__(self, model: str, gpu: bool, processes: int | None = None) -> None:
         import torch
 
-        from mmref.cluster.resources import torch_threads
+        from mmref.cluster.resources import torch_threads, use_threads
         from mmref.export.model import load
 
-        torch.set_num_threads(torch_threads("auto", processes))
+        if processes is None:
+            use_threads()
+        else:
+            torch.set_num_threads(torch_threads("auto", processes))
         self.model = load(model, "cuda" if gpu else "cpu")
 
     def embed(self, locations: list[Location], watch: Watch) -> bytes:

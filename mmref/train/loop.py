@@ -146,7 +146,9 @@ class Worker:
                 if evaluates or reason:
                     began = time.perf_counter()
                     self._log(self._evaluate_and_save(done, saver, evaluate=evaluates), saver)
-                    window.pause(time.perf_counter() - began)
+                    paused = time.perf_counter() - began
+                    window.pause(paused)
+                    pace.pause(paused)
                 if reason:
                     break
             saver.wait()
@@ -292,6 +294,7 @@ class Pace:
 
     def __init__(self, start: int, batch: int) -> None:
         self.start, self.batch, self.began = start, batch, 0.0
+        self.paused_s = 0.0
 
     def __call__(self, done: int) -> dict[str, Any] | None:
         """A record of metrics.jsonl after STEPS steps behind the first, which warms up."""
@@ -300,8 +303,12 @@ class Pace:
             self.began = time.perf_counter()
         if behind != 1 + self.STEPS:
             return None
-        seconds = (time.perf_counter() - self.began) / self.STEPS
+        seconds = max(1e-9, time.perf_counter() - self.began - self.paused_s) / self.STEPS
         return {"step": done, "pace": self.batch / seconds, "pace_seconds": seconds}
+
+    def pause(self, seconds: float) -> None:
+        """Leave out what was no step."""
+        self.paused_s += seconds
 
 
 class Window:

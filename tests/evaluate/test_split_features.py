@@ -11,7 +11,7 @@ from support.jobs import Job, lines_of_ray
 from support.tiny_run import make_run
 
 from mmref.cluster.connection import connect
-from mmref.errors import ShardSetError
+from mmref.errors import ShardSetError, WorkerDiedError
 from mmref.evaluate import split_features
 from mmref.evaluate.evaluation import open_run
 from mmref.evaluate.split_features import Portion, embed_splits
@@ -56,6 +56,19 @@ def test_a_worker_that_dies_is_replaced_and_a_named_error_keeps_its_name(run: Pa
         with pytest.raises(ShardSetError, match=r"^damaged$"):
             embed_splits(config, opened, checkpoint, config.data.root, ["val"])
     assert died.exists()
+
+    class Doomed(split_features.Embedder):
+        """Dies whenever it is given images."""
+
+        def encode(self, portion):
+            if portion.kind == "image":
+                os._exit(1)
+            return super().encode(portion)
+
+    monkeypatch.setattr(split_features, "Embedder", Doomed)
+    monkeypatch.setattr(split_features, "RETRIES", 1)
+    with connect(1, 0.1), pytest.raises(WorkerDiedError, match=r"dies of images 0 to 3 of test, 2 times.*eval\.batch"):
+        embed_splits(config, opened, checkpoint, config.data.root, ["test"])
     alone = split_features.Embedder(opened.path, checkpoint, config, config.data.root)
     texts = found.queries.texts
     whole = (

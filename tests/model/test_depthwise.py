@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmref.model.depthwise import MOST_CELLS, DepthwiseConv2d, use_depthwise
 from mmref.model.flops import flop_counter
@@ -65,6 +66,17 @@ def test_large_maps_and_maps_without_gradients_are_left_to_pytorch(monkeypatch):
     tower(torch.randn(1, 4, MOST_CELLS + 1, 1))
     with torch.no_grad():
         tower(torch.randn(1, 4, 2, 2))
+
+
+def test_following_shapes_alone_leaves_nothing_behind():
+    """`mmref sizing` runs a step on tensors without memory, and a training may follow in the same process."""
+    conv = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3))
+    use_depthwise(conv)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        conv(torch.zeros(2, 3, 5, 11)).sum().backward()
+    conv.zero_grad()
+    conv(torch.ones(2, 3, 5, 11)).sum().backward()
+    assert conv[0].weight.grad.flatten().tolist() == [2.0 * n for n in (40, 44, 40, 50, 55, 50, 40, 44, 40)] * 3
 
 
 def test_flops_of_a_depthwise_gradient_are_counted_by_its_groups():

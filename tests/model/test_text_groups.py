@@ -1,9 +1,14 @@
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
 from support.tiny_set import BERT, VIT
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 from mmref.config import from_dict
+from mmref.config.packages import trust
 from mmref.model.mmref import build_model
 from mmref.model.text_groups import GROUPS, group_texts
 
@@ -15,6 +20,23 @@ CLIP = {
                       "image_size": 32, "patch_size": 8},
 }  # fmt: skip
 SIGLIP = {**CLIP, "model_type": "siglip", "projection_dim": None}
+
+
+class Bert(BertModel):
+    """A user's own tower, though of a known family."""
+
+    def __init__(self) -> None:
+        values = {key: value for key, value in BERT.items() if key != "model_type"}
+        super().__init__(BertConfig(**{**values, "max_position_embeddings": 24}))
+
+
+class Clip(CLIPModel):
+    """A user's own dual encoder."""
+
+    def __init__(self) -> None:
+        super().__init__(CLIPConfig(**{key: value for key, value in CLIP.items() if key != "model_type"}))
+
+
 LENGTHS = [3, 24, 7, 7, 12, 5, 3, 9, 20, 4, 6]
 
 
@@ -66,9 +88,16 @@ def test_features_and_gradients_are_those_of_padded_captions(values):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_a_tower_that_reads_its_padding_sees_all_of_it():
-    """SigLIP was trained on texts of one length, without a mask."""
-    model = model_of({"dual_config": SIGLIP})
+@pytest.mark.parametrize("values", [
+    {"dual_config": SIGLIP}, {"text_config": {**BERT, "model_type": "convbert", "max_position_embeddings": 24}},
+    {"text_config": {"import": "towers_of_tests:Bert"}}, {"dual_config": {"import": "towers_of_tests:Clip"}},
+], ids=["siglip", "convbert", "imported text", "imported dual"])  # fmt: skip
+def test_a_tower_that_may_read_its_padding_sees_all_of_it(values, monkeypatch):
+    module = ModuleType("towers_of_tests")
+    module.Bert, module.Clip = Bert, Clip
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    trust([module.__name__])
+    model = model_of(values)
     lengths = []
     model.backbone.text_model.register_forward_pre_hook(lambda _, __, given: lengths.append(given["input_ids"].shape[1]),
                                                         with_kwargs=True)  # fmt: skip
@@ -76,6 +105,11 @@ def test_a_tower_that_reads_its_padding_sees_all_of_it():
     model(None, ids, mask, groups=group_texts(mask.numpy()))
     assert lengths == [24]
     assert not model.backbone.trims_texts
+
+
+def test_on_a_gpu_a_batch_is_one_group():
+    (group,) = group_texts(captions()[1].numpy(), torch.device("meta"))
+    assert group.tokens == 24 and len(group.rows) == len(LENGTHS)
 
 
 def test_the_tower_runs_on_words_alone():

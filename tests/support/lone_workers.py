@@ -108,7 +108,9 @@ def _process(rank: int, folder: str, root: str) -> None:
     from mmref.train import loop, stop
 
     storage = SimpleNamespace(storage_filesystem=None, build_checkpoint_path_from_name=lambda n: f"{folder}/{n}")
-    context = SimpleNamespace(get_world_size=lambda: WORLD, get_world_rank=lambda: rank, get_storage=lambda: storage)
+    context = SimpleNamespace(
+        get_world_size=lambda: WORLD, get_world_rank=lambda: rank, get_local_world_size=lambda: WORLD, get_storage=lambda: storage
+    )
 
     def report(_: Any, target: Any, *, checkpoint_dir_name: str, checkpoint_upload_fn: Any, **__: Any) -> None:
         name = [checkpoint_dir_name]

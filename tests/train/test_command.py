@@ -15,6 +15,7 @@ from mmref.run.directory import JsonLines, RunDir
 from mmref.train import trainer
 
 ROOT = Path(__file__).parents[2]
+DEMO = runpy.run_path(str(ROOT / "jobs/demo.py"))
 
 
 @pytest.mark.parametrize("metrics", [{"split": "test"}, None])
@@ -35,15 +36,14 @@ def test_the_demo_ends_with_the_commands_that_come_next(tmp_path, monkeypatch, c
         return {"split": "test"}
 
     monkeypatch.setattr(trainer, "train", train)
-    demo = runpy.run_path(str(ROOT / "jobs/demo.py"))["demo"]
-    assert demo(["--run_dir", str(tmp_path / "run")]) == 0
+    assert DEMO["demo"](["--run_dir", str(tmp_path / "run")]) == 0
     serve, recipe = capsys.readouterr().out.splitlines()[-2:]
     assert serve.endswith(": make serve")
-    assert "20 min of training here" in recipe and recipe.endswith(": mmref train --config configs/emoji.yaml")  # 800 steps
+    assert "20 min of training here" in recipe and recipe.endswith("/mmref train --config configs/emoji.yaml")  # 800 steps
 
 
 def test_the_demo_s_training_costs_at_most_50_tflop():
-    config = load_config(["--config", str(ROOT / "configs/emoji.yaml"), "--config", str(ROOT / "configs/demo.yaml")])
+    config = load_config(DEMO["DEMO"])
     values = to_dict(config)
     values["data"]["root"], values["train"]["precision"] = str(ROOT / "data_shards/emoji"), "fp32"
     values["loss"] |= {"guide_from": 0.0, "guide_full": 0.0}  # guidance costs as much once it is there

@@ -8,6 +8,10 @@ machine meets all alike; the median of the rounds' ratios is reported.
 MFU is the FLOPs of a step, counted on the step itself, over its time and the peak of the device: NVIDIA's figure for dense
 bf16 where the GPU is known, else the fastest of some large matrix products in the run's precision.
 
+`--parts` adds MMRef's step without what makes it cheaper: with every caption padded, with PyTorch's gradient of depthwise
+kernels, and with both, as version 0.2.0 had it. `--caption-tokens 29` gives captions lengths around that mean, whatever the
+set has.
+
 `--with-ray` runs the real trainer (Ray Data, Ray Train, DeepSpeed) with the config's own losses between two measurements of
 the same step bare, and compares.
 """
@@ -15,18 +19,24 @@ the same step bare, and compares.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from whole_run import run_trainer
 
 from mmref.config import Config, from_dict, load_config, to_dict
+from mmref.data import augment
+from mmref.data.augment import normalize
 from mmref.data.reader import StepReader
+from mmref.model import depthwise
 from mmref.model.flops import flop_counter
 from mmref.model.mmref import build_model
+from mmref.train import step as train_step
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import parameter_groups
 from mmref.train.step import StepRunner
@@ -38,6 +48,20 @@ VARIANTS: dict[str, dict[str, float]] = {
     "IRRA objective": {"w_guide": 0.0, "w_fuse": 0.0, "w_rec": 0.0, "w_id": 1.0, "w_mlm": 1.0},
 }
 
+
+def planar(images: Any, config: Any) -> Any:
+    """Images whose channels lie one behind the other, as they did in version 0.2.0."""
+    return normalize(images, config).contiguous()
+
+
+PADDED = mock.patch.object(train_step, "group_texts", lambda mask, device: None)
+KERNELS = mock.patch.object(depthwise, "MOST_CELLS", 0)
+PLANAR = mock.patch.object(augment, "normalize", planar)
+PARTS = {  # MMRef's step, as it was in version 0.2.0 in some respects
+    "captions padded": (PADDED,),
+    "PyTorch's depthwise": (KERNELS, PLANAR),
+    "both, as in 0.2.0": (PADDED, KERNELS, PLANAR),
+}
 
 PEAKS = {
     "H200": 989e12,
@@ -89,11 +113,33 @@ def build(config: Config, reader: StepReader, device: torch.device) -> Any:
     return runner.run, model.bf16
 
 
+def patched_step(patches: tuple[Any, ...], run: Any) -> Any:
+    """A step inside patches."""
+
+    def patched(*args: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            return run(*args)
+
+    return patched
+
+
+def with_lengths(batch: Any, tokens: int, vocabulary: int) -> Any:
+    """The batch with captions of other lengths: normally distributed around a mean, a third of it wide, of random words."""
+    rng, (count, longest) = np.random.default_rng(int(batch["step"][0])), batch["ids"].shape
+    lengths = rng.normal(tokens, tokens / 3, count).round().clip(4, longest).astype(int)
+    mask = (np.arange(longest) < lengths[:, None]).astype(batch["mask"].dtype)
+    ids = rng.integers(5, vocabulary - 5, batch["ids"].shape).astype(batch["ids"].dtype)
+    ids[np.arange(count), lengths - 1] = batch["ids"].max()  # an end token, where CLIP looks for one
+    return {**batch, "ids": ids, "mask": mask}
+
+
 def seconds_of_a_step(run: Any, batches: list[Any]) -> float:
     """Mean over the batches, one step each."""
     began = time.perf_counter()
-    for step, batch in enumerate(batches):
-        values = run(step, batch)
+    for number, batch in enumerate(batches):
+        values = run(number, batch)
     values.cpu()  # waits for the device
     return (time.perf_counter() - began) / len(batches)
 
@@ -109,9 +155,9 @@ def compare_with_ray(config: Config, reader: StepReader, device: torch.device, a
 
     before = bare()
     ray = run_trainer(config, windows=args.rounds, window_steps=args.steps)
-    step = float(np.median(before + bare()))
-    return {"bare_images_per_second": config.train.global_batch / step, **ray,
-            "ratio": ray["images_per_second"] * step / config.train.global_batch}  # fmt: skip
+    seconds = float(np.median(before + bare()))
+    return {"bare_images_per_second": config.train.global_batch / seconds, **ray,
+            "ratio": ray["images_per_second"] * seconds / config.train.global_batch}  # fmt: skip
 
 
 def main() -> None:
@@ -121,6 +167,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="steps of a variant in a round")
+    parser.add_argument("--parts", action="store_true", help="also MMRef without what makes a step cheaper")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these variants; ratios are to the first of them")
+    parser.add_argument("--caption-tokens", type=int, help="mean length of captions, in tokens")
     parser.add_argument("--with-ray", action="store_true", help="also compare with the whole path of `mmref train`")
     parser.add_argument("--out", help="JSON file")
     args, passed = parser.parse_known_args()
@@ -130,8 +179,12 @@ def main() -> None:
                           "--train.threads", str(args.threads), *passed])  # fmt: skip
     reader = StepReader(config)
     batches = [reader.read_step(s) for s in range(args.steps)]
+    if args.caption_tokens:
+        batches = [with_lengths(batch, args.caption_tokens, reader.tokens.vocab_size) for batch in batches]
     built = {name: build(variant(config, losses), reader, device) for name, losses in VARIANTS.items()}
-    runs = {name: run for name, (run, _) in built.items()}
+    runs = {name: run for name, (run, _) in built.items() if name in (args.only or built)}
+    if args.parts:
+        runs |= {f"MMRef, {name}": patched_step(patches, built["MMRef"][0]) for name, patches in PARTS.items()}
     peak, peak_source = peak_flops(device, built["MMRef"][1])
     result: dict[str, dict[str, float]] = {}
     for name, run in runs.items():  # warms up as well
@@ -147,7 +200,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, run in runs.items():
             seconds[name].append(seconds_of_a_step(run, batches))
-    base = np.array(seconds["align-only"])
+    base = np.array(next(iter(seconds.values())))
     for name, s in seconds.items():
         result[name] |= {
             "step_ms": float(np.median(s) * 1e3),

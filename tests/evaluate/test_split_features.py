@@ -57,6 +57,19 @@ def test_a_worker_that_dies_is_replaced_and_a_named_error_keeps_its_name(run: Pa
             embed_splits(config, opened, checkpoint, config.data.root, ["val"])
     assert died.exists()
 
+    alone = split_features.Embedder(opened.path, checkpoint, config, config.data.root)
+    texts = found.queries.texts
+    whole = (
+        alone.encode(Portion("test", "image", 0, len(found.index), []))[0],
+        alone.encode(Portion("test", "text", 0, len(texts), texts))[0],
+    )
+    np.testing.assert_allclose(found.image, whole[0], atol=1e-5)
+    np.testing.assert_allclose(found.text, whole[1], atol=1e-5)
+    assert found.image_rows.tolist() == list(range(len(found.index))) and not found.skipped
+
+
+@pytest.mark.ray
+def test_a_portion_that_ends_every_worker_ends_the_evaluation_with_its_name(run: Path, monkeypatch) -> None:
     class Doomed(split_features.Embedder):
         """Dies whenever it is given images."""
 
@@ -67,14 +80,7 @@ def test_a_worker_that_dies_is_replaced_and_a_named_error_keeps_its_name(run: Pa
 
     monkeypatch.setattr(split_features, "Embedder", Doomed)
     monkeypatch.setattr(split_features, "RETRIES", 1)
+    opened, config, checkpoint = open_run(str(run))
+    config.eval.workers = 1
     with connect(1, 0.1), pytest.raises(WorkerDiedError, match=r"dies of images 0 to 3 of test, 2 times.*eval\.batch"):
         embed_splits(config, opened, checkpoint, config.data.root, ["test"])
-    alone = split_features.Embedder(opened.path, checkpoint, config, config.data.root)
-    texts = found.queries.texts
-    whole = (
-        alone.encode(Portion("test", "image", 0, len(found.index), []))[0],
-        alone.encode(Portion("test", "text", 0, len(texts), texts))[0],
-    )
-    np.testing.assert_allclose(found.image, whole[0], atol=1e-5)
-    np.testing.assert_allclose(found.text, whole[1], atol=1e-5)
-    assert found.image_rows.tolist() == list(range(len(found.index))) and not found.skipped

@@ -2,11 +2,11 @@
 
 import sys
 from pathlib import Path
-from statistics import median
 
 from mmref.cli import main
 from mmref.config import load_config
-from mmref.run.directory import RunDir, read_jsonl
+from mmref.run.directory import RunDir
+from mmref.tuning.trial_log import median_step_seconds
 
 RECIPE = ["--config", str(Path(__file__).parents[1] / "configs" / "emoji.yaml")]
 # A schedule of half the length: 40 TFLOP of training, for machines that do not compute in bf16.
@@ -17,9 +17,8 @@ def demo(flags: list[str]) -> int:
     """Exit status of the training."""
     if status := main(["train", *DEMO, *flags]):
         return status
-    run_dir = load_config([*DEMO, *flags]).run_dir
-    steps = [record["step_seconds"] for record in read_jsonl(RunDir(run_dir)) if "step_seconds" in record]
-    minutes = median(steps) * load_config(RECIPE).train.max_steps / 60
+    step_seconds = median_step_seconds(RunDir(load_config([*DEMO, *flags]).run_dir)) or 0.0
+    minutes = step_seconds * load_config(RECIPE).train.max_steps / 60
     print("next, to search the bundled images with this model: make serve")
     print(f"next, the whole recipe, {minutes:.0f} min of training here: .venv/bin/mmref train --config configs/emoji.yaml")
     return 0

@@ -173,6 +173,8 @@ def main() -> None:
     parser.add_argument("--with-ray", action="store_true", help="also compare with the whole path of `mmref train`")
     parser.add_argument("--out", help="JSON file")
     args, passed = parser.parse_known_args()
+    if args.parts and "MMRef" not in (args.only or VARIANTS):
+        parser.error("--parts are of MMRef: name it in --only as well")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     config = load_config(["--config", args.config, "--train.gpu", str(args.device == "cuda").lower(),
@@ -181,11 +183,11 @@ def main() -> None:
     batches = [reader.read_step(s) for s in range(args.steps)]
     if args.caption_tokens:
         batches = [with_lengths(batch, args.caption_tokens, reader.tokens.vocab_size) for batch in batches]
-    built = {name: build(variant(config, losses), reader, device) for name, losses in VARIANTS.items()}
-    runs = {name: run for name, (run, _) in built.items() if name in (args.only or built)}
+    built = {name: build(variant(config, VARIANTS[name]), reader, device) for name in args.only or VARIANTS}
+    runs = {name: run for name, (run, _) in built.items()}
     if args.parts:
         runs |= {f"MMRef, {name}": patched_step(patches, built["MMRef"][0]) for name, patches in PARTS.items()}
-    peak, peak_source = peak_flops(device, built["MMRef"][1])
+    peak, peak_source = peak_flops(device, next(iter(built.values()))[1])
     result: dict[str, dict[str, float]] = {}
     for name, run in runs.items():  # warms up as well
         run(0, batches[0])

@@ -24,7 +24,7 @@ from mmref.storage.locations import expanded
 from mmref.terminal.arguments import count, positive
 from mmref.train.trainer import check_inputs, check_same_data
 from mmref.tuning.ablation_table import markdown, plot, summarise, table_csv
-from mmref.tuning.capacity import TRIAL_CPUS, connected, sharing
+from mmref.tuning.capacity import TRIAL_CPUS, connected, largest_node, sharing
 from mmref.tuning.failure import reason
 from mmref.tuning.reuse import Recorded, choices, chosen_otherwise, record
 from mmref.tuning.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
@@ -219,14 +219,14 @@ def _train(base: Config, planned: dict[Training, Config], split: str, wanted: in
     with connected(base, wanted, len(planned)) as fit_in:
         import ray
 
-        at_once = min(len(planned), fit_in)
+        at_once, node_cpus = min(len(planned), fit_in), largest_node()
         task = ray.remote(num_cpus=TRIAL_CPUS, max_retries=0)(train_and_evaluate)
         waiting = list(planned.items())[::-1]
         running: dict[Any, tuple[Training, float]] = {}
         while waiting or running:
             while waiting and len(running) < at_once:
                 training, config = waiting.pop()
-                running[task.remote(to_dict(sharing(config, at_once)), split)] = (training, time.monotonic())
+                running[task.remote(to_dict(sharing(config, at_once, node_cpus)), split)] = (training, time.monotonic())
             for done in ray.wait(list(running), num_returns=1)[0]:
                 training, began = running.pop(done)
                 failure = ""

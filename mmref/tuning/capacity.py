@@ -46,10 +46,23 @@ def side_by_side(config: Config, cores: int) -> int:
     return max(1, math.floor(cores / (t.workers * max(t.cpus_per_worker, threads))))
 
 
-def sharing(config: Config, at_once: int) -> Config:
-    """The config of trainings of which so many run at a time: with `train.threads: auto` they share the cores of a node."""
+def largest_node() -> float:
+    """CPUs of the largest node of the cluster that Ray is connected to."""
+    import ray
+
+    return max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+
+
+def sharing(config: Config, at_once: int, node_cpus: float) -> Config:
+    """The config of trainings of which so many run at a time: with `train.threads: auto` they share the cores of a node.
+
+    Args:
+        node_cpus: CPUs of a node, as Ray counts them. Ray fills a node before it turns to the next, so it holds as many
+            workers as it has CPUs for, or all there are.
+    """
     t = config.train
-    threads = torch_threads(t.threads, at_once * t.workers)
+    holds = max(1, math.floor(node_cpus * t.workers / needed_cpus(config) + 1e-6))
+    threads = torch_threads(t.threads, min(at_once * t.workers, holds))
     return dataclasses.replace(config, train=dataclasses.replace(t, threads=threads))
 
 

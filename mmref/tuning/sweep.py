@@ -27,7 +27,7 @@ from mmref.terminal.arguments import count, positive
 from mmref.train.ray_storage import ray_filesystem
 from mmref.train.trainer import DATA, check_inputs, check_same_data
 from mmref.tuning.asha import Asha, grace_steps, judged_at, share_of_steps
-from mmref.tuning.capacity import TRIAL_CPUS, connected, sharing
+from mmref.tuning.capacity import TRIAL_CPUS, connected, largest_node, sharing
 from mmref.tuning.display import Display
 from mmref.tuning.recorder import Recorder
 from mmref.tuning.results import best_yaml, format_trials
@@ -281,7 +281,7 @@ def _run(own: Config, base: Config, space: Space, options: Options, run: RunDir)
         # Tune ends in order at Ctrl-C. Whatever else interrupts it is told of below in the same way.
         with contextlib.suppress(KeyboardInterrupt), connected(config, options.max_concurrent, left) as fit_in:
             at_once = min(fit_in, left)
-            _search(sharing(config, at_once), space, options, propose, log, at_once, run, asha)
+            _search(sharing(config, at_once, largest_node()), space, options, propose, log, at_once, run, asha)
     trials = list(log.trials.values())
     print(format_trials(trials, [p.name for p in space.parameters], steps), flush=True)
     run.write_text("sweep.html", render_sweep(trials, space, config, f"Sweep {Path(run.path).name}"))

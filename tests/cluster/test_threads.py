@@ -29,9 +29,17 @@ def test_the_cores_of_a_node_are_shared_out(machine, bound, quota, processes, th
 def test_trainings_at_a_time_share_them_too(machine, make_config):
     machine(8, 8)
     assert side_by_side(make_config({"train.threads": "auto"}), 8) == 8
-    assert sharing(make_config({"train.threads": "auto"}), 3).train.threads == 2
-    assert sharing(make_config({"train.threads": "auto", "train.workers": 2}), 2).train.threads == 2
-    assert sharing(make_config({"train.threads": 4}), 3).train.threads == 4
+    assert sharing(make_config({"train.threads": "auto"}), 3, 8).train.threads == 2
+    assert sharing(make_config({"train.threads": "auto", "train.workers": 2}), 2, 8).train.threads == 2
+    assert sharing(make_config({"train.threads": 4}), 3, 8).train.threads == 4
+
+
+def test_trainings_on_other_nodes_take_no_threads(machine, make_config):
+    machine(8, 8)
+    one_reader = {"train.threads": "auto", "train.cpus_per_worker": 1.0, "data.readers": 1}
+    assert sharing(make_config(one_reader), 20, 8).train.threads == 2  # a node has CPUs for four of them
+    assert sharing(make_config({**one_reader, "data.readers": 7}), 20, 8).train.threads == 8
+    assert sharing(make_config({**one_reader, "data.readers": 30}), 20, 8).train.threads == 8  # workers and readers apart
 
 
 def test_the_machine_is_told_with_the_threads_that_are_used(machine, make_config):

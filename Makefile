@@ -3,6 +3,8 @@ PYTHON ?= python3
 # as in pyproject.toml
 SUPPORTED := 3.11 3.12 3.13 3.14
 PYTHONS ?= $(SUPPORTED)
+# the newest torch that the tests ran with; mmref itself takes later ones, as `make setup TORCH=torch` does
+TORCH ?= torch<2.14
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -23,7 +25,7 @@ $(READY): pyproject.toml
 		exit 1 ;; esac
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e ".[dev,tuning,serving]"
+	$(BIN)/pip install --quiet -e ".[dev,tune,replicas,lora,hub]" "$(TORCH)"
 	$(BIN)/python -m mmref.train.build_ops
 	touch $(READY)
 

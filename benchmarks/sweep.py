@@ -37,8 +37,9 @@ from mmref.evaluate.choose import choose_on_val
 from mmref.evaluate.evaluation import open_run, run_features
 from mmref.run.directory import RunDir
 from mmref.tuning.asha import Asha, grace_steps
+from mmref.tuning.options import Options
 from mmref.tuning.space import parse_space, with_values
-from mmref.tuning.sweep import Options, of_a_trial
+from mmref.tuning.sweep import of_a_trial
 from mmref.tuning.trial_log import Trial, TrialLog, best_of, folder
 from mmref.tuning.trial_run import evaluations
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-# These must be set before any import of ray or transformers: they are quieter then, and no hub is asked for a local
-# path.
+# These must be set before any import of ray, transformers or OpenCV: they are quieter then, no hub is asked for a local path,
+# and OpenCV leaves the cores to us.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
+from mmref.terminal.parser import Parser
 from mmref.terminal.run_command import run_command
 from mmref.version import __version__
 
@@ -40,11 +42,11 @@ COMMANDS = {
     "export": Command("mmref.export.command:main", "write a run's best model as a folder that loads anywhere"),
     "index": Command("mmref.retrieval.command:index_main", "make a search index of your images, add to it, remove"),
     "search": Command("mmref.retrieval.command:search_main", "search an index with a sentence, an image, or both"),
-    "serve": Command("mmref.retrieval.service.server:serve_main", "a search page and HTTP service over indexes"),
+    "serve": Command("mmref.retrieval.service.command:serve_main", "a search page and HTTP service over indexes"),
     "judge": Command("mmref.retrieval.command:judge_main", "keep what was right and wrong, export it as training data"),
     "ledger": Command("mmref.train.command:ledger_main", "hold the samples a run has seen against its plan"),
-    "tune": Command("mmref.tuning.sweep:main", "search hyper-parameters"),
-    "ablate": Command("mmref.tuning.ablate:main", "compare configs over seeds"),
+    "tune": Command("mmref.tuning.command:tune_main", "search hyper-parameters"),
+    "ablate": Command("mmref.tuning.command:ablate_main", "compare configs over seeds"),
 }
 
 
@@ -55,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: Sequence[str]) -> int:
-    if argv and argv[0] in COMMANDS:
+    at = next((at for at, word in enumerate(argv) if word in COMMANDS), None)
+    if at == 0:
         return COMMANDS[argv[0]](argv[1:])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmref",
         description="Text-to-image retrieval with multi-modal references.",
         epilog="`mmref COMMAND --help` says what a command takes.",
@@ -66,8 +69,8 @@ def _dispatch(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.what, add_help=False)
-    parser.parse_args(argv)  # help, the version, or an error: a command has been run above
-    return 2
+    parser.parse_args(argv if at is None else argv[: at + 1])  # help, the version, an error, or what stands before a command
+    return COMMANDS[argv[at]](argv[at + 1 :]) if at is not None else 2
 
 
 if __name__ == "__main__":

@@ -7,7 +7,13 @@ class MMRefError(Exception):
     exit_status = 1
 
 
-class PathError(MMRefError):
+class UsageError(MMRefError):
+    """A command line says what cannot be meant: options that do not go together, or none of what is needed."""
+
+    exit_status = 2  # as of argparse, which knows each option by itself
+
+
+class PathError(UsageError):
     """A path is not what its user can mean: empty, of an unknown user, with a variable that nothing expands, or a URL where
     only a path of this machine will do."""
 
@@ -16,7 +22,7 @@ class FileError(MMRefError):
     """A file or folder that a command needs cannot be used: not there, no permission, of another kind, too long a name."""
 
 
-class TextError(MMRefError):
+class TextError(UsageError):
     """A text given on the command line is no UTF-8."""
 
 
@@ -30,8 +36,12 @@ class ReaderLeftError(OutputError):
     exit_status = 141  # 128 + SIGPIPE, as of other commands
 
 
-class ConfigError(MMRefError):
+class ConfigError(UsageError):
     """A config file or flag holds an unknown key, a value of the wrong type, or a combination that cannot work."""
+
+
+class ExtraMissingError(MMRefError):
+    """A command needs packages that are installed with an extra, and they are not here."""
 
 
 class BatchArithmeticError(ConfigError):

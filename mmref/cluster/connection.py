@@ -19,7 +19,9 @@ from mmref.cluster.address import check_answers, cluster_address
 from mmref.cluster.resources import FILES_NEEDED, offered_cpus, raise_file_limit
 from mmref.cluster.seclusion import private_folder, secluded
 from mmref.errors import ClusterStartError, ClusterTooSmallError, MMRefError
+from mmref.extras import need
 from mmref.storage.locations import absolute, expanded
+from mmref.terminal.progress import say
 
 SETTINGS = {  # Ray Train hands variables of this prefix on to its controller and workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report is committed at the next check; the default is 2 s
@@ -47,7 +49,9 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
     Raises:
         ClusterTooSmallError: a local cluster would not have the CPUs that are needed.
         ClusterStartError: Ray does not start here, or the cluster of RAY_ADDRESS cannot be joined.
+        ExtraMissingError: Ray is not installed.
     """
+    need("train", "a Ray cluster", "ray")
     import ray
 
     if ray.is_initialized():
@@ -57,7 +61,10 @@ def connect(need_cpus: float = 1, storage_gb: float = 1.0) -> Iterator[None]:
         os.environ.setdefault(name, value)
     if address := cluster_address():
         _join(address)
+        say(f"mmref: on the Ray cluster at {address}, which RAY_ADDRESS names")
     else:
+        if other := ray_private.started_cluster():
+            say(f"mmref: on a Ray cluster of its own; to join the one that runs here, at {other}: export RAY_ADDRESS=auto")
         cpus = offered_cpus()
         if need_cpus > cpus:
             raise ClusterTooSmallError(

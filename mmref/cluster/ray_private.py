@@ -12,9 +12,10 @@ from typing import Any
 
 # Each private name, as "module:name", with what mmref cannot do without it.
 NAMES = {
-    "ray._private.utils:get_num_cpus": "know the CPU quota of its container",
     "ray._private.utils:get_system_memory": "size the object store of a local cluster by its container's memory",
     "ray._private.services:canonicalize_bootstrap_address_or_die": "find the cluster that RAY_ADDRESS=auto means",
+    "ray._private.services:find_bootstrap_address": "say that a cluster of `ray start` is not used",
+    "ray._private.services:find_gcs_addresses": "say that a cluster of `ray start` is not used",
     "ray._raylet:GcsClient": "ask whether a cluster answers at an address, without waiting for minutes",
     "ray._raylet:Config": "have this process read the token mode that was set after Ray was imported",
     "ray._private.ray_constants:ENABLE_RAY_CLUSTER": "start a local cluster that listens on loopback alone",
@@ -53,11 +54,6 @@ def __getattr__(name: str) -> Any:
 # -- this machine --------------------------------------------------------------------------------------------------------
 
 
-def container_cpus() -> int:
-    """CPUs of this machine, or of the container's quota where it is lower."""
-    return int(_private("get_num_cpus")(override_docker_cpu_warning=True))
-
-
 def system_memory() -> int:
     """Bytes of memory of this machine, or of the container's limit where it is lower."""
     return int(_private("get_system_memory")())
@@ -72,6 +68,12 @@ PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.ar
 def running_cluster() -> str:
     """HOST:PORT of the cluster that runs on this machine. Raises ConnectionError or ValueError where none does."""
     return str(_private("canonicalize_bootstrap_address_or_die")("auto"))
+
+
+def started_cluster() -> str | None:
+    """HOST:PORT of the cluster that `ray start --head` has started on this machine last, where it runs."""
+    address = _private("find_bootstrap_address")(None)
+    return str(address) if address and address in _private("find_gcs_addresses")() else None
 
 
 def read_settings_anew() -> None:

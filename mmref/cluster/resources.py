@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from mmref.cluster import ray_private
 from mmref.cluster.address import cluster_address
 from mmref.config import Config
 from mmref.errors import ClusterTooSmallError
+from mmref.extras import missing, need
 
 LOCAL_CPUS = 8  # logical: on a small machine, workers and readers share its cores
 FILES, FILES_NEEDED = 65_536, 128  # open at once: as Ray's makers advise; with half of that it waits without a word
@@ -22,9 +22,24 @@ FILES, FILES_NEEDED = 65_536, 128  # open at once: as Ray's makers advise; with 
 
 def cores() -> int:
     """CPU cores this process may use: those of its container, where a quota limits it, or those it is bound to."""
-    quota = ray_private.container_cpus()
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else quota  # Linux alone has it
-    return max(1, min(bound, quota))
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # Linux alone has it
+    return max(1, min(bound, int(container_cpus())))
+
+
+def container_cpus(groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPUs that this process's container may use by its quota; infinitely many, as far as it goes, without one.
+
+    Args:
+        groups: where the system tells it, in the form of control groups of version 2 or 1.
+    """
+    try:
+        if (file := groups / "cpu.max").exists():
+            quota, period = file.read_text().split()
+        else:
+            quota, period = ((groups / "cpu" / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
+        return float(quota) / float(period) if float(quota) > 0 else sys.maxsize
+    except (OSError, ValueError):  # no control groups here, or "max"
+        return sys.maxsize
 
 
 def torch_threads(asked: Literal["auto"] | int, processes: int) -> int:
@@ -42,12 +57,14 @@ def use_threads() -> None:
 def workers_that_fit(asked: int | None) -> int:
     """Actors or tasks of a CPU each: `asked`, None for one a core, but no more than a local cluster offers; that is said.
 
-    Called before `connect`. A cluster that RAY_ADDRESS names may grow. Raises ClusterStartError as `cluster_address`.
+    0 are none: the work is done in this process, as it is for None where Ray is not installed. Called before `connect`. A
+    cluster that RAY_ADDRESS names may grow. Raises ClusterStartError as `cluster_address`, ExtraMissingError.
     """
+    if asked == 0 or (asked is None and missing("train", "ray")):
+        return 0
+    need("train", f"work by {asked} Ray actors", "ray", otherwise="Or do it in this process: `--workers 0`.")
     import ray
 
-    if asked == 0:  # in this process
-        return 0
     wanted = cores() if asked is None else asked
     if ray.is_initialized() or cluster_address() or wanted <= offered_cpus():
         return wanted

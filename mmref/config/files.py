@@ -14,10 +14,12 @@ import yaml
 
 from mmref.config.checks import check_config
 from mmref.config.option import options
+from mmref.config.shipped import file_or_name
 from mmref.config.tree import Config, DataConfig
 from mmref.errors import ConfigError
 from mmref.storage.locations import absolute, expanded, folder_name, in_utf8
 from mmref.storage.texts import parse_yaml, read_text
+from mmref.terminal.parser import respelled
 
 PLACES = ("run_dir", "data.root", "train.start_from")
 """Fields that hold a path or URL."""
@@ -84,9 +86,15 @@ def build_parser() -> Any:
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="mmref train", exit_on_error=False, description="Train MMRef, evaluate it on val and test, write a report."
+        prog="mmref train",
+        exit_on_error=False,
+        description="Train MMRef, evaluate it on val and test, write a report. `--log-level` as of every command.",
     )
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file; flags after it win.")
+    parser.add_argument(
+        "--config",
+        action=jsonargparse.ActionConfigFile,
+        help="YAML file, or the name of one that comes with mmref (emoji, smoke, ...); flags after it win.",
+    )
     parser.add_class_arguments(Config, nested_key=None)
     said = {name: str(option) for name, option, _ in options(Config())}
     for action in parser._actions:
@@ -99,7 +107,7 @@ def load_config(argv: list[str]) -> Config:
     """Config from flags (and the YAML files they name). Raises ConfigError; `--help` prints and exits."""
     import jsonargparse
 
-    argv = _with_values(argv)
+    argv = _with_values(respelled(argv, [f"--{key}" for key in (*known_keys(), "config", "print_config")]))
     for word, following in zip(argv, [*argv[1:], ""]):
         name, given, value = word[2:].partition("=")
         name = name.removesuffix("+")
@@ -143,7 +151,7 @@ def _with_values(argv: list[str]) -> list[str]:
         if path is None:
             words.append(word)
             continue
-        path = expanded(path)
+        path = file_or_name(path, "configs")
         text = read_text(path, ConfigError)
         if not (values := parse_yaml(text, path, ConfigError)):
             raise ConfigError(f"{path} is empty: leave it out to train with the defaults.")

@@ -26,8 +26,8 @@ class DataConfig:
     """Objects of a step come from a moving window of this many shards, for sets on object storage; 0: from the whole set."""
     cache_gb: float = option(0.0, at_least=0, unit="GB", identity=False)
     """Disk on each node for shards of object storage, in GB; 0: none, byte ranges are read instead."""
-    cache_dir: str = option("~/.cache/mmref/shards", identity=False)
-    """Folder of these shards, on the node's own disk."""
+    cache_dir: str = option("", identity=False)
+    """Folder of these shards, on the node's own disk; empty: `shards` below MMREF_CACHE, by default ~/.cache/mmref."""
     tokenizer: str = ""
     """Hub id or directory of the tokenizer; empty: the one of the backbone, or `tokenizer/` inside the shard set."""
     image_height: int = option(64, at_least=1, unit="px")
@@ -249,8 +249,8 @@ class EvalConfig:
 
     batch: int = option(128, at_least=1)
     """Images or texts encoded at once."""
-    workers: int = option(1, at_least=1)
-    """Ray actors that compute features in `mmref evaluate`."""
+    workers: int = option(1, at_least=0)
+    """Ray actors that compute features in `mmref evaluate`; 0: in its own process, as where Ray is not installed."""
     metric: Literal["mAP", "R@1", "R@1+mAP"] = "mAP"
     """What picks the best checkpoint and the refinement on val; mAP picks what lasts on new objects, of R@1 too."""
     class_protocol: bool = False

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 
 from mmref.storage.array_file import ArrayFile
 from mmref.storage.disk import told_when_full
+from mmref.storage.locations import cache_folder
 from mmref.storage.parquet import open_parquet, parquet_batches, read_parquet
 
 IN_MEMORY_ROWS = 500_000  # up to about 100 MB
-CACHE = "~/.cache/mmref/indexes"
 
 
 class Strings(Sequence[str]):
@@ -83,7 +83,7 @@ def read_columns(
         table = read_parquet(file, [*numbers, *strings])
         found: dict[str, Any] = {name: table[name].to_numpy().astype(dtype) for name, dtype in numbers.items()}
         return found | {name: Strings(table[name]) for name in strings}
-    folder = Path(CACHE).expanduser() / hashlib.sha256(stamp.encode()).hexdigest()[:24]
+    folder = Path(cache_folder("indexes")) / hashlib.sha256(stamp.encode()).hexdigest()[:24]
     if not folder.exists():
         with told_when_full(folder):
             _write_out(file, folder, numbers, strings)

@@ -42,11 +42,16 @@ OPENCV_SIZES = (  # width and height in formats that OpenCV reads too
     re.compile(rb"#\?R.{0,4000}?\n[-+]Y (?P<height>\d+) [-+]X (?P<width>\d+)\n", re.DOTALL),
 )
 
-cv2.setNumThreads(0)  # readers are processes: OpenCV's own threads would fight over their cores
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken images are named by SampleError
 # Sizes are checked here, before anything is decoded; Pillow's own check stays for images inside of images (icons).
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("ignore", module=r"PIL\b")  # of broken Exif and the like: what is broken is named
+
+
+def calm_opencv() -> None:
+    """Keep OpenCV to one thread, and silent, in a process of ours: its threads would fight with other processes over the cores,
+    and SampleError names what is broken. A program that imports mmref keeps its own settings."""
+    cv2.setNumThreads(0)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def decode_image(data: bytes, height: int, width: int, name: str = "image") -> NDArray[np.uint8]:

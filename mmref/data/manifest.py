@@ -9,6 +9,7 @@ from mmref.errors import ShardSetError
 from mmref.storage.locations import below, endless, is_url, join, read_bytes
 
 VERSION = 1
+BUNDLED = "data_shards/emoji"
 AGAIN = "Build the shard set again."
 SHARD_FIELDS: dict[str, type] = {"file": str, "samples": int, "bytes": int, "sha256": str}
 COUNTS = ("objects", "images", "captions")
@@ -31,7 +32,7 @@ def read_manifest(root: str) -> dict[str, Any]:
     except OSError as error:
         raise ShardSetError(
             f"No complete shard set in {root}: manifest.json is missing, so its build did not finish or the path "
-            "is wrong. Build one with `mmref shards build SOURCE --out DIR`."
+            f"is wrong. {_how_to_get_it(root)}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise ShardSetError(f"{path} is not JSON ({error}). {AGAIN}") from error
@@ -49,6 +50,15 @@ def read_manifest(root: str) -> dict[str, Any]:
         if problem := _problem(root, split, entry):
             raise ShardSetError(f"{path}, split {split!r}: {problem}. {AGAIN}")
     return manifest
+
+
+def _how_to_get_it(root: str) -> str:
+    if root.endswith(BUNDLED):  # as configs of ours name it, which a wheel has, and the set it has not
+        return (
+            "The emoji come with a checkout of mmref. Without one, build them from their packages: `pip install "
+            f"'mmref[emoji]'`, then `mmref shards build emoji --out {BUNDLED}`; or name a set of yours with `--data.root`."
+        )
+    return "Build one with `mmref shards build SOURCE --out DIR`."
 
 
 def _problem(root: str, split: str, entry: Any) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmref.config import Config
 from mmref.data.captions import CaptionNoise, usable_captions
-from mmref.data.decode import decode_image
+from mmref.data.decode import calm_opencv, decode_image
 from mmref.data.plan import Step, build_plan
 from mmref.data.shard_set import open_reader, train_index
 from mmref.data.tokens import load_tokens
@@ -129,6 +129,7 @@ class TaskReader:
     """Ray Data's side of StepReader: a row is a task, a task is `steps_per_task` consecutive steps of one rank."""
 
     def __init__(self, config: Config, rank: int, world: int, start: int) -> None:
+        calm_opencv()
         self.reader, self.config, self.start = StepReader(config, rank, world), config, start
 
     def __call__(self, rows: dict[str, NDArray[np.int64]]) -> Batch:

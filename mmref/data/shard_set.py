@@ -24,7 +24,7 @@ from mmref.data.manifest import read_manifest
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.errors import ShardSetError
 from mmref.storage.cache import ShardCache
-from mmref.storage.locations import absolute, file_system, folder_name, is_url, join, read_bytes, sha256_of, size_of
+from mmref.storage.locations import absolute, cache_folder, file_system, folder_name, is_url, join, read_bytes, sha256_of, size_of
 from mmref.storage.parquet import read_parquet
 from mmref.storage.retries import retry
 
@@ -247,7 +247,8 @@ def data_fingerprint(config: Config) -> str:
 def open_reader(config: Config, index: SplitIndex) -> SampleReader:
     """Reader with the node's cache of the config, for sets on object storage."""
     data = config.data
-    return SampleReader(index, ShardCache(data.cache_dir, int(data.cache_gb * 1e9)) if data.cache_gb else None)
+    folder = data.cache_dir or cache_folder("shards")
+    return SampleReader(index, ShardCache(folder, int(data.cache_gb * 1e9)) if data.cache_gb else None)
 
 
 def _row_matches(index: SplitIndex, i: int, members: dict[str, tuple[int, int]]) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from mmref.cluster.connection import connect
 from mmref.cluster.resources import workers_that_fit
 from mmref.config import Config, config_hash, to_dict
 from mmref.config.packages import check_imports
@@ -90,9 +89,7 @@ def run_features(
     run: RunDir, config: Config, checkpoint: CheckpointInfo, root: str, splits: list[str]
 ) -> tuple[dict[str, SplitFeatures], ReferenceSpace | None]:
     """Features of splits of the shard set `root` by name, and the references of the checkpoint; None where it has none."""
-    config.eval.workers = workers_that_fit(config.eval.workers)
-    with connect(config.eval.workers):
-        features = embed_splits(config, run, checkpoint, root, splits)
+    features = embed_splits(config, run, checkpoint, root, splits)
     with fetched(run, checkpoint, "references") as folder:
         return features, trained_space(config, load_references(folder, checkpoint.meta).numpy())
 
@@ -113,7 +110,7 @@ def evaluate_run(
         split: the split reported.
         out: where metrics are written besides the run directory, which gets metrics.json of its own set, metrics-SET.json
             of another set; of a split that is not the one reported at the end, metrics-SPLIT.json.
-        workers: Ray actors, by default `eval.workers`.
+        workers: Ray actors, 0 for this process; by default `eval.workers`, this process where Ray is not installed.
         report: write report.html, named alike, into the run directory.
 
     Returns:
@@ -126,8 +123,8 @@ def evaluate_run(
     shards = ShardSet.open(root)
     if split not in shards.splits:
         raise ShardSetError(f"{root} has no split `{split}`, only {shards.splits}.")
-    if workers:
-        config.eval.workers = workers
+    if workers is not None:
+        config.eval.workers = workers_that_fit(workers)
     began = time.perf_counter()
     own = is_own(config, root)
     features, space = run_features(run, config, checkpoint, root, sorted({split, "val"} & set(shards.splits)))

@@ -1,7 +1,8 @@
-"""Features of whole splits by Ray workers, each of which loads the model once."""
+"""Features of whole splits: by Ray workers, each of which loads the model once, or in this process."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,14 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmref.cluster.resources import has_gpu, torch_threads
+from mmref.cluster.connection import connect
+from mmref.cluster.resources import has_gpu, torch_threads, use_threads, workers_that_fit
 from mmref.config import Config
 from mmref.config.packages import trust_own
+from mmref.data.decode import calm_opencv
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
 from mmref.errors import MMRefError, WorkerDiedError
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
+from mmref.extras import missing
 from mmref.model.mmref import build_model
 from mmref.run.checkpoints import CheckpointInfo, fetched, load_model
 from mmref.run.directory import RunDir
@@ -83,7 +87,11 @@ class Embedder:
     def _load(self) -> Encoder:
         config = self.config
         device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
-        if device.type == "cpu":
+        if config.eval.workers:
+            calm_opencv()
+        else:
+            use_threads()
+        if config.eval.workers and device.type == "cpu":
             torch.set_num_threads(torch_threads(config.train.threads, config.eval.workers))
         trust_own(config.model)  # whoever opened the run has checked it
         tokens = load_tokens(config)
@@ -106,7 +114,11 @@ class Embedder:
 def embed_splits(
     config: Config, run: RunDir, checkpoint: CheckpointInfo, root: str, splits: list[str]
 ) -> dict[str, SplitFeatures]:
-    """Features of the splits of a shard set with a checkpoint's weights. Ray must be connected."""
+    """Features of the splits of a shard set with a checkpoint's weights.
+
+    By `eval.workers` Ray actors; by none, and where Ray is not installed, in this process.
+    """
+    config.eval.workers = 0 if missing("train", "ray") else workers_that_fit(config.eval.workers)
     shards = ShardSet.open(root)
     indices = {s: shards.index(s) for s in splits}
     queries = {s: read_queries(indices[s]) for s in splits}
@@ -117,11 +129,24 @@ def embed_splits(
                 stop = min(start + config.eval.batch, count)
                 portions.append(Portion(s, kind, start, stop, queries[s].texts[start:stop] if kind == "text" else []))
     parts: dict[tuple[str, str], list[tuple[int, Floats, list[str]]]] = {}
-    with Counter(f"encoding images and texts of {' and '.join(splits)}", sum(map(len, portions)), "item") as progress:
-        for portion, features, bad in _encoded(_starter(config, run, checkpoint, root), portions, config.eval.workers):
+    cluster = connect(config.eval.workers) if config.eval.workers else contextlib.nullcontext()
+    what = f"encoding images and texts of {' and '.join(splits)}"
+    with cluster, Counter(what, sum(map(len, portions)), "item") as progress:
+        for portion, features, bad in _encoded(config, run, checkpoint, root, portions):
             parts.setdefault((portion.split, portion.kind), []).append((portion.start, features, bad))
             progress.add(len(portion))
     return {s: _collect(indices[s], queries[s], parts[s, "image"], parts[s, "text"]) for s in splits}
+
+
+def _encoded(
+    config: Config, run: RunDir, checkpoint: CheckpointInfo, root: str, portions: list[Portion]
+) -> Iterator[tuple[Portion, Floats, list[str]]]:
+    """Each portion with what `Embedder.encode` says of it, as they are done."""
+    if config.eval.workers == 0:
+        embedder = Embedder(run.path, checkpoint, config, root)
+        yield from ((portion, *embedder.encode(portion)) for portion in portions)
+        return
+    yield from _encoded_by_actors(_starter(config, run, checkpoint, root), portions, config.eval.workers)
 
 
 def _starter(config: Config, run: RunDir, checkpoint: CheckpointInfo, root: str) -> Callable[[], Any]:
@@ -137,7 +162,9 @@ def _starter(config: Config, run: RunDir, checkpoint: CheckpointInfo, root: str)
     return functools.partial(actor.remote, run.path, checkpoint, config, root)
 
 
-def _encoded(start: Callable[[], Any], portions: list[Portion], workers: int) -> Iterator[tuple[Portion, Floats, list[str]]]:
+def _encoded_by_actors(
+    start: Callable[[], Any], portions: list[Portion], workers: int
+) -> Iterator[tuple[Portion, Floats, list[str]]]:
     """Each portion with what `Embedder.encode` says of it, as they are done.
 
     Raises a worker's own error where it is one of ours, WorkerDiedError for a portion that ends every worker that has it.

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from mmref.terminal.arguments import count, place, positive, text
 from mmref.terminal.output import printable
+from mmref.terminal.parser import Parser
 
 EXAMPLES = 4
 
 
 def main(argv: Sequence[str]) -> int:
     """`mmref explain`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmref explain",
         description="Explain queries and objects by a run's best checkpoint: where in an image its caption, reference and "
         "features look, the words that the reconstruction head reads out of a reference beside the captions people wrote, and "

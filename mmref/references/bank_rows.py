@@ -19,7 +19,6 @@ import torch
 from markupsafe import escape
 from torch import Tensor
 
-from mmref.cluster.connection import connect
 from mmref.cluster.resources import workers_that_fit
 from mmref.config import Config
 from mmref.data.shard_set import ShardSet
@@ -76,7 +75,7 @@ def add_objects(run_dir: str, data: str, split: str = "train", workers: int | No
         run_dir: run directory of `mmref train`, not training meanwhile.
         data: shard set that holds the new objects; those that the run knows already keep their references.
         split: the split taken.
-        workers: Ray actors that compute features, by default `eval.workers`.
+        workers: Ray actors that compute features, 0 for this process; by default as in `evaluate_run`.
 
     Raises:
         ReferencesError: no object is new, or the run trains no references.
@@ -87,7 +86,7 @@ def add_objects(run_dir: str, data: str, split: str = "train", workers: int | No
     if split not in shards.splits:
         raise ShardSetError(f"{data} has no split `{split}`, only {shards.splits}.")
     with run.held():
-        return _add(run, config, shards, split, workers or config.eval.workers)
+        return _add(run, config, shards, split, config.eval.workers if workers is None else workers_that_fit(workers))
 
 
 def _add(run: RunDir, config: Config, shards: ShardSet, split: str, workers: int) -> Added:
@@ -101,9 +100,8 @@ def _add(run: RunDir, config: Config, shards: ShardSet, split: str, workers: int
         raise ReferencesError(
             f"{len(object_ids)} objects in {split} of {shards.root}, and {found}: nothing to add to {run.path}."
         )
-    config.eval.workers = workers_that_fit(workers)
-    with connect(config.eval.workers):
-        features = embed_splits(config, run, info, shards.root, [split])[split]
+    config.eval.workers = workers
+    features = embed_splits(config, run, info, shards.root, [split])[split]
     rows = rows_of(features, new, config)
     usable = (rows.abs().amax((1, 2)) > 0).nonzero()[:, 0].tolist()
     if not usable:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mmref.errors import ReferencesError
-from mmref.terminal.arguments import local_path, place, positive, text
+from mmref.errors import ReferencesError, UsageError
+from mmref.terminal.arguments import count, local_path, place, text
+from mmref.terminal.parser import Parser
 
 
 def main(argv: Sequence[str]) -> int:
     """`mmref references`."""
-    parser = argparse.ArgumentParser(
-        prog="mmref references", description="Add objects to the references of a trained run, or remove them."
-    )
+    parser = Parser(prog="mmref references", description="Add objects to the references of a trained run, or remove them.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="{info,add,remove}")
     info = actions.add_parser("info", help="how many objects the checkpoints of a run have references of")
     add = actions.add_parser("add", help="give the objects of a shard set references in the best checkpoint")
@@ -23,7 +22,10 @@ def main(argv: Sequence[str]) -> int:
     info.add_argument("--object", nargs="+", type=text, default=[], metavar="ID", help="also say whether these are there")
     add.add_argument("--data", required=True, type=place, metavar="SHARDS", help="shard set that holds the new objects")
     add.add_argument("--split", default="train", help="split of it (default: train)")
-    add.add_argument("--workers", type=positive, help="Ray actors that compute features (default: eval.workers)")
+    add.add_argument(
+        "--workers", type=count,
+        help="Ray actors that compute features; 0: in this process (default: eval.workers; 0 without Ray)",
+    )  # fmt: skip
     remove.add_argument("--object", nargs="+", type=text, default=[], metavar="ID", help="ids of the objects")
     remove.add_argument("--file", type=local_path, metavar="FILE", help="text file with an id a line")
     for action, command in ((info, _info), (add, _add), (remove, _remove)):
@@ -60,7 +62,7 @@ def _remove(args: argparse.Namespace) -> int:
     listed = read_lines(args.file, ReferencesError) if args.file else []
     named = [*args.object, *filter(None, listed)]
     if not named:
-        raise ReferencesError("no object named: give `--object ID ...` or `--file FILE` with an id a line.")
+        raise UsageError("no object named: give `--object ID ...` or `--file FILE` with an id a line.")
     removed = remove_objects(args.run_dir, named)
     also = f"; also {', '.join(removed.reports)}" if removed.reports else ""
     print(

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mmref.data.decode import decoded, resize_rgb
+from mmref.data.decode import calm_opencv, decoded, resize_rgb
 from mmref.errors import SampleError, StorageError
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.retrieval.images import read_image_bytes
@@ -119,6 +119,7 @@ class ImageEmbedder:
         if processes is None:
             use_threads()
         else:
+            calm_opencv()
             torch.set_num_threads(torch_threads("auto", processes))
         self.model = load(model, "cuda" if gpu else "cpu")
 

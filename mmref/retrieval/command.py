@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mmref.cluster.resources import workers_that_fit
-from mmref.errors import QueryError
+from mmref.errors import QueryError, UsageError
 from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
 from mmref.storage.locations import expanded
 from mmref.storage.texts import read_lines
 from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.arguments import count, local_path, place, positive, source, text
 from mmref.terminal.output import printable, to_json
+from mmref.terminal.parser import Parser
 
 INDEX_VERBS = ("add", "remove", "info")
 
@@ -43,7 +44,7 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(OUTSIDE, action="store_true", help=f"of a table: {OUTSIDE_HELP}")
     parser.add_argument(
         "--workers", type=count,
-        help="Ray actors that embed; 0: in this process, quickest for a few thousand images (default: one a core)",
+        help="Ray actors that embed; 0: in this process, quickest for a few thousand images (default: one a core; 0 without Ray)",
     )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def _create(argv: Sequence[str]) -> int:
     from mmref.retrieval import index
     from mmref.retrieval.vectors import Kind
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmref index",
         description="Make a search index of your images: every kind that Pillow and OpenCV read here, told by its ending, else "
         "by its first bytes; the rest is counted. The same command again goes on after a kill. "
@@ -102,7 +103,7 @@ def _create(argv: Sequence[str]) -> int:
 def _add(argv: Sequence[str]) -> int:
     from mmref.retrieval import index
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmref index add",
         description="Have an index hold what a source holds now: new images are added, changed ones embedded again, those "
         "that are gone named. An image from elsewhere whose id an item has already gets its folder's name before it.",
@@ -128,14 +129,14 @@ def _add(argv: Sequence[str]) -> int:
 def _remove(argv: Sequence[str]) -> int:
     from mmref.retrieval import index
 
-    parser = argparse.ArgumentParser(prog="mmref index remove", description="Remove items from an index.")
+    parser = Parser(prog="mmref index remove", description="Remove items from an index.")
     parser.add_argument("index", type=local_path, metavar="INDEX")
     parser.add_argument("ids", type=text, metavar="ID", nargs="*", help="ids of items")
     parser.add_argument("--ids-file", type=local_path, metavar="FILE", help="more ids, one a line")
     args = parser.parse_args(argv)
     ids = args.ids + (_lines(args.ids_file) if args.ids_file else [])
     if not ids:
-        raise QueryError("name the items to remove: ids, or a file of them with --ids-file.")
+        raise UsageError("name the items to remove: ids, or a file of them with --ids-file.")
     _report(args.index, index.remove(args.index, ids))
     return 0
 
@@ -144,7 +145,7 @@ def _info(argv: Sequence[str]) -> int:
     from mmref.retrieval import index
     from mmref.retrieval.segment import Segment
 
-    parser = argparse.ArgumentParser(prog="mmref index info", description="What an index holds.")
+    parser = Parser(prog="mmref index info", description="What an index holds.")
     parser.add_argument("index", type=local_path, metavar="INDEX")
     parser.add_argument("--json", action="store_true", help="print the manifest")
     args = parser.parse_args(argv)
@@ -185,7 +186,7 @@ def _report(path: str, manifest: Any) -> None:
 
 def search_main(argv: Sequence[str]) -> int:
     """`mmref search INDEX "a sentence"`."""
-    parser = argparse.ArgumentParser(prog="mmref search", description="Search an index with a sentence, an image, or both.")
+    parser = Parser(prog="mmref search", description="Search an index with a sentence, an image, or both.")
     parser.add_argument("index", type=local_path, metavar="INDEX", help="directory of `mmref index`")
     parser.add_argument("text", nargs="?", type=text, metavar="TEXT", help="what to look for")
     parser.add_argument("--image", type=expanded, metavar="FILE", help="look for what is like this image")
@@ -201,17 +202,20 @@ def search_main(argv: Sequence[str]) -> int:
         metavar="P",
         help="refine this many of the first pass; 0: all; default: as in evaluation",
     )
-    parser.add_argument("--where", nargs="+", type=text, default=[], metavar="COLUMN=VALUE", help="only items with these values")
+    parser.add_argument(
+        "--where", action="append", type=text, default=[], metavar="COLUMN=VALUE",
+        help="only items with this value; more conditions may follow it",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print results as JSON, a line for each query")
     parser.add_argument("--html", type=local_path, metavar="FILE", help="write results as a page with thumbnails")
     parser.add_argument("--judge", action="store_true", help="ask of each result whether it is right, and keep the answers")
     parser.add_argument("--judgements", type=local_path, metavar="FILE", help="where (default: judgements.jsonl in the index)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(_conditions_apart(argv))
     from mmref.retrieval.searcher import Query, Searcher
     from mmref.retrieval.show import format_results, render_page
 
     if args.batch and (args.text or args.image):
-        raise QueryError("give one query, or many with --batch, not both.")
+        raise UsageError("give one query, or many with --batch, not both.")
     queries = [Query(line) for line in _lines(args.batch)] if args.batch else []
     queries = queries or [Query(args.text, args.image, args.image_weight)]
     where = _where(args.where)
@@ -233,9 +237,26 @@ def search_main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _conditions_apart(argv: Sequence[str]) -> list[str]:
+    """Words in which each condition has a `--where` of its own: `--where A=1 B=2 TEXT` ends before what is no condition."""
+    words: list[str] = []
+    conditions = 0  # behind the last --where
+    for word in argv:
+        if word == "--where":
+            conditions = 1
+        elif conditions == 1:
+            conditions = 2
+        elif conditions and "=" in word and not word.startswith("-"):
+            words.append("--where")
+        else:
+            conditions = 0
+        words.append(word)
+    return words
+
+
 def _where(pairs: Sequence[str]) -> dict[str, str] | None:
     if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise QueryError(f"--where {wrong[0]!r} is not of the form COLUMN=VALUE.")
+        raise UsageError(f"--where {wrong[0]!r} is not of the form COLUMN=VALUE.")
     return dict(pair.split("=", 1) for pair in pairs) or None
 
 
@@ -274,7 +295,7 @@ def judge_main(argv: Sequence[str]) -> int:
     """`mmref judge INDEX TEXT --right ID ... --wrong ID ...`, `mmref judge export INDEX --out DIR`."""
     if argv[:1] == ["export"]:
         return _export_judgements(argv[1:])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmref judge",
         description="Say which items are right for a sentence. `mmref judge export INDEX --out DIR` writes what was judged as "
         "a table for `mmref shards build table`, to fine-tune or evaluate with.",
@@ -291,7 +312,7 @@ def judge_main(argv: Sequence[str]) -> int:
     from mmref.retrieval.searcher import Searcher
 
     if not args.right and not args.wrong:
-        raise QueryError("name items with --right or --wrong.")
+        raise UsageError("name items with --right or --wrong.")
     searcher = Searcher(args.index)
     judgements = Judgements.of(searcher, args.judgements)
     for item_id in (*args.right, *args.wrong):
@@ -304,7 +325,7 @@ def judge_main(argv: Sequence[str]) -> int:
 
 
 def _export_judgements(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mmref judge export", description="Judgements as a table and its images.")
+    parser = Parser(prog="mmref judge export", description="Judgements as a table and its images.")
     parser.add_argument("index", type=local_path, metavar="INDEX")
     parser.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder for table.jsonl and images/")
     parser.add_argument("--split", help="split of every row: `test` for an evaluation split; default: by object at build")

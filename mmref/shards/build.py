@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from mmref.cluster.connection import connect
+from mmref.data.decode import calm_opencv
 from mmref.data.manifest import VERSION
 from mmref.errors import ConfigError, ShardSetError, SourceError
 from mmref.shards.samples import Source, SourceObject, count_warnings, hash_fraction
@@ -260,12 +261,17 @@ def _run(jobs: list[tuple], options: BuildOptions) -> Iterator[ShardResult]:
         yield from _run_ray(jobs, options.workers, bar.update)
 
 
+def _write_shard(*job: Any) -> ShardResult:
+    calm_opencv()
+    return write_shard(*job)
+
+
 def _run_ray(jobs: list[tuple], workers: int, tick: Callable[[], Any]) -> Iterable[ShardResult]:
     """At most `workers` tasks at a time, on the cluster that is there or on a local one that is stopped afterwards."""
     import ray
 
     with connect(storage_gb=0.13):
-        task = ray.remote(max_retries=2)(write_shard)
+        task = ray.remote(max_retries=2)(_write_shard)
         source = ray.put(jobs[0][0])
         waiting = list(enumerate(jobs))[::-1]
         running: dict[Any, int] = {}

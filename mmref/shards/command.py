@@ -8,13 +8,14 @@ from typing import Any
 
 from mmref.cluster.resources import workers_that_fit
 from mmref.data.shard_set import ShardSet
-from mmref.errors import SourceError
+from mmref.errors import UsageError
 from mmref.shards.build import SOURCES, BuildOptions, build_shards, make_source
 from mmref.shards.tar_writer import ImageOptions
 from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
 from mmref.storage.whole_folder import check_output
 from mmref.terminal.arguments import count, local_path, place, positive
 from mmref.terminal.output import printable
+from mmref.terminal.parser import Parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,9 +26,7 @@ def main(argv: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of `mmref shards`; the chosen command is left in `args.run`: args -> exit status."""
-    parser = argparse.ArgumentParser(
-        prog="mmref shards", description="Build shard sets from a source, look into them, verify them."
-    )
+    parser = Parser(prog="mmref shards", description="Build shard sets from a source, look into them, verify them.")
     commands = parser.add_subparsers(dest="shards_command", required=True, metavar="build|inspect|verify")
     build = commands.add_parser("build", help="build a shard set from a source")
     _add_sources(build.add_subparsers(dest="source", required=True, metavar="|".join(SOURCES)))
@@ -52,7 +51,7 @@ def _common_options() -> argparse.ArgumentParser:
     common.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder of the new set")
     common.add_argument("--overwrite", action="store_true", help="replace a complete set in --out when the new one is whole")
     common.add_argument(
-        "--workers", type=count, help="parallel Ray tasks; 0: in this process (default: one a core)",
+        "--workers", type=count, help="parallel Ray tasks; 0: in this process (default: one a core; 0 without Ray)",
     )  # fmt: skip
     common.add_argument("--target-mb", type=float, default=128, help="size of a shard in MB (default: %(default)s)")
     common.add_argument(
@@ -139,13 +138,13 @@ def _add_sources(sources: Any) -> None:
 
 
 def parse_fractions(text: str) -> dict[str, float]:
-    """`train=0.7,val=0.1,test=0.2` -> dict. Raises SourceError unless they are positive and sum to 1."""
+    """`train=0.7,val=0.1,test=0.2` -> dict. Raises UsageError unless they are positive and sum to 1."""
     try:
         found = {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
     except ValueError as error:
-        raise SourceError(f"--fractions {text!r} is not of the form train=0.7,val=0.1,test=0.2.") from error
+        raise UsageError(f"--fractions {text!r} is not of the form train=0.7,val=0.1,test=0.2.") from error
     if min(found.values()) < 0 or abs(sum(found.values()) - 1) > 1e-6:
-        raise SourceError(f"--fractions {text!r} sum to {sum(found.values()):g}: they must be positive and sum to 1.")
+        raise UsageError(f"--fractions {text!r} sum to {sum(found.values()):g}: they must be positive and sum to 1.")
     return found
 
 

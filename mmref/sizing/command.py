@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -11,11 +10,12 @@ from mmref.config import load_config
 from mmref.sizing.estimate import compute_sizing, format_table, measure_model, scaled
 from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.arguments import local_path, positive
+from mmref.terminal.parser import Parser
 
 
 def main(argv: Sequence[str]) -> int:
     """`mmref sizing`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmref sizing",
         description="Memory of a worker, object store, bytes and FLOPs of a step, before a run is started. Flags of "
         "`mmref train` are taken as well: --config, --model.dual, --train.zero_stage, --reference.negatives ...",

@@ -33,6 +33,12 @@ def bypass_proxies() -> None:
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = "*" if "*" in named else direct
 
 
+def cache_folder(name: str) -> str:
+    """A folder for what can be made or fetched again: below MMREF_CACHE, else below `mmref` in the user's cache."""
+    own = os.environ.get("MMREF_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mmref")
+    return os.path.join(os.path.abspath(os.path.expanduser(own)), name)
+
+
 def is_url(place: str) -> bool:
     """Whether a place is a URL rather than a path."""
     return "://" in place
@@ -173,7 +179,7 @@ def check_installed(place: str) -> None:
 def _missing(place: str, error: Exception) -> FileSystemMissingError:
     return FileSystemMissingError(
         f"{place} needs a file system that is not installed: {error}. Install its package with pip on every node (s3://: "
-        "`pip install -e '.[s3]'` in mmref's folder, gs://: gcsfs, az:// and abfs://: adlfs)."
+        "`pip install 'mmref[s3]'`, gs://: gcsfs, az:// and abfs://: adlfs)."
     )
 
 

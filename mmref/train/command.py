@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Sequence
 
+from mmref.extras import need
 from mmref.storage.locations import absolute
 from mmref.terminal.arguments import place
+from mmref.terminal.parser import Parser
 
 
 def train_main(argv: Sequence[str]) -> int:
     """`mmref train` and jobs/train.py."""
     from mmref.config import load_config
 
-    config = load_config(list(argv))
+    _, words = Parser(prog="mmref train", add_help=False, allow_abbrev=False).parse_known_args(argv)
+    config = load_config(words)
+    need("train", "mmref train")
     from mmref.train.trainer import train as run
 
     metrics, where = run(config), absolute(config.run_dir)
@@ -26,7 +29,7 @@ def train_main(argv: Sequence[str]) -> int:
 
 def ledger_main(argv: Sequence[str]) -> int:
     """`mmref ledger`: exit status 1 when a sample was lost or repeated."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmref ledger",
         description="Which samples the model of a run was trained on, up to its latest checkpoint, against what its plan asks "
         "for: how many were lost or repeated by failures, and how many broken ones were replaced. Exit status 1 when any was "

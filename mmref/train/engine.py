@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmref.config import Config, TrainConfig
 from mmref.model.mmref import MMRef
 from mmref.run.checkpoints import MOMENTS
+from mmref.storage.locations import cache_folder
 from mmref.storage.locks import one_at_a_time
 from mmref.train import collectives
 
@@ -87,8 +88,7 @@ def prepare_node() -> None:
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
     environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:8]
-    default = Path.home() / ".cache" / "mmref" / f"torch_extensions-{environment}"
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", cache_folder(f"torch_extensions-{environment}")))
     if os.environ.get("DS_ACCELERATOR") != "cpu":
         return  # NCCL is used instead
     from deepspeed.comm.torch import build_shm_op

@@ -13,6 +13,7 @@ import torch
 from mmref.cluster.resources import torch_threads
 from mmref.config import Config, check_batch, config_hash, from_dict
 from mmref.config.packages import trust_own
+from mmref.data.decode import calm_opencv
 from mmref.data.shard_set import ShardSet, train_index
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
@@ -64,6 +65,7 @@ class Worker:
     def __init__(self, config: Config, run: RunDir) -> None:
         import ray.train
 
+        calm_opencv()
         context = ray.train.get_context()
         self.config, self.run = config, run
         self.world, self.rank = context.get_world_size(), context.get_world_rank()

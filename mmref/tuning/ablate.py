@@ -8,7 +8,6 @@ in place of the folders.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -16,61 +15,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmref.cluster.connection import SETTINGS
-from mmref.config import Config, config_hash, from_dict, load_config, to_dict, with_absolute_paths
+from mmref.config import Config, config_hash, from_dict, to_dict, with_absolute_paths
 from mmref.data.shard_set import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.run.directory import RunDir
-from mmref.storage.locations import expanded
-from mmref.terminal.arguments import count, positive
 from mmref.train.trainer import check_inputs, check_same_data
 from mmref.tuning.ablation_table import markdown, plot, summarise, table_csv
 from mmref.tuning.capacity import TRIAL_CPUS, connected, largest_node, sharing
 from mmref.tuning.failure import reason
 from mmref.tuning.reuse import Recorded, choices, chosen_otherwise, record
-from mmref.tuning.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
+from mmref.tuning.rows import Rows, Training, trainings
 from mmref.tuning.trial_log import median_step_seconds
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The ablation's own flags; everything else on the command line goes to the config."""
-    parser = argparse.ArgumentParser(
-        prog="mmref ablate", allow_abbrev=False, description="Train rows of configs over seeds, and compare them.",
-        epilog="Any config field is a flag too (`--data.caption_noise 0.2`): `mmref train --help` lists them.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rows", default=DEFAULT_ROWS, type=expanded, metavar="FILE", help="rows to compare (default: %(default)s)"
-    )
-    parser.add_argument("--only", nargs="+", metavar="ROW",
-                        help="train these rows, and the baseline; of the others the tables show what is there")  # fmt: skip
-    parser.add_argument("--baseline", metavar="ROW", help="row that all are compared with (default: the file's)")
-    parser.add_argument("--config", type=expanded, metavar="FILE", help="config that the rows vary")
-    parser.add_argument("--seeds", type=count, nargs="+", default=[0, 1, 2], help="default: %(default)s")
-    parser.add_argument("--split", default="test", help="split reported; refinement is chosen on val (default: %(default)s)")
-    parser.add_argument("--kind", default="", help="kind of captions reported besides all of them")
-    parser.add_argument(
-        "--run_dir",
-        default="runs/ablation",
-        type=expanded,
-        metavar="DIR",
-        help="directory or URL (default: %(default)s)",
-    )
-    parser.add_argument("--results", nargs="+", default=[], type=expanded, metavar="FILE",
-                        help="ablation.json of other ablations: same config and seed, same training: taken from it")  # fmt: skip
-    parser.add_argument("--max-concurrent", type=positive, metavar="N", help="trainings at a time (default: as many as fit)")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    """`mmref ablate` and tune/ablate.py. Raises the errors of mmref.errors."""
-    args, rest = build_parser().parse_known_args(argv)
-    base = load_config([*(["--config", args.config] if args.config else []), *rest])
-    base.run_dir = args.run_dir
-    rows = read_rows(args.rows, base)
-    if args.baseline:
-        rows = rows.compared_with(args.baseline, "--baseline")
-    table = ablate(base, rows, args.seeds, args.split, args.kind, args.max_concurrent, args.only, args.results)
-    print(markdown(table, rows.baseline))
-    return 0
 
 
 def ablate(

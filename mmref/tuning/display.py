@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from mmref.extras import missing
 from mmref.tuning.results import refinement_text, short, short_names
 from mmref.tuning.trial_log import Trial, TrialLog, best_of, ranked
 
 
 class Display:
-    """As a context. Lines are printed where standard output is no terminal."""
+    """As a context. Lines are printed where standard output is no terminal, or rich is not installed."""
 
     def __init__(self, log: TrialLog, count: int, max_steps: int) -> None:
         """count: trials of the whole sweep."""
@@ -22,7 +23,7 @@ class Display:
         return {**self.__dict__, "_live": None}
 
     def __enter__(self) -> Display:
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not missing("tune", "rich"):
             from rich.live import Live
 
             # What does not fit is cut off below, and the whole table is printed at the end.

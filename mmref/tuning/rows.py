@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmref.config import Config, build_parser, read_yaml
-from mmref.config.shipped import shipped
+from mmref.config.shipped import file_or_name
 from mmref.errors import ConfigError
 from mmref.tuning.space import annotation, cast_value, is_single, with_values
 
@@ -96,7 +96,11 @@ def trainings(rows: Rows, seeds: list[int]) -> list[Training]:
 
 
 def read_rows(path: str, base: Config) -> Rows:
-    """Rows from a YAML file, their configs checked over `base`. Raises ConfigError with the file, the row and the fix."""
+    """Rows from a YAML file, or by the name of one that comes with mmref, their configs checked over `base`.
+
+    Raises ConfigError with the file, the row and the fix.
+    """
+    path = file_or_name(path, "tune/rows")
     found = read_yaml(path)
     if unknown := set(found) - TOP:
         raise ConfigError(f"{path}: unknown key `{sorted(unknown)[0]}`; it takes {', '.join(sorted(TOP))}.")
@@ -181,6 +185,3 @@ def _check_name(name: str, rows: tuple[Row, ...], where: str) -> None:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"Did you mean `{near[0]}`?" if near else f"Rows: {', '.join(names)}."
         raise ConfigError(f"{where}: there is no row `{name}`. {hint}")
-
-
-DEFAULT_ROWS = shipped("tune/rows/default.yaml")

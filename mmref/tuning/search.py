@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
-from mmref.errors import ConfigError
+from mmref.extras import need
 from mmref.tuning.space import Parameter, Space
 from mmref.tuning.trial_log import Trial, TrialLog
 
 Propose = Callable[[int, list[Trial]], dict[str, Any]]
-SEARCHERS = ("optuna", "random", "grid")
 RANDOM_SHARE, RANDOM_MOST = 0.3, 10  # of a sweep: what TPE draws at random before it models anything
 
 
@@ -30,13 +29,13 @@ def proposer(space: Space, searcher: str, seed: int, first: dict[str, Any] | Non
         pareto: search for a high score and a short step at once (optuna).
         count: trials of the whole sweep.
     Raises:
-        ConfigError: optuna is not installed, or the grid has a range in it.
+        ExtraMissingError: optuna is not installed. ConfigError: the grid has a range in it.
     """
     if searcher == "grid":
         grid = space.grid()
         return lambda number, before: grid[number]
     if searcher == "optuna":
-        _need_optuna()
+        need("tune", "`--searcher optuna`", "optuna", otherwise="Or use `--searcher random`.")
 
     def propose(number: int, before: list[Trial]) -> dict[str, Any]:
         if number == 0 and first:
@@ -131,12 +130,3 @@ class Numbered(Searcher):
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: the log is on disk, and a sweep goes on from it alone."""
-
-
-def _need_optuna() -> None:
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "`--searcher optuna` needs the extra `tuning`: `pip install -e '.[tuning]'` in mmref's folder; or use random."
-        ) from None

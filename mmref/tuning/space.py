@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmref.config import Config, EvalConfig, check_config, from_dict, placed, to_dict, unknown_key
+from mmref.config.shipped import file_or_name
 from mmref.errors import ConfigError
 from mmref.storage.locations import absolute, expanded
 from mmref.storage.texts import parse_yaml, read_text
@@ -149,7 +150,11 @@ def _check(config: Config, values: dict[str, Any]) -> None:
 
 
 def read_space(path: str) -> Space:
-    """A space from a YAML file. Raises ConfigError that names the file, the field, and what would be right."""
+    """A space from a YAML file, or by the name of one that comes with mmref.
+
+    Raises ConfigError that names the file, the field, and what would be right.
+    """
+    path = file_or_name(path, "tune/spaces")
     return parse_space(read_text(path, ConfigError), path)
 
 

@@ -7,136 +7,32 @@ log trials.jsonl, space.yaml, config.yaml, sweep.json and a folder for each tria
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from mmref.config import Config, dump_yaml, load_config, to_dict, with_absolute_paths
-from mmref.config.shipped import shipped
+from mmref.config import Config, dump_yaml, to_dict, with_absolute_paths
 from mmref.data.shard_set import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError, SweepInterruptedError
 from mmref.run.directory import RunDir, read_jsonl
-from mmref.storage.locations import expanded
-from mmref.terminal.arguments import count, positive
 from mmref.train.ray_storage import ray_filesystem
 from mmref.train.trainer import DATA, check_inputs, check_same_data
 from mmref.tuning.asha import Asha, grace_steps, judged_at, share_of_steps
 from mmref.tuning.capacity import TRIAL_CPUS, connected, largest_node, sharing
 from mmref.tuning.display import Display
+from mmref.tuning.options import Options, check_options, number
 from mmref.tuning.recorder import Recorder
 from mmref.tuning.results import best_yaml, format_trials
-from mmref.tuning.search import SEARCHERS, Numbered, Propose, proposer
-from mmref.tuning.space import Space, parse_space, read_space, with_values
+from mmref.tuning.search import Numbered, Propose, proposer
+from mmref.tuning.space import Space, parse_space, with_values
 from mmref.tuning.sweep_report import render_sweep
 from mmref.tuning.trial_log import LOG, Trial, TrialLog, best_of
 from mmref.tuning.trial_run import run_trial
 
-DEFAULT_CONFIG = "configs/emoji.yaml"  # the bundled data
-DEFAULT_SPACE = shipped("tune/spaces/default.yaml")
-FINAL_SEEDS = 3
-RESUMABLE = ("trials", "max_concurrent", "final_seeds")  # options that may change when a sweep goes on
-AUTO = "auto"  # of --max-concurrent
 TRIAL_RESTARTS = 3  # of a trial whose process was lost; its workers have `train.max_failures` of their own
-PBT = (
-    "`--scheduler pbt` is not offered: population-based training copies checkpoints between trials, and Ray Train hands "
-    "Ray Tune none of a nested training's, so that every exploit would be skipped in silence and the trials would be "
-    "independent. Use asha, or none."
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked of a sweep, besides its config and space."""
-
-    trials: int
-    searcher: str = "optuna"
-    scheduler: str = "asha"
-    pareto: bool = False
-    max_concurrent: int | None = None  # None: as many as fit
-    trial_steps: int | None = None  # None: as many as the config's
-    grace_steps: int | None = None  # None: until guidance is full, at least a quarter of a trial
-    reduction: float = 3.0
-    final_seeds: int = 0  # trainings of the best config and of the default, each
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The sweep's own flags; everything else on the command line goes to the config."""
-    parser = argparse.ArgumentParser(
-        prog="mmref tune", allow_abbrev=False, description="Search hyper-parameters with Ray Tune.",
-        epilog="Any config field is a flag too (`--train.max_steps 200`): `mmref train --help` lists them.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--space", default=str(DEFAULT_SPACE), type=expanded, metavar="FILE", help="search space (default: %(default)s)"
-    )
-    parser.add_argument("--trials", type=positive, metavar="N", help="number of trials (default: 16; grid: all combinations)")
-    parser.add_argument(
-        "--config",
-        default=DEFAULT_CONFIG,
-        type=expanded,
-        metavar="FILE",
-        help="config that the trials vary (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--run_dir", default="runs/sweep", type=expanded, metavar="DIR", help="directory or URL (default: %(default)s)"
-    )
-    parser.add_argument("--resume", type=expanded, metavar="DIR",
-                        help="go on with the sweep in DIR; --trials, --max-concurrent, --final-seeds may change")  # fmt: skip
-    parser.add_argument("--retry-failed", action="store_true", help="with --resume: run failed trials again")
-    parser.add_argument("--workers-per-trial", type=positive, metavar="N", help="the same as --train.workers")
-    parser.add_argument("--max-concurrent", type=_concurrency, default=None, metavar="N|auto",
-                        help="trials at a time; auto (default): as many as the cluster's CPUs and GPUs hold")  # fmt: skip
-    parser.add_argument("--searcher", choices=SEARCHERS, default="optuna", help="default: optuna (TPE)")
-    parser.add_argument("--scheduler", choices=["asha", "none", "pbt"], default="asha",
-                        help="default: asha (early stops); pbt is refused, and says why")  # fmt: skip
-    parser.add_argument("--pareto", action="store_true",
-                        help="search for a high score and a short step at once (optuna, --scheduler none)")  # fmt: skip
-    parser.add_argument("--trial-steps", type=positive, metavar="N",
-                        help="length of a trial (default: train.max_steps); best.yaml keeps train.max_steps")  # fmt: skip
-    parser.add_argument("--grace-steps", type=positive, metavar="N",
-                        help="steps before ASHA may stop a trial (default: until guidance has its full weight, "
-                             "loss.guide_full, and at least a quarter of a trial)")  # fmt: skip
-    parser.add_argument("--reduction", type=float, default=3.0, metavar="R",
-                        help="ASHA lets about the best 1/R pass each rung (default: %(default)g)")  # fmt: skip
-    parser.add_argument("--final-seeds", type=count, metavar="N",
-                        help="fresh seeds for which the best config and the default are trained in full and compared on "
-                        f"test at the end; 0: not at all (default: {FINAL_SEEDS})")  # fmt: skip
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    """`mmref tune` and tune/sweep.py. Raises the errors of mmref.errors."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    if args.resume:
-        allowed = {"resume", "retry_failed", *RESUMABLE}
-        if extra := rest or [k for k, v in vars(args).items() if k not in allowed and v != parser.get_default(k)]:
-            raise ConfigError(
-                f"`--resume` goes on with the sweep as it was asked for, and takes no `{extra[0]}`; only `--trials`, "
-                "`--max-concurrent` and `--final-seeds` may change, and `--retry-failed` runs failed trials again."
-            )
-        resume(args.resume, args.retry_failed, **{name: getattr(args, name) for name in RESUMABLE})
-        return 0
-    if args.retry_failed:
-        raise ConfigError("`--retry-failed` goes with `--resume DIR`: a new sweep has no failed trials.")
-    base = load_config(["--config", args.config, *rest])
-    base.run_dir = args.run_dir
-    if args.workers_per_trial:
-        base = with_values(base, {"train.workers": args.workers_per_trial})
-    space = read_space(args.space)
-    trials = args.trials or (len(space.grid()) if args.searcher == "grid" else 16)
-    seeds = FINAL_SEEDS if args.final_seeds is None else args.final_seeds
-    if args.scheduler != "asha" and (args.grace_steps or args.reduction != parser.get_default("reduction")):
-        raise ConfigError("`--grace-steps` and `--reduction` are ASHA's: leave them out, or use `--scheduler asha`.")
-    names = {f.name for f in dataclasses.fields(Options)} - {"trials", "final_seeds", "max_concurrent"}
-    given = {k: v for k, v in vars(args).items() if k in names}
-    sweep(base, space, Options(trials, final_seeds=seeds, max_concurrent=_number(args.max_concurrent), **given))
-    return 0
 
 
 def sweep(base: Config, space: Space, options: Options) -> Config:
@@ -190,7 +86,7 @@ def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None
         raise RunDirectoryError(f"{run.path} holds no sweep to go on with (there is no space.yaml). Start it without "
                                 "`--resume`.")  # fmt: skip
     options = Options(**run.read_json("sweep.json"))
-    changed = {k: _number(v) for k, v in changes.items() if v is not None}
+    changed = {k: number(v) for k, v in changes.items() if v is not None}
     options = dataclasses.replace(options, **changed)  # type: ignore[arg-type]
     if (begun := len({line["trial"] for line in read_jsonl(run, LOG)})) > options.trials:
         raise ConfigError(f"`--trials {options.trials}` is fewer than the {begun} that {run.path} has begun already.")
@@ -206,23 +102,6 @@ def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None
             for trial in [t for t in log.trials.values() if t.status == "failed"]:
                 log.reopen(trial.number)
         return _run(own, prepared, space, options, run)
-
-
-def check_options(options: Options, space: Space) -> None:
-    """Raise ConfigError for options that do not go together."""
-    if options.scheduler == "pbt":
-        raise ConfigError(PBT)
-    if options.reduction <= 1:
-        raise ConfigError(f"`--reduction` must be above 1, found {options.reduction}.")
-    if options.final_seeds < 0:
-        raise ConfigError(f"`--final-seeds` must be at least 0, found {options.final_seeds}.")
-    if options.pareto and (options.searcher, options.scheduler) != ("optuna", "none"):
-        raise ConfigError(
-            f"`--pareto` needs `--searcher optuna --scheduler none`, found {options.searcher} and {options.scheduler}: ASHA "
-            "compares trials by their score alone, and would stop the fast ones."
-        )
-    if options.searcher == "grid" and options.trials > (size := len(space.grid())):
-        raise ConfigError(f"`--trials {options.trials}` asks for more than the {size} combinations of the grid.")
 
 
 def prepare(base: Config, space: Space, options: Options, run: RunDir) -> Config:
@@ -380,12 +259,3 @@ def _conclude(trials: list[Trial], base: Config, run: RunDir, trial_steps: int) 
     run.write_text("best.yaml", best_yaml(config, best, base.eval.metric, trial_steps))
     print(f"best: trial {best.number}, score {best.score:.2f}. Train it: python jobs/train.py --config {run.join('best.yaml')}")
     return config, best
-
-
-def _number(value: int | str | None) -> int | None:
-    """What `--max-concurrent` and the other numbers mean: None for auto."""
-    return None if value == AUTO or value is None else int(value)
-
-
-def _concurrency(text: str) -> int | str:
-    return text if text == AUTO else positive(text)

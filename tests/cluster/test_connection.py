@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -21,9 +22,9 @@ import pytest
 from mmref.cluster import connection, resources
 from mmref.cluster.address import cluster_address
 from mmref.cluster.connection import connect, in_time, local_folder, object_store_bytes
-from mmref.cluster.resources import cores, workers_that_fit
+from mmref.cluster.resources import container_cpus, cores, workers_that_fit
 from mmref.cluster.seclusion import private_folder, write_token
-from mmref.errors import ClusterStartError
+from mmref.errors import ClusterStartError, ExtraMissingError
 from mmref.terminal.run_command import run_command
 
 GB = 1e9
@@ -52,9 +53,37 @@ def test_cores_are_those_this_process_may_use() -> None:
 
 
 def test_cores_are_those_a_process_is_bound_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray._private.utils.get_num_cpus", lambda **_: 64)
+    monkeypatch.setattr(resources, "container_cpus", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3})
     assert cores() == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, sys.maxsize),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, sys.maxsize),
+        ({}, sys.maxsize),
+    ],
+)
+def test_the_quota_of_a_container(tmp_path: Path, files: dict[str, str], cpus: float) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert container_cpus(tmp_path) == cpus
+
+
+def test_without_ray_the_work_is_done_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert workers_that_fit(None) == workers_that_fit(0) == 0
+    with pytest.raises(
+        ExtraMissingError, match=r"work by 3 Ray actors needs the extra `train`, and ray is .*mmref\[train\].*--workers 0"
+    ):
+        workers_that_fit(3)
+    with pytest.raises(ExtraMissingError, match="a Ray cluster needs the extra `train`"), connect():
+        pass
 
 
 def test_workers_are_as_many_as_the_machine_offers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +119,36 @@ def test_addresses_of_another_kind_are_named(given: str, message: str, monkeypat
         connect(),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("named", "beside", "said"),
+    [
+        ("10.0.0.1:6379", "10.0.0.2:6379", "mmref: on the Ray cluster at 10.0.0.1:6379, which RAY_ADDRESS names\n"),
+        ("", "10.0.0.2:6379", "mmref: on a Ray cluster of its own; to join the one that runs here, at 10.0.0.2:6379: export "
+                              "RAY_ADDRESS=auto\n"),
+        ("", None, ""),
+    ],
+)  # fmt: skip
+def test_the_cluster_that_is_used_is_said(
+    named: str, beside: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", named)
+    monkeypatch.setattr(connection.ray_private, "started_cluster", lambda: beside)
+    monkeypatch.setattr(connection, "_join", lambda address: None)
+    monkeypatch.setattr(connection, "_start_local", lambda cpus, storage_gb: None)
+    monkeypatch.setattr(connection, "named_address", contextlib.nullcontext)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with connect():
+        pass
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("found, running, cluster", [("h:1", {"h:1"}, "h:1"), ("h:1", {"h:2"}, None), (None, {"h:1"}, None)])
+def test_a_started_cluster_is_one_that_still_runs(found, running, cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda _: found)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: running)
+    assert connection.ray_private.started_cluster() == cluster
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mmref.cluster import ray_private, resources
+from mmref.cluster import resources
 from mmref.config import Config, load_config
 from mmref.errors import ConfigError
 from mmref.tuning.capacity import sharing, side_by_side
@@ -14,7 +14,7 @@ def machine(monkeypatch):
 
     def set_to(bound, quota):
         monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: set(range(bound)))
-        monkeypatch.setattr(ray_private, "container_cpus", lambda: quota)
+        monkeypatch.setattr(resources, "container_cpus", lambda: quota)
 
     return set_to
 

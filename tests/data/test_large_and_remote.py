@@ -34,7 +34,7 @@ def test_a_mapped_index_is_the_one_in_memory(
     plain = ShardSet.open(str(tiny_set)).index("train")
     batch = StepReader(make_config()).read_step(3)
     monkeypatch.setattr(columns, "IN_MEMORY_ROWS", 5)
-    monkeypatch.setattr(columns, "CACHE", str(tmp_path / "indexes"))
+    monkeypatch.setenv("MMREF_CACHE", str(tmp_path))
     for _ in range(2):  # written, then found
         mapped = ShardSet.open(str(tiny_set)).index("train")
         assert isinstance(mapped.image_offset, np.memmap)

@@ -255,7 +255,7 @@ def test_what_there_is_is_said(run, config, capsys):
     line = f"step-00000030-b (best): 14 objects x 2 references of width 8, {count} of them set, "
     assert line in said and said.count("nobody: not there") == said.count(f"{seen}: set") == 2
     assert (f"{unseen}: there, not set yet" in said) == (count < 14)
-    assert main(["references", "remove", run.path]) == 1
+    assert main(["references", "remove", run.path]) == 2
     assert "no object named" in capsys.readouterr().err
 
 

@@ -91,6 +91,26 @@ def test_judging_on_the_terminal_and_by_command(own_index, tmp_path, capsys, mon
     assert len((own_index / "judgements.jsonl").read_text().splitlines()) == 4, "all ids are known, or none is saved"
 
 
+def test_a_sentence_may_follow_a_condition(split_index, capsys):
+    asked = []
+    for argv in (
+        ["a b", "--where", "split=test", "object_id=o3"],
+        ["--where", "split=test", "object_id=o3", "a b"],
+        ["--where", "split=test", "--where=object_id=o3", "--top", "2", "a b"],
+        ["--where", "split=test", "object_id=o3", "--json", "--", "a b"],
+        ["--top", "2", "--where", "split=test", "--no-refine", "a b", "--where", "object_id=o3"],
+    ):
+        main(["search", str(split_index), *argv, "--json"] if "--" not in argv else ["search", str(split_index), *argv])
+        out, err = capsys.readouterr()
+        asked.append(json.loads(out)["query"] if out else err)
+    assert asked == ["a b"] * 5
+    assert main(["search", "--where", "split=test", "--json", str(split_index), "a = b"]) == 0
+    assert json.loads(capsys.readouterr().out)["query"] == "a = b"
+
+
+USAGE = {"not of the form COLUMN=VALUE", "not both", "name the items to remove", "--right or --wrong"}
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -111,7 +131,7 @@ def test_judging_on_the_terminal_and_by_command(own_index, tmp_path, capsys, mon
     ],
 )
 def test_errors_are_named_without_a_traceback(argv, said, split_index, capsys):
-    assert main([part.format(index=split_index) for part in argv]) == 1
+    assert main([part.format(index=split_index) for part in argv]) == (2 if said in USAGE else 1)
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
 

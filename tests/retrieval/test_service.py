@@ -27,7 +27,7 @@ from mmref.data.decode import decode_rgb
 from mmref.errors import ModelMismatchError, SearchIndexError, ServeError
 from mmref.retrieval import bundle, index
 from mmref.retrieval.searcher import Searcher
-from mmref.retrieval.service import server
+from mmref.retrieval.service import command, server
 from mmref.retrieval.service.access import Access, Rates
 from mmref.retrieval.service.answering import Ask, Engine
 from mmref.retrieval.service.app import build_app
@@ -587,28 +587,28 @@ def test_the_watch_follows_by_itself(own_index, monkeypatch):
     ],
 )
 def test_what_cannot_be_served_is_named(argv, said, split_index, tmp_path, monkeypatch):
-    monkeypatch.delenv(server.TOKEN, raising=False)
+    monkeypatch.delenv(command.TOKEN, raising=False)
     (tmp_path / "short").write_text("abc")
     (tmp_path / "token").write_text(TOKEN)
     places = {"index": split_index, "short": tmp_path / "short", "token": tmp_path / "token"}
     from mmref.errors import MMRefError
 
     with pytest.raises(MMRefError, match=said):
-        server.serve_main([*(a.format(**places) for a in argv), "--replicas", "0"])
+        command.serve_main([*(a.format(**places) for a in argv), "--replicas", "0"])
 
 
 def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
-    monkeypatch.delenv(server.TOKEN, raising=False)
-    assert server.read_token(None) is None
-    monkeypatch.setenv(server.TOKEN, f" {TOKEN}\n")
-    assert server.read_token(None) == TOKEN
-    assert server.TOKEN not in os.environ, "Ray's processes would inherit it"
-    monkeypatch.setenv(server.TOKEN, TOKEN)
+    monkeypatch.delenv(command.TOKEN, raising=False)
+    assert command.read_token(None) is None
+    monkeypatch.setenv(command.TOKEN, f" {TOKEN}\n")
+    assert command.read_token(None) == TOKEN
+    assert command.TOKEN not in os.environ, "Ray's processes would inherit it"
+    monkeypatch.setenv(command.TOKEN, TOKEN)
     (tmp_path / "token").write_text(TOKEN[::-1] + "\n")
-    assert server.read_token(str(tmp_path / "token")) == TOKEN[::-1] and server.TOKEN not in os.environ
-    monkeypatch.setenv(server.TOKEN, "short")
+    assert command.read_token(str(tmp_path / "token")) == TOKEN[::-1] and command.TOKEN not in os.environ
+    monkeypatch.setenv(command.TOKEN, "short")
     with pytest.raises(ServeError, match="too short"):
-        server.read_token(None)
+        command.read_token(None)
 
 
 def test_the_page_names_no_other_host():

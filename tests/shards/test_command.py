@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmref.errors import SourceError, StorageError
+from mmref.errors import StorageError, UsageError
 from mmref.shards.command import build_parser, main, parse_fractions
 
 
@@ -63,5 +63,5 @@ def test_defaults_of_one_source_do_not_leak_into_another():
 
 @pytest.mark.parametrize("text", ["train", "train=a", "train=0.5,test=0.4", "train=1.5,test=-0.5"])
 def test_fractions(text):
-    with pytest.raises(SourceError, match="--fractions"):
+    with pytest.raises(UsageError, match="--fractions"):
         parse_fractions(text)

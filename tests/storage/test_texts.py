@@ -143,6 +143,6 @@ def test_every_command_names_the_line(tmp_path: Path, argv: list[str], capsys: p
     path = tmp_path / "text"
     for name in (path, tmp_path / "text.csv"):
         name.write_bytes(b"image: 1\nGr\xf6\xdfe: 2\n")
-    assert main([word.format(path) for word in argv]) == 1
+    assert main([word.format(path) for word in argv]) == (2 if argv[0] in ("train", "ablate") else 1)  # of a config
     error = capsys.readouterr().err
     assert "text" in error and "is not UTF-8: in line 2 the byte 0xf6" in error and "Traceback" not in error

@@ -6,7 +6,7 @@ import sys
 import time
 
 from mmref.retrieval.service.answering import Engine
-from mmref.retrieval.service.server import serve_main
+from mmref.retrieval.service.command import serve_main
 from mmref.terminal.run_command import run_command
 
 

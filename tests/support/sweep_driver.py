@@ -14,8 +14,8 @@ from typing import Any
 from mmref.config import load_config
 from mmref.terminal.run_command import run_command
 from mmref.tuning import sweep as module
+from mmref.tuning.options import Options
 from mmref.tuning.space import read_space
-from mmref.tuning.sweep import Options
 from mmref.tuning.trial_log import folder
 
 STEPS, STEP_S = 6, 0.3

@@ -8,8 +8,9 @@ import pytest
 
 from mmref.config import config_hash, dump_yaml, from_dict, load_config, to_dict, with_absolute_paths
 from mmref.errors import ConfigError, PathError, TextError
-from mmref.storage.locations import expanded
+from mmref.storage.locations import cache_folder, expanded
 from mmref.terminal.arguments import local_path, place, source, text
+from mmref.terminal.parser import Parser
 
 DUAL = ["--model.dual", "x"]
 
@@ -82,13 +83,12 @@ def test_every_option_that_takes_a_place_expands_it(monkeypatch):
         parsers.append(self)
         raise SystemExit
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", caught)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", caught)
+    monkeypatch.setattr(Parser, "parse_known_args", caught)
     for argv in ("index", "index add", "index remove", "index info", "search", "judge", "judge export", "serve", "sizing",
                  "tune", "ablate", "shards", "evaluate", "explain", "references", "export", "ledger"):  # fmt: skip
         with pytest.raises(SystemExit):
             cli._dispatch(argv.split())
-    places = {"FILE", "DIR", "RUN", "SHARDS", "INDEX", "PNG", "RUN|EXPORT", "IMAGES"}
+    places = {"FILE", "FILE|NAME", "DIR", "RUN", "SHARDS", "INDEX", "PNG", "RUN|EXPORT", "IMAGES"}
     found = [a for p in parsers for a in options(p) if a.metavar in places or a.dest in ("path", "root")]
     assert len(found) > 50
     assert [a.option_strings or a.dest for a in found if a.type not in (place, local_path, source, expanded)] == []
@@ -108,7 +108,7 @@ def test_paths_of_a_config(home, tmp_path):
             {f"{home}/more": 0.3},
         )
         assert (config.train.start_from, config.data.tokenizer) == (f"{home}/run", f"{home}/tok")
-    assert config.data.cache_dir.startswith("~")  # of each node
+    assert load_config(["--data.cache_dir", "~/shards"]).data.cache_dir == "~/shards"  # of each node
     config = load_config(["--run_dir", "out", "--model.vision", "openai/model", "--model.text", "openai/clip"])
     assert (config.run_dir, config.model.vision, config.model.text) == ("out", "openai/model", "openai/clip")
     kept = with_absolute_paths(config)
@@ -164,3 +164,14 @@ def test_rows_of_an_ablation_mean_the_same_in_another_directory(home, tmp_path, 
     with pytest.raises(Told) as found:
         ablate.ablate(base, read_rows("rows.yaml", base), [0])
     assert found.value.args[0] == {"a": str(tmp_path / "tok"), "b": f"{home}/tok", "c": "hub/name"}
+
+
+def test_the_cache_lies_where_a_variable_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("MMREF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_folder("npm") == f"{tmp_path}/.cache/mmref/npm"
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/x")
+    assert cache_folder("npm") == f"{tmp_path}/x/mmref/npm"
+    monkeypatch.setenv("MMREF_CACHE", "~/own")
+    assert cache_folder("npm") == f"{tmp_path}/own/npm"

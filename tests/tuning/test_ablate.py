@@ -16,7 +16,8 @@ from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepErr
 from mmref.run.directory import RunDir
 from mmref.train.trainer import DATA
 from mmref.tuning import ablate as module
-from mmref.tuning.ablate import ablate, main, result_name
+from mmref.tuning.ablate import ablate, result_name
+from mmref.tuning.command import ablate_main as main
 from mmref.tuning.failure import reason
 from mmref.tuning.rows import Row, Rows, Training
 from mmref.tuning.space import with_values

@@ -8,7 +8,7 @@ import pytest
 
 from mmref.config import Config, load_config
 from mmref.errors import ConfigError
-from mmref.tuning.rows import DEFAULT_ROWS, Rows, Training, read_rows, trainings
+from mmref.tuning.rows import Rows, Training, read_rows, trainings
 
 ROOT = Path(__file__).parents[2]
 TEXT = """
@@ -105,7 +105,7 @@ IRRA = {"IRRA objective": ("sdm", 1.0, 1.0, 0.0), "InfoNCE + IRRA's heads": ("in
 ])  # fmt: skip
 def test_the_files_of_the_project(name: str, config: str, w_fuse: float, rival: str) -> None:
     base = load_config(["--config", str(ROOT / "configs" / f"{config}.yaml")])
-    found = read_rows(str(Path(DEFAULT_ROWS).parent / f"{name}.yaml"), base)
+    found = read_rows(name, base)
     plain = found.config(base, found.baseline, found.points[-1], 0, "there")
     assert (plain.loss.w_fuse, plain.loss.w_guide, plain.loss.w_rec) == (w_fuse, 0, 0)
     irra = found.config(base, rival, found.points[-1], 0, "there").loss

@@ -12,7 +12,6 @@ import yaml
 from mmref.config import Config
 from mmref.errors import ConfigError
 from mmref.tuning.space import read_space, with_values
-from mmref.tuning.sweep import DEFAULT_SPACE
 
 
 def space_of(tmp_path: Path, **entries: Any):  # type: ignore[no-untyped-def]
@@ -22,7 +21,7 @@ def space_of(tmp_path: Path, **entries: Any):  # type: ignore[no-untyped-def]
 
 
 def test_default_space_covers_what_a_sweep_is_for(make_config: Callable[..., Config]) -> None:
-    space = read_space(str(DEFAULT_SPACE))
+    space = read_space("default")
     names = {p.name for p in space.parameters}
     assert names >= {"reference.per_object", "reference.memory_tokens", "reference.lr", "reference.tau", "loss.tau",
                      "loss.w_fuse", "loss.w_rec", "loss.w_guide", "loss.mask_rate"}  # fmt: skip

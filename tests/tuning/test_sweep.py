@@ -25,11 +25,13 @@ from mmref.tuning import recorder as recorder_module
 from mmref.tuning import sweep as sweep_module
 from mmref.tuning import trial_run as trial_module
 from mmref.tuning.asha import Asha, judged_at, share_of_steps
+from mmref.tuning.command import tune_main as main
 from mmref.tuning.display import Display
+from mmref.tuning.options import Options, check_options
 from mmref.tuning.recorder import Recorder
 from mmref.tuning.results import format_trials
 from mmref.tuning.space import Space, read_space, with_values
-from mmref.tuning.sweep import Options, check_options, main, prepare, resume, sweep
+from mmref.tuning.sweep import prepare, resume, sweep
 from mmref.tuning.trial_log import Trial, TrialLog
 
 SPACE = """

@@ -22,9 +22,10 @@ from mmref.run.checkpoints import best_checkpoint, latest_checkpoint
 from mmref.run.directory import RunDir, read_jsonl
 from mmref.train.trainer import train
 from mmref.tuning import sweep as sweep_module
+from mmref.tuning.options import Options
 from mmref.tuning.search import Propose
 from mmref.tuning.space import read_space
-from mmref.tuning.sweep import Options, resume, sweep
+from mmref.tuning.sweep import resume, sweep
 from mmref.tuning.trial_log import Trial, folder
 
 ROOT = Path(__file__).parents[2]

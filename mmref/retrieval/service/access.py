@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+TOKEN = "MMREF_TOKEN"  # variable that may hold it
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CLIENTS = 10_000  # whose rate is kept
 HOPS = 32  # of X-Forwarded-For that are looked at

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from mmref.cluster import ray_private
 from mmref.cluster.connection import in_time
 from mmref.cluster.resources import torch_threads
+from mmref.data.decode import calm_opencv
 from mmref.retrieval.service.answering import Ask, Engine, Prepared, Reply
 from mmref.retrieval.service.leaving import ANSWER_S
 from mmref.retrieval.service.limits import Limits
@@ -159,6 +160,7 @@ class Replica(Worker):
     """What Ray Serve runs."""
 
     def __init__(self, index: str, limits: Limits, replicas: int) -> None:
+        calm_opencv()
         super().__init__(Engine(index, limits), replicas)
 
 

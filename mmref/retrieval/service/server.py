@@ -1,124 +1,28 @@
-"""`mmref serve INDEX [INDEX ...]` and jobs/serve.py: open the indexes, listen, and leave in order."""
+"""Open the indexes, listen, and leave in order."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mmref.errors import ServeError
-from mmref.retrieval.service.access import LOOPBACK, Access, Network, network
+from mmref.retrieval.service.access import LOOPBACK, TOKEN, Access, Network
 from mmref.retrieval.service.answering import Engine
 from mmref.retrieval.service.backend import Backend, Local, Replicated, deploy, remove_left_behind
 from mmref.retrieval.service.guard import Guard
 from mmref.retrieval.service.leaving import ANSWER_S, CLOSE_S, Leaving, leaving
 from mmref.retrieval.service.limits import Limits, room_for_connections
-from mmref.storage.texts import read_text
-from mmref.terminal.arguments import count, local_path
 from mmref.terminal.output import PrintableFormatter
 
-TOKEN = "MMREF_TOKEN"
-SHORTEST_TOKEN = 16
 WAITING = 2048  # connections the system holds for us
 LARGEST_HEADERS = 32_768  # bytes, the request line with its query among them
-
-
-def serve_main(argv: Sequence[str]) -> int:
-    """`mmref serve INDEX [INDEX ...]`."""
-    parser = argparse.ArgumentParser(
-        prog="mmref serve",
-        description="Search indexes through a page and over HTTP. An index that changes on disk is opened again while it "
-        "serves. Beyond this machine a token is needed.",
-    )
-    parser.add_argument(
-        "indexes",
-        nargs="+",
-        type=local_path,
-        metavar="INDEX",
-        help="directory of `mmref index`; the first is the default",
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=count, default=8000, help="0: a free one (default: %(default)s)")
-    parser.add_argument(
-        "--replicas", type=count, default=1,
-        help="Ray Serve replicas of each index, started by load; 0: in this process, without Ray (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--min-replicas", type=count, metavar="N",
-        help="replicas of each index that are kept whatever the load: with two, one that dies is not missed (default: 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--token-file",
-        type=local_path,
-        metavar="FILE",
-        help=f"file with the token that requests must bring (default: ${TOKEN})",
-    )
-    parser.add_argument(
-        "--trusted-proxy", metavar="ADDRESS", type=network, action="append", default=[],
-        help="address or range (10.0.0.0/8) of a proxy whose X-Forwarded-For names the client that limits count; may be repeated",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keep-metadata",
-        action="store_true",
-        help="give images out with what cameras and programs wrote into them (GPS, ...)",
-    )
-    defaults = Limits()
-    for name, text in (
-        ("text", "longest query, characters"),
-        ("image_bytes", "largest image of a query"),
-        ("pixels", "most pixels of an image of a query"),
-        ("top", "most results of a query"),
-        ("candidates", "most candidates of a query that are refined"),
-        ("rate", "searches a second of one client; 0: any number"),
-    ):
-        default = getattr(defaults, name)
-        flag = f"--max-{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: %(default)s)")
-    args = parser.parse_args(argv)
-    kept = min(1, args.replicas) if args.min_replicas is None else args.min_replicas
-    if not min(1, args.replicas) <= kept <= args.replicas:
-        fix = "keep at least 1, and at most as many as --replicas says."
-        raise ServeError(f"--min-replicas {kept} does not go with --replicas {args.replicas}: {fix}")
-    chosen = {f.name: getattr(args, f"max_{f.name}") for f in fields(Limits) if hasattr(args, f"max_{f.name}")}
-    limits, token = Limits(**chosen, keep_metadata=args.keep_metadata), read_token(args.token_file)
-    status: Any = 0
-    try:
-        serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy, kept)
-    except SystemExit as stopped:
-        status = stopped.code
-    sys.stdout.flush()
-    os._exit(status)  # a search that still computes, and Python's own tidying, would hold the process for seconds
-
-
-def read_token(path: str | None) -> str | None:
-    """The token of a file or of the environment, None where there is none. Raises ServeError.
-
-    The variable is taken out of the environment: whatever is started from here on would inherit it.
-    """
-    given = os.environ.pop(TOKEN, "").strip()
-    if path:
-        try:
-            token = read_text(path, ServeError).strip()
-        except ServeError as error:
-            raise ServeError(f"the token cannot be read: {error}") from None
-        source = path
-    else:
-        token, source = given, f"${TOKEN}"
-    if (token or path) and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable()):
-        raise ServeError(
-            f"the token of {source} is too short, or no plain text: give at least {SHORTEST_TOKEN} letters and digits, "
-            "such as `openssl rand -hex 16` prints."
-        )
-    return token or None
 
 
 def serve(

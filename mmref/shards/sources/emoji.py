@@ -17,6 +17,7 @@ import numpy as np
 
 from mmref.config.shipped import shipped
 from mmref.errors import SampleError
+from mmref.extras import need
 from mmref.shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, hash_split
 from mmref.shards.sources import npm
 from mmref.shards.sources.emoji_names import Drawing, Emoji, find_drawings, read_emoji
@@ -125,7 +126,8 @@ class EmojiSource:
 
     def load(self, ref: tuple[str, str]) -> bytes:
         """WebP of (set, icon), size_px square, on white. Raises SampleError for a drawing that does not show."""
-        import resvg_py  # an optional dependency: only building this set needs it
+        need("emoji", "building the set of emoji")
+        import resvg_py
         from PIL import Image
 
         artist_set, icon = ref

@@ -11,6 +11,7 @@ import tempfile
 from typing import Any
 
 from mmref.errors import SourceError
+from mmref.storage.locations import cache_folder
 
 TIMEOUT_S = 600
 
@@ -21,8 +22,7 @@ def folder_name(package: str, version: str) -> str:
 
 
 def default_cache() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "mmref", "npm")
+    return cache_folder("npm")
 
 
 def fetch(package: str, version: str, cache: str) -> str:

@@ -299,15 +299,18 @@ def test_the_launcher_is_closed(name):
 # -- the image -------------------------------------------------------------------------------------------------------
 
 
-def instructions() -> list[tuple[str, str]]:
-    """(instruction, arguments) of the Dockerfile, continued lines joined."""
-    text = "\n".join(line for line in (DEPLOY / "Dockerfile").read_text().splitlines() if not line.startswith("#"))
+IMAGES = ["Dockerfile", "serve.Dockerfile"]
+
+
+def instructions(image: str = "Dockerfile") -> list[tuple[str, str]]:
+    """(instruction, arguments) of a Dockerfile, continued lines joined."""
+    text = "\n".join(line for line in (DEPLOY / image).read_text().splitlines() if not line.startswith("#"))
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
     return [(word, " ".join(rest.split())) for word, rest in (line.split(maxsplit=1) for line in lines)]
 
 
-def of(instruction: str) -> list[str]:
-    return [arguments for word, arguments in instructions() if word == instruction]
+def of(instruction: str, image: str = "Dockerfile") -> list[str]:
+    return [arguments for word, arguments in instructions(image) if word == instruction]
 
 
 def sent_to_the_build() -> set[str]:
@@ -317,10 +320,11 @@ def sent_to_the_build() -> set[str]:
     return {line[1:] for line in lines if line.startswith("!")}
 
 
-def test_the_image_is_built_from_what_is_sent_to_it():
+@pytest.mark.parametrize("image", IMAGES)
+def test_the_image_is_built_from_what_is_sent_to_it(image):
     sent = sent_to_the_build()
     assert all((ROOT / name).exists() for name in sent)
-    for copied in of("COPY"):
+    for copied in of("COPY", image):
         *sources, _ = [w for w in copied.split() if not w.startswith("--")]
         for source in sources:
             assert source == "." or ((ROOT / source).exists() and {source, source.split("/")[0]} & sent), source
@@ -332,13 +336,14 @@ def test_the_image_is_built_from_what_is_sent_to_it():
     assert not secret & sent
 
 
-def test_what_the_image_runs_exists():
-    text = "\n".join(of("RUN"))
+@pytest.mark.parametrize(("image", "built"), [("Dockerfile", ["mmref.train.build_ops"]), ("serve.Dockerfile", [])])
+def test_what_the_image_runs_exists(image, built):
+    text = "\n".join(of("RUN", image))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for names in re.findall(r'"\.\[([\w,]+)\]"', text):
         assert set(names.split(",")) <= set(extras)
     modules = [m for m in re.findall(r"python3? -m ([\w.]+)", text) if m != "venv"]
-    assert modules == ["mmref.train.build_ops"] and importlib.util.find_spec(modules[0])
+    assert modules == built and all(map(importlib.util.find_spec, modules))
     assert "pip install" in text and "--no-deps" in text
 
 
@@ -359,8 +364,9 @@ def brought(requirement: Requirement) -> list[Requirement]:
     return [r for r in needed if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras)]
 
 
-def test_the_image_is_made_of_versions_that_were_tested():
-    (install,) = [a for a in of("RUN") if '".[' in a]
+@pytest.mark.parametrize(("image", "without"), [("Dockerfile", set()), ("serve.Dockerfile", {"ray", "deepspeed", "tensorboard"})])
+def test_the_image_is_made_of_versions_that_were_tested(image, without):
+    (install,) = [a for a in of("RUN", image) if '".[' in a]
     assert "--constraint constraints.txt" in install
     (extras,) = re.findall(r'"\.\[([\w,]+)\]"', install)
     project, pinned, seen = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"], pins(), set()
@@ -368,6 +374,10 @@ def test_the_image_is_made_of_versions_that_were_tested():
     waiting = [Requirement(text) for text in direct]
     while waiting:
         requirement = waiting.pop()
+        if requirement.name == project["name"]:  # an extra that holds another
+            waiting += [Requirement(text) for e in requirement.extras for text in project["optional-dependencies"][e]]
+            continue
+        assert requirement.name not in without
         version = pinned.get(canonicalize_name(requirement.name))
         assert version and requirement.specifier.contains(version, prereleases=True), (str(requirement), version)
         waiting += [r for r in brought(requirement) if (key := str(r)) not in seen and not seen.add(key)]
@@ -380,10 +390,17 @@ def test_images_are_named_by_version():
     assert "latest" not in text and re.search(r"BASE_IMAGE=python:3\.12\.\d+-", text)
 
 
-def test_the_image_has_a_choice_of_base_an_ordinary_user_and_a_token():
-    assert instructions()[0][0] == "ARG" and instructions()[0][1].startswith("BASE_IMAGE=")
-    assert of("FROM") == ["${BASE_IMAGE}"]
-    assert of("USER") == ["mmref"]
+@pytest.mark.parametrize("image", IMAGES)
+def test_the_image_has_a_choice_of_base_and_an_ordinary_user(image):
+    assert instructions(image)[0][0] == "ARG" and instructions(image)[0][1].startswith("BASE_IMAGE=python:3.12.")
+    assert of("FROM", image) == ["${BASE_IMAGE}"]
+    assert of("USER", image) == ["mmref"]
+    (installed,) = [i for i, (_, a) in enumerate(instructions(image)) if '".[' in a]
+    assert instructions(image).index(("USER", "mmref")) < installed
+    assert "--host" not in " ".join(of("CMD", image)), "it would listen before anybody has set a token"
+
+
+def test_the_image_builds_its_operator_as_its_user_and_asks_for_a_token():
     created = next(i for i, (_, a) in enumerate(instructions()) if "useradd --uid 1000" in a)
     built = next(i for i, (_, a) in enumerate(instructions()) if "build_ops" in a)
     assert created < instructions().index(("USER", "mmref")) < built

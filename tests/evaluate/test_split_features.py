@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,20 @@ def test_a_sound_evaluation_prints_no_line_of_ray(run: Path) -> None:
     assert status == 0, output
     assert "choosing the refinement on val ..." in output and "scoring test ..." in output and "text to image" in output
     assert not lines_of_ray(output)
+
+
+def test_without_ray_features_are_computed_in_this_process(run: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    opened, config, checkpoint = open_run(str(run))
+    config.eval.workers, config.eval.batch = 2, 3
+    found = embed_splits(config, opened, checkpoint, config.data.root, ["test", "val"])
+    alone = split_features.Embedder(opened.path, checkpoint, config, config.data.root)
+    for split, features in found.items():
+        images, bad = alone.encode(Portion(split, "image", 0, len(features.index), []))
+        np.testing.assert_allclose(features.image, images, atol=1e-5)
+        assert not any(bad) and features.image_rows.tolist() == list(range(len(features.index)))
+        texts = features.queries.texts
+        np.testing.assert_allclose(features.text, alone.encode(Portion(split, "text", 0, len(texts), texts))[0], atol=1e-5)
 
 
 @pytest.mark.ray

@@ -112,6 +112,18 @@ class FileSystemMissingError(StorageError):
     """A URL is of a kind that nothing installed here opens."""
 
 
+class HubError(StorageError):
+    """A hub of models has no such repository, or fails."""
+
+
+class HubTokenError(HubError):
+    """A hub wants a token, or another one than it gets."""
+
+
+class HubUnreachableError(HubError):
+    """A hub does not answer, and what is asked of it is not in the cache."""
+
+
 class TrainingStoppedError(MMRefError):
     """Training was asked to stop (SIGTERM, Ctrl-C) and did so at a checkpoint; the same command resumes it."""
 

@@ -1,0 +1,175 @@
+"""A hub of models on the loopback: as much of its HTTP interface as huggingface_hub uses to make, write and read a repository."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_of-the-stand-in"
+
+
+class Hub:
+    """Repositories by name, each a list of commits; a commit is {path: bytes}."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, list[dict[str, bytes]]] = {}
+        self.private: set[str] = set()
+        self.requests: list[str] = []
+        self.broken = False  # answers 503 to everything
+        self.endpoint = ""
+
+    def files(self, repo: str, revision: str = "main") -> dict[str, bytes] | None:
+        """The files of a revision, None where there is no such one."""
+        commits = self.repos[repo]
+        if revision == "main":
+            return commits[-1]
+        return next((files for i, files in enumerate(commits) if sha(repo, i) == revision), None)
+
+    def head(self, repo: str, revision: str = "main") -> str:
+        return sha(repo, len(self.repos[repo]) - 1) if revision == "main" else revision
+
+
+def sha(repo: str, number: int) -> str:
+    return hashlib.sha1(f"{repo} {number}".encode()).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def _answer(self, status: int, body: Any = None, **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self._answer(status, {"error": code}, X_Error_Code=code, X_Error_Message=code)
+
+    def _allowed(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _route(self) -> None:
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        hub.requests.append(f"{self.command} {path}")
+        if hub.broken:
+            self._answer(503, {"error": "broken"})
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit)/([^/]+).*)?", path):
+            self._of_repository(found[1], found[2] or "revision", found[3] or "main", body)
+        elif path == "/api/validate-yaml":
+            self._answer(200, {"errors": [], "warnings": []})
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._file(*found.groups())
+        else:
+            self._refuse(404, "EntryNotFound")
+
+    do_GET = do_HEAD = do_POST = _route
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if not self._allowed():
+            self._answer(401, {"error": "Invalid username or password."})
+        elif name in self.hub.repos:
+            self._answer(409, {"error": "You already created this model repo", "url": f"{self.hub.endpoint}/{name}"})
+        else:
+            self.hub.repos[name] = [{".gitattributes": b"*.safetensors filter=lfs\n"}]
+            if asked.get("private") or asked.get("visibility") == "private":
+                self.hub.private.add(name)
+            self._answer(200, {"url": f"{self.hub.endpoint}/{name}"})
+
+    def _of_repository(self, repo: str, what: str, revision: str, body: bytes) -> None:
+        hub = self.hub
+        if repo not in hub.repos or (repo in hub.private and not self._allowed()):
+            return self._refuse(401 if not self._allowed() else 404, "RepoNotFound")
+        files = hub.files(repo, revision)
+        if files is None:
+            return self._refuse(404, "RevisionNotFound")
+        if what in ("preupload", "commit") and not self._allowed():
+            return self._answer(403, {"error": "the token has no write access"})
+        if what == "preupload":
+            asked = json.loads(body)["files"]
+            return self._answer(
+                200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+            )
+        if what == "commit":
+            return self._commit(repo, body)
+        if what == "tree":
+            return self._answer(
+                200, [{"type": "file", "path": p, "size": len(d), "oid": _blob(d)} for p, d in sorted(files.items())]
+            )
+        siblings = [{"rfilename": name} for name in sorted(files)]
+        self._answer(200, {"id": repo, "sha": hub.head(repo, revision), "private": repo in hub.private, "siblings": siblings})
+
+    def _commit(self, repo: str, body: bytes) -> None:
+        files = dict(self.hub.files(repo) or {})
+        for line in filter(None, body.decode().splitlines()):
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            elif entry["key"] == "deletedFile":
+                del files[entry["value"]["path"]]
+        self.hub.repos[repo].append(files)
+        head = self.hub.head(repo)
+        self._answer(200, {"success": True, "commitOid": head, "commitUrl": f"{self.hub.endpoint}/{repo}/commit/{head}"})
+
+    def _file(self, repo: str, revision: str, name: str) -> None:
+        files = self.hub.files(repo, revision) or {}
+        if name not in files:
+            return self._refuse(404, "EntryNotFound")
+        self._answer(200, files[name], ETag=f'"{_blob(files[name])}"', X_Repo_Commit=self.hub.head(repo, revision))
+
+
+def _blob(data: bytes) -> str:
+    """A file's id as git has it."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@contextlib.contextmanager
+def running_hub() -> Iterator[Hub]:
+    """A hub that answers at `endpoint` meanwhile."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextlib.contextmanager
+def asked_instead(hub: Hub, monkeypatch: Any, cache: str, token: str | None = None) -> Iterator[None]:
+    """Let huggingface_hub ask a hub of ours, with a cache of its own."""
+    from huggingface_hub import constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{cache}/no-token")
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", f"{cache}/no-tokens")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    yield

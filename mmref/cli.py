@@ -39,6 +39,7 @@ COMMANDS = {
     "evaluate": Command("mmref.evaluate.command:main", "score a run's best checkpoint on a split"),
     "explain": Command("mmref.explain.command:main", "where a match lies, what references say, why a result moved"),
     "references": Command("mmref.references.command:main", "add objects to a trained run's references, or remove them"),
+    "mine": Command("mmref.references.command:mine_main", "write which objects a model confuses, for batches of hard negatives"),
     "export": Command("mmref.export.command:main", "write a run's best model as a folder that loads anywhere"),
     "index": Command("mmref.retrieval.command:index_main", "make a search index of your images, add to it, remove"),
     "search": Command("mmref.retrieval.command:search_main", "search an index with a sentence, an image, or both"),

@@ -48,6 +48,10 @@ class BatchArithmeticError(ConfigError):
     """The global batch does not divide over workers, accumulation and images per object."""
 
 
+class NeighborsError(ConfigError):
+    """A file of neighbors is not there, damaged, or of another shard set than the one that is trained on."""
+
+
 class ClusterTooSmallError(MMRefError):
     """The cluster has too few CPUs or GPUs for the workers and Ray Data beside them."""
 

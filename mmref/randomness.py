@@ -54,6 +54,7 @@ class RandomStream(enum.IntEnum):
     INITIAL_REFERENCES = 16  # positions: object, reference, component
     INITIAL_WEIGHTS = 17
     DROPOUT = 18  # position: rank
+    HARD_GROUPS = 19  # step: epoch; positions: 0 for the order of anchors, 1 of groups, 2 + anchor of its neighbors; neighbor
 
 
 def draw(stream: RandomStream, seed: int, step: Number, *position: Number) -> Draws:

@@ -20,6 +20,7 @@ def check_config(config: Config) -> Config:
             f"`data.mix` gives each further shard set a share of the steps, from 0.001 up and below 1 in all (`data.root` "
             f"has the rest), found {mix}."
         )
+    _check_groups(config)
     if t.cpus_per_worker > 1 and t.cpus_per_worker % 1:
         raise ConfigError(
             f"`train.cpus_per_worker` is a whole number, or a share of one CPU, as Ray gives them; found {t.cpus_per_worker}."
@@ -66,6 +67,24 @@ def check_config(config: Config) -> Config:
         )
     _check_towers(config)
     return config
+
+
+def _check_groups(config: Config) -> None:
+    """Raise ConfigError for groups of neighbors that cannot be drawn."""
+    data = config.data
+    if not data.neighbors or not data.hard_share:
+        return
+    if data.window_shards:
+        raise ConfigError(
+            f"`data.neighbors` brings objects of all shards together, and `data.window_shards` {data.window_shards} would have a "
+            "step read a few of them only: set `data.window_shards: 0`, or leave `data.neighbors` out."
+        )
+    if data.hard_share * config.objects_per_step < data.group_size / 2 or config.objects_per_step < data.group_size:
+        raise ConfigError(
+            f"`data.hard_share` {data.hard_share:g} of the {config.objects_per_step} objects of a step (train.global_batch / "
+            f"train.images_per_object) has no place for a group of `data.group_size` {data.group_size}: raise the share or the "
+            "batch, or lower the group's size."
+        )
 
 
 def _check_towers(config: Config) -> None:

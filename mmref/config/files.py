@@ -21,7 +21,7 @@ from mmref.storage.locations import absolute, expanded, folder_name, in_utf8
 from mmref.storage.texts import parse_yaml, read_text
 from mmref.terminal.parser import respelled
 
-PLACES = ("run_dir", "data.root", "train.start_from")
+PLACES = ("run_dir", "data.root", "data.neighbors", "train.start_from")
 """Fields that hold a path or URL."""
 PLACES_ON_NODES = ("data.cache_dir", "model.feature_cache")
 """Fields that hold a path of each node: `~` is the home directory there."""
@@ -193,12 +193,14 @@ def config_hash(config: Config) -> str:
     values = to_dict(config)
     values["data"]["root"] = folder_name(config.data.root)  # a set may be moved
     values["data"]["mix"] = [[folder_name(root), share] for root, share in config.data.mix.items()] or {}  # its order counts
+    values["data"]["neighbors"] = folder_name(config.data.neighbors)  # the fingerprint of a run's data is of its content
     values["train"]["start_from"] = absolute(config.train.start_from) if config.train.start_from else ""
     for name in NAMES_OR_PLACES:  # runs of older versions hold a folder's path as it was given
         section, key = name.split(".")
         values[section][key] = _name_or_place(values[section][key], absolute)
-    for name, option, _ in options(config):
-        if not option.identity:
+    defaults = {name: value for name, _, value in options(Config())}
+    for name, option, value in options(config):
+        if not option.identity or (option.added and value == defaults[name]):
             *sections, last = name.split(".")
             (values[sections[0]] if sections else values).pop(last)
     values["data"]["max_bad_fraction"] = DataConfig.max_bad_fraction  # as the hashes of published results have it

@@ -23,6 +23,7 @@ class Option:
         share: a number from 0 to 1.
         unit: what is counted.
         identity: whether another value makes another run; False for scale, logging and what only says when a run ends.
+        added: came after results were published: at its default a run's hash is what it was without the field.
     """
 
     at_least: float | None = None
@@ -33,6 +34,7 @@ class Option:
     share: bool = False
     unit: str = ""
     identity: bool = True
+    added: bool = False
 
     def __str__(self) -> str:
         """The bounds and the unit in words, "" without any."""

@@ -24,6 +24,13 @@ class DataConfig:
     """Further shard sets and the share of the steps that each gives: {"/data/flowers": 0.3}; `root` gives the rest."""
     window_shards: int = option(0, at_least=0, unit="shards")
     """Objects of a step come from a moving window of this many shards, for sets on object storage; 0: from the whole set."""
+    neighbors: str = option("", added=True)
+    """File of `mmref mine` that says which objects are easily confused, path or URL; empty: the objects of a step are drawn
+    uniformly."""
+    hard_share: float = option(0.5, share=True, added=True)
+    """Share of a step's objects that are drawn in groups of such neighbors; the others uniformly. Works with `neighbors`."""
+    group_size: int = option(4, at_least=2, unit="objects", added=True)
+    """Objects of one such group: one, and others drawn from its neighbors."""
     cache_gb: float = option(0.0, at_least=0, unit="GB", identity=False)
     """Disk on each node for shards of object storage, in GB; 0: none, byte ranges are read instead."""
     cache_dir: str = option("", identity=False)

@@ -5,7 +5,8 @@ set of any size at once: the order of an epoch is a keyed permutation that is ev
 (mmref/randomness.py), not an array that is shuffled.
 
 For sets on object storage the order of an epoch keeps a window (`WindowedOrder`): a few shards at a time, drawn by the
-seed, so that a node can hold them on its disk. Several sets take turns by weight (`MixedPlan`).
+seed, so that a node can hold them on its disk. With a file of neighbors it brings confusable objects together
+(mmref/data/hard_groups.py). Several sets take turns by weight (`MixedPlan`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmref.config import Config
+from mmref.data.hard_groups import GroupedOrder, groups_of
+from mmref.data.neighbors import read_neighbors
 from mmref.data.sample_reader import SplitIndex
 from mmref.errors import TooFewObjectsError
 from mmref.randomness import RandomStream, draw, permute
@@ -254,8 +257,10 @@ class MixedPlan:
 
 
 def build_plan(config: Config, index: SplitIndex) -> Plan | MixedPlan:
-    """The plan of a run over its training index (`train_index`). Raises TooFewObjectsError."""
+    """The plan of a run over its training index (`train_index`). Raises TooFewObjectsError, NeighborsError."""
     data, seed = config.data, config.train.seed
+    hard = read_neighbors(data.neighbors, index).rows if data.neighbors and data.hard_share else None
+    groups = groups_of(data.hard_share, config.objects_per_step, data.group_size)
     bounds = [*index.first_objects, index.n_objects]
     plans = []
     for first, last in itertools.pairwise(bounds):
@@ -265,6 +270,9 @@ def build_plan(config: Config, index: SplitIndex) -> Plan | MixedPlan:
             shard = index.shard[start[:-1]]  # of each object
             shard_start = np.append(np.flatnonzero(np.diff(shard, prepend=-1)), len(shard))
             order = WindowedOrder(shard_start, data.window_shards, seed)
+        if hard is not None:
+            own_rows = np.where(hard[first:last] < 0, hard[first:last], hard[first:last] - first)
+            order = GroupedOrder(own_rows, config.objects_per_step, groups, data.group_size, seed)
         own = start - start[0] if first else start
         plans.append(Plan(own, config.objects_per_step, config.train.images_per_object, seed, order))
     if len(plans) == 1:

@@ -22,7 +22,7 @@ import numpy as np
 
 from mmref.data.manifest import read_manifest
 from mmref.data.sample_reader import SampleReader, SplitIndex
-from mmref.errors import ShardSetError
+from mmref.errors import NeighborsError, ShardSetError
 from mmref.storage.cache import ShardCache
 from mmref.storage.locations import absolute, cache_folder, file_system, folder_name, is_url, join, read_bytes, sha256_of, size_of
 from mmref.storage.parquet import read_parquet
@@ -239,9 +239,16 @@ def train_index(config: Config) -> SplitIndex:
 
 
 def data_fingerprint(config: Config) -> str:
-    """Of the contents of the shard sets that a config trains on: the config itself knows them by their folders' names."""
+    """Of the contents of the shard sets that a config trains on, and of its file of neighbors where there is one: the config
+    itself knows them by their names."""
     roots = [config.data.root, *config.data.mix]
-    return " ".join(ShardSet.open(root).fingerprint for root in roots)
+    found = [ShardSet.open(root).fingerprint for root in roots]
+    if config.data.neighbors:
+        try:
+            found.append(f"neighbors:{sha256_of(config.data.neighbors)[:12]}")
+        except OSError as error:
+            raise NeighborsError(f"`data.neighbors`: {config.data.neighbors} cannot be read: {error}.") from None
+    return " ".join(found)
 
 
 def open_reader(config: Config, index: SplitIndex) -> SampleReader:

@@ -1,8 +1,9 @@
-"""`mmref references info|add|remove`."""
+"""`mmref references info|add|remove`, and `mmref mine`."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 
 from mmref.errors import ReferencesError, UsageError
@@ -32,6 +33,37 @@ def main(argv: Sequence[str]) -> int:
         action.set_defaults(run=command)
     args = parser.parse_args(argv)
     return int(args.run(args))
+
+
+def mine_main(argv: Sequence[str]) -> int:
+    """`mmref mine`."""
+    parser = argparse.ArgumentParser(
+        prog="mmref mine",
+        description="Write the nearest training objects of each object, as a model sees them, for batches of hard negatives: "
+        "`mmref train --data.neighbors FILE`.",
+    )
+    parser.add_argument("model", type=place, metavar="RUN", help="run directory of `mmref train`")
+    parser.add_argument("--data", type=place, metavar="SHARDS",
+                        help="shard set whose train split is to be trained on (default: what RUN was trained on)")  # fmt: skip
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="the file (default: RUN/neighbors.parquet)")
+    parser.add_argument("--count", type=positive, default=16, help="neighbors of each object: fewer are harder (default: 16)")
+    parser.add_argument("--by", choices=("auto", "references", "features"), default="auto",
+                        help="what makes objects alike: their references, or the means of their image and text features "
+                        "(default: references where there is one of every object)")  # fmt: skip
+    parser.add_argument("--workers", type=positive, help="Ray actors that compute features (default: eval.workers)")
+    args = parser.parse_args(argv)
+    from mmref.references.mine import mine
+
+    mined = mine(args.model, args.out, args.count, args.data, args.by, args.workers)
+    found = mined.neighbors
+    alone = f" {mined.alone} objects have none: no usable image and no caption." if mined.alone else ""
+    print(
+        f"{len(found.rows)} objects, {found.rows.shape[1]} neighbors each by {found.by}: mean cosine of the nearest "
+        f"{found.similarity[:, 0].mean():.3f}, of the last {found.similarity[:, -1].mean():.3f}; "
+        f"{100 * mined.unnamed:.1f} % of the objects are nobody's neighbor.{alone}"
+    )
+    print(f"next, to train on groups of them: mmref train ... --data.neighbors {shlex.quote(mined.place)}")
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -114,8 +114,9 @@ def check_same_data(run: RunDir, config: Config, now: str) -> None:
         return
     if (before := run.read_text(DATA)) != now:
         raise RunDirectoryError(
-            f"{run.path} was trained on shards with the fingerprint {before}, {config.data.root} has {now}: the set was built "
-            "anew. Give another `--run_dir` (`--train.start_from` takes the weights along), or the set as it was."
+            f"{run.path} was trained on shards with the fingerprint {before}, {config.data.root} has {now}: the set, or its file "
+            "of neighbors, was built anew. Give another `--run_dir` (`--train.start_from` takes the weights along), or what was "
+            "there before."
         )
 
 

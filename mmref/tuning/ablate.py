@@ -115,10 +115,14 @@ def fingerprints(configs: dict[Training, Config]) -> dict[Training, str]:
     """Of the shards of each training, which a row may set; every set is opened once."""
     found: dict[tuple[str, ...], str] = {}
     for config in configs.values():
-        sets = (config.data.root, *config.data.mix)
-        if sets not in found:
+        if (sets := _data_of(config)) not in found:
             found[sets] = data_fingerprint(config)
-    return {t: found[config.data.root, *config.data.mix] for t, config in configs.items()}
+    return {t: found[_data_of(config)] for t, config in configs.items()}
+
+
+def _data_of(config: Config) -> tuple[str, ...]:
+    """What `data_fingerprint` looks at."""
+    return config.data.root, *config.data.mix, config.data.neighbors
 
 
 def check_judged_alike(config: Config) -> None:

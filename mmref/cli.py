@@ -41,6 +41,7 @@ COMMANDS = {
     "references": Command("mmref.references.command:main", "add objects to a trained run's references, or remove them"),
     "mine": Command("mmref.references.command:mine_main", "write which objects a model confuses, for batches of hard negatives"),
     "export": Command("mmref.export.command:main", "write a run's best model as a folder that loads anywhere"),
+    "push": Command("mmref.export.command:push_main", "send a run's best model to a repository on the Hugging Face hub"),
     "index": Command("mmref.retrieval.command:index_main", "make a search index of your images, add to it, remove"),
     "search": Command("mmref.retrieval.command:search_main", "search an index with a sentence, an image, or both"),
     "serve": Command("mmref.retrieval.service.command:serve_main", "a search page and HTTP service over indexes"),

@@ -1,7 +1,7 @@
 """The order of an epoch that brings confusable objects together: some places of each step are taken by groups of neighbors.
 
-As without groups, an epoch visits every object once. It costs a pass over the objects once an epoch and process (about 2 us an
-object), and 4 bytes an object for each of two epochs.
+As without groups, an epoch visits every object once. It costs a pass over the objects once an epoch and process, of some
+microseconds an object, and 4 bytes an object for each of two epochs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""`mmref export`: a run's best model as a folder of its own."""
+"""`mmref export`: a run's best model as a folder of its own. `mmref push`: as a repository on a hub of models."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmref.terminal.arguments import local_path, place
+from mmref.terminal.arguments import local_path, place, text
 from mmref.terminal.parser import Parser
 
 
@@ -22,4 +22,27 @@ def main(argv: Sequence[str]) -> int:
     from mmref.export.write import export_run
 
     print(f"exported to {export_run(args.run_dir, args.out, args.data)}")
+    return 0
+
+
+def push_main(argv: Sequence[str]) -> int:
+    """`mmref push`."""
+    parser = Parser(
+        prog="mmref push",
+        description="Send a run's best model, or an export, with its model card to a repository on the Hugging Face hub. Set "
+        "HF_TOKEN, or run `hf auth login` before; HF_ENDPOINT names another hub. Files of the repository that the model does not "
+        "have are removed.",
+    )
+    parser.add_argument("model", type=place, metavar="RUN", help="evaluated run of `mmref train`, or a folder of `mmref export`")
+    parser.add_argument(
+        "repo", metavar="USER/REPO", help="repository, made where there is none; USER/REPO@BRANCH: a branch of it"
+    )
+    parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set of the run, where it has been moved")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--message", type=text, help="of the commit")
+    args = parser.parse_args(argv)
+    from mmref.export.push import push
+
+    print(f"pushed: {push(args.model, args.repo, args.data, args.private, args.message)}")
+    print(f'load it: mmref.load("hf://{args.repo.removeprefix("hf://")}")')
     return 0

@@ -32,6 +32,7 @@ from mmref.errors import ExportError
 from mmref.evaluate.choose import settings_of, trained_space
 from mmref.evaluate.features import Floats, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
+from mmref.export.card import is_plain, model_card
 from mmref.export.model import FORMAT, load
 from mmref.model.backbone import IMPORT, DualBackbone, PairBackbone, tower_config
 from mmref.model.mmref import HEADS, TRAINING_ONLY, MMRef, build_model
@@ -172,12 +173,6 @@ def _add_text_mean(folder: Path, space: ReferenceSpace, shards: ShardSet) -> Non
     save_arrays({**arrays, "text_mean": space.coordinates(features).mean(0)}, folder / "references.safetensors")
 
 
-def is_plain(config: Config) -> bool:
-    """Whether transformers alone can hold the model: no adapters, no tower from an import path."""
-    towers = (config.model.vision_config, config.model.text_config)
-    return not config.model.adapter_layers and not any(IMPORT in (tower or {}) for tower in towers)
-
-
 def write_transformers(folder: Path, config: Config, module: MMRef, tokens: Tokens) -> None:
     """The towers as transformers' own models: one dual encoder, or `vision/` and `text/` with the projections beside them."""
     backbone = module.backbone
@@ -204,89 +199,3 @@ def write_transformers(folder: Path, config: Config, module: MMRef, tokens: Toke
     dual.load_state_dict(state)
     dual.save_pretrained(folder)
     tokens.tokenizer.save_pretrained(folder)
-
-
-CARD = """# {name}
-
-Text-to-image retrieval, trained with mmref {version} on the shard set `{set_name}` (licence: {licence}): {steps} steps,
-config `{config_hash}`.
-
-| split | R@1 | R@5 | R@10 | mAP |
-|---|---|---|---|---|
-{rows}
-
-Percent. Every caption queries every image of the split ({n_queries} captions and {n_gallery} images on {split}); a hit is an
-image of the same object. 95 % interval of the last R@1: {low:.1f} to {high:.1f} (bootstrap over objects).
-{refinement}
-
-## Use
-
-```python
-import mmref
-model = mmref.load("DIR")
-scores = model.refine(model.encode_text(["a sentence"]), model.encode_images(["a.jpg", "b.jpg"]))
-```
-
-Features are float32, L2-normalised, of width {dim}. Images are resized to {height} x {width} (height x width), sentences cut
-to {max_tokens} tokens.
-
-{plain}"""
-
-PLAIN = """In plain transformers:
-
-```python
-from transformers import AutoModel
-from transformers.utils.logging import disable_progress_bar
-{code}
-```
-
-Pixels go in as RGB between 0 and 1, less {mean}, divided by {std}.
-{features}
-"""
-NOT_PLAIN = "Plain transformers has no such model (`model` in config.yaml: adapters, or a tower from an import path).\n"
-
-DUAL = ('model = AutoModel.from_pretrained("DIR/transformers")',
-        "`get_image_features` and `get_text_features` are the features of mmref before normalisation\n"
-        "(SigLIP: of sentences padded to {max_tokens} tokens, without an attention mask).")  # fmt: skip
-PAIR = (
-    'vision = AutoModel.from_pretrained("DIR/transformers/vision")\ntext = AutoModel.from_pretrained("DIR/transformers/text")',
-    "The features of mmref before normalisation are the towers' pooled outputs (`model.pool: {pool}` in config.yaml) times\n"
-    "the matrices in `transformers/projections.safetensors`.",
-)
-
-
-def model_card(name: str, config: Config, info: CheckpointInfo, metrics: dict[str, Any], shards: ShardSet) -> str:
-    """README.md of an export: what it is, how good, how to use it."""
-    scores = {metrics["split"]: metrics["initial"], f"{metrics['split']}, refined": metrics["refined"]}
-    if val := info.meta.get("val"):
-        scores = {"val": val, **scores}
-    names = ("R@1", "R@5", "R@10", "mAP")
-    code, features = DUAL if config.model.dual or config.model.dual_config else PAIR
-    plain = PLAIN.format(
-        code=code,
-        mean=config.data.image_mean,
-        std=config.data.image_std,
-        features=features.format(pool=config.model.pool, max_tokens=config.data.max_tokens),
-    )
-    low, high = metrics["ci95"]["R@1"]
-    chosen = metrics["refinement"]
-    return CARD.format(
-        name=name,
-        version=__version__,
-        set_name=shards.manifest["name"],
-        licence=shards.manifest.get("licence", "not stated"),
-        steps=info.step,
-        config_hash=config_hash(config),
-        rows="\n".join(f"| {split} | {' | '.join(f'{s[n]:.1f}' for n in names)} |" for split, s in scores.items()),
-        low=low,
-        high=high,
-        dim=info.meta["bank"]["dim"],
-        height=config.data.image_height,
-        width=config.data.image_width,
-        max_tokens=config.data.max_tokens,
-        plain=plain if is_plain(config) else NOT_PLAIN,
-        **{k: metrics[k] for k in ("split", "n_queries", "n_gallery")},
-        refinement=f"The refinement ({chosen['kind']}, weight {chosen['weight']}) was chosen on {chosen['chosen_on']}."
-        if chosen["chosen_on"]
-        else "Without refinement: the set has no val split to choose one on.",
-    )

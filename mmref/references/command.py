@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 def mine_main(argv: Sequence[str]) -> int:
     """`mmref mine`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmref mine",
         description="Write the nearest training objects of each object, as a model sees them, for batches of hard negatives: "
         "`mmref train --data.neighbors FILE`.",

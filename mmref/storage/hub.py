@@ -71,19 +71,24 @@ def push_folder(folder: str, place: str, message: str, private: bool = False) ->
         HubError, HubTokenError, HubUnreachableError: as `hub_folder`.
     """
     repo, revision = parse_hub(place)
-    hub = _library()
-    api = hub.HfApi(endpoint=_endpoint())
+    check_may_push(place)
+    api = _library().HfApi(endpoint=_endpoint())
 
     def push() -> str:
-        if hub.get_token() is None:
-            raise HubTokenError(
-                f"{place} cannot be written: there is no token. Set HF_TOKEN to one with write access, or run `hf auth login`."
-            )
         api.create_repo(repo, private=private, exist_ok=True)
         sent = api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message=message, delete_patterns="*")
         return str(sent.commit_url)
 
     return _asked(place, push)
+
+
+def check_may_push(place: str) -> None:
+    """Raise HubError where a place is no repository, HubTokenError where there is no token at all."""
+    parse_hub(place)
+    if _library().get_token() is None:
+        raise HubTokenError(
+            f"{place} cannot be written: there is no token. Set HF_TOKEN to one with write access, or run `hf auth login`."
+        )
 
 
 def _library() -> Any:

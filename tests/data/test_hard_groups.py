@@ -233,7 +233,7 @@ def test_another_file_is_another_run(written, make_config, tmp_path):
     plain, named = make_config(), make_config({"data.neighbors": written[0]})
     assert config_hash(named) != config_hash(plain)
     assert config_hash(make_config({"data.neighbors": f"/elsewhere/{written[0].rsplit('/', 1)[1]}"})) == config_hash(named)
-    assert config_hash(make_config({"data.hard_share": 0.25, "data.neighbors": written[0]})) != config_hash(named)
+    assert config_hash(make_config({"data.hard_share": 1.0, "data.neighbors": written[0]})) != config_hash(named)
     before = data_fingerprint(named)
     assert before.startswith(f"{data_fingerprint(plain)} neighbors:")
     (tmp_path / "neighbors.parquet").write_bytes(b"other")

@@ -63,7 +63,7 @@ def check_config(config: Config) -> Config:
         raise ConfigError(
             "the model needs either one of `model.dual` / `model.dual_config`, or both a vision tower "
             "(`model.vision` / `model.vision_config`) and a text tower (`model.text` / `model.text_config`); "
-            "configs/emoji.yaml and configs/clip_vit_b16.yaml show both."
+            "`--config emoji` and `--config clip_vit_b16` show both."
         )
     _check_towers(config)
     return config

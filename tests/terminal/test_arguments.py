@@ -108,7 +108,7 @@ def test_paths_of_a_config(home, tmp_path):
             {f"{home}/more": 0.3},
         )
         assert (config.train.start_from, config.data.tokenizer) == (f"{home}/run", f"{home}/tok")
-    assert load_config(["--data.cache_dir", "~/shards"]).data.cache_dir == "~/shards"  # of each node
+    assert load_config(["--data.cache_dir", "~/shards", *DUAL]).data.cache_dir == "~/shards"  # of each node
     config = load_config(["--run_dir", "out", "--model.vision", "openai/model", "--model.text", "openai/clip"])
     assert (config.run_dir, config.model.vision, config.model.text) == ("out", "openai/model", "openai/clip")
     kept = with_absolute_paths(config)

@@ -37,9 +37,7 @@ def test_flags_are_known_by_either_spelling() -> None:
         args = parser.parse_args(argv)
         assert (args.max_items, args.run_dir) == (3, "a_b")
     assert parser.parse_args(["x", "--", "--max_items"]).words == ["x", "--max_items"]
-    commands = parser.add_subparsers()
-    commands.add_parser("sub").add_argument("--no-refine", action="store_true")
-    assert Parser(prog="p", parents=[]).parse_known_args(["--other_flag"])[1] == ["--other_flag"], "not ours to respell"
+    assert parser.parse_known_args(["--other_flag"])[1] == ["--other_flag"], "not ours to respell"
 
 
 def test_subcommands_take_both_too() -> None:
@@ -50,8 +48,8 @@ def test_subcommands_take_both_too() -> None:
 
 def test_a_config_s_flags_are_known_by_either_spelling() -> None:
     for flag in ("--train.max-steps", "--train.max_steps", "--train.max-steps=7"):
-        assert load_config([flag, *([] if "=" in flag else ["7"]), "--run-dir", "a-b"]).train.max_steps == 7
-    assert load_config(["--run-dir", "a-b"]).run_dir == "a-b"
+        assert load_config(["--config", "smoke", flag, *([] if "=" in flag else ["7"])]).train.max_steps == 7
+    assert load_config(["--config", "smoke", "--run-dir", "a-b"]).run_dir == "a-b"
     with pytest.raises(ConfigError, match=r"`train\.max-step`.*`train\.max_steps`"):
         load_config(["--train.max-step", "7"])
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
 
 from mmref.config.checks import check_config
 from mmref.config.option import options
+from mmref.config.presets import PRESETS, with_files
 from mmref.config.shipped import file_or_name
 from mmref.config.tree import Config, DataConfig
 from mmref.errors import ConfigError
@@ -21,6 +24,8 @@ from mmref.storage.locations import absolute, expanded, folder_name, in_utf8
 from mmref.storage.texts import parse_yaml, read_text
 from mmref.terminal.parser import respelled
 
+SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.name != "run_dir")
+"""Of the tree of fields, in its order."""
 PLACES = ("run_dir", "data.root", "data.neighbors", "train.start_from")
 """Fields that hold a path or URL."""
 PLACES_ON_NODES = ("data.cache_dir", "model.feature_cache")
@@ -62,7 +67,6 @@ def _check_keys(given: dict[str, Any], cls: type, where: str, prefix: str = "") 
 
 def unknown_key(key: str, where: str) -> ConfigError:
     """The error for a key that does not exist, with the nearest that does."""
-    sections = [f.name for f in dataclasses.fields(Config) if f.name != "run_dir"]
 
     def alike(a: str, b: str) -> float:
         return difflib.SequenceMatcher(None, a, b).ratio()
@@ -72,7 +76,7 @@ def unknown_key(key: str, where: str) -> ConfigError:
         whole, last = alike(key, known), alike(key.rsplit(".", 1)[-1], known.rsplit(".", 1)[-1])
         return max(whole, last), known.startswith("train."), whole
 
-    near = max(known_keys() + sections, key=closeness)
+    near = max([*known_keys(), *SECTIONS], key=closeness)
     hint = f" Did you mean `{near}`?" if closeness(near)[0] >= 0.7 else " `mmref train --help` lists all keys."
     section, dot, name = key.partition(".")
     if key == near and dot:  # as flags are written
@@ -80,34 +84,64 @@ def unknown_key(key: str, where: str) -> ConfigError:
     return ConfigError(f"{where}: unknown config key `{key}`.{hint}")
 
 
-def build_parser() -> Any:
-    """The jsonargparse parser of a run: `--config FILE` and a flag for every field."""
+def build_parser(section: str = "") -> Any:
+    """The jsonargparse parser of a run: `--config FILE` and a flag for every field; of one section alone for its help."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="mmref train",
         exit_on_error=False,
+        usage="mmref train [--preset NAME | --config FILE] [--run_dir DIR] [--SECTION.FIELD VALUE ...]",
         description="Train MMRef, evaluate it on val and test, write a report. `--log-level` as of every command.",
+        epilog=f"`mmref train --help SECTION` tells of one section alone: {', '.join(SECTIONS)}.",
     )
     parser.add_argument(
         "--config",
+        metavar="FILE",
         action=jsonargparse.ActionConfigFile,
         help="YAML file, or the name of one that comes with mmref (emoji, smoke, ...); flags after it win.",
     )
+    presets = "; ".join(f"{name}: {what}" for name, what in PRESETS.items())
+    told = f"Config to begin with, in place of a file; flags after it win. {presets}."
+    parser.add_argument("--preset", metavar="NAME", action=_Preset, help=told)
     parser.add_class_arguments(Config, nested_key=None)
     said = {name: str(option) for name, option, _ in options(Config())}
     for action in parser._actions:
-        if bounds := said.get(action.dest):
+        if action.dest in SECTIONS:
+            action.help = argparse.SUPPRESS  # a file for one section alone: `--config` does
+        elif bounds := said.get(action.dest):
             action.help = f"{action.help} [{bounds}]"
+        if "." in action.dest and action.choices is None:
+            action.metavar = action.metavar or "VALUE"
+    for group in parser._action_groups:
+        dests = {action.dest.partition(".")[0] for action in group._group_actions}
+        if (of := dests & set(SECTIONS)) and len(dests) == 1:
+            group.title = f"{of.pop()}: {str(group.title).rstrip('.:')}"
+    if section:
+        parser._action_groups = [group for group in parser._action_groups if str(group.title).startswith(f"{section}: ")]
     return parser
+
+
+class _Preset(argparse.Action):
+    """Only told of in the help: `with_files` has put a file in its place before anything is parsed."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **about: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **about)
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise ConfigError("`--preset` stands on the command line alone.")
 
 
 def load_config(argv: list[str]) -> Config:
     """Config from flags (and the YAML files they name). Raises ConfigError; `--help` prints and exits."""
     import jsonargparse
 
-    argv = _with_values(respelled(argv, [f"--{key}" for key in (*known_keys(), "config", "print_config")]))
+    for word, following in itertools.pairwise(argv):
+        if word in ("-h", "--help") and following in SECTIONS:
+            print(build_parser(following).format_help())
+            raise SystemExit(0)
+    argv = _with_values(with_files(respelled(argv, [f"--{key}" for key in (*known_keys(), "config", "preset", "print_config")])))
     for word, following in zip(argv, [*argv[1:], ""]):
         name, given, value = word[2:].partition("=")
         name = name.removesuffix("+")

@@ -271,8 +271,9 @@ def build_plan(config: Config, index: SplitIndex) -> Plan | MixedPlan:
             shard_start = np.append(np.flatnonzero(np.diff(shard, prepend=-1)), len(shard))
             order = WindowedOrder(shard_start, data.window_shards, seed)
         if hard is not None:
-            own_rows = np.where(hard[first:last] < 0, hard[first:last], hard[first:last] - first)
-            order = GroupedOrder(own_rows, config.objects_per_step, groups, data.group_size, seed)
+            rows = hard[first:last]
+            rows = np.where(rows < 0, rows, rows - first).astype(np.int32)
+            order = GroupedOrder(rows, config.objects_per_step, groups, data.group_size, seed)
         own = start - start[0] if first else start
         plans.append(Plan(own, config.objects_per_step, config.train.images_per_object, seed, order))
     if len(plans) == 1:

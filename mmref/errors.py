@@ -134,6 +134,10 @@ class TrainingStoppedError(MMRefError):
     exit_status = 143  # 128 + SIGTERM, 130 on Ctrl-C: whatever starts the job again on failure does so
 
 
+class SinkError(ConfigError):
+    """`train.sinks` names what nothing here provides, or what needs a package that is not installed."""
+
+
 class LedgerError(MMRefError):
     """A run has no ledger of the samples it saw, or it cannot be read."""
 

@@ -234,6 +234,8 @@ class TrainConfig:
     """Gradient norm is clipped to this; 0: no clipping."""
     log_every: int = option(10, at_least=1, unit="steps", identity=False)
     """Steps between log lines (the only host synchronisation)."""
+    sinks: list[str] = option([], identity=False)
+    """Where the numbers of metrics.jsonl go besides TensorBoard: wandb, mlflow, trackio, or what a package provides."""
     eval_every: int = option(0, at_least=0, unit="steps", identity=False)
     """Steps between evaluations on val (and checkpoints); 0: a tenth of training."""
     keep_checkpoints: int = option(2, at_least=1, identity=False)

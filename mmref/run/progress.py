@@ -27,6 +27,8 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
         return start_line(record)
     if "pace" in record:
         return f"{head}  about {record['pace']:.0f} images/s here{'' if eta_s is None else f', {clock(eta_s)} to go'}"
+    if "sink_failure" in record:
+        return f"{head}  {record['sink']} of `train.sinks` gets nothing more: {record['sink_failure']}. The run goes on"
     if "checkpoint_seconds" in record:
         return f"{head}  checkpoint complete after {record['checkpoint_seconds']:.1f} s"
     if "loss" not in record:  # no val split
@@ -109,4 +111,6 @@ class Progress:
 def _identity(record: dict[str, Any]) -> tuple[int, str]:
     if "started" in record:
         return record["step"], f"started {record['started']}"
+    if "sink_failure" in record:
+        return record["step"], f"sink {record['sink']}"
     return record["step"], next((kind for kind in ("loss", "checkpoint_seconds", "pace") if kind in record), "")

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl and TensorBoard events, written by rank 0."""
+"""The log of a run: metrics.jsonl, TensorBoard events and other sinks, written by rank 0."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 
 from mmref.run.directory import JsonLines, RunDir
 from mmref.storage.retries import retry
+from mmref.train.sinks import Sinks
 
 FOLDER = "tensorboard"
 
 
 class RunLog:
-    """Appends records to metrics.jsonl and to TensorBoard.
+    """Appends records to metrics.jsonl and to TensorBoard, and hands their numbers to the sinks of `train.sinks`.
 
     TensorBoard cannot append to an object: behind a URL its events are written to a local folder, and `flush` copies it.
     Its thread gives up at the first full disk; what it had not written then is in metrics.jsonl only.
     """
 
-    def __init__(self, run: RunDir, start: int) -> None:
+    def __init__(self, run: RunDir, start: int, sinks: Sinks | None = None) -> None:
         """Open at step `start`; records of steps behind it, of a run that was interrupted later, are dropped."""
-        self.run = run
+        self.run, self.sinks, self._step = run, sinks, start
         self.lines = JsonLines(run, keep_below_step=start + 1)
         self.folder = run.inner(FOLDER) if run.local else tempfile.mkdtemp(prefix="mmref-tensorboard-")
         self._open_board(start)
@@ -33,20 +34,25 @@ class RunLog:
         self.board = retry(f"write {self.folder}", lambda: SummaryWriter(self.folder, purge_step=start or None))
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Write a record: {"step": ..., name: value, ...}. Numbers go to TensorBoard too."""
+        """Write a record: {"step": ..., name: value, ...}. Numbers go to TensorBoard and to the sinks too."""
         self.lines.append(record)
+        self._step = record["step"]
         try:
             self._add_to_board(record)
         except OSError:
             self._open_board(record["step"])  # a file of its own, which TensorBoard shows as the same run
             self._add_to_board(record)
+        if self.sinks and (values := curves(record)):
+            self.sinks.put(record["step"], values)
+        self._say_failures()
 
     def _add_to_board(self, record: dict[str, Any]) -> None:
-        if "started" in record or "pace" in record:  # no curve
-            return
-        for name, value in record.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self.board.add_scalar(name.replace("val_", "val/").replace("loss_", "loss/"), value, record["step"])
+        for name, value in curves(record).items():
+            self.board.add_scalar(name, value, record["step"])
+
+    def _say_failures(self) -> None:
+        for failure in self.sinks.failures(self._step) if self.sinks else []:
+            self.lines.append(failure)
 
     def flush(self) -> None:
         """Bring everything written so far to the storage."""
@@ -57,8 +63,22 @@ class RunLog:
             self.run.put(self.folder, FOLDER)
 
     def close(self) -> None:
+        if self.sinks:
+            self.sinks.close()
+            self._say_failures()
         self.flush()
         with contextlib.suppress(OSError):
             self.board.close()
         if not self.run.local:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def curves(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record as they are drawn: `loss_align` as `loss/align`, `val_mAP` as `val/mAP`; a start has none."""
+    if "started" in record or "pace" in record:
+        return {}
+    return {
+        name.replace("val_", "val/").replace("loss_", "loss/"): value
+        for name, value in record.items()
+        if name != "step" and isinstance(value, (int, float))
+    }

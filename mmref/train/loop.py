@@ -29,6 +29,7 @@ from mmref.train.engine import all_finite, average_statistics, build_engine, set
 from mmref.train.ledger import Ledger
 from mmref.train.logs import RunLog
 from mmref.train.saver import Saver
+from mmref.train.sinks import Sinks, run_of
 from mmref.train.step import StepRunner
 from mmref.train.stop import StopNotice
 from mmref.train.validation import Validation, score_of
@@ -270,7 +271,8 @@ class Worker:
         if self.rank:
             yield
             return
-        self.log = RunLog(self.run, self.start)
+        sinks = Sinks(self.config.train.sinks, run_of(self.config, self.run, self.start)) if self.config.train.sinks else None
+        self.log = RunLog(self.run, self.start, sinks)
         bf16, why = chosen_precision(self.config.train)
         self.log({
             "step": self.start, "started": time.time(), "workers": self.world, "passed_over": self.passed_over,

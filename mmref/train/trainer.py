@@ -23,6 +23,7 @@ from mmref.run.progress import Progress
 from mmref.train import checkpoint_files
 from mmref.train.loop import train_worker
 from mmref.train.ray_storage import ray_filesystem
+from mmref.train.sinks import check_sinks
 from mmref.train.stop import DRAIN, GROW, Termination, withdraw_request
 
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -77,6 +78,7 @@ def check_inputs(config: Config) -> None:
                                 f"`mmref shards verify {root}` lists them.")  # fmt: skip
     build_plan(config, index)
     config_grid(config)
+    check_sinks(config)
     if config.train.start_from:
         checkpoints.best_checkpoint(RunDir(config.train.start_from))
     tokens = load_tokens(config)

@@ -26,6 +26,7 @@ from mmref.run.directory import RunDir
 from mmref.train import checkpoint_files
 from mmref.train import loop as training
 from mmref.train.saver import Saver
+from mmref.train.sinks import SinkRun, Sinks
 from mmref.train.validation import Validation
 
 PAGE = Path(__file__).parents[2] / "docs" / "run-directory.md"
@@ -128,7 +129,7 @@ def test_metrics_jsonl(
     Saver._write(saver, "checkpoints/one", checkpoint_files.Snapshot({}, 0, {"step": 1}), 0, 0.0)
 
     records: list[dict[str, Any]] = []
-    monkeypatch.setattr(training, "RunLog", lambda run, start: Log(records))
+    monkeypatch.setattr(training, "RunLog", lambda run, start, sinks: Log(records))
     warned: Any = SimpleNamespace(
         config=config, rank=0, run=None, start=20, world=2, passed_over=["damaged"], _write_bad=lambda: None
     )
@@ -136,8 +137,10 @@ def test_metrics_jsonl(
         pass
     pace = training.Pace(20, 8)
     paces = [record for done in range(21, 30) if (record := pace(done))]
-    kinds = [line, evaluated[0], *saver._finished, *records, *paces]
-    assert len(kinds) == 5
+    sinks = Sinks(["nobody's"], SinkRun("id", "run", "", None, 0, {}))
+    sinks.close()
+    kinds = [line, evaluated[0], *saver._finished, *records, *paces, *sinks.failures(20)]
+    assert len(kinds) == 6
     assert set().union(*map(named, kinds)) == documented("metrics.jsonl")
 
 

@@ -134,12 +134,15 @@ class ReferenceConfig:
 class LossConfig:
     """L = align + w_fuse fuse + w_rec rec + w_guide guide + w_id id + w_mlm mlm (the last two: IRRA's objective)."""
 
-    align: Literal["infonce", "sdm"] = "infonce"
-    """Alignment of images and texts, every pair of the same object a positive: multi-positive InfoNCE, or SDM (IRRA)."""
+    align: Literal["infonce", "sdm", "sigmoid"] = "infonce"
+    """Alignment of images and texts, every pair of the same object a positive: multi-positive InfoNCE, SDM (IRRA), or SigLIP's
+    sigmoid loss of each pair by itself."""
     tau: float = option(0.07, at_least=MIN_TAU)
     """Temperature of the alignment."""
     learn_tau: bool = False
     """Learn the alignment's temperature, starting from `tau`."""
+    bias: float = option(-10.0, at_least=-100, added=True)
+    """Start of the bias that `align: sigmoid` adds to its logits and learns."""
     w_fuse: float = option(1.0, at_least=0)
     """Weight of global fusion (trains references only). Under moving_average its size has no effect; above 0 it keeps references
     also where nothing else uses them."""

@@ -187,13 +187,13 @@ def write_transformers(folder: Path, config: Config, module: MMRef, tokens: Toke
     whole.text_config.vocab_size = backbone.text_model.config.vocab_size
     dual = AutoModel.from_config(whole)
     state = backbone.state_dict()
-    scale = module.log_scale.detach()
+    scale, bias = module.log_scale.detach(), module.logit_bias
     own = dual.state_dict()
     for name, tensor in own.items():
         if name == "logit_scale":
             state[name] = scale.reshape(tensor.shape)
-        elif name == "logit_bias":  # SigLIP's; training here has none
-            state[name] = torch.zeros_like(tensor)
+        elif name == "logit_bias":  # SigLIP's; it alone of the alignments has one
+            state[name] = torch.zeros_like(tensor) if bias is None else bias.detach().reshape(tensor.shape)
         elif name.endswith("position_ids"):
             state[name] = tensor
     dual.load_state_dict(state)

@@ -9,6 +9,7 @@ from mmref.losses.infonce import infonce
 from mmref.losses.reconstruction import reconstruction_loss
 from mmref.losses.reference_contrast import reference_loss
 from mmref.losses.sdm import sdm
+from mmref.losses.sigmoid import sigmoid
 from mmref.losses.soft_targets import soft_targets
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "reconstruction_loss",
     "reference_loss",
     "sdm",
+    "sigmoid",
     "soft_targets",
 ]

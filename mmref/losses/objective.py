@@ -17,6 +17,7 @@ from mmref.config import LossConfig, ReferenceConfig
 from mmref.losses.infonce import infonce
 from mmref.losses.reference_contrast import reference_loss
 from mmref.losses.sdm import sdm
+from mmref.losses.sigmoid import sigmoid
 from mmref.losses.soft_targets import soft_targets
 
 TOTAL = "loss"
@@ -53,6 +54,7 @@ class Share(NamedTuple):
     scale: Tensor  # (1,) inverse temperature of the alignment
     weights: Tensor | None = None  # (n,) of the captions, 1 on average over the global batch; None: alike
     all_weights: Tensor | None = None  # (N,) of the global batch's captions
+    bias: Tensor | None = None  # (1,) of the logits of `align: sigmoid`
 
 
 class References(NamedTuple):
@@ -125,6 +127,10 @@ def ramp(step: int, max_steps: int, start: float, full: float) -> float:
 
 def _alignment(share: Share, loss: LossConfig) -> Tensor:
     """Images against all captions and captions against all images."""
+    if loss.align == "sigmoid":
+        assert share.bias is not None
+        pairs = share.image, share.all_text, share.objects, share.all_objects
+        return sigmoid(*pairs, share.scale, share.bias, share.all_weights)
     align = infonce if loss.align == "infonce" else sdm
     anchors = share.objects, share.all_objects, share.scale
     both = align(share.image, share.all_text, *anchors, other_weights=share.all_weights) + align(

@@ -21,6 +21,7 @@ from mmref.randomness import RandomStream, torch_seed
 
 TRAINING_ONLY = ("classify.",)  # parameters that a model which only encodes is built without
 HEADS = ("reconstruct.", "image_words.")  # of losses that a run may have or not
+LOGITS = ("log_scale", "logit_bias")  # what turns cosines into the alignment's logits
 
 
 class Masked(NamedTuple):
@@ -41,6 +42,7 @@ class Output(NamedTuple):
     mlm_sum: Tensor | None  # the same, from images
     id_sum: Tensor | None  # scalar: summed cross-entropy of the objects over images and texts
     scale: Tensor  # (1,) inverse temperature of the alignment
+    bias: Tensor | None = None  # (1,) of its logits, under `loss.align: sigmoid`
 
 
 class AtMost(torch.autograd.Function):
@@ -86,6 +88,7 @@ class MMRef(nn.Module):
         self.rec_detach_text = loss.rec_detach_text
         # The shape is (1,), since DeepSpeed cannot broadcast 0-dim parameters.
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / loss.tau)]), requires_grad=loss.learn_tau)
+        self.logit_bias = nn.Parameter(torch.tensor([loss.bias])) if loss.align == "sigmoid" else None
         self.reconstruct = None
         if loss.w_rec > 0:
             self.reconstruct = ReconstructionHead(
@@ -188,7 +191,9 @@ class MMRef(nn.Module):
                 if self.image_words is not None:
                     seen, read = self.backbone.in_shared_space(image_tokens, states)
                     mlm_sum = reconstruction_loss(self.image_words(read, mask, seen, masked.at), words)
-        return Output(image, text, rec_sum, mlm_sum, id_sum, AtMost.apply(self.log_scale.float().exp(), 1 / MIN_TAU))
+        scale = AtMost.apply(self.log_scale.float().exp(), 1 / MIN_TAU)
+        bias = None if self.logit_bias is None else self.logit_bias.float().clone()
+        return Output(image, text, rec_sum, mlm_sum, id_sum, scale, bias)
 
     def _encode_text(self, ids: Tensor, mask: Tensor, groups: list[TextGroup] | None) -> tuple[Tensor, Tensor]:
         if groups is None or not self.backbone.trims_texts:
@@ -198,7 +203,7 @@ class MMRef(nn.Module):
     def is_new(self, name: str) -> bool:
         """Whether a parameter starts from random weights beside pretrained towers (gets `train.lr_new`)."""
         prefixes = tuple(f"backbone.{p}" for p in self.backbone.new_parameter_prefixes())
-        return name.startswith((*HEADS, *TRAINING_ONLY, "log_scale", *prefixes))
+        return name.startswith((*HEADS, *TRAINING_ONLY, *LOGITS, *prefixes))
 
 
 def computes_in_bf16(gpu: bool) -> bool:

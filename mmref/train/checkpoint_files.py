@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mmref.errors import CheckpointError
-from mmref.model.mmref import HEADS, TRAINING_ONLY
+from mmref.model.mmref import HEADS, LOGITS, TRAINING_ONLY
 from mmref.run.checkpoints import (
     FOLDER,
     KINDS,
@@ -212,16 +212,16 @@ def start_from(run: RunDir, engine: Any, bank: ReferenceBank) -> None:
     (collective).
 
     Optimizer state starts anew; so do the classifier of `loss.w_id`, which has a row for each object, heads that the other run
-    had not, and a temperature that is not learned: `loss.tau` of this run holds. References that the other run never set stay
-    as they are. Raises CheckpointError.
+    had not, the bias of `loss.align: sigmoid` likewise, and a temperature that is not learned: `loss.tau` of this run holds.
+    References that the other run never set stay as they are. Raises CheckpointError.
     """
     info = best_checkpoint(run)
     with fetched(run, info, "model", "references") as folder:
         tensors = TensorFolder(folder, "model")
         shapes = _shapes(engine)
-        fresh = {n for n in shapes if n.startswith(TRAINING_ONLY) or (n.startswith(HEADS) and n not in tensors.files)}
+        fresh = {n for n in shapes if n.startswith(TRAINING_ONLY) or (n.startswith((*HEADS, *LOGITS)) and n not in tensors.files)}
         wanted = {n: shape for n, shape in shapes.items() if n not in fresh}
-        check_fits(tensors, wanted, folder, (*TRAINING_ONLY, *HEADS))
+        check_fits(tensors, wanted, folder, (*TRAINING_ONLY, *HEADS, *LOGITS))
         if not engine.module.log_scale.requires_grad:
             fresh.add("log_scale")
         load_state(engine, lambda name: {} if name in fresh else {"weight": tensors.get(name)}, 0)

@@ -167,7 +167,9 @@ class Worker:
         images = self.config.train.global_batch * window.steps / seconds
         record: dict[str, Any] = {"step": done, **losses}
         if self.config.loss.learn_tau:
-            record["tau"] = 1 / float(self.runner.scale)
+            record["tau"] = 1 / float(self.runner.logits[0])
+        if self.config.loss.align == "sigmoid":
+            record["bias"] = float(self.runner.logits[1])
         record |= {
             "lr": lr,
             "grad_norm": float(self.engine.get_global_grad_norm()),

@@ -67,7 +67,7 @@ class StepRunner:
         self.config, self.model, self.backward, self.boundary = config, model, backward, boundary
         self.bank, self.tokens, self.device = bank, tokens, device
         self.special_ids = torch.as_tensor(tokens.special_ids, device=device)
-        self.scale = torch.tensor([1 / config.loss.tau])  # inverse temperature of the last step
+        self.logits: list[Tensor] = []  # of the last step: the alignment's inverse temperature, and its bias where it has one
         self.reference_norm = torch.zeros((), device=device)  # of the references' gradient in the last step
         self.with_masks = config.loss.masks_words
 
@@ -103,11 +103,11 @@ class StepRunner:
         (m,) = micro
         out = self._forward(m, common)
         image, text = _features(out)
-        losses = self._objective(image, text, out.scale, m.objects, common) | self._head_losses(out, common.words)
+        losses = self._objective(image, text, out, m.objects, common) | self._head_losses(out, common.words)
         total = self._weighted(losses, common.ramped)
         self.backward(total)
         self.boundary()
-        self.scale = out.scale.detach()
+        self.logits = [x.detach() for x in _logits(out)]
         return {TOTAL: total, **losses}, image.detach(), text.detach()
 
     def _cached(self, micro: list[MicroBatch], common: Common) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -126,14 +126,14 @@ class StepRunner:
                 images.append(image)
                 texts.append(text)
         image, text = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
-        scale = out.scale.detach().clone().requires_grad_()
-        self.scale = scale.detach()
+        self.logits = [x.detach() for x in _logits(out)]
+        logits = [x.clone().requires_grad_() for x in self.logits]
         objects = torch.cat([m.objects for m in micro])
-        losses = self._objective(image, text, scale, objects, common)
+        losses = self._objective(image, text, out._replace(**dict(zip(("scale", "bias"), logits))), objects, common)
         total = self._weighted(losses, common.ramped)
         total.backward()  # down to the features (and the references); the towers follow below
         total = total.detach()
-        assert image.grad is not None and text.grad is not None and scale.grad is not None
+        assert image.grad is not None and text.grad is not None
         first = 0
         for state, m in zip(states, micro):
             _set_random_state(self.device, state)
@@ -142,7 +142,9 @@ class StepRunner:
             own = slice(first, first + len(m.objects))
             first += len(m.objects)
             surrogate = (own_image * image.grad[own]).sum() + (own_text * text.grad[own]).sum()
-            surrogate = surrogate + (out.scale * scale.grad).sum() / len(micro)
+            for number, leaf in zip(_logits(out), logits):
+                assert leaf.grad is not None
+                surrogate = surrogate + (number * leaf.grad).sum() / len(micro)
             heads = self._head_losses(out, common.words)
             if heads:
                 of_heads = self._weighted(heads, common.ramped)
@@ -158,8 +160,8 @@ class StepRunner:
 
     # -- losses --------------------------------------------------------------------------------------------------
 
-    def _objective(self, image: Tensor, text: Tensor, scale: Tensor, objects: Tensor, common: Common) -> dict[str, Tensor]:
-        """Losses of this rank's rows (n) against the global batch (N)."""
+    def _objective(self, image: Tensor, text: Tensor, out: Output, objects: Tensor, common: Common) -> dict[str, Tensor]:
+        """Losses of this rank's rows (n) against the global batch (N); of `out` the scale and bias of the logits."""
         config, references = self.config, None
         if common.active is not None and common.rows is not None:
             references = References(common.rows, torch.searchsorted(common.active, objects))
@@ -172,9 +174,10 @@ class StepRunner:
             collectives.gather_with_gradient(image),
             collectives.gather_with_gradient(text),
             common.all_objects,
-            scale,
+            out.scale,
             None if all_weights is None else all_weights[first : first + len(text)],
             all_weights,
+            out.bias,
         )
         return objective(share, references, config.loss, config.reference, common.ramped)
 
@@ -272,6 +275,10 @@ class StepRunner:
 def _features(out: Output) -> tuple[Tensor, Tensor]:
     assert out.image is not None and out.text is not None
     return out.image, out.text
+
+
+def _logits(out: Output) -> list[Tensor]:
+    return [x for x in (out.scale, out.bias) if x is not None]
 
 
 def _writable(array: NDArray[Any]) -> NDArray[Any]:

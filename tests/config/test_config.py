@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -280,6 +281,17 @@ def test_hash_covers_what_changes_results_alone():
     hashes += [changed("data.mix", mix) for mix in mixes]
     assert base not in hashes and len(set(hashes)) == len(hashes)
     assert changed("data.mix", {"/c/one": 0.1}) == hashes[-1], "a set may be moved"
+
+
+def test_a_field_that_came_later_leaves_the_hashes_of_published_results_as_they_are():
+    root = Path(__file__).parents[2]
+    config = load_config(["--config", str(root / "configs" / "emoji.yaml")])
+    published = json.loads((root / "docs" / "results" / "emoji.json").read_text())["trainings"]
+    assert config_hash(config) in {training["config_hash"] for training in published}
+    later = [name for name, option, _ in options(config) if option.added]
+    assert "loss.bias" in later
+    config.loss.bias = -9.0
+    assert config_hash(config) not in {training["config_hash"] for training in published}
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem)

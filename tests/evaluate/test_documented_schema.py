@@ -69,6 +69,7 @@ def config(make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     return make_config({
         "eval.bootstrap": 20, "eval.class_protocol": True, "eval.refine_in_training": True, "loss.learn_tau": True,
+        "loss.align": "sigmoid",
     })  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def test_metrics_jsonl(
     window.add(0, torch.ones(len(LOSSES)), 1.0, 1.0)
     worker: Any = SimpleNamespace(
         config=config, world=1, device=torch.device("cpu"), bad=set(), bad_before=set(),
-        stream=SimpleNamespace(waited_s=0.0), runner=SimpleNamespace(scale=torch.tensor([10.0])),
+        stream=SimpleNamespace(waited_s=0.0), runner=SimpleNamespace(logits=[torch.tensor([10.0]), torch.tensor([-9.0])]),
         engine=SimpleNamespace(get_global_grad_norm=lambda: 1.0),
     )  # fmt: skip
     line = training.Worker._line(worker, 1, 0.1, window)

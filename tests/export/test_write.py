@@ -42,7 +42,7 @@ def towers(tiny_set: Path) -> dict[str, dict]:
         "clip": {**none, "model.dual_config": clip},
         "clip with a mask token of its own": {**none, "model.dual_config": {
             **clip, "text_config": {**clip["text_config"], "vocab_size": len(tokenizer) - 1}}},
-        "siglip": {**none, "model.dual_config": siglip},
+        "siglip": {**none, "model.dual_config": siglip, "loss.align": "sigmoid", "loss.learn_tau": True},
         "pair": {"model.vision_config": VIT, "model.text_config": BERT, "loss.w_rec": 0.2},
         "pair with its own pooler": {"model.pool": "auto"},
     }  # fmt: skip
@@ -99,6 +99,8 @@ def test_features_are_those_of_the_run_here_and_in_plain_transformers(exported, 
             masks = {} if config.model.dual_config["model_type"] == "siglip" else {"attention_mask": mask}
             said = whole.get_text_features(input_ids=ids, **masks).pooler_output
             assert whole.logit_scale.exp().item() == pytest.approx(model.log_scale.exp().item(), rel=1e-6)
+            if model.logit_bias is not None:
+                assert whole.logit_bias.item() == loaded.module.logit_bias.item() == model.logit_bias.item() != -10
         else:
             projections = load_file(plain / "projections.safetensors")
             vision, reader = (AutoModel.from_pretrained(plain / tower).eval() for tower in ("vision", "text"))

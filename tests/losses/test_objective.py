@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmref.config import LossConfig, ReferenceConfig
-from mmref.losses import infonce, reference_loss
+from mmref.losses import infonce, reference_loss, sigmoid
 from mmref.losses.objective import LOSSES, TOTAL, References, Share, loss_weights, objective, pack, unpack
 
 
@@ -18,7 +18,7 @@ def share(first=0, n=6):
     """Samples first .. first + n - 1 of a global batch of six samples of three objects."""
     image, text, objects = unit(6, 8), unit(6, 8, seed=1), torch.tensor([4, 4, 7, 7, 9, 9])
     own = slice(first, first + n)
-    return Share(image[own], text[own], objects[own], image, text, objects, torch.tensor([5.0]))
+    return Share(image[own], text[own], objects[own], image, text, objects, torch.tensor([5.0]), bias=torch.tensor([-2.0]))
 
 
 def references(first=0, n=6, learn=False):
@@ -39,11 +39,19 @@ def test_each_loss_is_its_own_function():
     assert not found["loss_guide"].requires_grad and found["loss_fuse"].requires_grad
 
 
-def test_the_mean_over_shares_is_the_whole_batch():
-    whole = objective(share(), references(), LossConfig(), ReferenceConfig(), 0.5)
-    parts = [objective(share(i, 2), references(i, 2), LossConfig(), ReferenceConfig(), 0.5) for i in (0, 2, 4)]
+@pytest.mark.parametrize("align", ["infonce", "sdm", "sigmoid"])
+def test_the_mean_over_shares_is_the_whole_batch(align):
+    loss = LossConfig(align=align)
+    whole = objective(share(), references(), loss, ReferenceConfig(), 0.5)
+    parts = [objective(share(i, 2), references(i, 2), loss, ReferenceConfig(), 0.5) for i in (0, 2, 4)]
     for name, value in whole.items():
         torch.testing.assert_close(sum(part[name] for part in parts) / 3, value)
+
+
+def test_sigmoid_counts_each_pair_once():
+    s = share()
+    expected = sigmoid(s.image, s.all_text, s.objects, s.all_objects, 5.0, -2.0)
+    torch.testing.assert_close(objective(s, None, LossConfig(align="sigmoid"), ReferenceConfig(), 1.0)["loss_align"], expected)
 
 
 @pytest.mark.parametrize("given, loss, names", [

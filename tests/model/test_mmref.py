@@ -74,6 +74,16 @@ def test_temperature_is_learned_when_asked_and_bounded(make_config):
     assert model(batch()[0]).scale.item() == 100.0
 
 
+def test_the_bias_belongs_to_the_sigmoid_loss(make_config):
+    assert build_model(make_config(), 80).logit_bias is None
+    model = build_model(make_config({"loss.align": "sigmoid", "loss.bias": -5.0}), 80)
+    assert model.is_new("logit_bias") and model.logit_bias.requires_grad
+    bias = model(*batch()).bias
+    assert bias.item() == -5.0
+    bias.backward()
+    assert model.logit_bias.grad.item() == 1.0
+
+
 def test_new_parameters_are_heads_projections_and_temperature(make_config):
     model = build_model(make_config({"loss.w_rec": 0.5}), 80)
     new = {n for n, _ in model.named_parameters() if model.is_new(n)}

@@ -298,14 +298,14 @@ def test_training_starts_from_another_run(run, make_config, config, tmp_path):
 
 def test_training_starts_from_a_run_with_other_heads(run, make_config, config):
     """A classifier has a row for each object of its own set; heads that one of the two has not are left out, or begin anew."""
-    overrides = {"reference.update": config.reference.update, "reference.per_object": 2}
+    overrides = {"reference.update": config.reference.update, "reference.per_object": 2, "loss.align": "sigmoid"}
     model = PlainTraining(make_config({**overrides, "loss.w_rec": 0.5, "loss.w_id": 0.5})).model
     engine = SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     bank = ReferenceBank(3, model.embed_dim, config.reference, 5, object_ids=["a", "b", "c"])
     checkpoint_files.start_from(run, engine, bank)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    new = {n for n in before if n.startswith(("classify.", "reconstruct."))}
+    new = {n for n in before if n.startswith(("classify.", "reconstruct.", "logit_bias"))}
     assert changed and new and not changed & new
     assert changed | new | {"log_scale"} >= {n for n, p in before.items() if p.dim() > 1}
 

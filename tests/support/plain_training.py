@@ -101,6 +101,7 @@ ACCUMULATED = (
     "gradient, sampled negatives, lme, rec",
     "own tau on text, soft targets, weighted captions",
     "irra",
+    "sigmoid, weighted captions",
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "moving average": {},
@@ -127,6 +128,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "irra": {
         "loss.align": "sdm", "loss.w_guide": 0.0, "loss.w_fuse": 0.0, "loss.w_id": 0.3, "loss.w_mlm": 0.3,
         "loss.mlm_layers": 2,
+    },
+    "sigmoid, weighted captions": {
+        "loss.align": "sigmoid", "loss.bias": -3.0, "loss.learn_tau": True, "loss.caption_weight": 2.0,
     },
     "align only": {"loss.w_guide": 0.0, "loss.w_fuse": 0.0},
 }  # fmt: skip

@@ -231,6 +231,8 @@ class TrainConfig:
     """AdamW beta2."""
     eps: float = option(1e-6, above=0)
     """AdamW epsilon."""
+    ema: float = option(0.0, at_least=0, below=1, added=True)
+    """Decay of a moving average of the weights, which evaluations and exports use in their place (0.999); 0: none."""
     warmup_steps: int = option(50, at_least=0, unit="steps")
     """Steps of linear warm-up; cosine to zero follows."""
     clip_norm: float = option(1.0, at_least=0)

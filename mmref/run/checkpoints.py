@@ -26,6 +26,8 @@ from mmref.storage.tensor_file import Hashing, sha256_of_rest
 
 FOLDER = "checkpoints"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in a file of the optimizer
+AVERAGE = "ema"  # of the weights: with `train.ema` a file of the model has it, and one of the optimizer the weights of training
+TRAINED = "weight"
 KINDS = ("model", "optimizer", "references")
 
 
@@ -199,7 +201,10 @@ class TensorFolder:
         return self.files[name].get_tensor(name)
 
     def state_of(self, name: str) -> dict[str, Tensor]:
+        """What training goes on with: {"weight"}, Adam's moments, and the average of the weight where one was kept."""
         moments = {key: self.get(f"{name}/{key}") for key in MOMENTS if f"{name}/{key}" in self.files}
+        if f"{name}/{TRAINED}" in self.files:
+            return {"weight": self.get(f"{name}/{TRAINED}"), AVERAGE: self.get(name), **moments}
         return {"weight": self.get(name), **moments}
 
 

@@ -46,7 +46,7 @@ class Sizing:
     # memory of the device
     weights: float  # at stage 3 its share, and what it has gathered of the others'
     gradients: float
-    optimizer: float  # Adam's moments, and the fp32 copy that a sharded optimizer updates
+    optimizer: float  # Adam's moments, the average of the weights, and the fp32 copy that a sharded optimizer updates
     buckets: float
     activations: float  # of a micro-batch
     references: float  # the rows it owns, with their optimizer state, where they lie on the device
@@ -170,14 +170,14 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
         batch=batch,
         weights=weights / world + FP32 * min(MAX_LIVE, model.parameters) if stage == 3 else weights,
         gradients=trained / (world if stage >= 2 else 1),
-        optimizer=2 * trained / shards + (trained / shards if stage else 0),
+        optimizer=(2 + bool(t.ema)) * trained / shards + (trained / shards if stage else 0),
         buckets=(bucket * (2 if t.gpu else 1) + bucket) if stage else 0,
         activations=model.activations,
         references=0 if r.rows_on == "host" else references,
         contrast=contrast,
         host_references=references if r.rows_on == "host" else 0,
         object_store=blocks * config.data.steps_per_task * samples + PREFETCHED_STEPS * samples,
-        checkpoint=weights + 2 * trained + world * references,
+        checkpoint=weights + (2 + bool(t.ema)) * trained + world * references,
         send_features=_gathered(world, features) + _reduced(world, features),
         send_gradients=send_gradients,
         send_references=send_references,

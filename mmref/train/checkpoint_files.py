@@ -1,8 +1,9 @@
 """Checkpoints: complete or absent, verified when read, independent of ZeRO stage and number of workers.
 
 A checkpoint is a folder `checkpoints/step-<steps done>-<tag>/` into which every rank writes
-    model-<rank>.safetensors       full fp32 weights of the parameters this rank writes, by name
-    optimizer-<rank>.safetensors   Adam's moments of the same parameters
+    model-<rank>.safetensors       full fp32 weights of the parameters this rank writes, by name; under `train.ema` their averages
+    optimizer-<rank>.safetensors   Adam's moments of the same parameters; under `train.ema` also the weights that training goes on
+                                   with: whatever evaluates or exports a checkpoint reads the averages, and need not know of it
     references-<rank>.safetensors  this rank's rows of the bank with their objects' ids; metadata: first global row
     rank-<rank>.json               bytes and SHA-256 of the files above
 and rank 0 at last, when every rank's list is there, meta.json with all lists in it. A folder without meta.json, or in which
@@ -27,9 +28,11 @@ from torch import Tensor
 from mmref.errors import CheckpointError
 from mmref.model.mmref import HEADS, LOGITS, TRAINING_ONLY
 from mmref.run.checkpoints import (
+    AVERAGE,
     FOLDER,
     KINDS,
     MOMENTS,
+    TRAINED,
     CheckpointInfo,
     TensorFolder,
     best_checkpoint,
@@ -74,8 +77,9 @@ def snapshot(engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> Snapshot
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     for name, state in iterate_state(engine, lambda name: owner[name] == rank):
-        weights[name] = state["weight"].cpu().contiguous()
-        moments |= {f"{name}/{key}": state[key].cpu().contiguous() for key in MOMENTS if key in state}
+        weights[name] = state.get(AVERAGE, state["weight"]).cpu().contiguous()
+        kept = (*MOMENTS, TRAINED) if AVERAGE in state else MOMENTS
+        moments |= {f"{name}/{key}": state[key].cpu().contiguous() for key in kept if key in state}
     if rank == 0:
         weights |= {f"buffer:{n}": _copy(b) for n, b in _buffers(engine)}
     references = {k: _copy(v) for k, v in bank.state_dict().items()} | pack_ids(bank.object_ids)

@@ -17,10 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmref.config import Config, TrainConfig
 from mmref.model.mmref import MMRef
-from mmref.run.checkpoints import MOMENTS
+from mmref.run.checkpoints import AVERAGE, MOMENTS
 from mmref.storage.locations import cache_folder
 from mmref.storage.locks import one_at_a_time
 from mmref.train import collectives
+from mmref.train.average import follow_weights, keeps_average
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -148,6 +149,8 @@ def build_engine(model: MMRef, config: Config, world: int) -> Any:
     optimizer = torch.optim.AdamW(parameter_groups(model, config.train), betas=(0.9, config.train.beta2), eps=config.train.eps)
     if config.train.zero_stage == 0:
         optimizer.register_step_pre_hook(partial(_clip, config.train.clip_norm))
+    if config.train.ema:
+        optimizer.register_step_post_hook(partial(follow_weights, config.train.ema))
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -155,8 +158,12 @@ def build_engine(model: MMRef, config: Config, world: int) -> Any:
         config=deepspeed_config(config, world, count),
         dist_init_required=False,
     )
-    if _plain_optimizer(engine) is None:
-        _create_moments(engine, 0)
+    averages = config.train.ema > 0
+    if (plain := _plain_optimizer(engine)) is None:
+        _create_moments(engine, 0, averages)
+    elif averages:
+        for p in (p for p in model.parameters() if p.requires_grad):
+            plain.state[p] = _fresh_state(p.detach(), 0, averages)
     return engine
 
 
@@ -185,7 +192,8 @@ def set_learning_rate(engine: Any, step: int, config: TrainConfig) -> float:
 
 
 def iterate_state(engine: Any, wanted: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, {"weight", "exp_avg", "exp_avg_sq"}) in full fp32 of the parameters this rank wants (collective).
+    """(name, {"weight", "exp_avg", "exp_avg_sq"}) in full fp32 of the parameters this rank wants (collective); with `train.ema`
+    also "ema", the average of the weight.
 
     Every rank takes part in the gathering of all parameters, one at a time. The tensors are copies: training does not
     change them. Frozen parameters have a weight only.
@@ -194,6 +202,7 @@ def iterate_state(engine: Any, wanted: Callable[[str], bool]) -> Iterator[tuple[
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     plain = _plain_optimizer(engine)
+    keys = (*MOMENTS, AVERAGE) if keeps_average(plain or engine.optimizer.optimizer) else MOMENTS
     for name, p in engine.module.named_parameters():
         if not p.requires_grad:
             with GatheredParameters([p], enabled=hasattr(p, "ds_id")):
@@ -202,9 +211,9 @@ def iterate_state(engine: Any, wanted: Callable[[str], bool]) -> Iterator[tuple[
         elif plain is not None:
             if wanted(name):
                 state = plain.state.get(p, {})
-                yield name, {"weight": _copy(p), **{k: _copy(state[k]) for k in MOMENTS if k in state}}
+                yield name, {"weight": _copy(p), **{k: _copy(state[k]) for k in keys if k in state}}
         else:
-            moments = {k: safe_get_full_optimizer_state(p, k) for k in MOMENTS}
+            moments = {k: safe_get_full_optimizer_state(p, k) for k in keys}
             weight = safe_get_full_fp32_param(p)
             if wanted(name):
                 yield name, {"weight": weight, **moments}
@@ -217,14 +226,15 @@ def _copy(tensor: Tensor) -> Tensor:
 def load_state(engine: Any, read: Any, updates: int) -> None:
     """Set weights and moments from `read(name) -> {"weight", ...}`, as saved by `iterate_state`.
 
-    `updates` is the number of optimizer steps taken, for Adam's bias correction. What `read` has nothing of stays as it is.
+    `updates` is the number of optimizer steps taken, for Adam's bias correction. What `read` has nothing of stays as it is. An
+    average that it has none of begins at the weight.
     """
     from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     plain = _plain_optimizer(engine)
+    averages = keeps_average(plain or engine.optimizer.optimizer)
     if plain is None:
-        _create_moments(engine, updates)
+        _create_moments(engine, updates, averages)
     for name, p in engine.module.named_parameters():
         saved = {k: v.to(p.device) for k, v in read(name).items()}
         if not saved:
@@ -235,13 +245,43 @@ def load_state(engine: Any, read: Any, updates: int) -> None:
         if not p.requires_grad:
             continue
         # A parameter that never had a gradient has no moments where DeepSpeed wraps nothing.
-        moments = {k: saved[k] if k in saved else torch.zeros_like(saved["weight"]) for k in MOMENTS}
+        state = _fresh_state(saved["weight"], updates, averages)
+        state |= {k: saved[k].clone() for k in (*MOMENTS, AVERAGE) if k in saved and k in state}
         if plain is not None:
-            plain.state[p] = {"step": torch.tensor(float(updates)), **{k: m.clone() for k, m in moments.items()}}
+            plain.state[p] = state
             continue
-        safe_set_full_fp32_param(p, saved["weight"])
-        for key, moment in moments.items():
-            safe_set_full_optimizer_state(p, moment, key)
+        _set_shard(p, saved["weight"], None)
+        for key in state.keys() - {"step"}:
+            _set_shard(p, state[key], key)
+
+
+def _fresh_state(weight: Tensor, updates: int, averages: bool) -> dict[str, Tensor]:
+    """State of an optimizer that has seen no gradient, for a weight of any shape."""
+    average = {AVERAGE: weight.clone()} if averages else {}
+    return {"step": torch.tensor(float(updates)), **{k: torch.zeros_like(weight) for k in MOMENTS}, **average}
+
+
+def _set_shard(p: Any, value: Tensor, key: str | None) -> None:
+    """Set this rank's shard of a weight (`key` None) or of its optimizer state, from the whole value.
+
+    At stage 3 a parameter's shards are of one size, the last filled up: DeepSpeed's own setting of a whole value reads beyond
+    its end where it does not divide.
+    """
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    if hasattr(p, "ds_tensor"):
+        size, flat = p.ds_tensor.numel(), value.flatten()
+        own = flat[collectives.rank() * size :][:size]
+        value = torch.nn.functional.pad(own, (0, size - own.numel()))
+        set_weight, set_state = safe_set_local_fp32_param, safe_set_local_optimizer_state
+    else:
+        set_weight, set_state = safe_set_full_fp32_param, safe_set_full_optimizer_state
+    set_weight(p, value) if key is None else set_state(p, value, key)
 
 
 def _plain_optimizer(engine: Any) -> torch.optim.Optimizer | None:
@@ -257,18 +297,14 @@ def _flat_partitions(engine: Any) -> list[Tensor]:
     raise RuntimeError(f"unknown DeepSpeed optimizer {type(engine.optimizer).__name__}")
 
 
-def _create_moments(engine: Any, updates: int) -> None:
-    """Adam's state before the first step, zeros to be filled by name.
+def _create_moments(engine: Any, updates: int, averages: bool) -> None:
+    """Adam's state before the first step, zeros to be filled by name, and the weights as their own averages.
 
     DeepSpeed links parameters to their moments once, after the first step, and would miss a group that had none yet.
     """
     wrapped = engine.optimizer
     for flat in _flat_partitions(engine):
-        wrapped.optimizer.state[flat] = {
-            "step": torch.tensor(float(updates)),
-            "exp_avg": torch.zeros_like(flat),
-            "exp_avg_sq": torch.zeros_like(flat),
-        }
+        wrapped.optimizer.state[flat] = _fresh_state(flat.detach(), updates, averages)
     if hasattr(wrapped, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2; stage 3 looks states up
         wrapped._hp_optimizer_states_linked = False
         wrapped._lazy_init_hp_params_optimizer_state()

@@ -23,6 +23,7 @@ from mmref.losses.objective import LOSSES, unpack
 from mmref.model.mmref import build_model, chosen_precision
 from mmref.run.directory import BAD_SAMPLES, RunDir
 from mmref.train import checkpoint_files, collectives
+from mmref.train.average import averaged_weights
 from mmref.train.bank import ReferenceBank
 from mmref.train.elastic import accumulation_for
 from mmref.train.engine import all_finite, average_statistics, build_engine, set_learning_rate, trained_tensors
@@ -191,8 +192,9 @@ class Worker:
         began = time.perf_counter()
         average_statistics(self.engine.module)
         self._check_weights(done)
-        metrics = self.validation(self.encoder, self.bank) if self.validation and evaluate else {}
-        tested = self.testing(self.encoder, self.bank) if self.testing and evaluate else {}  # logged, decides nothing
+        with averaged_weights(self.engine) if self.config.train.ema and evaluate else contextlib.nullcontext():
+            metrics = self.validation(self.encoder, self.bank) if self.validation and evaluate else {}
+            tested = self.testing(self.encoder, self.bank) if self.testing and evaluate else {}  # logged, decides nothing
         evaluated = time.perf_counter()
         score = score_of(metrics, self.config.eval.metric) if metrics else 0.0 if self.validation else float(done)
         meta = {

@@ -155,6 +155,69 @@ def test_irra_s_objective(tmp_path: Path, tiny_set: Path) -> None:
         assert losses[-1, AT[name]] < losses[0, AT[name]], f"{name} does not fall: it is not learned"
 
 
+def test_sigmoid_loss(tmp_path: Path, tiny_set: Path) -> None:
+    """Temperature and bias are parameters of one number each, which the engine keeps as it keeps the others."""
+    pairs = {"loss__align": "sigmoid", "loss__learn_tau": True, "loss__bias": -3.0, "loss__w_rec": 0.0}
+    expected = run(tmp_path / "1", tiny(tiny_set, **pairs), 1)
+    found = run(tmp_path / "2", tiny(tiny_set, train__workers=2, train__accumulation=2, train__zero_stage=3, **pairs), 2)
+    compare(expected, found)
+    assert {"logit_bias", "log_scale"} <= set(expected["first"]) and expected["weights"]["logit_bias"].item() != -3
+
+
+EMA = {"train__ema": 0.6, "loss__align": "sigmoid", "loss__bias": -3.0, "loss__learn_tau": True}
+
+
+@pytest.fixture(scope="module")
+def averaging(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("averaging"), tiny(tiny_set, train__zero_stage=0, **EMA), 1)
+
+
+def compare_averages(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    compare(expected, found)
+    for name, state in expected["states"].items():
+        assert relative(state["ema"], found["states"][name]["ema"]) < CLOSE, name
+    for a, b in zip(expected["features"], found["features"]):
+        assert relative(a, b) < CLOSE
+    assert not torch.allclose(*found["features"], atol=1e-3), "the average is not what is trained"
+
+
+@pytest.mark.parametrize(
+    ("workers", "stage", "accumulation"),
+    [(2, 1, 1), (2, 3, 2), pytest.param(4, 2, 1, marks=pytest.mark.slow), pytest.param(2, 0, 2, marks=pytest.mark.slow)],
+)
+def test_averages_of_weights(
+    tmp_path: Path, tiny_set: Path, averaging: dict[str, Any], workers: int, stage: int, accumulation: int
+) -> None:
+    scale = {"train__workers": workers, "train__zero_stage": stage, "train__accumulation": accumulation}
+    compare_averages(averaging, run(tmp_path, tiny(tiny_set, **scale, **EMA), workers))
+
+
+@pytest.mark.parametrize(
+    ("workers", "stage"),
+    [(2, 3), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 0, marks=pytest.mark.slow)],
+)
+def test_averages_go_on_bit_by_bit(tmp_path: Path, tiny_set: Path, workers: int, stage: int) -> None:
+    """Temperature and bias, of one number, are on one of two workers."""
+    values = tiny(tiny_set, train__workers=workers, train__zero_stage=stage, **EMA)
+    whole = run(tmp_path / "whole", values, workers)
+    run(tmp_path / "a", values, workers, stop_at=6)
+    found = run(tmp_path / "b", values, workers, resume=str(tmp_path / "a" / "checkpoint"))
+    for name, state in whole["states"].items():
+        for key, tensor in state.items():
+            assert torch.equal(tensor, found["states"][name][key]), (name, key)
+    assert all(torch.equal(a, b) for a, b in zip(whole["features"], found["features"]))
+
+
+@pytest.mark.slow
+def test_averages_go_on_elsewhere(tmp_path: Path, tiny_set: Path, averaging: dict[str, Any]) -> None:
+    run(tmp_path / "a", tiny(tiny_set, train__workers=2, train__zero_stage=3, **EMA), 2, stop_at=6)
+    values = tiny(tiny_set, train__workers=2, train__zero_stage=2, **EMA)
+    found = run(tmp_path / "b", values, 2, resume=str(tmp_path / "a" / "checkpoint"))
+    check_goes_on(averaging, found)
+    for name, state in averaging["states"].items():
+        assert relative(state["ema"], found["states"][name]["ema"]) < CLOSE, name
+
+
 def test_kept_tokens_of_frozen_towers(tmp_path: Path, tiny_set: Path) -> None:
     """Two sharded workers that fill and read the same files learn what one does."""
 

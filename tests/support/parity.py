@@ -59,6 +59,12 @@ def wide(root: Path, **overrides: Any) -> dict[str, Any]:
     return values
 
 
+def _inputs(batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Pixels, ids and mask of the first samples of a batch, not augmented."""
+    pixels = torch.from_numpy(batch["image"][:4].copy()).permute(0, 3, 1, 2).float() / 255
+    return pixels, *(torch.from_numpy(batch[name][:4].copy()).long() for name in ("ids", "mask"))
+
+
 def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at: int, resume: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(
@@ -72,6 +78,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
     from mmref.data.reader import StepReader
     from mmref.model.mmref import build_model
     from mmref.train import checkpoint_files, collectives
+    from mmref.train.average import averaged_weights
     from mmref.train.bank import ReferenceBank
     from mmref.train.engine import build_engine, iterate_state, set_learning_rate
     from mmref.train.step import StepRunner
@@ -109,7 +116,14 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
         first = first or dict(gradients)
     if stop_at < config.train.max_steps:
         checkpoint_files.save(f"{folder}/checkpoint", engine, bank, {"step": stop_at, "score": 0.0})
-    weights = {name: state["weight"].cpu().clone() for name, state in iterate_state(engine, lambda _: True)}
+    states = {name: {k: v.cpu().clone() for k, v in state.items()} for name, state in iterate_state(engine, lambda _: True)}
+    averaged = None
+    if config.train.ema:  # evaluated with the average, and with the weights again
+        engine.eval()
+        with averaged_weights(engine), torch.no_grad():
+            averaged = engine(*_inputs(reader.read_step(0))).image
+        with torch.no_grad():
+            after = engine(*_inputs(reader.read_step(0))).image
     rows = collectives.gather(torch.nn.functional.pad(bank.rows, (0, 0, 0, 0, 0, bank.share - bank.count)))
     if rank == 0:
         torch.save(
@@ -118,7 +132,9 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
                 "norms": norms,
                 "first": first,
                 "last": gradients,
-                "weights": weights,
+                "weights": {name: state["weight"] for name, state in states.items()},
+                "states": states,
+                "features": None if averaged is None else (averaged, after),
                 "rows": rows[: bank.objects],
                 "compiled": engine.module.compiled,
                 # those that ZeRO-3 keeps whole are below its threshold

@@ -89,7 +89,7 @@ def _check_groups(config: Config) -> None:
 
 def _check_towers(config: Config) -> None:
     """Raise ConfigError for adapters or a feature cache where they cannot work."""
-    m, d = config.model, config.data
+    m, d, t = config.model, config.data, config.train
     if (m.adapter_layers or m.feature_cache) and (m.dual or m.dual_config):
         raise ConfigError(
             "`model.adapter_layers` and `model.feature_cache` are for a pair of towers (`model.vision`, `model.text`); a dual "
@@ -97,20 +97,24 @@ def _check_towers(config: Config) -> None:
         )
     if not m.feature_cache:
         return
-    if not m.freeze_backbone:
-        raise ConfigError("`model.feature_cache` needs `model.freeze_backbone: true`: features of trained towers change.")
+    images, texts = (m.freeze_backbone or locked == "all" for locked in (t.lock_image, t.lock_text))
+    if not (images or texts):
+        raise ConfigError(
+            "`model.feature_cache` needs `model.freeze_backbone: true`, or a tower that `train.lock_image` or `train.lock_text` "
+            "locks with `all`: features of trained towers change."
+        )
     if m.pool == "auto" and not m.adapter_layers:
         raise ConfigError(
             "`model.feature_cache` keeps tokens, and `model.pool: auto` would read a tower's own pooler: set `model.pool` to "
             "mean or first, or `model.adapter_layers` to 1 or more."
         )
     random = {"data.crop_padding": d.crop_padding, "data.erase": d.erase, "data.colour_jitter": d.colour_jitter}
-    if changing := {name: value for name, value in random.items() if value}:
+    if images and (changing := {name: value for name, value in random.items() if value}):
         raise ConfigError(
             f"`model.feature_cache` cannot help while every image is new: set {', '.join(f'{n}: 0' for n in changing)} (found "
             f"{changing}); flips may stay, both sides of an image are kept."
         )
-    if config.train.zero_stage == 3:
+    if t.zero_stage == 3:
         raise ConfigError(
             "`model.feature_cache` works at ZeRO stages 0 to 2: at stage 3 all workers must run a tower together, and one may "
             "have to where another need not."

@@ -93,7 +93,8 @@ class ModelConfig:
     freeze_backbone: bool = False
     """Train only projections, adapters and heads."""
     feature_cache: str = option("", identity=False)
-    """Folder on a node's own disk that keeps the tokens of a frozen pair, so that each input is encoded once; empty: none."""
+    """Folder on a node's own disk that keeps the tokens of a pair's frozen towers, so that each input is encoded once; empty:
+    none."""
     feature_cache_gb: float = option(10.0, above=0, unit="GB", identity=False)
     """Most that each tower's tokens may take of that disk; what does not fit is encoded every time."""
 
@@ -223,6 +224,12 @@ class TrainConfig:
     """Compile the towers with torch.compile: a slow first step (needs a C++ compiler), then faster ones; ZeRO stages 0 to 2."""
     lr: float = option(1e-3, above=0)
     """Peak learning rate of the backbone."""
+    layer_decay: float = option(1.0, share=True, added=True)
+    """Learning rate of a tower's layer as a multiple of that of the next: 0.75 trains what lies deep down least; 1: all alike."""
+    lock_image: Union[Literal["all"], int] = option(0, at_least=0, words=("all",), unit="layers", added=True)
+    """First layers of the image tower that stay as they are, with what lies before them, or `all` of the tower; 0: none."""
+    lock_text: Union[Literal["all"], int] = option(0, at_least=0, words=("all",), unit="layers", added=True)
+    """The same of the text tower."""
     lr_new: float = option(1.0, above=0)
     """Learning rate of new modules (projections, heads) as a multiple of `lr`."""
     weight_decay: float = option(0.05, at_least=0)

@@ -300,6 +300,11 @@ class PairBackbone(nn.Module):
         ]
         self._kept_images, self._kept_texts = kept
 
+    def keep_tokens(self, images: bool, texts: bool) -> None:
+        """Keep tokens in `model.feature_cache` for these towers alone: those of a trained one change."""
+        self._kept_images = self._kept_images if images else None
+        self._kept_texts = self._kept_texts if texts else None
+
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         if self._kept_images is not None and self.keeps:
             tokens, pooled = self._kept_images(pixels, None, lambda rows: self._see(pixels[rows])[0]), None

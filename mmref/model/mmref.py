@@ -15,6 +15,7 @@ from mmref.config import MIN_TAU, Config, LossConfig, ReferenceConfig, TrainConf
 from mmref.errors import ModelError
 from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, PairBackbone, build_backbone
+from mmref.model.depth import lock
 from mmref.model.text_groups import TextGroup, encode_groups
 from mmref.model.word_decoder import ImageWordHead, ReconstructionHead
 from mmref.randomness import RandomStream, torch_seed
@@ -84,7 +85,7 @@ class MMRef(nn.Module):
         super().__init__()
         self.backbone, self.bf16, self.compiled = backbone, bf16, False
         self.plain_attention = plain_attention
-        self.frozen = False
+        self.locked: list[nn.Module] = []
         self.rec_detach_text = loss.rec_detach_text
         # The shape is (1,), since DeepSpeed cannot broadcast 0-dim parameters.
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / loss.tau)]), requires_grad=loss.learn_tau)
@@ -111,19 +112,23 @@ class MMRef(nn.Module):
                     )
                 tower.gradient_checkpointing_enable()
 
-    def freeze_towers(self) -> None:
-        """Keep both towers as they are: no gradients, and always in evaluation mode, without dropout or batch statistics."""
-        self.frozen = True
-        for tower in (self.backbone.vision_model, self.backbone.text_model):
-            tower.requires_grad_(False)
-            tower.eval()
+    def lock_towers(self, image: int | str, text: int | str) -> None:
+        """Keep towers as they are, or their first layers: no gradients, and always in evaluation mode, without dropout or batch
+        statistics. Raises ModelError.
+
+        Args:
+            image, text: number of layers, or "all".
+        """
+        backbone = self.backbone
+        self.locked = lock(backbone.vision_model, image, "train.lock_image") + lock(backbone.text_model, text, "train.lock_text")
+        if isinstance(backbone, PairBackbone):
+            backbone.keep_tokens(image == "all", text == "all")
 
     def train(self, mode: bool = True) -> MMRef:
-        """Training or evaluation mode of everything but frozen towers."""
+        """Training or evaluation mode of everything but what is locked."""
         super().train(mode)
-        if self.frozen:
-            self.backbone.vision_model.eval()
-            self.backbone.text_model.eval()
+        for module in self.locked:
+            module.eval()
         return self
 
     @contextmanager
@@ -236,6 +241,6 @@ def build_model(config: Config, vocab_size: int, objects: int = 0) -> MMRef:
         bf16 = chosen_precision(train)[0]
         plain = bf16 and not train.gpu
         model = MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16, objects, plain)
-        if config.model.freeze_backbone:
-            model.freeze_towers()
+        both = ("all", "all") if config.model.freeze_backbone else (train.lock_image, train.lock_text)
+        model.lock_towers(*both)
         return model

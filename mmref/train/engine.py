@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmref.config import Config, TrainConfig
+from mmref.model.depth import depths, layers_of
 from mmref.model.mmref import MMRef
 from mmref.run.checkpoints import AVERAGE, MOMENTS
 from mmref.storage.locations import cache_folder
@@ -33,22 +34,39 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(model: MMRef, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW groups: backbone and new modules, with and without weight decay; `lr_share` is the multiple of `train.lr`."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    """AdamW groups: backbone and new modules, with and without weight decay; `lr_share` is the multiple of `train.lr`.
+
+    Raises ModelError for `train.layer_decay` of a tower without layers.
+    """
+    shares = layer_shares(model, config.layer_decay)
+    groups: dict[tuple[bool, bool, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # ConvNeXt V2 has norms of shape (1, 1, 1, C).
             decays = parameter.squeeze().dim() > 1 and "position_embedding" not in name
-            groups.setdefault((model.is_new(name), decays), []).append(parameter)
+            new = model.is_new(name)
+            groups.setdefault((new, decays, config.lr_new if new else shares.get(name, 1.0)), []).append(parameter)
     return [
         {
-            "params": groups[new, decays],
+            "params": groups[new, decays, share],
             "lr": config.lr,
-            "lr_share": config.lr_new if new else 1.0,
+            "lr_share": share,
             "weight_decay": config.weight_decay if decays else 0.0,
         }
-        for new, decays in sorted(groups)
+        for new, decays, share in sorted(groups)
     ]
+
+
+def layer_shares(model: MMRef, decay: float) -> dict[str, float]:
+    """Multiple of the learning rate of each parameter of the towers by its depth: 1 behind the last layer, and `decay` times
+    the one after it for each layer; empty where all are alike. Raises ModelError."""
+    shares: dict[str, float] = {}
+    for name in ("vision_model", "text_model") if decay < 1 else ():
+        tower, field = getattr(model.backbone, name), "train.layer_decay"
+        if any(p.requires_grad for p in tower.parameters()):
+            top = len(layers_of(tower, field)) + 1
+            shares |= {f"backbone.{name}.{n}": decay ** (top - depth) for n, depth in depths(tower, field).items()}
+    return shares
 
 
 def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, Any]:

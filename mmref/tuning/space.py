@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -47,6 +48,7 @@ FIXED = {
     "train.keep_checkpoints": "a trial keeps its best",
     "data.readers": "trials are sized before the sweep starts",
 }
+UNIONS = (typing.Union, types.UnionType)
 COMPARED_BY = "it is how trials are compared, all of them alike"
 DRAWS = 256  # of a space, to see that its fields go together
 
@@ -228,6 +230,13 @@ def _values(name: str, values: Any, hint: Any, path: str) -> tuple[Any, ...]:
 
 def cast_value(name: str, value: Any, hint: Any, path: str) -> Any:
     """A value as its field's type. Raises ConfigError."""
+    if typing.get_origin(hint) in UNIONS:
+        parts = typing.get_args(hint)
+        for part in parts:
+            with contextlib.suppress(ConfigError):
+                return cast_value(name, value, part, path)
+        taken = " or ".join("/".join(typing.get_args(part)) or part.__name__ for part in parts)
+        raise ConfigError(f"{path}: `{name}` takes {taken}, found {value!r}.")
     options = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
     if options is not None:
         if value not in options:
@@ -258,7 +267,9 @@ def annotation(name: str, where: str) -> Any:
 
 def is_single(hint: Any) -> bool:
     """Whether a field of this annotation holds one value: no section, list or mapping."""
-    return not (dataclasses.is_dataclass(hint) or typing.get_origin(hint) in (list, dict, typing.Union, types.UnionType))
+    if typing.get_origin(hint) in UNIONS:  # a number, or a word in its place
+        return all(is_single(part) for part in typing.get_args(hint))
+    return not (dataclasses.is_dataclass(hint) or typing.get_origin(hint) in (list, dict))
 
 
 def field_type(name: str, where: str) -> Any:

@@ -164,6 +164,21 @@ def test_sigmoid_loss(tmp_path: Path, tiny_set: Path) -> None:
     assert {"logit_bias", "log_scale"} <= set(expected["first"]) and expected["weights"]["logit_bias"].item() != -3
 
 
+def test_locked_layers_and_rates_by_depth(tmp_path: Path, tiny_set: Path) -> None:
+    """More groups of the optimizer, and a tower whose first layers have no gradient."""
+
+    def tuned(**scale: int) -> dict[str, Any]:
+        values = tiny(tiny_set, train__lock_image=1, train__layer_decay=0.6, train__ema=0.6, loss__w_rec=0.0, **scale)
+        for tower in ("vision_config", "text_config"):
+            values["model"][tower]["num_hidden_layers"] = 2
+        return values
+
+    expected = run(tmp_path / "1", tuned(train__zero_stage=0), 1)
+    found = run(tmp_path / "2", tuned(train__workers=2, train__accumulation=2, train__zero_stage=3), 2)
+    compare_averages(expected, found)
+    assert not [n for n in expected["first"] if "vision_model.embeddings" in n] and expected["first"]
+
+
 EMA = {"train__ema": 0.6, "loss__align": "sigmoid", "loss__bias": -3.0, "loss__learn_tau": True}
 
 

@@ -185,6 +185,16 @@ def test_where_it_cannot_work_it_is_refused(cached, overrides, said):
         cached(**overrides)
 
 
+def test_one_locked_tower_keeps_its_tokens(cached, tmp_path):
+    """Crops make every image new, and are no matter to captions."""
+    overrides = {"model.freeze_backbone": False, "train.lock_text": "all", "data.crop_padding": 2}
+    model = cached(**overrides)
+    tower = model.backbone.vision_model
+    for _ in range(2):
+        model(*inputs())
+    assert tower.calls == 2 and entries(tmp_path) == [4]
+
+
 def test_it_changes_no_result_and_no_hash(make_config, foreign_towers):
     one, other = (make_config({**foreign_towers, "model.feature_cache": folder}) for folder in ("", "/tmp/x"))
     assert config_hash(one) == config_hash(other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mmref.config.option import options
-from mmref.config.tree import Config
+from mmref.config.tree import Config, TrainConfig
 from mmref.errors import BatchArithmeticError, ConfigError
 
 
@@ -21,6 +21,13 @@ def check_config(config: Config) -> Config:
             f"has the rest), found {mix}."
         )
     _check_groups(config)
+    if t.epochs and t.max_steps not in (0, TrainConfig.max_steps):
+        raise ConfigError(
+            f"the length of training is given twice: `train.max_steps` {t.max_steps} and `train.epochs` {t.epochs:g}. Leave one "
+            "out; over a config that has steps, `--train.max_steps 0` takes them back."
+        )
+    if not t.epochs and not t.max_steps:
+        raise ConfigError("`train.max_steps` must be at least 1, found 0, or give `train.epochs` in its place.")
     if t.cpus_per_worker > 1 and t.cpus_per_worker % 1:
         raise ConfigError(
             f"`train.cpus_per_worker` is a whole number, or a share of one CPU, as Ray gives them; found {t.cpus_per_worker}."

@@ -208,8 +208,10 @@ class TrainConfig:
     """Images Q of each object in a step; a step has P = global_batch / Q objects."""
     accumulation: int = option(1, at_least=1, identity=False)
     """Micro-batches of a step on each worker: the same losses and gradients in less memory, about 1.4 x the time."""
-    max_steps: int = option(400, at_least=1, unit="steps")
-    """Length of training in steps."""
+    max_steps: int = option(400, at_least=0, unit="steps")
+    """Length of training in steps; 0: as `epochs` says."""
+    epochs: float = option(0.0, at_least=0, unit="epochs", added=True)
+    """Length of training in place of `max_steps`: in an epoch each object of `data.root` has one turn; 0: `max_steps` says."""
     seed: int = option(0, below=SEEDS)
     """Seed of the initial weights, the sample stream, masks and augmentation."""
     start_from: str = ""

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from mmref.errors import ReferencesError, UsageError
-from mmref.terminal.arguments import count, local_path, place, text
+from mmref.terminal.arguments import count, local_path, place, positive, text
 from mmref.terminal.parser import Parser
 
 
@@ -50,7 +50,11 @@ def mine_main(argv: Sequence[str]) -> int:
     parser.add_argument("--by", choices=("auto", "references", "features"), default="auto",
                         help="what makes objects alike: their references, or the means of their image and text features "
                         "(default: references where there is one of every object)")  # fmt: skip
-    parser.add_argument("--workers", type=positive, help="Ray actors that compute features (default: eval.workers)")
+    parser.add_argument(
+        "--workers",
+        type=count,
+        help="Ray actors that compute features; 0: in this process (default: eval.workers; 0 without Ray)",
+    )
     args = parser.parse_args(argv)
     from mmref.references.mine import mine
 

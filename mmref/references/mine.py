@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmref.cluster.connection import connect
 from mmref.cluster.resources import workers_that_fit
 from mmref.config import Config, config_hash
 from mmref.data.neighbors import FILE, NONE, Neighbors, index_fingerprint
@@ -58,7 +57,7 @@ def mine(
         data: shard set whose train split is to be trained on; by default what the run was trained on, a mixture too.
         by: `references`, `features` (the mean of an object's image features plus the mean of its text features), or `auto`:
             references where the model has one of every object.
-        workers: Ray actors that compute features, by default `eval.workers`.
+        workers: Ray actors that compute features, 0 for this process; by default as in `evaluate_run`.
 
     Raises:
         NeighborsError: `by` references, and some objects have none; or there is one object alone.
@@ -105,9 +104,9 @@ def _by_references(run: RunDir, checkpoint: CheckpointInfo, config: Config, inde
 
 def _by_features(run: RunDir, checkpoint: CheckpointInfo, config: Config, roots: list[str], workers: int | None) -> Tensor:
     """Features (m, 1, d) of the training objects of sets: zero where an object has no usable image and no caption."""
-    config.eval.workers = workers_that_fit(workers or config.eval.workers)
-    with connect(config.eval.workers):
-        parts = [embed_splits(config, run, checkpoint, root, ["train"])["train"] for root in roots]
+    if workers is not None:
+        config.eval.workers = workers_that_fit(workers)
+    parts = [embed_splits(config, run, checkpoint, root, ["train"])["train"] for root in roots]
     return torch.cat([object_features(part) for part in parts])[:, None]
 
 

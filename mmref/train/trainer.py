@@ -11,6 +11,7 @@ from mmref.cluster.reservations import take_place
 from mmref.cluster.resources import check_resources, needed_cpus
 from mmref.config import Config, config_hash, dump_yaml, to_dict, with_absolute_paths
 from mmref.config.packages import trust_own
+from mmref.data.epochs import in_steps
 from mmref.data.plan import build_plan
 from mmref.data.shard_set import ShardSet, data_fingerprint, train_index
 from mmref.data.tokens import load_tokens
@@ -52,7 +53,7 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
     from mmref.evaluate.evaluation import evaluate_run, reported_split
 
     run = RunDir(config.run_dir)
-    config = with_absolute_paths(config)
+    config = in_steps(with_absolute_paths(config))
     check_inputs(config)
     split = reported_split(ShardSet.open(config.data.root)) if final_evaluation else None
     if final_evaluation and split != "test":

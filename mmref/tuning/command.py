@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from mmref.config import load_config
+from mmref.data.epochs import in_steps
 from mmref.errors import ConfigError
 from mmref.extras import need
 from mmref.storage.locations import expanded
@@ -81,7 +82,7 @@ def tune_main(argv: Sequence[str]) -> int:
         return 0
     if args.retry_failed:
         raise ConfigError("`--retry-failed` goes with `--resume DIR`: a new sweep has no failed trials.")
-    base = load_config(["--config", args.config, *rest])
+    base = in_steps(load_config(["--config", args.config, *rest]))
     base.run_dir = args.run_dir
     if args.workers_per_trial:
         base = with_values(base, {"train.workers": args.workers_per_trial})
@@ -132,7 +133,7 @@ def ablate_main(argv: Sequence[str]) -> int:
     from mmref.tuning.ablate import ablate
     from mmref.tuning.ablation_table import markdown
 
-    base = load_config([*(["--config", args.config] if args.config else []), *rest])
+    base = in_steps(load_config([*(["--config", args.config] if args.config else []), *rest]))
     base.run_dir = args.run_dir
     rows = read_rows(args.rows, base)
     if args.baseline:

@@ -157,7 +157,7 @@ def _read_over(entry: Any, path: str) -> tuple[str, tuple[Any, ...]]:
 
 def _value(name: str, value: Any, path: str) -> Any:
     """A value as its field's type. Raises ConfigError; also for a field that the ablation itself sets."""
-    if name in ("run_dir", "train.seed", "train.max_steps"):
+    if name in ("run_dir", "train.seed", "train.max_steps", "train.epochs"):
         raise ConfigError(f"{path}: `{name}` is set by the ablation; `steps` changes the length of one row's training.")
     if name in SIZES:
         raise ConfigError(f"{path}: `{name}` sizes the trainings before they start: set it for all, on the command line.")

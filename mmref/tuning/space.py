@@ -38,6 +38,7 @@ FIXED = {
     "data.root": "trials are compared on its val split",
     "train.seed": "the final comparison takes seeds that no trial used",
     "train.max_steps": "trials are compared step by step; `--trial-steps` sets their length",
+    "train.epochs": "trials are compared step by step; `--trial-steps` sets their length",
     "train.eval_every": "trials are compared at their evaluations",
     "train.workers": "trials are sized before the sweep starts",
     "train.min_workers": "trials are sized before the sweep starts",

@@ -25,7 +25,7 @@ import torch
 from mmref.cluster.connection import connect
 from mmref.config import Config, from_dict, load_config, to_dict
 from mmref.data.captions import usable_captions
-from mmref.data.decode import decode_image
+from mmref.data.fit import Fit
 from mmref.data.shard_set import ShardSet
 from mmref.data.stream import Stream, quiet_ray_data
 from mmref.data.tokens import load_tokens
@@ -77,7 +77,7 @@ class WebDatasetReader:
         image = next(raw[ending] for ending in ("jpg", "png", "webp") if ending in raw)
         captions = usable_captions(json.loads(raw["json"]), raw["__key__"])
         data = self.config.data
-        pixels = decode_image(image, data.image_height, data.image_width, raw["__key__"])
+        pixels = Fit.of(data).decode(image, raw["__key__"])
         return pixels, captions[self.rng.integers(len(captions))][0]
 
     def collate(self, samples: list[tuple[np.ndarray, str]]) -> dict[str, np.ndarray]:

@@ -116,7 +116,7 @@ class FileSystemMissingError(StorageError):
     """A URL is of a kind that nothing installed here opens."""
 
 
-class HubError(StorageError):
+class HubError(ModelError):
     """A hub of models has no such repository, or fails."""
 
 

@@ -107,7 +107,7 @@ def test_checkpoints_scored_in_another_way(attempt: Callable[..., str], tmp_path
 
 def test_evaluating_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--checkpoint", str(tmp_path)]) == 1
-    assert "RunDirectoryError" in (error := capsys.readouterr().err) and "config.yaml" in error
+    assert "ModelError" in (error := capsys.readouterr().err) and "is none of these: a run directory" in error
 
 
 def test_unknown_backbone(attempt: Callable[..., str]) -> None:

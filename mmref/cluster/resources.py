@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import platform
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmref.cluster.address import cluster_address
-from mmref.config import Config
+from mmref.config import AUTO, Config, TrainConfig
 from mmref.errors import ClusterTooSmallError
 from mmref.extras import missing, need
 
@@ -91,7 +92,7 @@ def raise_file_limit() -> int:
 def machine(config: Config) -> str:
     """What a run trains on, called on a node of the cluster it is connected to: "AMD EPYC, workers: 2 of 1 thread", "H200,
     workers: 2". The times of steps compare where it is the same."""
-    if config.train.gpu:
+    if config.train.on_gpu:
         import ray
 
         kind = "accelerator_type:"
@@ -111,6 +112,21 @@ def has_gpu() -> bool:
     import ray
 
     return ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def gpus_for(train: TrainConfig, have: dict[str, float]) -> bool:
+    """Whether a training takes GPUs of a cluster with such resources; with `train.gpu: auto`, where each worker gets one."""
+    return have.get("GPU", 0) >= (train.min_workers or train.workers) if train.gpu == AUTO else train.gpu
+
+
+def with_gpus(config: Config) -> Config:
+    """A copy of a config with `train.gpu: auto` settled by the cluster that Ray is connected to."""
+    import ray
+
+    if config.train.gpu != AUTO:
+        return config
+    gpu = gpus_for(config.train, ray.cluster_resources())
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, gpu=gpu))
 
 
 def needed_cpus(config: Config) -> float:
@@ -137,7 +153,7 @@ def check_resources(config: Config) -> None:
             f"has {cpus:g}: Ray Data would starve. Lower {f'`--data.readers` to at most {readers}, or ' if readers > 0 else ''}"
             f"`--train.workers` to at most {max(1, math.floor(cpus / (t.cpus_per_worker + config.data.readers)))}, or add nodes."
         )
-    if t.gpu and have.get("GPU", 0) < workers:
+    if t.on_gpu and have.get("GPU", 0) < workers:
         raise ClusterTooSmallError(
             f"{workers} workers need a GPU each, the cluster has {have.get('GPU', 0):g}. Lower `--train.workers`, or "
             "train on CPUs with `--train.gpu false`."

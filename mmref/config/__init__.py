@@ -6,6 +6,7 @@ from mmref.config.files import (
     config_hash,
     dump_yaml,
     from_dict,
+    from_saved,
     known_keys,
     load_config,
     placed,
@@ -15,6 +16,7 @@ from mmref.config.files import (
     with_absolute_paths,
 )
 from mmref.config.tree import (
+    AUTO,
     MIN_TAU,
     Config,
     DataConfig,
@@ -26,7 +28,7 @@ from mmref.config.tree import (
 )
 
 __all__ = [
-    "MIN_TAU", "Config", "DataConfig", "EvalConfig", "LossConfig", "ModelConfig", "ReferenceConfig", "TrainConfig",
-    "build_parser", "check_batch", "check_config", "config_hash", "dump_yaml", "from_dict", "known_keys", "load_config",
-    "placed", "read_yaml", "to_dict", "unknown_key", "with_absolute_paths",
+    "AUTO", "MIN_TAU", "Config", "DataConfig", "EvalConfig", "LossConfig", "ModelConfig", "ReferenceConfig", "TrainConfig",
+    "build_parser", "check_batch", "check_config", "config_hash", "dump_yaml", "from_dict", "from_saved", "known_keys",
+    "load_config", "placed", "read_yaml", "to_dict", "unknown_key", "with_absolute_paths",
 ]  # fmt: skip

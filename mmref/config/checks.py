@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 
+from mmref.config.inputs import without_a_model
 from mmref.config.option import options
 from mmref.config.tree import Config, TrainConfig
 from mmref.errors import BatchArithmeticError, ConfigError
 
 
 def check_config(config: Config) -> Config:
-    """Check bounds and combinations; returns the config. Raises ConfigError."""
+    """Check bounds and combinations; returns the config, its values of `auto` settled where that takes no look at a model.
+
+    Raises ConfigError.
+    """
+    without_a_model(config)
     t, m = config.train, config.model
     for name, option, value in options(config):
         option.check(name, value)
@@ -70,7 +75,8 @@ def check_config(config: Config) -> Config:
         raise ConfigError(
             "the model needs either one of `model.dual` / `model.dual_config`, or both a vision tower "
             "(`model.vision` / `model.vision_config`) and a text tower (`model.text` / `model.text_config`); "
-            "`--config emoji` and `--config clip_vit_b16` show both."
+            "`--config emoji` and `--config clip_vit_b16` show both. `--model.dual NAME` begins with the weights of a pretrained "
+            "model by itself."
         )
     _check_towers(config)
     return config

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from mmref.config.checks import check_config
+from mmref.config.inputs import BEFORE, neutral
 from mmref.config.option import options
 from mmref.config.presets import PRESETS, with_files
 from mmref.config.shipped import file_or_name
@@ -26,11 +27,11 @@ from mmref.terminal.parser import respelled
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.name != "run_dir")
 """Of the tree of fields, in its order."""
-PLACES = ("run_dir", "data.root", "data.neighbors", "train.start_from")
+PLACES = ("run_dir", "data.root", "data.neighbors")
 """Fields that hold a path or URL."""
 PLACES_ON_NODES = ("data.cache_dir", "model.feature_cache")
 """Fields that hold a path of each node: `~` is the home directory there."""
-NAMES_OR_PLACES = ("data.tokenizer", "model.dual", "model.vision", "model.text")
+NAMES_OR_PLACES = ("data.tokenizer", "model.dual", "model.vision", "model.text", "train.start_from")
 """Fields that hold a path, URL, hub id or `package://` name."""
 
 
@@ -217,6 +218,13 @@ def from_dict(values: dict[str, Any], where: str = "config") -> Config:
     return check_config(config)
 
 
+def from_saved(values: dict[str, Any], where: str) -> Config:
+    """As `from_dict`, of a config that a run or an export has kept: what versions before had no field for is as it was then."""
+    if isinstance(data := values.get("data"), dict):
+        values = {**values, "data": {**BEFORE, **data}}
+    return from_dict(values, where)
+
+
 def dump_yaml(config: Config) -> str:
     """The resolved tree as YAML, in field order."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
@@ -228,7 +236,8 @@ def config_hash(config: Config) -> str:
     values["data"]["root"] = folder_name(config.data.root)  # a set may be moved
     values["data"]["mix"] = [[folder_name(root), share] for root, share in config.data.mix.items()] or {}  # its order counts
     values["data"]["neighbors"] = folder_name(config.data.neighbors)  # the fingerprint of a run's data is of its content
-    values["train"]["start_from"] = absolute(config.train.start_from) if config.train.start_from else ""
+    for name in neutral(config.data):
+        values["data"].pop(name)
     for name in NAMES_OR_PLACES:  # runs of older versions hold a folder's path as it was given
         section, key = name.split(".")
         values[section][key] = _name_or_place(values[section][key], absolute)

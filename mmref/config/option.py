@@ -51,6 +51,8 @@ class Option:
 
     def check(self, name: str, given: Any) -> None:
         """Raise ConfigError for a value, or one of a list, out of bounds, infinity and NaN among them."""
+        if isinstance(given, str) and given in self.words:
+            return
         if self.length is not None and len(given) != self.length:
             raise ConfigError(f"`{name}` is {self.length} numbers, found {given}.")
         for value in given if isinstance(given, list) else [given]:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from mmref.config import ModelConfig
+from mmref.config.tree import ModelConfig
 from mmref.errors import ModelError
 
 SCHEME = "package://"

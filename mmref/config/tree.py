@@ -4,9 +4,20 @@ part of the run's identity."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 from mmref.config.option import Option, option
+
+# `auto` stands in a config until `mmref.config.inputs.settled` has put a number in its place: what computes sees numbers.
+if TYPE_CHECKING:
+    AutoInt = int
+    AutoFloats = list[float]
+    AutoBool = bool
+else:
+    AutoInt = Union[Literal["auto"], int]
+    AutoFloats = Union[Literal["auto"], list[float]]
+    AutoBool = Union[Literal["auto"], bool]
+AUTO = "auto"
 
 SEEDS = 2**63
 """Seeds lie below it: of a larger one a draw would not see every bit."""
@@ -37,16 +48,26 @@ class DataConfig:
     """Folder of these shards, on the node's own disk; empty: `shards` below MMREF_CACHE, by default ~/.cache/mmref."""
     tokenizer: str = ""
     """Hub id or directory of the tokenizer; empty: the one of the backbone, or `tokenizer/` inside the shard set."""
-    image_height: int = option(64, at_least=1, unit="px")
-    """Height in pixels that images are resized to."""
-    image_width: int = option(64, at_least=1, unit="px")
-    """Width in pixels that images are resized to."""
-    max_tokens: int = option(24, at_least=1, unit="tokens")
-    """Captions are cut to this many tokens, special tokens included."""
-    image_mean: list[float] = option([0.481, 0.458, 0.408], length=3)
-    """Mean of the red, green and blue channels (0 to 1), subtracted from images."""
-    image_std: list[float] = option([0.269, 0.261, 0.276], above=0, length=3)
-    """Standard deviation of the channels (0 to 1), that images are divided by."""
+    image_height: AutoInt = option(AUTO, at_least=1, unit="px", words=(AUTO,))
+    """Height in pixels that images are resized to; `auto`: that of `model.dual`, 64 without it."""
+    image_width: AutoInt = option(AUTO, at_least=1, unit="px", words=(AUTO,))
+    """Width in pixels that images are resized to; `auto`: that of `model.dual`, 64 without it."""
+    resize: Literal["auto", "area", "stretch", "crop"] = "auto"
+    """`area`: to height x width, averaged when it shrinks, bicubic when it grows; `stretch`: to height x width by `resample`;
+    `crop`: the shorter side to `resize_edge` by `resample`, then the center; `auto`: as `model.dual` has it at its own size,
+    else `area`."""
+    resample: Literal["auto", "nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "auto"
+    """Pillow's filter for `stretch` and `crop`; `auto`: that of `model.dual`, else bicubic."""
+    resize_edge: AutoInt = option(AUTO, at_least=1, unit="px", words=(AUTO,))
+    """Shorter side in pixels that `crop` resizes to; `auto`: that of `model.dual`, else the longer one of height and width."""
+    max_tokens: AutoInt = option(AUTO, at_least=1, unit="tokens", words=(AUTO,))
+    """Captions are cut to this many tokens, special tokens included; `auto`: as many as `model.dual` reads, 24 without it."""
+    padding: Literal["auto", "right", "left"] = "auto"
+    """Side on which captions are padded; `auto`: that of the tokenizer where `model.dual` reads padding (SigLIP), else right."""
+    image_mean: AutoFloats = option(AUTO, length=3, words=(AUTO,))
+    """Mean of the red, green and blue channels (0 to 1), subtracted from images; `auto`: that of `model.dual`, else CLIP's."""
+    image_std: AutoFloats = option(AUTO, above=0, length=3, words=(AUTO,))
+    """Standard deviation of the channels (0 to 1), that images are divided by; `auto`: that of `model.dual`, else CLIP's."""
     flip: float = option(0.5, share=True)
     """Probability of a horizontal flip in training."""
     crop_padding: int = option(4, at_least=0, unit="px")
@@ -73,9 +94,9 @@ class ModelConfig:
     """Backbones and heads. Either `dual` (CLIP, SigLIP) or a pair `vision` + `text`."""
 
     dual: str = ""
-    """Hub id or directory of a CLIP or SigLIP model."""
+    """Hub id or directory of a dual encoder: CLIP, SigLIP, Chinese-CLIP, VisionTextDualEncoder."""
     dual_config: Optional[dict[str, Any]] = None
-    """transformers config of a CLIP or SigLIP model to start from random weights: {model_type: clip, ...}."""
+    """transformers config of such a model to start from random weights: {model_type: clip, ...}."""
     vision: str = ""
     """Hub id or directory of the vision tower of a pair; package://NAME/path: a directory inside an installed package."""
     vision_config: Optional[dict[str, Any]] = None
@@ -196,8 +217,8 @@ class TrainConfig:
     """Ray Train workers (one GPU each where `gpu` is on)."""
     min_workers: int = option(0, at_least=0, identity=False)
     """Fewest workers to go on with while nodes are missing, growing back to `workers`; 0: wait for replacements instead."""
-    gpu: bool = option(False, identity=False)
-    """Train on GPUs (NCCL); off: CPUs (gloo)."""
+    gpu: AutoBool = option(AUTO, words=(AUTO,), identity=False)
+    """Train on GPUs (NCCL); false: CPUs (gloo); `auto`: on GPUs where the cluster has one for each worker."""
     cpus_per_worker: float = option(1, at_least=0, unit="CPUs", identity=False)
     """CPUs reserved for each worker."""
     threads: Union[Literal["auto"], int] = option("auto", at_least=1, words=("auto",), identity=False)
@@ -215,7 +236,8 @@ class TrainConfig:
     seed: int = option(0, below=SEEDS)
     """Seed of the initial weights, the sample stream, masks and augmentation."""
     start_from: str = ""
-    """Run directory whose best checkpoint gives the first weights, and the references of objects that both sets have."""
+    """Run (its best checkpoint), export or pretrained model of the same towers that gives the first weights, and the references
+    of objects that both sets have."""
     zero_stage: Literal[0, 1, 2, 3] = option(1, identity=False)
     """DeepSpeed ZeRO stage: what is sharded over workers (0 nothing, 1 optimizer, 2 + gradients, 3 + parameters)."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
@@ -260,6 +282,11 @@ class TrainConfig:
     """Worker failures that are recovered from before the run gives up."""
     storage_gb: float = option(1.0, above=0, unit="GB", identity=False)
     """Size of Ray's object store when a local cluster is started, in GB."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether workers compute on GPUs; `auto` is settled before they start (`mmref.cluster.resources.with_gpus`)."""
+        return self.gpu is True
 
     @property
     def steps_between_evaluations(self) -> int:

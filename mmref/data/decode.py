@@ -54,12 +54,6 @@ def calm_opencv() -> None:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
-def decode_image(data: bytes, height: int, width: int, name: str = "image") -> NDArray[np.uint8]:
-    """Decode an image (see `decoded`) and resize it: (height, width, 3) uint8. Raises SampleError."""
-    with decoded(data, name) as rgb:
-        return resize_rgb(rgb, height, width)
-
-
 def decode_rgb(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode an image to RGB in its own size: (H, W, 3) uint8. See `decoded`."""
     with decoded(data, name, max_pixels) as rgb:
@@ -209,8 +203,8 @@ def _opencv_container(container: Container) -> NDArray[np.uint8] | None:
             # OpenCV decodes a truncated JPEG to a picture with a gray rest; Pillow refuses it, and takes one whose
             # maker appended something behind the end marker.
             return None
-        if container.channels == 4 and container.icc:
-            return None  # the profile is one of CMYK
+        if container.channels == 4:
+            return None  # a profile would be one of CMYK, and without one OpenCV's colors are others than of a TIFF
         flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION
     return _opencv(container.data, flags, container.gray_key)
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mmref.config import Config
 from mmref.data.captions import CaptionNoise, usable_captions
-from mmref.data.decode import calm_opencv, decode_image
+from mmref.data.decode import calm_opencv
+from mmref.data.fit import Fit
 from mmref.data.plan import Step, build_plan
 from mmref.data.shard_set import open_reader, train_index
 from mmref.data.tokens import load_tokens
@@ -36,7 +37,7 @@ class StepReader:
         self.config, self.index = config, train_index(config)
         self.samples = open_reader(config, self.index)
         self.plan = build_plan(config, self.index)
-        self.tokens = load_tokens(config)
+        self.tokens, self.fit = load_tokens(config), Fit.of(config.data)
         self.noise = CaptionNoise(config.data, config.train.seed, self.index, self.samples)
         per_rank = config.train.global_batch // world
         self.positions = range(rank * per_rank, (rank + 1) * per_rank)
@@ -121,8 +122,7 @@ class StepReader:
         raw = self.samples.read(index)
         name = f"{self.index.shard_paths[int(self.index.shard[index])]}:{raw.meta.get('image_id', index)}"
         captions = [c for c, _ in usable_captions(raw.meta, name)]
-        data = self.config.data
-        return decode_image(raw.image_bytes, data.image_height, data.image_width, name), captions
+        return self.fit.decode(raw.image_bytes, name), captions
 
 
 class TaskReader:

@@ -26,13 +26,14 @@ SAID = 400  # characters of an error of transformers, which may list every token
 class Tokens:
     """A tokenizer with fixed length, and the ids that masking needs."""
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, max_tokens: int, padding: str = "right") -> None:
+        """padding: the side of it. On the right a caption's tokens come first, as all but those want them who read padding."""
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        tokenizer.padding_side = "right"  # a caption's tokens come first, wherever its padding is looked for
+        tokenizer.padding_side = padding
         if tokenizer.mask_token_id is None:  # CLIP has none: reconstruction adds one row to the word embedding
             tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
         if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = _stand_in(tokenizer)
         self.vocab_size = len(tokenizer)
         self.mask_id = int(tokenizer.mask_token_id)
         # The unknown token stands for a word, unless it doubles as another special token (CLIP's end token).
@@ -46,6 +47,17 @@ class Tokens:
         ids = out["input_ids"].astype(np.int32)
         mask = out.get("attention_mask")
         return ids, (np.ones_like(ids) if mask is None else mask.astype(np.int32))
+
+
+def _stand_in(tokenizer: Any) -> str:
+    """What pads captions where a tokenizer has no token for it; the mask tells padding from words. Raises ModelError."""
+    for token in (tokenizer.eos_token, tokenizer.sep_token, tokenizer.unk_token):
+        if token:
+            return str(token)
+    raise ModelError(
+        f"the tokenizer {tokenizer.name_or_path} has no token that captions can be padded with, nor one that ends them: set "
+        "`pad_token` in its tokenizer_config.json."
+    )
 
 
 def tokenizer_path(config: Config) -> str:
@@ -73,7 +85,7 @@ def load_tokens(config: Config) -> Tokens:
             f"data.max_tokens {config.data.max_tokens} leaves no word of a caption: the tokenizer at {path} puts {special} "
             f"special tokens around it. Set data.max_tokens to at least {special + 1}."
         )
-    return Tokens(tokenizer, config.data.max_tokens)
+    return Tokens(tokenizer, config.data.max_tokens, config.data.padding)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
-"""`mmref evaluate`: scores a run's best checkpoint on a split."""
+"""`mmref evaluate`: scores a model on a split."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmref.terminal.arguments import count, place
+from mmref.terminal.arguments import count, model, place, run_dir_argument
 from mmref.terminal.parser import Parser
 
 
@@ -12,10 +12,15 @@ def main(argv: Sequence[str]) -> int:
     """`mmref evaluate` and jobs/evaluate.py."""
     parser = Parser(
         prog="mmref evaluate",
-        description="Score the best checkpoint of a run on a split, before and after refinement, which is chosen on val.",
+        description="Score the best checkpoint of a run, or a pretrained model or export, on a split, before and after "
+        "refinement, which is chosen on val.",
     )
-    parser.add_argument("--checkpoint", required=True, type=place, metavar="RUN", help="run directory of `mmref train`")
-    parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set; default: the one the run was trained on")
+    parser.add_argument(
+        "--model", "--checkpoint", required=True, type=model, metavar="MODEL",
+        help="run directory of `mmref train`, folder of `mmref export`, or pretrained model by hub id or folder",
+    )  # fmt: skip
+    run_dir_argument(parser)
+    parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set; default: that of the run")
     parser.add_argument("--split", default="test", help="split to report (default: test); refinement is chosen on val")
     parser.add_argument("--out", type=place, metavar="FILE", help="also write the metrics to this file or URL")
     parser.add_argument(
@@ -25,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--no-report", action="store_true", help="do not write report.html")
     args = parser.parse_args(argv)
     from mmref.evaluate.evaluation import evaluate_run
+    from mmref.run.models import as_run
 
-    evaluate_run(args.checkpoint, args.data, args.split, args.out, args.workers, report=not args.no_report)
+    run_dir = as_run(args.model, args.data, args.run_dir)
+    evaluate_run(run_dir, args.data, args.split, args.out, args.workers, report=not args.no_report)
     return 0

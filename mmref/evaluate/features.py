@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mmref.config import DataConfig
 from mmref.data.augment import normalize
 from mmref.data.captions import shortest, usable_captions
-from mmref.data.decode import decode_image
+from mmref.data.fit import Fit
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.tokens import Tokens
 from mmref.errors import SampleError
@@ -62,12 +62,14 @@ def read_queries(index: SplitIndex, reader: SampleReader | None = None) -> Queri
 def read_pixels(reader: SampleReader, rows: Sequence[int], data: DataConfig) -> tuple[NDArray[np.uint8], list[str]]:
     """Decoded images (n, H, W, 3) and for each "" or what is wrong with it (its pixels are then zero)."""
 
+    fit = Fit.of(data)
+
     def one(i: int) -> tuple[NDArray[np.uint8], str]:
         try:
             raw = reader.read(int(i))
-            return decode_image(raw.image_bytes, data.image_height, data.image_width, f"image {raw.meta.get('image_id', i)}"), ""
+            return fit.decode(raw.image_bytes, f"image {raw.meta.get('image_id', i)}"), ""
         except SampleError as error:
-            return np.zeros((data.image_height, data.image_width, 3), np.uint8), str(error)
+            return np.zeros((fit.height, fit.width, 3), np.uint8), str(error)
 
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         done = list(pool.map(one, rows))

@@ -23,10 +23,11 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import MMRefError, WorkerDiedError
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.extras import missing
+from mmref.model.device import chosen_device
 from mmref.model.mmref import build_model
 from mmref.run.checkpoints import CheckpointInfo, fetched, load_model
 from mmref.run.directory import RunDir
-from mmref.terminal.progress import Counter
+from mmref.terminal.progress import Counter, say
 
 RETRIES = 3  # of a portion whose worker dies: nodes go and memory runs short, but an image may be what ends a worker
 
@@ -86,7 +87,7 @@ class Embedder:
 
     def _load(self) -> Encoder:
         config = self.config
-        device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
+        device = chosen_device()
         if config.eval.workers:
             calm_opencv()
         else:
@@ -157,7 +158,8 @@ def _starter(config: Config, run: RunDir, checkpoint: CheckpointInfo, root: str)
     """
     import ray
 
-    gpu = config.train.gpu and has_gpu()  # the run may have been trained on GPUs elsewhere
+    gpu = has_gpu()  # whatever the run was trained on
+    say(f"encoding on {'GPUs' if gpu else 'CPUs'}")
     actor: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_restarts=-1, max_task_retries=RETRIES)(Embedder)
     return functools.partial(actor.remote, run.path, checkpoint, config, root)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mmref.terminal.arguments import count, place, positive, text
+from mmref.terminal.arguments import chosen_model, count, model_argument, place, positive, run_dir_argument, text
 from mmref.terminal.output import printable
 from mmref.terminal.parser import Parser
 
@@ -22,23 +22,26 @@ def main(argv: Sequence[str]) -> int:
         "RUN/explain-SET, RUN/report-SET.html; of another split: -SPLIT). Without a query or object: the captions that "
         "refinement moved most, and the first training objects.",
     )
-    parser.add_argument("run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, evaluated")
+    model_argument(parser, "run directory of `mmref train`, evaluated; or an export or pretrained model (then with --data)")
+    run_dir_argument(parser)
     parser.add_argument("--query", nargs="+", type=text, default=[], metavar="TEXT", help="sentences that search the split")
     parser.add_argument("--object", nargs="+", type=text, default=[], metavar="ID", help="objects of any split of the set")
     parser.add_argument("--examples", type=count, default=EXAMPLES, help="how many, where none is named (%(default)s)")
     parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set; default: the one the run was trained on")
     parser.add_argument("--split", default="test", help="split whose images are searched (default: test)")
     parser.add_argument("--grid", type=positive, default=7, help="cells of a heat map on each side (default: %(default)s)")
-    _explain(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    _explain(args, chosen_model(parser, args))
     return 0
 
 
-def _explain(args: argparse.Namespace) -> None:
+def _explain(args: argparse.Namespace, model: str) -> None:
     """Explain, write, and print what was found."""
     from mmref.explain.explained_run import ExplainedRun
     from mmref.explain.section import write
+    from mmref.run.models import as_run
 
-    run = ExplainedRun(args.run_dir, args.data, args.split, args.grid)
+    run = ExplainedRun(as_run(model, args.data, args.run_dir), args.data, args.split, args.grid)
     queries, objects = args.query, args.object
     if not queries and not objects:
         queries = run.moved(args.examples - args.examples // 2)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from mmref.data.captions import shortest, usable_captions
-from mmref.data.decode import decode_rgb, resize_rgb
+from mmref.data.decode import decode_rgb
+from mmref.data.fit import Fit
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
@@ -28,6 +29,7 @@ from mmref.evaluate.refinement import (
     refine,
 )
 from mmref.evaluate.split_features import SplitFeatures
+from mmref.model.device import chosen_device
 from mmref.model.mmref import build_model
 from mmref.model.readout import read_captions, telling_words
 from mmref.model.reference_rows import warm_rows
@@ -115,7 +117,7 @@ class ExplainedRun:
         if split not in self.shards.splits:
             raise ShardSetError(f"{self.shards.manifest['name']} has no split `{split}`, only {self.shards.splits}.")
         self.split, self.view = split, view_of(self.config, self.shards, split)
-        self.device = torch.device("cuda" if self.config.train.gpu and torch.cuda.is_available() else "cpu")
+        self.device = chosen_device()
         self.tokens = load_tokens(self.config)
         self.model = build_model(self.config, self.tokens.vocab_size)
         with fetched(self.run, info, "model", "references") as folder:
@@ -318,8 +320,8 @@ class ExplainedRun:
 
     def _view(self, index: SplitIndex, image: int, label: str, caption: Floats, references: np.ndarray | None, note: str) -> View:
         """Heat maps of one image: the caption's, that of the reference nearest to it, and that of the image's own feature."""
-        raw, data = SampleReader(index).read(image), self.config.data
-        pixels = resize_rgb(decode_rgb(raw.image_bytes, index.image_ids[image]), data.image_height, data.image_width)
+        raw = SampleReader(index).read(image)
+        pixels = Fit.of(self.config.data)(decode_rgb(raw.image_bytes, index.image_ids[image]))
         variants, size = np.stack(hidden(pixels, self.grid)), self.config.eval.batch
         with self.model.keeping_nothing():
             features = np.concatenate([self.encoder.images(variants[i : i + size]) for i in range(0, len(variants), size)])

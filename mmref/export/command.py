@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmref.terminal.arguments import local_path, place, text
+from mmref.terminal.arguments import chosen_model, local_path, model_argument, place, text
 from mmref.terminal.parser import Parser
 
 
@@ -13,15 +13,24 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="mmref export",
         description="Write the best checkpoint of an evaluated run as one folder: weights, config, tokenizer, references, the "
-        "refinement chosen on val, and a copy for plain transformers. `mmref.load(DIR)` reads it.",
+        "refinement chosen on val, and a copy for plain transformers. `mmref.load(DIR)` reads it. A pretrained model is written "
+        "as it is.",
     )
-    parser.add_argument("run_dir", type=place, metavar="RUN", help="run directory of `mmref train`, or its URL")
+    model_argument(parser, "run directory of `mmref train`, or its URL; or a pretrained model, by hub id or folder")
     parser.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder to write; must not exist yet")
     parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set of the run, where it has been moved")
     args = parser.parse_args(argv)
-    from mmref.export.write import export_run
+    from mmref.errors import ExportError
+    from mmref.export.write import export_pretrained, export_run
+    from mmref.run.models import find_model
 
-    print(f"exported to {export_run(args.run_dir, args.out, args.data)}")
+    found = find_model(chosen_model(parser, args))
+    if found.kind == "export":
+        raise ExportError(f"{found.place} is an export already: copy the folder.")
+    if found.kind == "pretrained":
+        print(f"exported to {export_pretrained(found.place, args.out)}")
+    else:
+        print(f"exported to {export_run(found.place, args.out, args.data)}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""A trained model, loaded from the folder of an export: text and images to features, results refined.
+"""A model in use: text and images to features, results refined.
 
     import mmref
-    model = mmref.load("exported")
+    model = mmref.load("exported")                                 # or a run, or "openai/clip-vit-base-patch32"
     text = model.encode_text(["a red bird with a black mask"])     # (1, d) float32, L2-normalised
     images = model.encode_images(["a.jpg", "b.jpg"])               # (2, d)
     scores = model.refine(text, images)                            # (1, 2), higher is better
@@ -11,7 +11,6 @@ Needs no Ray, DeepSpeed or shard set.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,16 +19,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import load_file as load_arrays
-from safetensors.torch import load_file
 
-from mmref.config import Config, from_dict
-from mmref.data.decode import decode_image, pillow_rgb, resize_rgb
+from mmref.config import Config
+from mmref.data.decode import pillow_rgb
+from mmref.data.fit import Fit, Fitted
 from mmref.data.tokens import Tokens
-from mmref.errors import ModelError, SampleError
+from mmref.errors import SampleError
 from mmref.evaluate.features import Encoder, Floats
 from mmref.evaluate.refinement import (
     Codes,
@@ -39,16 +36,15 @@ from mmref.evaluate.refinement import (
     reference_similarity,
     refine,
 )
-from mmref.model.mmref import MMRef, build_model
+from mmref.model.mmref import MMRef
+from mmref.run.exported import read_export
 from mmref.storage.fetch import read_location
 from mmref.storage.locations import read_bytes
-from mmref.storage.packed_strings import NAMES as ID_TENSORS
-from mmref.storage.packed_strings import unpack_strings
 
-FORMAT = 1
 T = TypeVar("T")
-ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
-"""A file or URL, its bytes, a PIL image, or an RGB array (H, W, 3) uint8."""
+
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | Fitted
+"""A file or URL, its bytes, a PIL image, an RGB array (H, W, 3) uint8, or pixels that have been made fit."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +97,8 @@ class Model:
 
     def pixels(self, images: Sequence[ImageLike]) -> NDArray[np.uint8]:
         """Decoded and resized images (n, H, W, 3) uint8, as in training. Raises SampleError."""
-        height, width = self.config.data.image_height, self.config.data.image_width
-        return np.stack([read_image(image, height, width, f"image {i}") for i, image in enumerate(images)])
+        fit = Fit.of(self.config.data)
+        return np.stack([read_image(image, fit, f"image {i}") for i, image in enumerate(images)])
 
     def _batched(self, items: list[T], batch: int, encode: Callable[[list[T]], Floats]) -> Floats:
         if not items:
@@ -130,50 +126,38 @@ class Model:
         return refine(scores, reference_similarity(codes, gallery.codes), self.refinement.weight, inside)
 
 
-def read_image(image: ImageLike, height: int, width: int, name: str) -> NDArray[np.uint8]:
+def read_image(image: ImageLike, fit: Fit, name: str) -> NDArray[np.uint8]:
     """One image as RGB pixels (height, width, 3). Raises SampleError."""
+    if isinstance(image, Fitted):
+        return image.pixels
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise SampleError(f"{name}: an array must be RGB (H, W, 3) uint8, found {image.shape} {image.dtype}.")
-        return resize_rgb(image, height, width)
+        return fit(image)
     if isinstance(image, Image.Image):
-        return resize_rgb(pillow_rgb(image, name), height, width)
+        return fit(pillow_rgb(image, name))
     if isinstance(image, bytes):
-        return decode_image(image, height, width, name)
+        return fit.decode(image, name)
     try:
         place = os.fspath(image)
         # What is there may also be a pipe, as the shell's <(...) makes.
         data = read_bytes(place) if os.path.exists(place) else read_location(place)
     except OSError as error:
         raise SampleError(f"{image}: cannot be read: {error.strerror or error}.") from None
-    return decode_image(data, height, width, place)
+    return fit.decode(data, place)
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
     """The model of a folder written by `mmref export`. Raises ModelError."""
-    folder = Path(path)
-    try:
-        card = json.loads((folder / "config.json").read_text("utf-8"))
-        if card.get("format") != FORMAT:
-            raise ModelError(
-                f"{folder} has export format {card.get('format')}, this version of mmref reads {FORMAT}: export the run again."
-            )
-        config = from_dict(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), str(folder / "config.yaml"))
-        weights = load_file(folder / "model.safetensors")
-        arrays = load_arrays(folder / "references.safetensors")
-    except OSError as error:
-        raise ModelError(f"{folder} is no exported model: {error}. Write one with `mmref export RUN --out DIR`.") from None
-    if named := [n for n in (config.model.dual, config.model.vision, config.model.text) if n]:  # an export names none
-        raise ModelError(f"{folder}/config.yaml wants the model {named[0]} from elsewhere: export the run again.")
-    from transformers import AutoTokenizer
-
-    tokens = Tokens(AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False), config.data.max_tokens)
-    module = build_model(config, tokens.vocab_size)
-    missing, unknown = module.load_state_dict(weights, strict=False)
-    if missing or unknown:
-        raise ModelError(
-            f"{folder}/model.safetensors does not fit its config: missing {missing[:3]}, unknown {unknown[:3]}. Export again."
-        )
-    ids = unpack_strings(*(arrays[name] for name in ID_TENSORS)).to_pylist()
-    settings = RefinementSettings(**card["refinement"])
-    return Model(config, module, tokens, arrays.get("rows"), ids, settings, arrays.get("text_mean"), torch.device(device), card)
+    found = read_export(Path(path))
+    return Model(
+        found.config,
+        found.module,
+        found.tokens,
+        found.references,
+        found.object_ids,
+        RefinementSettings(**found.card["refinement"]),
+        found.text_mean,
+        torch.device(device),
+        found.card,
+    )

@@ -33,11 +33,13 @@ from mmref.evaluate.choose import settings_of, trained_space
 from mmref.evaluate.features import Floats, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.export.card import is_plain, model_card
-from mmref.export.model import FORMAT, load
+from mmref.export.model import load
 from mmref.model.backbone import IMPORT, DualBackbone, PairBackbone, tower_config
 from mmref.model.mmref import HEADS, TRAINING_ONLY, MMRef, build_model
 from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_model, load_object_ids, load_references
 from mmref.run.directory import RunDir
+from mmref.run.exported import FORMAT
+from mmref.run.models import load_pretrained
 from mmref.storage.packed_strings import NAMES as ID_TENSORS
 from mmref.storage.packed_strings import pack_strings
 from mmref.storage.whole_folder import whole_folder
@@ -64,6 +66,27 @@ def export_run(run_dir: str, out: str, data: str | None = None) -> Path:
     target = Path(out).absolute()
     with whole_folder(out, ExportError, "README.md", _no_other) as folder:
         _write(run_dir, data, folder, target.name)
+    return target
+
+
+def export_pretrained(name: str, out: str) -> Path:
+    """Write a pretrained model as a folder of the same layout: no references, and no copy for transformers, which has the model.
+
+    Returns the folder's path. Raises ModelError; ExportError and StorageError as `export_run`.
+    """
+    disable_progress_bar()
+    target = Path(out).absolute()
+    with whole_folder(out, ExportError, "README.md", _no_other) as folder:
+        parts = load_pretrained(name)
+        config, module = parts.config, parts.module
+        _write_model(folder, portable_config(config, module), module, parts.tokens)
+        _write_references(folder, None, [])
+        card = {
+            "format": FORMAT, "mmref": __version__, "pretrained": name, "config_hash": config_hash(config),
+            "embed_dim": module.embed_dim, "objects": 0, "refinement": asdict(RefinementSettings(weight=0.0)),
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(card, indent=1))
+        (folder / "README.md").write_text(f"# {target.name}\n\n{PRETRAINED.format(name=name, version=__version__)}", "utf-8")
     return target
 
 
@@ -199,3 +222,8 @@ def write_transformers(folder: Path, config: Config, module: MMRef, tokens: Toke
     dual.load_state_dict(state)
     dual.save_pretrained(folder)
     tokens.tokenizer.save_pretrained(folder)
+
+
+PRETRAINED = """The pretrained model `{name}` as it is, in the layout of mmref {version}: `mmref.load("DIR")`. Its licence is that
+of its makers.
+"""

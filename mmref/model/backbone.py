@@ -1,4 +1,4 @@
-"""Image and text towers: CLIP and SigLIP, or any vision + text pair, through transformers or from an import path.
+"""Image and text towers: CLIP, SigLIP and other dual encoders, or any vision + text pair; of transformers, or an import path.
 
 Both classes offer the same calls:
     encode_image(pixels (B, 3, H, W)) -> global (B, d), tokens (B, N, image_width)
@@ -34,7 +34,11 @@ from mmref.model.depthwise import use_depthwise
 from mmref.model.frozen import FrozenTokens
 from mmref.model.text_groups import BLIND_TO_PADDING
 
-DRIVEN = ("clip", "metaclip_2", "siglip")  # families of dual encoders that are tested
+DRIVEN = ("chinese_clip", "clip", "metaclip_2", "siglip", "vision-text-dual-encoder")  # families of dual encoders, as tested
+NO_PICTURES = {  # families that transformers has and we have not, and why
+    "siglip2": "NaFlex reads patches of images of every shape and number, and images have one size here. Give a SigLIP 2 of "
+    "fixed resolution, such as google/siglip2-base-patch16-224",
+}
 NOT_IN_EVERY_FILE = ("pooler", "mask_token", "logit_")  # weights a tower may start without: trained anew, or not read
 SAID = 400  # characters of a foreign error: transformers lists every model it knows
 TRIED_TOKENS, TRIED_PX = 8, 64  # of the forward pass that tries towers, where nothing else is known
@@ -88,6 +92,8 @@ def check_towers(config: ModelConfig, end_id: int | None, size: tuple[int, int] 
             imported(values[IMPORT], f"model.{part}")
             continue
         found = tower_config(name, values, f"model.{part}")
+        if part == "dual":
+            _refuse_known(found.model_type)
         # CLIP reads its text feature at the end token (2 is its legacy value for "the largest id").
         expected = getattr(getattr(found, "text_config", None), "eos_token_id", None)
         if part == "dual" and "clip" in found.model_type and expected not in (None, 2, end_id):
@@ -206,7 +212,7 @@ def _as_tokens(hidden: Tensor) -> Tensor:
 
 
 class DualBackbone(nn.Module):
-    """CLIP or SigLIP: its own poolers and projections give the global features."""
+    """A dual encoder of transformers: its own poolers and projections give the global features."""
 
     vision_model: Any
     text_model: Any
@@ -226,25 +232,29 @@ class DualBackbone(nn.Module):
         self.visual_projection = getattr(model, "visual_projection", None) or nn.Identity()
         self.text_projection = getattr(model, "text_projection", None) or nn.Identity()
         vision, text = model.config.vision_config, model.config.text_config
-        self.image_width, self.text_width = vision.hidden_size, text.hidden_size
+        self.image_width, self.text_width = _width_of(vision, "vision"), _width_of(text, "text")
         self.embed_dim = getattr(model.config, "projection_dim", None) or text.projection_size
         if isinstance(self.visual_projection, nn.Identity):
             self.embed_dim = text.projection_size if hasattr(text, "projection_size") else vision.hidden_size
-        self.native_size = (vision.image_size, vision.image_size)
+        self.native_size = _native_size(vision)
         self.vocab_size = text.vocab_size
-        self.max_positions = text.max_position_embeddings
+        self.max_positions = getattr(text, "max_position_embeddings", 1 << 30)
         # SigLIP was trained on padded text without a mask; CLIP is causal and reads its features at the end token.
         self.uses_mask = model.config.model_type != "siglip"
-        self.trims_texts = not imported and model.config.model_type in BLIND_TO_PADDING
+        self.trims_texts = not imported and bool({model.config.model_type, text.model_type} & BLIND_TO_PADDING)
+        self._interpolates = _interpolates(self.vision_model)
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        interpolate = tuple(pixels.shape[-2:]) != self.native_size
-        out = self.vision_model(pixel_values=pixels, interpolate_pos_encoding=interpolate)
-        return self.visual_projection(out.pooler_output), out.last_hidden_state
+        extra = {}
+        if self._interpolates and tuple(pixels.shape[-2:]) != self.native_size:
+            extra["interpolate_pos_encoding"] = True
+        out = self.vision_model(pixel_values=pixels, **extra)
+        tokens = _as_tokens(out.last_hidden_state)
+        return self.visual_projection(_pooled(out, tokens)), tokens
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         out = self.text_model(input_ids=ids, attention_mask=mask if self.uses_mask else None)
-        return self.text_projection(out.pooler_output), out.last_hidden_state
+        return self.text_projection(_pooled(out, out.last_hidden_state)), out.last_hidden_state
 
     def in_shared_space(self, image_tokens: Tensor, text_tokens: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.visual_projection, nn.Identity):  # SigLIP: only its texts are projected, inside the tower
@@ -290,9 +300,8 @@ class PairBackbone(nn.Module):
         # What a tower from an import path makes of padding is its own affair.
         known = getattr(text.config, "model_type", None) in BLIND_TO_PADDING
         self.trims_texts = known and IMPORT not in (config.text_config or {})
-        size = getattr(vision.config, "image_size", None)
-        self.native_size = (size, size) if isinstance(size, int) else (tuple(size) if size else None)
-        self._interpolates = "interpolate_pos_encoding" in inspect.signature(vision.forward).parameters
+        self.native_size = _native_size(vision.config)
+        self._interpolates = _interpolates(vision)
         self.keeps = True  # off: inputs that will not come again pass by the cache
         kept = [
             FrozenTokens(config.feature_cache, tower, config.feature_cache_gb) if config.feature_cache else None
@@ -352,15 +361,37 @@ class PairBackbone(nn.Module):
 Backbone = DualBackbone | PairBackbone
 
 
+def _native_size(vision: Any) -> tuple[int, int] | None:
+    """(height, width) that the config of a vision tower names."""
+    size = getattr(vision, "image_size", None)
+    return (size, size) if isinstance(size, int) else ((int(size[0]), int(size[1])) if size else None)
+
+
+def _interpolates(vision: Any) -> bool:
+    """Whether a vision tower stretches its positions over images of another size."""
+    return "interpolate_pos_encoding" in inspect.signature(vision.forward).parameters
+
+
+def _pooled(out: Any, tokens: Tensor) -> Tensor:
+    """(B, w) a tower's own pooled output; its first token where it has no pooler, as in Chinese-CLIP."""
+    pooled = getattr(out, "pooler_output", None)
+    return tokens[:, 0] if pooled is None else pooled.flatten(1)
+
+
 def _tower_width(tower: Any) -> int:
-    """Width of a tower's last hidden state: `hidden_size`, or the last of `hidden_sizes` of hierarchical ones."""
+    """Width of a tower's last hidden state."""
+    return _width_of(tower.config, type(tower).__name__)
+
+
+def _width_of(config: Any, what: str) -> int:
+    """`hidden_size` of a tower's config, or the last of `hidden_sizes` of hierarchical ones. Raises ModelError."""
     for name in ("hidden_size", "d_model", "dim"):
-        if isinstance(getattr(tower.config, name, None), int):
-            return getattr(tower.config, name)
-    sizes = getattr(tower.config, "hidden_sizes", None) or getattr(tower.config, "embed_dims", None)
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    sizes = getattr(config, "hidden_sizes", None) or getattr(config, "embed_dims", None)
     if sizes:
         return int(sizes[-1])
-    raise ModelError(f"{type(tower).__name__}: no hidden_size or hidden_sizes in its config, so its width is unknown.")
+    raise ModelError(f"{what}: no hidden_size or hidden_sizes in its config, so its width is unknown.")
 
 
 def _family(config: ModelConfig) -> str:
@@ -381,12 +412,19 @@ def _towers(config: ModelConfig) -> Backbone:
     )
 
 
+def _refuse_known(family: str) -> None:
+    """Raise ModelError for a family that is known not to work, with the reason."""
+    if why := NO_PICTURES.get(family):
+        raise ModelError(f"model.dual: the family `{family}` cannot be used: {why}.")
+
+
 def build_backbone(config: ModelConfig, vocab_size: int) -> Backbone:
     """Backbone of a config; the text embedding grows to `vocab_size` rows when the tokenizer has more tokens.
 
     Raises ModelError, also for a dual encoder of a family that gives no features.
     """
-    if (config.dual or config.dual_config) and _family(config) not in DRIVEN:
+    if (config.dual or config.dual_config) and (family := _family(config)) not in DRIVEN:
+        _refuse_known(family)
         try_towers(config)
     backbone = _towers(config)
     if vocab_size > backbone.vocab_size:  # a mask token added to a tokenizer without one (CLIP)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmref.config import MIN_TAU, Config, LossConfig, ReferenceConfig, TrainConfig
+from mmref.config import AUTO, MIN_TAU, Config, LossConfig, ReferenceConfig, TrainConfig
 from mmref.errors import ModelError
 from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, PairBackbone, build_backbone
@@ -222,8 +222,9 @@ def chosen_precision(train: TrainConfig) -> tuple[bool, str]:
     """Whether a run on this machine computes in bf16, and why, in words."""
     if train.precision != "auto":
         return train.precision == "bf16", "as `train.precision` says"
-    what = "GPU" if train.gpu else "processor"
-    native = computes_in_bf16(train.gpu)
+    gpu = torch.cuda.is_available() if train.gpu == AUTO else train.gpu
+    what = "GPU" if gpu else "processor"
+    native = computes_in_bf16(gpu)
     return native, f"this {what} {'multiplies in it' if native else 'has no instructions for bf16'}"
 
 
@@ -239,7 +240,7 @@ def build_model(config: Config, vocab_size: int, objects: int = 0) -> MMRef:
                 f"text tower: set data.max_tokens to at most {backbone.max_positions}."
             )
         bf16 = chosen_precision(train)[0]
-        plain = bf16 and not train.gpu
+        plain = bf16 and not train.on_gpu
         model = MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16, objects, plain)
         both = ("all", "all") if config.model.freeze_backbone else (train.lock_image, train.lock_text)
         model.lock_towers(*both)

@@ -30,7 +30,7 @@ from mmref.model.reference_rows import warm_rows
 from mmref.run.checkpoints import FOLDER, CheckpointInfo, best_checkpoint, fetched, list_checkpoints, load_references
 from mmref.run.directory import RunDir
 from mmref.run.row_file import RowFile, pack_ids, row_files
-from mmref.train.checkpoint_files import write_file
+from mmref.run.tensor_files import write_file
 
 REPORTS = (".json", ".html")
 

@@ -22,18 +22,19 @@ CAPTIONS = "reference_captions.json"
 
 
 def bundle_model(source: str, target: Path) -> None:
-    """Copy an export, or export a run directory, to `target`. Raises ModelError, and ExportError for a run."""
-    if "://" not in source and (Path(source) / "model.safetensors").exists():
-        _copy(Path(source), target)
-        return
-    if "://" not in source and not (Path(source) / "config.yaml").exists():
-        raise ModelError(
-            f"{source} is neither a run directory of `mmref train` nor a folder of `mmref export`: give one of the two."
-        )
-    from mmref.export.write import export_run
+    """Copy an export to `target`, or export a run or a pretrained model there. Raises ModelError, and ExportError for a run."""
+    from mmref.export.write import export_pretrained, export_run
+    from mmref.run.models import find_model
 
+    found = find_model(source)
+    if found.kind == "export":
+        _copy(Path(found.place), target)
+        return
+    if found.kind == "pretrained":
+        export_pretrained(found.place, str(target))
+        return
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
-        _copy(export_run(source, f"{folder}/model"), target)
+        _copy(export_run(found.place, f"{folder}/model"), target)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -24,13 +24,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmref.data.decode import calm_opencv, decoded, resize_rgb
-from mmref.errors import SampleError, StorageError
+from mmref.data.fit import Fit, Fitted
+from mmref.errors import ClusterTooSmallError, SampleError, StorageError
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.journal import KILLED, Journal, Watch
 from mmref.storage.disk import sync_files
 from mmref.storage.parquet import read_parquet
-from mmref.terminal.progress import Counter
+from mmref.terminal.progress import Counter, say
 
 THUMBNAIL_PX, THUMBNAIL_QUALITY = 256, 80
 SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 32, 512, 200
@@ -74,7 +75,7 @@ def code_arrays(space: ReferenceSpace | None, refinement: RefinementSettings, fe
 def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
     """Arrays of the readable images of a chunk: `position` in it, `features`, `size` (n, 2) height and width, codes,
     `thumbnails` (bytes end to end) with `thumbnail_bytes` (n,), and `problems` (JSON: position -> what is wrong)."""
-    height, width = model.config.data.image_height, model.config.data.image_width
+    fit = Fit.of(model.config.data)
 
     def one(position: int) -> tuple[NDArray[np.uint8], tuple[int, int], bytes] | str:
         if position in watch.passed_over:
@@ -82,7 +83,7 @@ def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
         path = locations[position][0]
         try:
             with watch.decoding(position), decoded(read_image_bytes(*locations[position]), path) as rgb:
-                return resize_rgb(rgb, height, width), (rgb.shape[0], rgb.shape[1]), thumbnail(rgb)
+                return fit(rgb), (rgb.shape[0], rgb.shape[1]), thumbnail(rgb)
         except StorageError:  # says nothing of the image
             raise
         except SampleError as error:
@@ -95,7 +96,7 @@ def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
     with ThreadPoolExecutor(READ_THREADS) as pool:
         done |= zip(rest, pool.map(one, rest))
     good = [(i, d) for i, d in sorted(done.items()) if not isinstance(d, str)]
-    features = model.encode_images([d[0] for _, d in good])
+    features = model.encode_images([Fitted(d[0]) for _, d in good])
     return {
         "position": np.array([i for i, _ in good], np.int64),
         "features": features,
@@ -108,20 +109,24 @@ def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
 
 
 class ImageEmbedder:
-    """Embeds chunks; the model is loaded once. The node's cores are shared by `processes` of its kind; None: in this process."""
+    """Embeds chunks; the model is loaded once. The node's cores are shared by `processes` of its kind; None: in this process.
 
-    def __init__(self, model: str, gpu: bool, processes: int | None = None) -> None:
+    device: as of `chosen_device`.
+    """
+
+    def __init__(self, model: str, device: str, processes: int | None = None) -> None:
         import torch
 
         from mmref.cluster.resources import torch_threads, use_threads
         from mmref.export.model import load
+        from mmref.model.device import chosen_device
 
         if processes is None:
             use_threads()
         else:
             calm_opencv()
             torch.set_num_threads(torch_threads("auto", processes))
-        self.model = load(model, "cuda" if gpu else "cpu")
+        self.model = load(model, chosen_device(device))
 
     def embed(self, locations: list[Location], watch: Watch) -> bytes:
         """The chunk's arrays in NumPy's archive format. Raises StorageError."""
@@ -222,10 +227,11 @@ def identity(row: Mapping[str, Any]) -> str:
     return json.dumps([row[name] for name in PLACE])
 
 
-def embed(chunks: Chunks, model: Path, workers: int, killers: Collection[str] = ()) -> None:
-    """Embed the chunks that are not finished. `workers` Ray actors, each on a GPU where the cluster has any; 0: here.
+def embed(chunks: Chunks, model: Path, workers: int, killers: Collection[str] = (), device: str = "auto") -> None:
+    """Embed the chunks that are not finished, by `workers` Ray actors; 0: here.
 
     Args:
+        device: auto, cpu or cuda; auto: each on a GPU where the cluster, or this machine, has any.
         killers: identities of images that ended processes before: they are not decoded.
 
     Raises:
@@ -236,16 +242,19 @@ def embed(chunks: Chunks, model: Path, workers: int, killers: Collection[str] = 
         return
     done = len(chunks.items) - sum(len(chunks.rows(n)) for n in pending)
     with Counter("embedding", len(chunks.items), "image", done) as progress:
-        for number, data in _embedded(chunks, pending, str(model), workers, killers):
+        for number, data in _embedded(chunks, pending, str(model), workers, killers, device):
             chunks.write(number, data)
             progress.add(len(chunks.rows(number)))
 
 
 def _embedded(
-    chunks: Chunks, pending: list[int], model: str, workers: int, killers: Collection[str]
+    chunks: Chunks, pending: list[int], model: str, workers: int, killers: Collection[str], device: str
 ) -> Iterator[tuple[int, bytes]]:
     if workers == 0:
-        embedder = ImageEmbedder(model, gpu=False)
+        from mmref.model.device import described
+
+        embedder = ImageEmbedder(model, device)
+        say(f"embedding on {described(embedder.model.device)}, in this process")
         with Journal(chunks.folder.with_name(JOURNAL), killers) as journal:
             for number in pending:
                 yield number, embedder.embed(chunks.locations(number), journal.watch(chunks.identities(number)))
@@ -256,9 +265,13 @@ def _embedded(
     from mmref.retrieval.workers import Job, Workers
 
     with connect(workers):
-        gpu = has_gpu()
+        gpu = device != "cpu" and has_gpu()
+        if device == "cuda" and not gpu:
+            raise ClusterTooSmallError("the cluster has no GPU to embed on: leave `--device cuda` out, or add a node with one.")
         jobs = [
             Job(n, chunks.locations(n), [i for i, what in enumerate(chunks.identities(n)) if what in killers]) for n in pending
         ]
         count = min(workers, len(jobs))
-        yield from Workers(functools.partial(ImageEmbedder, model, gpu, count), gpu, count).answers(jobs)
+        say(f"embedding on {'GPUs' if gpu else 'CPUs'}, workers: {count}")
+        make = functools.partial(ImageEmbedder, model, "cuda" if gpu else "cpu", count)
+        yield from Workers(make, gpu, count).answers(jobs)

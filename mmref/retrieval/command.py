@@ -14,10 +14,12 @@ from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
 from mmref.storage.locations import expanded
 from mmref.storage.texts import read_lines
 from mmref.storage.whole_folder import check_output, write_output
-from mmref.terminal.arguments import count, local_path, place, positive, source, text
+from mmref.terminal.arguments import count, local_path, model, place, positive, source, text
 from mmref.terminal.output import printable, to_json
 from mmref.terminal.parser import Parser
+from mmref.terminal.progress import say
 
+DEVICES = ("auto", "cpu", "cuda")
 INDEX_VERBS = ("add", "remove", "info")
 
 
@@ -46,6 +48,11 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
         "--workers", type=count,
         help="Ray actors that embed; 0: in this process, quickest for a few thousand images (default: one a core; 0 without Ray)",
     )  # fmt: skip
+    _device_option(parser)
+
+
+def _device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU where there is one (default: %(default)s)")
 
 
 def _columns(args: argparse.Namespace) -> Any:
@@ -65,7 +72,11 @@ def _create(argv: Sequence[str]) -> int:
         "`mmref index add|remove|info INDEX` change or describe one; a folder of such a name is given as ./add.",
     )
     parser.add_argument(
-        "--model", required=True, type=place, metavar="RUN|EXPORT", help="run directory, or folder of `mmref export`"
+        "--model",
+        required=True,
+        type=model,
+        metavar="MODEL",
+        help="pretrained model by hub id or folder, run directory, or folder of `mmref export`",
     )
     parser.add_argument(
         "--out",
@@ -95,6 +106,7 @@ def _create(argv: Sequence[str]) -> int:
         args.kind,
         workers_that_fit(args.workers),
         args.recall,
+        args.device,
     )
     _tell(args.out, manifest)
     return 0
@@ -109,7 +121,7 @@ def _add(argv: Sequence[str]) -> int:
         "that are gone named. An image from elsewhere whose id an item has already gets its folder's name before it.",
     )
     parser.add_argument("index", type=local_path, metavar="INDEX")
-    parser.add_argument("--model", type=place, metavar="RUN|EXPORT", help="checked to be the index's own, which is used")
+    parser.add_argument("--model", type=model, metavar="MODEL", help="checked to be the index's own, which is used")
     parser.add_argument("--remove-missing", action="store_true", help="remove the items of IMAGES that are not there any more")
     _source_options(parser)
     args = parser.parse_args(argv)
@@ -121,6 +133,7 @@ def _add(argv: Sequence[str]) -> int:
         _columns(args),
         workers_that_fit(args.workers),
         args.remove_missing,
+        args.device,
     )
     _tell(args.index, manifest)
     return 0
@@ -210,7 +223,9 @@ def search_main(argv: Sequence[str]) -> int:
     parser.add_argument("--html", type=local_path, metavar="FILE", help="write results as a page with thumbnails")
     parser.add_argument("--judge", action="store_true", help="ask of each result whether it is right, and keep the answers")
     parser.add_argument("--judgements", type=local_path, metavar="FILE", help="where (default: judgements.jsonl in the index)")
+    _device_option(parser)
     args = parser.parse_intermixed_args(_conditions_apart(argv))
+    from mmref.model.device import described
     from mmref.retrieval.searcher import Query, Searcher
     from mmref.retrieval.show import format_results, render_page
 
@@ -221,7 +236,9 @@ def search_main(argv: Sequence[str]) -> int:
     where = _where(args.where)
     if args.html:
         check_output("--html", args.html)
-    searcher = Searcher(args.index)
+    searcher = Searcher(args.index, args.device)
+    if searcher.device.type != "cpu":
+        say(f"encoding on {described(searcher.device)}")
     answers = searcher.search_many(queries, args.top, not args.no_refine, args.candidates, where)
     names = [query.text or str(query.image) for query in queries]
     for name, results in zip(names, answers):

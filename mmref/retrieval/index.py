@@ -136,18 +136,20 @@ def create(
     kind: Kind = "auto",
     workers: int = 1,
     recall: float = 0.95,
+    device: str = "auto",
 ) -> Manifest:
     """Make an index of images.
 
     Args:
         images: folder, shard set, table, or URL prefix of any of them.
-        model: run directory of `mmref train` (or its URL), or folder of `mmref export`.
+        model: run directory of `mmref train` (or its URL), folder of `mmref export`, or pretrained model by hub id or folder.
         out: the index directory; must not exist, or be empty. The same call again goes on after a kill.
         split: of a shard set; by default all of it.
         columns: names of a table's columns.
         kind: search exactly (flat) or approximately; auto: exactly up to a million images.
         workers: Ray actors; 0: in this process.
         recall: share of the ten nearest that an approximate search must find.
+        device: auto, cpu or cuda, where images are embedded.
 
     Raises:
         SearchIndexError, ModelError, ExportError, ShardSetError, SourceError, StorageError.
@@ -160,11 +162,19 @@ def create(
     with told_when_full(target), held_folder(work, target, SearchIndexError), _kept_if_begun(work):
         _check_free(target)  # who held it has made the index meanwhile
         # These values make a command the same one; another one starts over.
-        _start(work, {"images": images, "model": absolute(model), "split": split, **asdict(columns)})
+        _start(
+            work,
+            {
+                "images": images,
+                "model": os.path.abspath(model) if os.path.exists(model) else model,
+                "split": split,
+                **asdict(columns),
+            },
+        )
         listing = _listed(images, split, columns)
         if not (work / "model").exists():
             bundle.bundle_model(model, work / "model")
-        skipped = _embed(work, listing.items, work / "segments" / "000000", workers, 0, work / "model")
+        skipped = _embed(work, listing.items, work / "segments" / "000000", workers, 0, work / "model", device=device)
         if len(skipped) == len(listing.items):
             _discard(work / "chunks")  # the next start looks again
             raise SearchIndexError(f"none of {len(skipped)} images can be read, the first: {skipped[0]['problem']}")
@@ -205,6 +215,7 @@ def add(
     columns: TableColumns = DEFAULT_COLUMNS,
     workers: int = 1,
     remove_missing: bool = False,
+    device: str = "auto",
 ) -> Manifest:
     """Have the index hold what a source holds now: what is new or has changed is embedded, see `changes.py`.
 
@@ -232,7 +243,7 @@ def add(
         name = f"{manifest.generation:06d}"
         before = read_skipped(folder)
         killers = {identity(s) for s in before if s["problem"] == KILLED}
-        unread = _embed(work, found.items, work / name, workers, manifest.next_uid, folder / "model", killers)
+        unread = _embed(work, found.items, work / name, workers, manifest.next_uid, folder / "model", killers, device)
         skipped = [*skipped_elsewhere(before, listing, images, split), *_not_taken(images, listing), *unread]
         embedded = len(found.items) - len(unread)
         gone = {*found.replaced, *(found.missing if remove_missing else ())}
@@ -401,11 +412,18 @@ def _changed_vectors(folder: Path, before: Manifest, after: Manifest, added: Seg
 
 
 def _embed(
-    work: Path, items: pa.Table, target: Path, workers: int, first_uid: int, model: Path, killers: Collection[str] = ()
+    work: Path,
+    items: pa.Table,
+    target: Path,
+    workers: int,
+    first_uid: int,
+    model: Path,
+    killers: Collection[str] = (),
+    device: str = "auto",
 ) -> list[dict[str, Any]]:
     """Embed the items of a listing and write its readable images as a segment; returns those that could not be read."""
     chunks = Chunks(work, items)
-    embed(chunks, model, workers, killers)
+    embed(chunks, model, workers, killers, device)
     count, dim = 0, 0
     skipped: list[dict[str, Any]] = []
     for rows, arrays in chunks.read():

@@ -20,10 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmref.data.decode import decode_rgb, resize_rgb
+from mmref.data.decode import decode_rgb
+from mmref.data.fit import Fit, Fitted
 from mmref.errors import QueryError, SampleError, SearchIndexError
 from mmref.evaluate.refinement import ReferenceSpace
 from mmref.export.model import ImageLike, Model, load
+from mmref.model.device import chosen_device
 from mmref.retrieval import bundle
 from mmref.retrieval import index as directory
 from mmref.retrieval.heat_maps import GRID, Explanation, heat_maps, hidden, nearest
@@ -83,15 +85,15 @@ class Searcher:
 
     Args:
         index: directory written by `mmref index`.
-        device: where queries are encoded.
+        device: where queries are encoded, as PyTorch names it; "auto": on the GPU where there is one.
         cached: sentences whose features are kept.
 
     Raises:
         SearchIndexError: no complete index. ModelMismatchError: its model was replaced.
     """
 
-    def __init__(self, index: str, device: str = "cpu", cached: int = 4096) -> None:
-        self.index, self.device = Path(index).expanduser().absolute(), device
+    def __init__(self, index: str, device: str = "auto", cached: int = 4096) -> None:
+        self.index, self.device = Path(index).expanduser().absolute(), chosen_device(device)
         self._start(cached, None)
 
     def _start(self, cached: int, previous: Searcher | None) -> None:
@@ -253,9 +255,8 @@ class Searcher:
             raise QueryError(f"the grid of a heat map is {grid}: give at least 1 cell on each side.")
         query = query if isinstance(query, Query) else Query(query)
         wanted = self.encode([query]).features[0]
-        data = self.model.config.data
         rgb = decode_rgb(self.image_bytes(item_id) if encoded is None else encoded, item_id)
-        images = hidden(resize_rgb(rgb, data.image_height, data.image_width), grid)
+        images = [Fitted(pixels) for pixels in hidden(Fit.of(self.model.config.data)(rgb), grid)]
         # A few are encoded at a time, since searches of other threads want the model too.
         parts = [self.encode_pixels(images[i : i + HIDDEN_BATCH]) for i in range(0, len(images), HIDDEN_BATCH)]
         features = np.concatenate(parts)

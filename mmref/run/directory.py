@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mmref.config import Config, from_dict
+from mmref.config import Config, from_saved
 from mmref.errors import FileSystemMissingError, RunDirectoryError, StorageError
 from mmref.storage.locations import absolute, file_system, is_url
 from mmref.storage.locks import held
@@ -164,7 +164,7 @@ class RunDir:
             raise RunDirectoryError(
                 f"{self.join('config.yaml')} cannot be read ({error}): give the run directory of `mmref train`."
             ) from None
-        return from_dict(values, self.join("config.yaml"))
+        return from_saved(values, self.join("config.yaml"))
 
     def write_text(self, name: str, text: str) -> None:
         """As `write_bytes`, in UTF-8."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 
 from mmref.config import load_config
+from mmref.config.inputs import settled
 from mmref.sizing.estimate import compute_sizing, format_table, measure_model, scaled
 from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.arguments import local_path, positive
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     args, rest = parser.parse_known_args(argv)
     if args.out:
         check_output("--out", args.out)
-    config = load_config(rest)
+    config = settled(load_config(rest))
     batch = args.batch or config.train.global_batch // config.train.workers
     configs = [scaled(config, workers, batch) for workers in args.workers]
     model = measure_model(configs[0], configs[0].micro_batch, args.objects)

@@ -171,7 +171,7 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
         weights=weights / world + FP32 * min(MAX_LIVE, model.parameters) if stage == 3 else weights,
         gradients=trained / (world if stage >= 2 else 1),
         optimizer=(2 + bool(t.ema)) * trained / shards + (trained / shards if stage else 0),
-        buckets=(bucket * (2 if t.gpu else 1) + bucket) if stage else 0,
+        buckets=(bucket * (2 if t.on_gpu else 1) + bucket) if stage else 0,
         activations=model.activations,
         references=0 if r.rows_on == "host" else references,
         contrast=contrast,

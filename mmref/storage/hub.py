@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,12 +17,19 @@ from mmref.errors import HubError, HubTokenError, HubUnreachableError
 SCHEME = "hf://"
 NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?"
 PLACE = re.compile(rf"(?P<repo>{NAME}/{NAME})(?:@(?P<revision>[^\s@]+))?")
+SAID = 300  # characters of an error of the library
 T = TypeVar("T")
 
 
-def is_hub(place: str) -> bool:
-    """Whether a place is a repository of a hub: `hf://user/repo`."""
-    return place.startswith(SCHEME)
+def hub_id(given: str) -> str | None:
+    """The repository that a text names, `user/repo` or `user/repo@revision`; None for what can only be a path or another URL.
+
+    Raises HubError for `hf://` with something else behind it.
+    """
+    name = given.removeprefix(SCHEME).rstrip("/")
+    if given.startswith(SCHEME):
+        parse_hub(given)
+    return name if PLACE.fullmatch(name) else None
 
 
 def parse_hub(place: str) -> tuple[str, str | None]:
@@ -53,6 +61,26 @@ def hub_folder(place: str, patterns: list[str] | None = None) -> str:
     repo, revision = parse_hub(place)
     hub = _library()
     return _asked(place, lambda: hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, endpoint=_endpoint()))
+
+
+def hub_file(place: str, name: str) -> str | None:
+    """A file of a repository, downloaded where it is not in the cache yet; None where the repository has no such file.
+
+    Raises as `hub_folder`.
+    """
+    repo, revision = parse_hub(place)
+    hub = _library()
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def ask() -> str | None:
+        try:
+            return str(hub.hf_hub_download(repo, name, revision=revision, endpoint=_endpoint()))
+        except LocalEntryNotFoundError:  # nobody answers, which says nothing of the repository
+            raise
+        except EntryNotFoundError:
+            return None
+
+    return _asked(place, ask)
 
 
 def push_folder(folder: str, place: str, message: str, private: bool = False) -> str:
@@ -112,28 +140,30 @@ def _asked(place: str, ask: Callable[[], T]) -> T:
     from huggingface_hub import errors
 
     where = _endpoint() or "https://huggingface.co"
+    # A name without `hf://` may have been meant for a folder.
+    named = f"{place}:" if place.startswith(SCHEME) else f"{place} is no folder here, and"
     try:
         return ask()
     except errors.GatedRepoError:
-        raise HubTokenError(f"{place} is gated: ask for access on its page at {where}, and set HF_TOKEN.") from None
+        raise HubTokenError(f"{named} it is gated on {where}: ask for access on its page there, and set HF_TOKEN.") from None
     except errors.RevisionNotFoundError:
-        raise HubError(f"{place}: the repository is there, and it has no such revision.") from None
+        raise HubError(f"{named} the repository on {where} has no such revision.") from None
     except errors.RepositoryNotFoundError:
         raise HubError(
-            f"{place}: {where} has no such model, or hides it: a private one needs HF_TOKEN with access to it (now "
+            f"{named} {where} has no such model, or hides it: a private one needs HF_TOKEN with access to it (now "
             f"{'set' if _library().get_token() else 'not set'})."
         ) from None
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):
             raise HubTokenError(
-                f"{place}: {where} refuses the token ({status}): {_first_line(error)}. Set HF_TOKEN to one that has the right."
+                f"{named} {where} refuses the token ({status}): {_first_line(error)}. Set HF_TOKEN to one that has the right."
             ) from None
-        raise HubError(f"{place}: {where} fails: {_first_line(error)}. Try again later.") from None
+        raise HubError(f"{named} {where} fails: {_first_line(error)}. Try again later.") from None
     except (httpx.TransportError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         why = "HF_HUB_OFFLINE is set" if _is_offline() else _first_line(error)
         raise HubUnreachableError(
-            f"{place}: {where} cannot be reached ({why}), and the cache does not hold what is asked for. Look at the network, "
+            f"{named} {where} cannot be reached ({why}), and the cache does not hold what is asked for. Look at the network, "
             "or give a folder of this machine."
         ) from None
 
@@ -145,4 +175,5 @@ def _is_offline() -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return textwrap.shorten(line, SAID, placeholder=" ...")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from mmref.errors import PathError, TextError
+from mmref.storage.hub import hub_id
 from mmref.storage.locations import absolute, expanded, in_utf8, is_url
 
 
@@ -16,6 +18,34 @@ def place(given: str) -> str:
 def source(given: str) -> str:
     """As `place`, of files that are only read: their names may be any bytes."""
     return absolute(expanded(given))
+
+
+def model(given: str) -> str:
+    """A run, an export or a pretrained model: a path, made absolute, or a URL or a name on a hub as it is. Raises PathError."""
+    found = expanded(given)
+    named = is_url(found) or (hub_id(found) is not None and not os.path.lexists(found))
+    return in_utf8(found if named else absolute(found))
+
+
+def model_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """A model as the first positional argument or as --model; `chosen_model` reads it."""
+    parser.add_argument("given_model", nargs="?", type=model, metavar="MODEL", help=what)
+    parser.add_argument("--model", type=model, metavar="MODEL", help="the same, as an option")
+
+
+def chosen_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The model that was given in one of the two ways; a usage error where it is none or both."""
+    if (args.given_model is None) == (args.model is None):
+        parser.error("give one MODEL: as the first argument, or with --model")
+    return str(args.model or args.given_model)
+
+
+def run_dir_argument(parser: argparse.ArgumentParser) -> None:
+    """Where a model that is no run becomes one, of no steps: see `mmref.run.models.as_run`."""
+    parser.add_argument(
+        "--run_dir", type=place, metavar="DIR",
+        help="where metrics, report and references of a model are kept that is no run (default: runs/NAME)",
+    )  # fmt: skip
 
 
 def local_path(given: str) -> str:

@@ -45,7 +45,7 @@ from mmref.run.checkpoints import (
 )
 from mmref.run.directory import RunDir
 from mmref.run.row_file import CHUNK, pack_ids, row_files
-from mmref.storage.tensor_file import Hashing, write_tensors
+from mmref.run.tensor_files import write_file
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import iterate_state, load_state
@@ -99,17 +99,6 @@ def write(run: RunDir, folder: str, state: Snapshot, rank: int) -> None:
         name = f"{kind}-{rank}.safetensors"
         files[name] = write_file(run, f"{folder}/{name}", state.tensors[kind], state.first)
     run.write_text(f"{folder}/rank-{rank}.json", json.dumps(files, indent=1))
-
-
-def write_file(run: RunDir, path: str, tensors: dict[str, Tensor], first: int) -> dict[str, Any]:
-    """Write a safetensors file of the run: its {"bytes", "sha256"}. Raises StorageError."""
-
-    def write(file: Any) -> dict[str, Any]:
-        hashing = Hashing(file)
-        write_tensors(hashing, tensors, {"first": str(first)})
-        return {"bytes": hashing.bytes, "sha256": hashing.sha256}
-
-    return run.write_stream(path, write)
 
 
 def commit(run: RunDir, folder: str, meta: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, A
     t = config.train
     # Buffers of this many elements are allocated at once; DeepSpeed refuses an odd number.
     bucket = min(int(5e7), max(parameters + parameters % 2, 2))
-    zero: dict[str, Any] = {"stage": t.zero_stage, "reduce_bucket_size": bucket, "overlap_comm": t.gpu}
+    zero: dict[str, Any] = {"stage": t.zero_stage, "reduce_bucket_size": bucket, "overlap_comm": t.on_gpu}
     if t.zero_stage in (1, 2):
         zero["allgather_bucket_size"] = bucket
     if t.zero_stage == 3:
@@ -155,7 +155,7 @@ def all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 def build_engine(model: MMRef, config: Config, world: int) -> Any:
     """DeepSpeed engine around the model. The process group must exist (Ray Train makes it)."""
-    if not config.train.gpu:
+    if not config.train.on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     prepare_node()
     if config.train.compile:

@@ -22,6 +22,7 @@ from mmref.evaluate.features import Encoder
 from mmref.losses.objective import LOSSES, unpack
 from mmref.model.mmref import build_model, chosen_precision
 from mmref.run.directory import BAD_SAMPLES, RunDir
+from mmref.run.models import start_of
 from mmref.train import checkpoint_files, collectives
 from mmref.train.average import averaged_weights
 from mmref.train.bank import ReferenceBank
@@ -74,7 +75,7 @@ class Worker:
         config.train.accumulation = accumulation_for(config, self.world)
         config.train.workers = self.world  # fewer than asked for where nodes were lost
         check_batch(config.train.global_batch, self.world, config.train.accumulation, config.train.images_per_object)
-        if config.train.gpu:
+        if config.train.on_gpu:
             from ray.train.torch import get_device
 
             self.device = get_device()
@@ -100,7 +101,7 @@ class Worker:
             if at.meta or not config.train.start_from:
                 at.load(self.engine, self.bank)
             else:
-                checkpoint_files.start_from(RunDir(config.train.start_from), self.engine, self.bank)
+                checkpoint_files.start_from(start_of(config, run), self.engine, self.bank)
         self.runner = StepRunner(
             config, self.engine, lambda loss: self.engine.backward(loss, scale_wrt_gas=False), self.engine.step,
             self.bank, self.tokens, self.device,
@@ -280,7 +281,7 @@ class Worker:
         bf16, why = chosen_precision(self.config.train)
         self.log({
             "step": self.start, "started": time.time(), "workers": self.world, "passed_over": self.passed_over,
-            "threads": None if self.config.train.gpu else torch.get_num_threads(),
+            "threads": None if self.config.train.on_gpu else torch.get_num_threads(),
             "precision": "bf16" if bf16 else "fp32", "precision_why": why,
         })  # fmt: skip
         try:

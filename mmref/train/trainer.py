@@ -8,8 +8,9 @@ from typing import Any
 
 from mmref.cluster.connection import SETTINGS, connect
 from mmref.cluster.reservations import take_place
-from mmref.cluster.resources import check_resources, needed_cpus
-from mmref.config import Config, config_hash, dump_yaml, to_dict, with_absolute_paths
+from mmref.cluster.resources import check_resources, needed_cpus, with_gpus
+from mmref.config import AUTO, Config, config_hash, dump_yaml, to_dict, with_absolute_paths
+from mmref.config.inputs import differing, settled
 from mmref.config.packages import trust_own
 from mmref.data.epochs import in_steps
 from mmref.data.plan import build_plan
@@ -20,6 +21,7 @@ from mmref.evaluate.choose import config_grid
 from mmref.model.backbone import check_towers
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
+from mmref.run.models import START, as_run, find_model
 from mmref.run.progress import Progress
 from mmref.train import checkpoint_files
 from mmref.train.loop import train_worker
@@ -53,7 +55,9 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
     from mmref.evaluate.evaluation import evaluate_run, reported_split
 
     run = RunDir(config.run_dir)
-    config = in_steps(with_absolute_paths(config))
+    config = settled(in_steps(with_absolute_paths(config)))
+    for line in differing(config):
+        print(f"not as the pretrained model has it: {line}", flush=True)
     check_inputs(config)
     split = reported_split(ShardSet.open(config.data.root)) if final_evaluation else None
     if final_evaluation and split != "test":
@@ -61,6 +65,7 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
         print(f"{config.data.root} has no test split{what}", flush=True)
     with run.held():
         prepare_run(config, run)
+        first_weights(config, run)
         with connect(needed_cpus(config), config.train.storage_gb), Termination(run) as termination:
             check_resources(config)
             fit(config, run, termination=termination)
@@ -80,8 +85,8 @@ def check_inputs(config: Config) -> None:
     build_plan(config, index)
     config_grid(config)
     check_sinks(config)
-    if config.train.start_from:
-        checkpoints.best_checkpoint(RunDir(config.train.start_from))
+    if config.train.start_from and (found := find_model(config.train.start_from)).kind == "run":
+        checkpoints.best_checkpoint(RunDir(found.place))
     tokens = load_tokens(config)
     size = config.data.image_height, config.data.image_width
     check_towers(config.model, tokens.tokenizer.eos_token_id, size)
@@ -109,6 +114,14 @@ def prepare_run(config: Config, run: RunDir) -> None:
     run.write_text(DATA, data)
     checkpoint_files.remove_uncommitted(run)
     checkpoint_files.repair_snapshot(run)
+
+
+def first_weights(config: Config, run: RunDir) -> None:
+    """Put the export or pretrained model of `train.start_from` into the run directory, which every worker reads: nothing for a
+    run, nor where training has begun."""
+    given = config.train.start_from
+    if given and find_model(given).kind != "run" and not checkpoints.latest_checkpoint(run):
+        as_run(given, config.data.root, run.join(START))
 
 
 def check_same_data(run: RunDir, config: Config, now: str) -> None:
@@ -157,10 +170,13 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = (), termination:
 
     from mmref.train.ray_trainer import named_error
 
-    t = config.train
     step = _latest_step(run)
-    if step >= t.max_steps:
+    if step >= config.train.max_steps:
         return  # a finished run: only its evaluation is left
+    if config.train.gpu == AUTO:
+        config = with_gpus(config)
+        print(f"training on {'GPUs' if config.train.on_gpu else 'CPUs'}", flush=True)
+    t = config.train
     termination = termination or Termination(run)
     with Progress(run, t.max_steps, start=step) as progress:
         while step < t.max_steps:
@@ -181,6 +197,7 @@ def fit(config: Config, run: RunDir, callbacks: Sequence[Any] = (), termination:
     if termination.received:  # in the last step, or while the last checkpoint was written
         raise termination.error(step)
     checkpoint_files.remove_uncommitted(run)
+    run.remove(START)
 
 
 def _latest_step(run: RunDir) -> int:
@@ -203,12 +220,12 @@ def _trainer(config: Config, run: RunDir, callbacks: Sequence[Any]) -> Any:
         config,
         train_worker,
         train_loop_config=to_dict(config),
-        torch_config=TorchConfig(backend="nccl" if t.gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if t.on_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             elastic_resize_monitor_interval_s=RESIZE_CHECK_S,  # type: ignore[call-arg]
-            use_gpu=t.gpu,
-            resources_per_worker={"CPU": t.cpus_per_worker, **({"GPU": 1} if t.gpu else {})},
+            use_gpu=t.on_gpu,
+            resources_per_worker={"CPU": t.cpus_per_worker, **({"GPU": 1} if t.on_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
             name=checkpoints.FOLDER,

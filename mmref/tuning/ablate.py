@@ -16,6 +16,7 @@ from typing import Any
 
 from mmref.cluster.connection import SETTINGS
 from mmref.config import Config, config_hash, from_dict, to_dict, with_absolute_paths
+from mmref.config.inputs import settled
 from mmref.data.shard_set import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.run.directory import RunDir
@@ -49,7 +50,7 @@ def ablate(
         SweepError: a training failed; those that did not are in the tables.
     """
     run = RunDir(base.run_dir)
-    base = with_absolute_paths(base)
+    base = settled(with_absolute_paths(base))
     check_inputs(base)
     if split not in (splits := ShardSet.open(base.data.root).splits):
         raise ShardSetError(f"{base.data.root} has no split `{split}`, only {splits}.")
@@ -156,7 +157,7 @@ def train_and_evaluate(values: dict[str, Any], split: str) -> dict[str, float]:
     """One training and its evaluation, in a task that Ray placed; leaves result-<split>.json in the run directory. Returns its
     refined metrics."""
     from mmref.cluster.connection import named_address
-    from mmref.cluster.resources import machine
+    from mmref.cluster.resources import machine, with_gpus
     from mmref.evaluate.evaluation import evaluate_run
     from mmref.train.trainer import train
 
@@ -166,7 +167,7 @@ def train_and_evaluate(values: dict[str, Any], split: str) -> dict[str, float]:
     with named_address():
         train(config, final_evaluation=False)
         metrics = evaluate_run(config.run_dir, split=split)
-        result = {**metrics, "machine": machine(config)}
+        result = {**metrics, "machine": machine(with_gpus(config))}
         RunDir(config.run_dir).write_text(result_name(split), json.dumps(result, indent=1))
     return metrics["refined"]
 

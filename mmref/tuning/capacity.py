@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from mmref.cluster.address import cluster_address
 from mmref.cluster.connection import connect, sigterm_unwinds
-from mmref.cluster.resources import cores, needed_cpus, torch_threads
+from mmref.cluster.resources import cores, gpus_for, needed_cpus, torch_threads
 from mmref.config import Config
 from mmref.errors import ClusterTooSmallError
 
@@ -42,7 +42,7 @@ def connected(config: Config, wanted: int | None, trainings: int) -> Iterator[in
 def side_by_side(config: Config, cores: int) -> int:
     """Trainings that the cores of one machine hold without slowing each other, at least one."""
     t = config.train
-    threads = 1 if t.gpu or t.threads == "auto" else t.threads
+    threads = 1 if t.on_gpu or t.threads == "auto" else t.threads
     return max(1, math.floor(cores / (t.workers * max(t.cpus_per_worker, threads))))
 
 
@@ -83,7 +83,7 @@ def concurrency(have: dict[str, float], config: Config, wanted: int | None, core
         f"(the cluster's {have.get('CPU', 0):g} CPUs - {SPARE_CPUS} for Ray Data) / ({t.workers} workers x "
         f"({t.cpus_per_worker:g} CPU + {config.data.readers} readers) + {TRIAL_CPUS})"
     )
-    if t.gpu and have.get("GPU", 0) // t.workers < fit_in:
+    if gpus_for(t, have) and have.get("GPU", 0) // t.workers < fit_in:
         fit_in = int(have.get("GPU", 0) // t.workers)
         text = f"the cluster's {have.get('GPU', 0):g} GPUs / {t.workers} workers"
     if fit_in < (wanted or 1):

@@ -263,7 +263,8 @@ def annotation(name: str, where: str) -> Any:
         if part not in hints:
             raise unknown_key(name, where)
         cls = hints[part]
-    return cls
+    others = [kind for kind in typing.get_args(cls) if kind != Literal["auto"]]
+    return others[0] if typing.get_origin(cls) is typing.Union and len(others) == 1 else cls  # searched are its numbers
 
 
 def is_single(hint: Any) -> bool:

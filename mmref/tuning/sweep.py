@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 from mmref.config import Config, dump_yaml, to_dict, with_absolute_paths
+from mmref.config.inputs import settled
 from mmref.data.shard_set import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError, SweepInterruptedError
 from mmref.run.directory import RunDir, read_jsonl
@@ -44,7 +45,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
         SweepInterruptedError: Ctrl-C; `resume` goes on.
         SweepError: no trial has a score.
     """
-    run = RunDir(base.run_dir)
+    run, base = RunDir(base.run_dir), settled(base)
     check_options(options, space)
     prepared = prepare(base, space, options, run)
     if submitted() and run.local and not os.path.isabs(os.path.expanduser(base.run_dir)):

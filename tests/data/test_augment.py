@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from mmref.config import DataConfig
+from mmref.config import DataConfig, from_dict
 from mmref.data.augment import augment, normalize
 
 TOTAL = 8
 PLAIN = {"flip": 0.0, "crop_padding": 0, "erase": 0.0, "colour_jitter": 0.0}
+PLAIN_CONFIG = from_dict({"model": {"vision_config": {"model_type": "vit"}, "text_config": {"model_type": "bert"}}}).data
 
 
 def batch(n=TOTAL, height=10, width=14):
@@ -19,7 +22,7 @@ def batch(n=TOTAL, height=10, width=14):
 
 def run(images, first=0, seed=1, step=5, **fields):
     positions = np.arange(first, first + len(images))
-    return augment(images, DataConfig(**{**PLAIN, **fields}), seed, step, positions)
+    return augment(images, replace(PLAIN_CONFIG, **{**PLAIN, **fields}), seed, step, positions)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
@@ -51,14 +54,14 @@ def test_normalize_subtracts_mean_and_divides_by_deviation():
 
 
 def test_nothing_asked_is_plain_normalisation():
-    assert torch.equal(run(batch()), normalize(batch(), DataConfig()))
+    assert torch.equal(run(batch()), normalize(batch(), PLAIN_CONFIG))
 
 
 def test_certain_flip_turns_every_image_and_half_of_them_at_one_half():
-    x = normalize(batch(), DataConfig())
+    x = normalize(batch(), PLAIN_CONFIG)
     assert torch.equal(run(batch(), flip=1.0), x.flip(3))
     many = run(batch(400, 4, 4), flip=0.5)
-    x = normalize(batch(400, 4, 4), DataConfig())
+    x = normalize(batch(400, 4, 4), PLAIN_CONFIG)
     flipped = sum(torch.equal(a, b.flip(2)) for a, b in zip(many, x))
     straight = sum(torch.equal(a, b) for a, b in zip(many, x))
     assert flipped + straight == 400 and 150 < flipped < 250
@@ -75,7 +78,7 @@ def shifted(image, dy, dx):
 
 
 def test_shift_moves_each_image_by_its_own_offset_within_the_padding():
-    pad, x = 2, normalize(batch(), DataConfig())
+    pad, x = 2, normalize(batch(), PLAIN_CONFIG)
     offsets = []
     for image, out in zip(x, run(batch(), crop_padding=pad)):
         places = [(dy, dx) for dy in range(-pad, pad + 1) for dx in range(-pad, pad + 1)]
@@ -84,7 +87,7 @@ def test_shift_moves_each_image_by_its_own_offset_within_the_padding():
         offsets += found
     assert len(set(offsets)) > 3
     many = run(batch(600, 6, 6), crop_padding=1)
-    x = normalize(batch(600, 6, 6), DataConfig())
+    x = normalize(batch(600, 6, 6), PLAIN_CONFIG)
     extremes = {(dy, dx): 0 for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
     for image, out in zip(x, many):
         for place in extremes:
@@ -94,7 +97,7 @@ def test_shift_moves_each_image_by_its_own_offset_within_the_padding():
 
 def test_erasing_sets_one_rectangle_to_the_mean_colour():
     n, height, width = 300, 20, 30
-    x = normalize(batch(n, height, width), DataConfig())
+    x = normalize(batch(n, height, width), PLAIN_CONFIG)
     areas = []
     for image, out in zip(x, run(batch(n, height, width), erase=1.0)):
         gone = (out == 0).all(0)
@@ -109,7 +112,7 @@ def test_erasing_sets_one_rectangle_to_the_mean_colour():
 
 def test_erasing_hits_its_share_of_images_independent_of_colour():
     n = 600
-    x = normalize(batch(n, 8, 8), DataConfig())
+    x = normalize(batch(n, 8, 8), PLAIN_CONFIG)
     erased = torch.stack([(a != b).any() for a, b in zip(run(batch(n, 8, 8), erase=0.3), x)])
     assert erased.float().mean().item() == pytest.approx(0.3, abs=0.06)
     jittered = run(batch(n, 8, 8), colour_jitter=0.5)
@@ -130,7 +133,7 @@ def literal_jitter(image, contrast, brightness, saturation):
 
 
 def test_jitter_equals_the_loop_within_its_strength():
-    x, strength = normalize(batch(), DataConfig()), 0.3
+    x, strength = normalize(batch(), PLAIN_CONFIG), 0.3
     changes = []
     for image, out in zip(x, run(batch(), colour_jitter=strength)):
         brightness = (out.mean() - image.mean()).item()

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmref.data import budget, decode
+from mmref.data import budget, decode, fit
 from mmref.data.budget import PixelBudget
 from mmref.data.colors import on_white, to_8_bit
+from mmref.data.fit import Fit
 from mmref.errors import DecodersBusyError, PixelLimitError
 
 
@@ -32,17 +33,17 @@ def room(monkeypatch) -> PixelBudget:
 
 
 def test_no_more_is_decoded_at_once_than_there_is_room_for(room, monkeypatch):
-    most, resize = [], decode.resize_rgb
+    most, resize = [], fit.resize_rgb
 
     def noted(rgb, *size):
         most.append(room.used)
         threading.Event().wait(0.01)
         return resize(rgb, *size)
 
-    monkeypatch.setattr(decode, "resize_rgb", noted)
+    monkeypatch.setattr(fit, "resize_rgb", noted)
     images = [png(side) for side in (10, 20, 30, 100, 1, 25) * 4]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda data: decode.decode_image(data, 8, 8), images))
+        found = list(pool.map(lambda data: Fit(8, 8).decode(data), images))
     assert {one.shape for one in found} == {(8, 8, 3)} and len(most) == len(images)
     assert max(most) <= 1600 and room.used == 0, "100 x 100 are more than all of it, and are decoded all the same"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mmref.data.decode import decode_image
+from mmref.data.fit import Fit
 from mmref.errors import SampleError
 
 SIDE = 32
@@ -64,22 +64,22 @@ ENCODED = {
 @pytest.mark.parametrize("kind", ENCODED)
 def test_colours_are_those_of_pillow(kind):
     data = ENCODED[kind]()
-    pixels = decode_image(data, SIDE, SIDE)
+    pixels = Fit(SIDE, SIDE).decode(data)
     assert pixels.shape == (SIDE, SIDE, 3) and pixels.dtype == np.uint8
     assert np.abs(pixels - on_white(data)).max() <= 2
 
 
 @pytest.mark.parametrize("kind", ["rgba png", "grey and alpha", "rgba webp"])
 def test_transparent_is_white(kind):
-    assert (decode_image(ENCODED[kind](), SIDE, SIDE)[:, 0] == 255).all()
+    assert (Fit(SIDE, SIDE).decode(ENCODED[kind]())[:, 0] == 255).all()
 
 
 def test_16_bit_images_keep_their_range():
     grey = np.linspace(0, 65535, SIDE * SIDE).reshape(SIDE, SIDE).astype(np.uint16)
-    pixels = decode_image(encode(Image.fromarray(grey), "PNG"), SIDE, SIDE)
+    pixels = Fit(SIDE, SIDE).decode(encode(Image.fromarray(grey), "PNG"))
     assert np.abs(pixels - grey[..., None] / 257).max() <= 1
     colour = np.random.default_rng(0).integers(0, 65536, (SIDE, SIDE, 3), dtype=np.uint16)
-    pixels = decode_image(cv2.imencode(".png", colour[..., ::-1])[1].tobytes(), SIDE, SIDE)
+    pixels = Fit(SIDE, SIDE).decode(cv2.imencode(".png", colour[..., ::-1])[1].tobytes())
     assert np.abs(pixels - colour / 257).max() <= 1
 
 
@@ -88,12 +88,12 @@ def test_photographs_are_turned_upright(orientation):
     exif = Image.Exif()
     exif[0x112] = orientation
     data = encode(picture(), "JPEG", quality=95, exif=exif)
-    assert np.abs(decode_image(data, SIDE, SIDE) - on_white(data)).max() <= 3
+    assert np.abs(Fit(SIDE, SIDE).decode(data) - on_white(data)).max() <= 3
 
 
 @pytest.mark.parametrize("height, width", [(16, 8), (64, 48), (SIDE, SIDE)])
 def test_size_is_height_by_width(height, width):
-    pixels = decode_image(ENCODED["png"](), height, width)
+    pixels = Fit(height, width).decode(ENCODED["png"]())
     assert pixels.shape == (height, width, 3)
     expected = np.asarray(picture().resize((width, height), Image.Resampling.BOX)).astype(int)
     assert np.abs(pixels - expected).max() <= 20, "red still rises downwards and green to the right"
@@ -106,7 +106,7 @@ def test_truncated_images_are_named(form, share):
     data = encode(Image.fromarray(noise), form)
     cut = int(len(data) * share)
     with pytest.raises(SampleError, match=rf"shard.tar:cat 7: .*{cut} bytes"):
-        decode_image(data[:cut], SIDE, SIDE, "shard.tar:cat 7")
+        Fit(SIDE, SIDE).decode(data[:cut], "shard.tar:cat 7")
 
 
 @pytest.mark.parametrize("data", [b"", b"a red circle\n", b"\0" * 300, b"\xff\xd8", b"\x89PNG\r\n\x1a\n"])
@@ -114,16 +114,16 @@ def test_what_is_no_image_is_named_and_described_alike_every_time(data):
     said = set()
     for _ in range(3):
         with pytest.raises(SampleError, match=rf"^here: .*{len(data)} bytes") as raised:
-            decode_image(data, SIDE, SIDE, "here")
+            Fit(SIDE, SIDE).decode(data, "here")
         said.add(str(raised.value))
     assert len(said) == 1 and "object at 0x" not in said.pop(), "descriptions are counted as a set"
 
 
 def test_a_jpeg_with_something_behind_its_end_is_read():
     data = ENCODED["jpeg"]() + b"maker's notes" * 20
-    assert np.abs(decode_image(data, SIDE, SIDE) - on_white(data)).max() <= 2
+    assert np.abs(Fit(SIDE, SIDE).decode(data) - on_white(data)).max() <= 2
 
 
 def test_an_image_of_the_swapped_size_is_resized():
     lying = picture().resize((2 * SIDE, SIDE))
-    assert decode_image(encode(lying, "PNG"), 2 * SIDE, SIDE).shape == (2 * SIDE, SIDE, 3)
+    assert Fit(2 * SIDE, SIDE).decode(encode(lying, "PNG")).shape == (2 * SIDE, SIDE, 3)

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms, features
 
 from mmref.data.colors import on_white, to_8_bit
 from mmref.data.decode import MAX_PIXELS, decode_pixels, decode_rgb, image_format
+from mmref.data.fit import Fit
 from mmref.errors import PixelLimitError, SampleError
 from mmref.export.model import read_image
 from mmref.retrieval.service.answering import FORMATS, decode_query
@@ -174,10 +175,10 @@ def test_a_picture_is_the_same_in_every_file(kind):
     half = np.asarray(Image.fromarray(pixels).resize((32, 24), Image.Resampling.BICUBIC))
     assert distance(decode_rgb(small), half)[1] <= 4
     if image_format(data) in FORMATS:
-        assert np.array_equal(decode_query(data, Limits(pixels=10_000), *pixels.shape[:2]), pixels)
+        assert np.array_equal(decode_query(data, Limits(pixels=10_000), Fit(*pixels.shape[:2])), pixels)
     if image_format(data) not in (None, "JPEG2000"):
         with Image.open(io.BytesIO(data)) as image:
-            assert distance(read_image(image, HEIGHT, WIDTH, "query"), pixels)[0] <= 2
+            assert distance(read_image(image, Fit(HEIGHT, WIDTH), "query"), pixels)[0] <= 2
 
 
 STORED = {  # what a camera held in each way writes, of the upright picture
@@ -200,7 +201,7 @@ def test_pictures_are_upright_in_every_file(form, orientation):
     half = np.asarray(Image.fromarray(pixels).resize((32, 24), Image.Resampling.BICUBIC))
     assert distance(decode_rgb(prepare_image(data, ImageOptions(resize_to_px=24))[0]), half)[1] <= 4
     with Image.open(io.BytesIO(data)) as image:
-        assert np.array_equal(read_image(image, HEIGHT, WIDTH, "query"), pixels)
+        assert np.array_equal(read_image(image, Fit(HEIGHT, WIDTH), "query"), pixels)
 
 
 def swapping_profile() -> bytes:
@@ -226,7 +227,7 @@ def test_colors_of_a_profile_become_srgb(form, channels):
     half = np.asarray(Image.fromarray(pixels).resize((32, 24), Image.Resampling.BICUBIC))
     assert distance(decode_rgb(prepare_image(data, ImageOptions(resize_to_px=24))[0]), half)[1] <= 4
     with Image.open(io.BytesIO(data)) as opened:
-        assert np.array_equal(read_image(opened, HEIGHT, WIDTH, "query"), pixels)
+        assert np.array_equal(read_image(opened, Fit(HEIGHT, WIDTH), "query"), pixels)
 
 
 @pytest.mark.parametrize("profile", [b"broken", bytes(1_500_000), "sRGB", "gray picture"])
@@ -263,7 +264,7 @@ def test_what_is_beside_the_pixels_of_a_png_costs_nothing(between):
     data = data[:33] + between + data[33:]
     assert np.array_equal(decode_rgb(data), RGB)
     assert prepare_image(data, ImageOptions()) == (data, "png")
-    assert np.array_equal(decode_query(data, Limits(pixels=10_000), HEIGHT, WIDTH), RGB)
+    assert np.array_equal(decode_query(data, Limits(pixels=10_000), Fit(HEIGHT, WIDTH)), RGB)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF"])
@@ -357,7 +358,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(kind, side, monkeypatch):
         prepare_image(data, ImageOptions(resize_to_px=32))
     if kind not in ("radiance", "pfm"):
         with pytest.raises(Refused) as refused:
-            decode_query(data, Limits(), 32, 32)
+            decode_query(data, Limits(), Fit(32, 32))
         assert (refused.value.problem.status, refused.value.problem.error) == (413, "ImageTooLarge")
 
 

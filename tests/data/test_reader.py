@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.tiny_set import damage_image, replace_json
 
-from mmref.data.decode import decode_image
+from mmref.data.fit import Fit
 from mmref.data.reader import StepReader, TaskReader, concatenate
 from mmref.data.sample_reader import SampleReader
 from mmref.errors import SampleError, ShardSetError, TooFewObjectsError
@@ -43,7 +43,7 @@ def test_a_step_holds_what_the_plan_says(make_config):
     samples = SampleReader(reader.index)
     for i, image in enumerate(planned.images.tolist()):
         raw = samples.read(image)
-        assert np.array_equal(batch["image"][i], decode_image(raw.image_bytes, 16, 16))
+        assert np.array_equal(batch["image"][i], Fit(16, 16).decode(raw.image_bytes))
         assert raw.meta["object_id"] == reader.index.object_ids[planned.objects[i]]
         caption = raw.meta["captions"][int(planned.captions[i]) % len(raw.meta["captions"])]
         assert np.array_equal(batch["ids"][i], reader.tokens([caption])[0][0])

@@ -246,7 +246,7 @@ def test_what_cannot_be_indexed_is_said(folder, run, own_index, tmp_path):
         index.create(str(tmp_path / "empty"), str(run), out, workers=0)
     with pytest.raises(SearchIndexError, match="is no folder, shard set or table"):
         index.create(str(tmp_path / "nowhere"), str(run), out, workers=0)
-    with pytest.raises(ModelError, match="neither a run directory"):
+    with pytest.raises(ModelError, match="is not there: give a run directory"):
         index.create(str(folder), str(tmp_path / "nothing"), out, workers=0)
     with pytest.raises(SearchIndexError, match="exists already"):
         index.create(str(folder), str(run), str(own_index), workers=0)

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -32,6 +33,12 @@ class Hub:
         if revision == "main":
             return commits[-1]
         return next((files for i, files in enumerate(commits) if sha(repo, i) == revision), None)
+
+    def add(self, root: Path) -> None:
+        """Repositories of the folders `root/USER/NAME`."""
+        for folder in root.glob("*/*"):
+            files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+            self.repos[folder.relative_to(root).as_posix()] = [files]
 
     def head(self, repo: str, revision: str = "main") -> str:
         return sha(repo, len(self.repos[repo]) - 1) if revision == "main" else revision
@@ -111,9 +118,11 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "commit":
             return self._commit(repo, body)
         if what == "tree":
-            return self._answer(
-                200, [{"type": "file", "path": p, "size": len(d), "oid": _blob(d)} for p, d in sorted(files.items())]
-            )
+            below = unquote(urlsplit(self.path).path).partition(f"/tree/{revision}")[2].strip("/")
+            found = {p: d for p, d in sorted(files.items()) if not below or p.startswith(f"{below}/")}
+            if below and not found:
+                return self._refuse(404, "EntryNotFound")
+            return self._answer(200, [{"type": "file", "path": p, "size": len(d), "oid": _blob(d)} for p, d in found.items()])
         siblings = [{"rfilename": name} for name in sorted(files)]
         self._answer(200, {"id": repo, "sha": hub.head(repo, revision), "private": repo in hub.private, "siblings": siblings})
 

@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmref.data.decode import decode_rgb, decoded, image_format, resize_rgb
+from mmref.data.decode import decode_rgb, decoded, image_format
+from mmref.data.fit import Fit, Fitted
 from mmref.data.metadata import without_metadata
 from mmref.errors import DecodersBusyError, MMRefError, PixelLimitError, QueryError, SampleError, StorageError
 from mmref.retrieval.searcher import Query, Result, Searcher
@@ -113,10 +114,9 @@ class Engine:
             raise refuse(400, "EmptyQuery", "the query is empty.", "Give a sentence (text), an image, or both.")
         if ask.where:
             self._rows(self._searcher, ask)
-        data = self._searcher.model.config.data
         pixels = None
         if ask.image is not None:
-            pixels = decode_query(ask.image, self.limits, data.image_height, data.image_width)
+            pixels = Fitted(decode_query(ask.image, self.limits, Fit.of(self._searcher.model.config.data)))
         return Prepared(ask, Query(ask.text, pixels, ask.image_weight))
 
     def search(self, batch: Sequence[Prepared]) -> list[Reply]:
@@ -299,7 +299,7 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def decode_query(data: bytes, limits: Limits, height: int, width: int) -> NDArray[np.uint8]:
+def decode_query(data: bytes, limits: Limits, fit: Fit) -> NDArray[np.uint8]:
     """Pixels (height, width, 3) of an image that came with a request; its size is read first, so that a small file which
     unpacks to a huge image is refused. Raises Refused."""
     fix = f"Send a whole {', '.join(FORMATS)} file."
@@ -307,7 +307,7 @@ def decode_query(data: bytes, limits: Limits, height: int, width: int) -> NDArra
         if image_format(data) not in FORMATS:
             raise SampleError("the image cannot be read.")
         with decoded(data, "the image", limits.pixels, limits.decode_s) as rgb:
-            return resize_rgb(rgb, height, width)
+            return fit(rgb)
     except PixelLimitError as error:
         raise refuse(413, "ImageTooLarge", str(error), f"Shrink it to at most {limits.pixels:,} pixels.") from None
     except SampleError as error:

@@ -1,0 +1,70 @@
+"""The folder of an export as it is read: what its files say, its model, its references. Who writes it: mmref/export/write.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file
+
+from mmref.config import Config, from_saved
+from mmref.data.tokens import Tokens
+from mmref.errors import ModelError
+from mmref.model.mmref import MMRef, build_model
+from mmref.storage.packed_strings import NAMES as ID_TENSORS
+from mmref.storage.packed_strings import unpack_strings
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export in memory."""
+
+    card: dict[str, Any]  # config.json
+    config: Config
+    module: MMRef
+    tokens: Tokens
+    references: NDArray[np.float32] | None  # (m, K, d); None where training set none
+    object_ids: list[str]
+    text_mean: NDArray[np.float32] | None
+
+
+def is_export(card: Any) -> bool:
+    """Whether a config.json is that of an export, as none of transformers is."""
+    return isinstance(card, dict) and "format" in card and "model_type" not in card
+
+
+def read_export(folder: Path) -> Exported:
+    """Raises ModelError."""
+    try:
+        card = json.loads((folder / "config.json").read_text("utf-8"))
+        if card.get("format") != FORMAT:
+            raise ModelError(
+                f"{folder} has export format {card.get('format')}, this version of mmref reads {FORMAT}: export the run again."
+            )
+        config = from_saved(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), str(folder / "config.yaml"))
+        weights = load_file(folder / "model.safetensors")
+        arrays = load_arrays(folder / "references.safetensors")
+    except OSError as error:
+        raise ModelError(f"{folder} is no exported model: {error}. Write one with `mmref export RUN --out DIR`.") from None
+    if named := [n for n in (config.model.dual, config.model.vision, config.model.text) if n]:  # an export names none
+        raise ModelError(f"{folder}/config.yaml wants the model {named[0]} from elsewhere: export the run again.")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+    tokens = Tokens(tokenizer, config.data.max_tokens, config.data.padding)
+    module = build_model(config, tokens.vocab_size)
+    missing, unknown = module.load_state_dict(weights, strict=False)
+    if missing or unknown:
+        raise ModelError(
+            f"{folder}/model.safetensors does not fit its config: missing {missing[:3]}, unknown {unknown[:3]}. Export again."
+        )
+    ids = unpack_strings(*(arrays[name] for name in ID_TENSORS)).to_pylist()
+    return Exported(card, config, module, tokens, arrays.get("rows"), ids, arrays.get("text_mean"))

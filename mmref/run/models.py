@@ -1,0 +1,191 @@
+"""What stands where a model is asked for: a run, an export, or a pretrained model by hub id or folder.
+
+A model that is no run becomes one without a step, with a checkpoint of its weights and references, where a command keeps
+something beside it: metrics, a report, references. So each of them has one kind of thing to work on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mmref.config import Config, config_hash, dump_yaml, from_dict
+from mmref.config.inputs import settled
+from mmref.config.packages import check_imports
+from mmref.data.tokens import Tokens, load_tokens
+from mmref.errors import HubError, ModelError, RunDirectoryError
+from mmref.model.mmref import MMRef, build_model
+from mmref.run.checkpoints import FOLDER, list_checkpoints, persistent_buffers
+from mmref.run.directory import RunDir
+from mmref.run.exported import is_export, read_export
+from mmref.run.row_file import pack_ids
+from mmref.run.tensor_files import write_file
+from mmref.storage.hub import SCHEME, hub_file, hub_folder, hub_id
+from mmref.storage.locations import absolute, folder_name, is_url
+from mmref.version import __version__
+
+START = "start"  # in a run that begins with the weights of a model which is no run: that model as one
+SOURCE = "source.json"  # of a run without steps: the model that it was made of
+THREE = "a run directory of `mmref train`, a folder of `mmref export`, or a pretrained model (hub id or folder)"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was asked for: `place` is the path or URL of a run, the folder of an export, or what transformers loads."""
+
+    kind: Literal["run", "export", "pretrained"]
+    place: str
+
+
+def find_model(given: str) -> ModelSource:
+    """What a model's name, path or URL is. Raises ModelError, HubError: none of the three."""
+    if is_url(given) and not given.startswith(SCHEME):
+        return ModelSource("run", given) if not given.startswith("package://") else ModelSource("pretrained", given)
+    if os.path.isdir(given):
+        return _of_folder(Path(absolute(given)))
+    repository = hub_id(given)
+    if repository is None:
+        raise ModelError(f"{given} is not there: give {THREE}.")
+    card = hub_file(given, "config.json")
+    if card is None:
+        raise HubError(f"{repository} has no config.json on the hub, so it is no model that transformers or mmref loads.")
+    if is_export(_read(Path(card))):
+        return ModelSource("export", hub_folder(given))
+    # transformers knows no name of a revision
+    return ModelSource("pretrained", hub_folder(given) if "@" in repository else repository)
+
+
+def _of_folder(folder: Path) -> ModelSource:
+    card = _read(folder / "config.json")
+    if is_export(card):
+        return ModelSource("export", str(folder))
+    if isinstance(card, dict) and card.get("model_type"):
+        return ModelSource("pretrained", str(folder))
+    if (folder / "config.yaml").exists():
+        return ModelSource("run", str(folder))
+    raise ModelError(f"{folder} is none of these: {THREE}.")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def pretrained_config(name: str) -> Config:
+    """The config of a pretrained dual encoder as it is, with everything as its own files say. Raises ModelError."""
+    return settled(from_dict({"model": {"dual": name}, "loss": {"w_guide": 0.0}}, name))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model in memory, with the references it has so far."""
+
+    config: Config
+    module: MMRef
+    tokens: Tokens
+    references: np.ndarray  # (m, K, d)
+    object_ids: list[str]
+
+
+def load_pretrained(name: str) -> Parts:
+    """A pretrained dual encoder, by hub id or folder. Raises ModelError."""
+    config = pretrained_config(name)
+    tokens = load_tokens(config)
+    module = build_model(config, tokens.vocab_size).eval()
+    return Parts(config, module, tokens, np.zeros((0, config.reference.per_object, module.embed_dim), np.float32), [])
+
+
+def _load_exported(folder: str) -> Parts:
+    found = read_export(Path(folder))
+    rows, config = found.references, found.config
+    check_imports(config.model)
+    if rows is None:
+        rows = np.zeros((0, config.reference.per_object, found.module.embed_dim), np.float32)
+    return Parts(config, found.module, found.tokens, rows, found.object_ids)
+
+
+# -- a run without steps -----------------------------------------------------------------------------------------------
+
+
+def as_run(given: str, data: str | None, run_dir: str | None = None) -> str:
+    """The run directory of a model: a run's own, or one without a step that is made of an export or pretrained model.
+
+    Args:
+        given: as of `find_model`.
+        data: the shard set that the new run is of; a run has its own.
+        run_dir: where it is made, by default runs/NAME. One that was made of the same model before is taken as it is.
+
+    Raises:
+        ModelError: there is no such model, or a new run lacks a shard set. RunDirectoryError: another run is in the place.
+    """
+    found = find_model(given)
+    if found.kind == "run":
+        return absolute(found.place)
+    if data is None:
+        raise ModelError(f"{given} is no run, which would have a shard set of its own: give one with `--data`.")
+    run = RunDir(run_dir or f"runs/{folder_name(found.place if found.kind == 'pretrained' else given)}")
+    source = {"model": given if hub_id(given) and not os.path.isdir(given) else absolute(given)}
+    with run.held():
+        if run.exists("config.yaml"):
+            _check_same(run, source)
+        if not (run.exists(SOURCE) and list_checkpoints(run)):
+            parts = load_pretrained(found.place) if found.kind == "pretrained" else _load_exported(found.place)
+            _write_run(run, parts, data, copies_tokenizer=found.kind == "export")
+            run.write_text(SOURCE, json.dumps(source))
+    return run.path
+
+
+def start_of(config: Config, run: RunDir) -> RunDir:
+    """The run whose weights a training of `train.start_from` begins with."""
+    return RunDir(run.join(START)) if run.exists(f"{START}/{SOURCE}") else RunDir(config.train.start_from)
+
+
+def _check_same(run: RunDir, source: dict[str, str]) -> None:
+    before = run.read_json(SOURCE) if run.exists(SOURCE) else {"model": "a training"}
+    if before != source:
+        raise RunDirectoryError(
+            f"{run.path} is a run of {before['model']}, and would become one of {source['model']}: give another `--run_dir`."
+        )
+
+
+def _write_run(run: RunDir, parts: Parts, data: str, copies_tokenizer: bool) -> None:
+    """Write config and checkpoint; the list of the checkpoint's files comes last."""
+    config = parts.config
+    config.data.root, config.run_dir = absolute(data), run.path
+    if copies_tokenizer:  # an export's is in its own folder
+        config.data.tokenizer = run.join("tokenizer")
+        for name, text in _tokenizer_files(parts.tokens).items():
+            run.write_bytes(f"tokenizer/{name}", text)
+    run.write_text("config.yaml", dump_yaml(config))
+    folder = f"{FOLDER}/step-{0:08d}-source"
+    weights = {name: p.detach().contiguous() for name, p in parts.module.named_parameters()}
+    weights |= {f"buffer:{name}": b.detach().contiguous() for name, b in persistent_buffers(parts.module)}
+    rows: dict[str, Tensor] = {"rows": torch.from_numpy(np.ascontiguousarray(parts.references))}
+    rows |= pack_ids(pa.array(parts.object_ids, pa.large_string()))
+    files = {
+        f"{kind}-0.safetensors": write_file(run, f"{folder}/{kind}-0.safetensors", tensors, 0)
+        for kind, tensors in (("model", weights), ("references", rows))
+    }
+    objects, per_object, dim = parts.references.shape
+    meta = {
+        "step": 0, "score": 0.0, "val": {}, "config_hash": config_hash(config), "seed": config.train.seed, "world": 1,
+        "version": __version__, "bank": {"objects": objects, "per_object": per_object, "dim": dim}, "files": files,
+    }  # fmt: skip
+    run.write_text(f"{folder}/meta.json", json.dumps(meta, indent=1))
+
+
+def _tokenizer_files(tokens: Tokens) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory(prefix="mmref-") as folder:
+        tokens.tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}

@@ -1,0 +1,159 @@
+"""Models that are no runs become runs without a step, and are evaluated, given references and trained on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from support.pretrained import PHOTOGRAPHS, TEXTS, own_features, save_pretrained
+
+import mmref
+from mmref.config import from_dict
+from mmref.config.inputs import settled
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import ShardSet
+from mmref.data.tokens import load_tokens
+from mmref.errors import ModelError, RunDirectoryError
+from mmref.evaluate import evaluation, split_features
+from mmref.evaluate.command import main as evaluate
+from mmref.export.write import export_pretrained
+from mmref.model.mmref import build_model
+from mmref.references import bank_rows
+from mmref.references.command import main as references
+from mmref.run.checkpoints import best_checkpoint, fetched, load_model, load_object_ids, load_references
+from mmref.run.directory import RunDir
+from mmref.run.models import SOURCE, as_run, find_model, pretrained_config, start_of
+from mmref.train import checkpoint_files
+from mmref.train.bank import ReferenceBank
+from mmref.train.trainer import first_weights
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_pretrained("clip", tmp_path_factory.mktemp("hub") / "clip")
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Evaluation's workers in this process, without Ray."""
+
+    def encoded(start, portions, workers):
+        worker = start()
+        for portion in portions:
+            yield portion, *worker.encode(portion)
+
+    def starter(config, run, checkpoint, root):
+        return lambda: split_features.Embedder(run.path, checkpoint, config, root)
+
+    monkeypatch.setattr(split_features, "_encoded", encoded)
+    monkeypatch.setattr(split_features, "_starter", starter)
+    for module in (evaluation, bank_rows):
+        monkeypatch.setattr(module, "connect", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(module, "workers_that_fit", lambda asked: asked)
+
+
+def test_what_a_place_holds(clip, tmp_path):
+    export = export_pretrained(str(clip), str(tmp_path / "export"))
+    run = as_run(str(clip), str(tmp_path), str(tmp_path / "run"))
+    kinds = [find_model(str(place)).kind for place in (clip, export, run, "s3://bucket/run")]
+    assert kinds == ["pretrained", "export", "run", "run"]
+    with pytest.raises(ModelError, match="is not there: give a run directory"):
+        find_model(str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_run_without_steps_has_the_model_s_features(exported, clip, tiny_set, tmp_path):
+    source = export_pretrained(str(clip), str(tmp_path / "export")) if exported else clip
+    path = as_run(str(source), str(tiny_set), str(tmp_path / "run"))
+    run, config, info = evaluation.open_run(path)
+    assert (info.step, config.data.root, config.data.resize) == (0, str(tiny_set), "crop")
+    tokens = load_tokens(config)
+    module = build_model(config, tokens.vocab_size).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    with fetched(run, info, "model", "references") as folder:
+        load_model(folder, module)
+        assert load_references(folder, info.meta).shape == (0, 1, module.embed_dim) and load_object_ids(folder, info.meta) == []
+    encoder = split_features.Encoder(module, module, config.data, tokens, torch.device("cpu"))
+    with encoder:
+        assert np.abs(encoder.texts(TEXTS) - own_features(clip, PHOTOGRAPHS[:1], TEXTS)[1]).max() < 1e-4
+
+
+def test_the_same_model_finds_its_run_again_and_another_one_does_not(clip, tiny_set, tmp_path):
+    given = str(clip), str(tiny_set), str(tmp_path / "run")
+    path = as_run(*given)
+    written = (tmp_path / "run" / "config.yaml").stat().st_mtime_ns
+    assert as_run(*given) == path and (tmp_path / "run" / "config.yaml").stat().st_mtime_ns == written
+    other = save_pretrained("siglip", tmp_path / "siglip")
+    with pytest.raises(RunDirectoryError, match=r"is a run of .*clip, and would become one of .*siglip: give another"):
+        as_run(str(other), str(tiny_set), path)
+    with pytest.raises(ModelError, match="is no run, which would have a shard set of its own"):
+        as_run(str(clip), None, str(tmp_path / "third"))
+    # Whatever was interrupted before the name was written is made anew.
+    (tmp_path / "run" / SOURCE).unlink()
+    with pytest.raises(RunDirectoryError, match="is a run of a training"):
+        as_run(*given)
+
+
+def test_zero_shot_is_scored_by_the_model_s_own_features(clip, tiny_set, tmp_path, in_process, capsys):
+    """`mmref evaluate --model FOLDER --data SHARDS`: metrics of features that transformers gives too, and a report."""
+    assert evaluate(["--model", str(clip), "--data", str(tiny_set), "--run_dir", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    index = ShardSet.open(str(tiny_set)).index("test")
+    reader = SampleReader(index)
+    samples = [reader.read(i) for i in range(len(index))]
+    captions = [(c["text"] if isinstance(c, dict) else c, i) for i, s in enumerate(samples) for c in s.meta["captions"]]
+    image, text = own_features(clip, [s.image_bytes for s in samples], [c for c, _ in captions])
+    hits = [
+        index.object_row[int(np.argmax(t @ image.T))] == index.object_row[i] for t, (_, i) in zip(text, captions, strict=True)
+    ]
+    assert metrics["initial"]["R@1"] == pytest.approx(100 * np.mean(hits))
+    assert metrics["refined"] == metrics["initial"] and metrics["checkpoint_step"] == 0
+    assert "R@1" in capsys.readouterr().out and (tmp_path / "run" / "report.html").stat().st_size > 1000
+    # What has been evaluated can be exported and loaded, as any run.
+    model = mmref.load(tmp_path / "run")
+    assert np.abs(model.encode_text(TEXTS) - own_features(clip, PHOTOGRAPHS[:1], TEXTS)[1]).max() < 1e-4
+
+
+def test_references_of_a_pretrained_model_are_means_and_refine(clip, tiny_set, tmp_path, in_process, capsys):
+    """`mmref references add --model FOLDER --data SHARDS`."""
+    assert references(["add", "--model", str(clip), "--data", str(tiny_set), "--run_dir", str(tmp_path / "run")]) == 0
+    run = RunDir(str(tmp_path / "run"))
+    info = best_checkpoint(run)
+    with fetched(run, info, "references") as folder:
+        rows, ids = load_references(folder, info.meta).numpy(), load_object_ids(folder, info.meta)
+    shards = ShardSet.open(str(tiny_set))
+    assert ids == list(shards.index("train").object_ids) and "14 objects added" in capsys.readouterr().out
+    index = shards.index("train")
+    reader = SampleReader(index)
+    samples = [reader.read(i) for i in np.flatnonzero(np.asarray(index.object_row) == 3)]
+    texts = [c["text"] if isinstance(c, dict) else c for s in samples for c in s.meta["captions"]]
+    image, text = own_features(clip, [s.image_bytes for s in samples], texts)
+    assert np.abs(rows[3, 0] - np.concatenate([image, text]).mean(0)).max() < 1e-3
+    evaluate(["--model", str(clip), "--data", str(tiny_set), "--run_dir", run.path, "--no-report"])
+    metrics = run.read_json("metrics.json")
+    assert len(metrics["refinement"]["tried"]) > 10 and metrics["refinement"]["chosen_on"] == "val"
+
+
+def test_training_begins_with_the_weights_of_a_pretrained_model(clip, tiny_set, tmp_path):
+    """`train.start_from` of what is no run: the driver leaves it in the run directory, where each worker finds it."""
+    given = json.loads((clip / "config.json").read_text())
+    towers = {k: v for k, v in given.items() if k not in ("architectures", "dtype", "transformers_version")}
+    data, run = {"root": str(tiny_set), "tokenizer": str(clip)}, RunDir(str(tmp_path / "run"))
+    values = {"model": {"dual_config": towers}, "data": data, "train": {"start_from": str(clip), "seed": 3}}
+    config = settled(from_dict(values))
+    first_weights(config, run)
+    vocabulary = load_tokens(config).vocab_size
+    model, pretrained = build_model(config, vocabulary), build_model(pretrained_config(str(clip)), vocabulary)
+    wanted = dict(pretrained.named_parameters())
+    assert any(not torch.equal(p, wanted[name]) for name, p in model.named_parameters())
+    engine = SimpleNamespace(module=model, optimizer=torch.optim.AdamW(model.parameters()))
+    checkpoint_files.start_from(start_of(config, run), engine, ReferenceBank(14, model.embed_dim, config.reference, 0))
+    for name, parameter in model.named_parameters():
+        if name != "log_scale":  # the temperature is the config's
+            torch.testing.assert_close(parameter, wanted[name])

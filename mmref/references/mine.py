@@ -46,12 +46,12 @@ class Mined:
 
 
 def mine(
-    model: str, out: str | None = None, count: int = 16, data: str | None = None, by: str = "auto", workers: int | None = None
+    run_dir: str, out: str | None = None, count: int = 16, data: str | None = None, by: str = "auto", workers: int | None = None
 ) -> Mined:
     """Write the nearest training objects of each object as a file for `data.neighbors`.
 
     Args:
-        model: run directory of `mmref train`.
+        run_dir: run directory of `mmref train`.
         out: the file; by default neighbors.parquet in the run directory.
         count: neighbors of each object.
         data: shard set whose train split is to be trained on; by default what the run was trained on, a mixture too.
@@ -64,7 +64,7 @@ def mine(
     """
     if out:
         check_output("--out", out)
-    run, config, checkpoint = open_run(model)
+    run, config, checkpoint = open_run(run_dir)
     index = ShardSet.open(data).index("train") if data else train_index(config)
     if min(np.diff([*index.first_objects, index.n_objects])) < 2:
         raise NeighborsError(f"{data or config.data.root} has one training object alone: it has no neighbors.")

@@ -25,7 +25,7 @@ def test_a_config_is_known_by_its_name() -> None:
 
 
 def test_a_file_goes_before_a_name_and_a_folder_does_not(tmp_path: Path) -> None:
-    (tmp_path / "smoke").write_text("run_dir: own\n")
+    (tmp_path / "smoke").write_text("run_dir: own\nmodel: {dual: tiny}\n")
     (tmp_path / "emoji").mkdir()
     assert load_config(["--config", "smoke"]).run_dir == "own"
     assert load_config(["--config", "emoji"]).run_dir == "runs/emoji"

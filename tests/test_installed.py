@@ -18,7 +18,7 @@ from support.installed import brought, build_wheel, make_environment
 from mmref.cli import COMMANDS
 from mmref.extras import EXTRAS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # each command imports torch anew
 Mmref = Callable[..., tuple[int, str, str]]
 # The help of every command, in one process: most of its time goes into imports.
 HELPS = """

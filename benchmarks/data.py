@@ -24,6 +24,7 @@ import torch
 
 from mmref.cluster.connection import connect
 from mmref.config import Config, from_dict, load_config, to_dict
+from mmref.config.inputs import settled
 from mmref.data.captions import usable_captions
 from mmref.data.fit import Fit
 from mmref.data.shard_set import ShardSet
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=20, help="steps before the clock starts")
     parser.add_argument("--out", help="JSON file")
     args, passed = parser.parse_known_args()
-    config = load_config(["--config", args.config, *passed])
+    config = settled(load_config(["--config", args.config, *passed]))
     config.train.workers = args.workers
     config.train.max_steps = args.warmup + args.steps + 1000  # a stream does not end under the clock
     with tempfile.TemporaryDirectory(prefix="mmref-benchmark-") as folder:

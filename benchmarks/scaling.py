@@ -17,6 +17,7 @@ from whole_run import run_trainer
 
 from mmref.cluster.resources import torch_threads
 from mmref.config import from_dict, load_config, to_dict
+from mmref.config.inputs import settled
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
     config = load_config(
         ["--config", args.config, "--train.gpu", str(gpu).lower(), *([] if gpu else ["--train.threads", "1"]), *passed]
     )
+    config = settled(config)
     cores = os.cpu_count() or 1
     rows = []
     for workers in args.workers:

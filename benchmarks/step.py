@@ -30,6 +30,7 @@ import torch
 from whole_run import run_trainer
 
 from mmref.config import Config, from_dict, load_config, to_dict
+from mmref.config.inputs import settled
 from mmref.data import augment
 from mmref.data.augment import normalize
 from mmref.data.reader import StepReader
@@ -177,8 +178,8 @@ def main() -> None:
         parser.error("--parts are of MMRef: name it in --only as well")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    config = load_config(["--config", args.config, "--train.gpu", str(args.device == "cuda").lower(),
-                          "--train.threads", str(args.threads), *passed])  # fmt: skip
+    config = settled(load_config(["--config", args.config, "--train.gpu", str(args.device == "cuda").lower(),
+                                  "--train.threads", str(args.threads), *passed]))  # fmt: skip
     reader = StepReader(config)
     batches = [reader.read_step(s) for s in range(args.steps)]
     if args.caption_tokens:

@@ -29,6 +29,10 @@ TRAINED_TOKENS = {"chinese_clip": 52}
 POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 """Text towers that count positions from behind the padding token's id: so many they cannot use."""
 READS_PADDING = ("siglip",)
+REFUSED = {  # families that transformers has and we have not, and why
+    "siglip2": "NaFlex reads patches of images of every shape and number, and images have one size here. Give a SigLIP 2 of "
+    "fixed resolution, such as google/siglip2-base-patch16-224",
+}
 SAID = 300
 
 
@@ -98,6 +102,12 @@ def neutral(data: DataConfig) -> list[str]:
     return [*names, *(["padding"] if data.padding == "right" else [])]
 
 
+def refuse_known(family: str) -> None:
+    """Raise ModelError for a family of dual encoders that is known not to work, with the reason."""
+    if why := REFUSED.get(family):
+        raise ModelError(f"model.dual: the family `{family}` cannot be used: {why}.")
+
+
 @functools.cache
 def inputs_of(name: str) -> Inputs:
     """How a pretrained model, by hub id or directory, wants its images and captions. Raises ModelError."""
@@ -106,8 +116,11 @@ def inputs_of(name: str) -> Inputs:
     place = local_name(name)
     try:
         config: Any = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        refuse_known(config.model_type)
         images: Any = AutoImageProcessor.from_pretrained(place, trust_remote_code=False, backend="pil")
         tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:  # of transformers, its hub client and whatever parses the files
         said = textwrap.shorten(str(error), SAID, placeholder=" ...")
         raise ModelError(

@@ -20,6 +20,7 @@ from mmref.errors import SampleError
 
 Floats = NDArray[np.float32]
 DECODE_THREADS = 4
+LONG = 128  # tokens from which on padding that no feature sees is cut off: below, results stay what they were to the last bit
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Encoder:
     def __init__(self, model: Callable, module: torch.nn.Module, data: DataConfig, tokens: Tokens, device: torch.device) -> None:
         self.model, self.module, self.data, self.tokens = model, module, data, tokens
         self.device = device
+        self.trims_texts = bool(getattr(getattr(module, "backbone", None), "trims_texts", False))
 
     def __enter__(self) -> Encoder:
         self._was_training = self.module.training
@@ -104,5 +106,8 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> Floats:
         """n captions -> (n, d) normalised."""
         ids, mask = self.tokens(list(texts))
+        if self.tokens.max_tokens >= LONG and self.trims_texts:  # BERT reads 512 tokens, and captions have ten
+            longest = max(1, int(mask.sum(1).max()))
+            ids, mask = ids[:, :longest], mask[:, :longest]
         ids_t, mask_t = (torch.from_numpy(a).to(self.device).long() for a in (ids, mask))
         return self.model(None, ids_t, mask_t).text.float().cpu().numpy()

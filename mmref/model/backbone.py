@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from mmref.config import ModelConfig
+from mmref.config.inputs import refuse_known
 from mmref.config.packages import IMPORT, imported, local_name
 from mmref.errors import ModelError
 from mmref.model.adapter import Adapter
@@ -35,10 +36,6 @@ from mmref.model.frozen import FrozenTokens
 from mmref.model.text_groups import BLIND_TO_PADDING
 
 DRIVEN = ("chinese_clip", "clip", "metaclip_2", "siglip", "vision-text-dual-encoder")  # families of dual encoders, as tested
-NO_PICTURES = {  # families that transformers has and we have not, and why
-    "siglip2": "NaFlex reads patches of images of every shape and number, and images have one size here. Give a SigLIP 2 of "
-    "fixed resolution, such as google/siglip2-base-patch16-224",
-}
 NOT_IN_EVERY_FILE = ("pooler", "mask_token", "logit_")  # weights a tower may start without: trained anew, or not read
 SAID = 400  # characters of a foreign error: transformers lists every model it knows
 TRIED_TOKENS, TRIED_PX = 8, 64  # of the forward pass that tries towers, where nothing else is known
@@ -93,7 +90,7 @@ def check_towers(config: ModelConfig, end_id: int | None, size: tuple[int, int] 
             continue
         found = tower_config(name, values, f"model.{part}")
         if part == "dual":
-            _refuse_known(found.model_type)
+            refuse_known(found.model_type)
         # CLIP reads its text feature at the end token (2 is its legacy value for "the largest id").
         expected = getattr(getattr(found, "text_config", None), "eos_token_id", None)
         if part == "dual" and "clip" in found.model_type and expected not in (None, 2, end_id):
@@ -232,7 +229,7 @@ class DualBackbone(nn.Module):
         self.visual_projection = getattr(model, "visual_projection", None) or nn.Identity()
         self.text_projection = getattr(model, "text_projection", None) or nn.Identity()
         vision, text = model.config.vision_config, model.config.text_config
-        self.image_width, self.text_width = _width_of(vision, "vision"), _width_of(text, "text")
+        self.image_width, self.text_width = vision.hidden_size, text.hidden_size
         self.embed_dim = getattr(model.config, "projection_dim", None) or text.projection_size
         if isinstance(self.visual_projection, nn.Identity):
             self.embed_dim = text.projection_size if hasattr(text, "projection_size") else vision.hidden_size
@@ -379,19 +376,14 @@ def _pooled(out: Any, tokens: Tensor) -> Tensor:
 
 
 def _tower_width(tower: Any) -> int:
-    """Width of a tower's last hidden state."""
-    return _width_of(tower.config, type(tower).__name__)
-
-
-def _width_of(config: Any, what: str) -> int:
-    """`hidden_size` of a tower's config, or the last of `hidden_sizes` of hierarchical ones. Raises ModelError."""
+    """Width of a tower's last hidden state: `hidden_size`, or the last of `hidden_sizes` of hierarchical ones."""
     for name in ("hidden_size", "d_model", "dim"):
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    sizes = getattr(config, "hidden_sizes", None) or getattr(config, "embed_dims", None)
+        if isinstance(getattr(tower.config, name, None), int):
+            return getattr(tower.config, name)
+    sizes = getattr(tower.config, "hidden_sizes", None) or getattr(tower.config, "embed_dims", None)
     if sizes:
         return int(sizes[-1])
-    raise ModelError(f"{what}: no hidden_size or hidden_sizes in its config, so its width is unknown.")
+    raise ModelError(f"{type(tower).__name__}: no hidden_size or hidden_sizes in its config, so its width is unknown.")
 
 
 def _family(config: ModelConfig) -> str:
@@ -412,19 +404,13 @@ def _towers(config: ModelConfig) -> Backbone:
     )
 
 
-def _refuse_known(family: str) -> None:
-    """Raise ModelError for a family that is known not to work, with the reason."""
-    if why := NO_PICTURES.get(family):
-        raise ModelError(f"model.dual: the family `{family}` cannot be used: {why}.")
-
-
 def build_backbone(config: ModelConfig, vocab_size: int) -> Backbone:
     """Backbone of a config; the text embedding grows to `vocab_size` rows when the tokenizer has more tokens.
 
     Raises ModelError, also for a dual encoder of a family that gives no features.
     """
     if (config.dual or config.dual_config) and (family := _family(config)) not in DRIVEN:
-        _refuse_known(family)
+        refuse_known(family)
         try_towers(config)
     backbone = _towers(config)
     if vocab_size > backbone.vocab_size:  # a mask token added to a tokenizer without one (CLIP)

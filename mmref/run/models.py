@@ -135,14 +135,14 @@ def as_run(given: str, data: str | None, run_dir: str | None = None) -> str:
     if data is None:
         raise ModelError(f"{given} is no run, which would have a shard set of its own: give one with `--data`.")
     run = RunDir(run_dir or f"runs/{folder_name(found.place if found.kind == 'pretrained' else given)}")
-    source = {"model": given if hub_id(given) and not os.path.isdir(given) else absolute(given)}
+    source = {"model": absolute(given) if os.path.isdir(given) else str(hub_id(given) or given)}
     with run.held():
         if run.exists("config.yaml"):
             _check_same(run, source)
-        if not (run.exists(SOURCE) and list_checkpoints(run)):
+        run.write_text(SOURCE, json.dumps(source))
+        if not list_checkpoints(run):  # what an interrupted call left is written over
             parts = load_pretrained(found.place) if found.kind == "pretrained" else _load_exported(found.place)
             _write_run(run, parts, data, copies_tokenizer=found.kind == "export")
-            run.write_text(SOURCE, json.dumps(source))
     return run.path
 
 

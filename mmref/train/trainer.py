@@ -65,7 +65,6 @@ def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | Non
         print(f"{config.data.root} has no test split{what}", flush=True)
     with run.held():
         prepare_run(config, run)
-        first_weights(config, run)
         with connect(needed_cpus(config), config.train.storage_gb), Termination(run) as termination:
             check_resources(config)
             fit(config, run, termination=termination)
@@ -93,7 +92,10 @@ def check_inputs(config: Config) -> None:
 
 
 def prepare_run(config: Config, run: RunDir) -> None:
-    """Write the resolved config. Raises RunDirectoryError for another config's run, or what another command wrote."""
+    """Write the resolved config, and the model of `train.start_from` that is no run.
+
+    Raises RunDirectoryError for another config's run, or what another command wrote.
+    """
     if found := next((name for name in OF_OTHERS if run.exists(name)), None):
         raise RunDirectoryError(
             f"{run.path} is no run's: it holds {found}, as a shard set, an index or an export does, whose files would be "
@@ -114,6 +116,7 @@ def prepare_run(config: Config, run: RunDir) -> None:
     run.write_text(DATA, data)
     checkpoint_files.remove_uncommitted(run)
     checkpoint_files.repair_snapshot(run)
+    first_weights(config, run)
 
 
 def first_weights(config: Config, run: RunDir) -> None:

@@ -346,7 +346,7 @@ def test_a_value_out_of_bounds_is_named(field, value, said):
 
 def test_help_tells_bounds_and_units():
     text = " ".join(build_parser().format_help().split())
-    assert "Height in pixels that images are resized to. [at least 1 px]" in text
+    assert "that of `model.dual`, 64 without it. [at least 1 px]" in text
     assert "Probability of a horizontal flip in training. [from 0 to 1]" in text
 
 

@@ -78,8 +78,18 @@ def test_images_in_every_form_are_the_same(clip, tmp_path):
     model, data = mmref.load(clip), photograph(0, 97, 143)
     (tmp_path / "a.jpg").write_bytes(data)
     opened = Image.open(io.BytesIO(data))
-    found = model.encode_images([data, tmp_path / "a.jpg", opened, np.asarray(opened)])
-    assert np.abs(found - found[0]).max() == 0
+    found = model.pixels([data, tmp_path / "a.jpg", opened, np.asarray(opened)])
+    assert found.shape == (4, 32, 32, 3) and (found == found[0]).all()
+
+
+def test_a_long_text_tower_reads_no_more_than_the_longest_caption(tmp_path):
+    model = mmref.load(save_pretrained("vision-text-dual-encoder", tmp_path))
+    lengths = []
+    tower = model.module.backbone.text_model
+    tower.register_forward_pre_hook(lambda *given: lengths.append(given[2]["input_ids"].shape[1]), with_kwargs=True)
+    model.encode_text(TEXTS)
+    longest = max(len(model._encoder.tokens.tokenizer(text)["input_ids"]) for text in TEXTS)
+    assert model.config.data.max_tokens == 160 and lengths == [longest]
 
 
 def test_naflex_is_refused_with_the_reason(tmp_path):
@@ -87,9 +97,6 @@ def test_naflex_is_refused_with_the_reason(tmp_path):
     config = AutoConfig.for_model("siglip2", vision_config={**small, "num_patches": 16, "patch_size": 8},
                                   text_config={**small, "vocab_size": 60, "projection_size": 16})  # fmt: skip
     AutoModel.from_config(config).save_pretrained(tmp_path)
-    save_pretrained("siglip2", tmp_path / "other")
-    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tmp_path / "other" / name, tmp_path / name)
     with pytest.raises(ModelError, match=r"NaFlex reads patches.*fixed resolution"):
         mmref.load(tmp_path)
 

@@ -23,7 +23,8 @@ SIGLIP = {
     "vision_config": {**SMALL, "image_size": 32, "patch_size": 8},
     "text_config": {**SMALL, "vocab_size": 60, "max_position_embeddings": 12, "projection_size": 16},
 }
-DUALS = {"clip": (CLIP, 12), "siglip": (SIGLIP, 16)}
+CHINESE = {**CLIP, "model_type": "chinese_clip", "text_config": {**SMALL, "vocab_size": 60, "max_position_embeddings": 12}}
+DUALS = {"clip": (CLIP, 12), "siglip": (SIGLIP, 16), "chinese_clip": (CHINESE, 12)}
 PAIRS = {"vit": {**VIT, "image_size": 32}, "convnext": CONVNEXT}
 
 
@@ -54,7 +55,7 @@ def test_dual_from_config_and_from_its_directory(kind, tmp_path):
     image, image_tokens = backbone.encode_image(pixels())
     text, text_tokens = backbone.encode_text(ids, mask)
     assert image.shape == text.shape == (3, dim) and text_tokens.shape == (3, 8, 16)
-    assert image_tokens.shape == (3, 16 + (kind == "clip"), 16)
+    assert image_tokens.shape == (3, 16 + (kind != "siglip"), 16)
 
     torch.manual_seed(0)
     whole = AutoModel.from_config(AutoConfig.for_model(**config)).eval()
@@ -84,6 +85,9 @@ def test_tokens_in_the_shared_space_are_what_global_features_are_made_of(kind):
     elif kind == "clip":  # its class token and its end token
         torch.testing.assert_close(seen[:, 0], image)
         torch.testing.assert_close(read[torch.arange(3), mask.sum(1) - 1], text)
+    elif kind == "chinese_clip":  # the first token of both
+        torch.testing.assert_close(seen[:, 0], image)
+        torch.testing.assert_close(read[:, 0], text)
     else:  # SigLIP pools images by attention, and takes the last token of a text
         torch.testing.assert_close(read[:, -1], text)
 

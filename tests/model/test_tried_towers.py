@@ -23,13 +23,15 @@ EFFICIENT = {
     "num_block_repeats": [1], "expand_ratios": [1], "depthwise_padding": [],
 }  # fmt: skip
 WORK = {
+    "chinese_clip": {"projection_dim": 8, "vision_config": VISION, "text_config": TEXT},
+    "vision-text-dual-encoder": {
+        "projection_dim": 8, "vision_config": {**VISION, "model_type": "vit"}, "text_config": {**TEXT, "model_type": "bert"},
+    },
     "clip": {"projection_dim": 8, "vision_config": VISION, "text_config": {**TEXT, "eos_token_id": 2}},
     "metaclip_2": {"projection_dim": 8, "vision_config": VISION, "text_config": {**TEXT, "eos_token_id": 2}},
     "siglip": {"vision_config": VISION, "text_config": {**TEXT, "projection_size": 16}},
-}
+}  # fmt: skip
 FAIL = {
-    "chinese_clip": {"projection_dim": 8, "vision_config": VISION, "text_config": TEXT},
-    "siglip2": {"vision_config": {**SIZES, "patch_size": 8, "num_patches": 4}, "text_config": {**TEXT, "projection_size": 16}},
     "align": {"projection_dim": 8, "vision_config": EFFICIENT, "text_config": TEXT},
     "groupvit": {"projection_dim": 8, "text_config": TEXT, "vision_config": {
         **SIZES, "image_size": 16, "patch_size": 8, "depths": [1, 1, 1], "num_group_tokens": [2, 1, 0],
@@ -71,6 +73,14 @@ def test_families_that_give_no_features_are_named(family, kind, tmp_path):
         check_towers(config, None, (16, 16))
     with pytest.raises(ModelError, match=f"family `{family}`"):  # without the check before a run
         build_backbone(config, 40)
+
+
+def test_a_family_that_cannot_work_is_refused_with_the_reason():
+    towers = {"vision_config": {**SIZES, "patch_size": 8, "num_patches": 4}, "text_config": {**TEXT, "projection_size": 16}}
+    config = ModelConfig(dual_config={"model_type": "siglip2", **towers})
+    for attempt in (lambda: check_towers(config, None, (16, 16)), lambda: build_backbone(config, 40)):
+        with pytest.raises(ModelError, match="family `siglip2` cannot be used: NaFlex reads patches"):
+            attempt()
 
 
 @pytest.mark.parametrize("family, said", [("altclip", "(2, 8, 8) where 16 and 16 wide"), ("owlvit", "get_input_embeddings")])
@@ -129,6 +139,6 @@ def test_trying_towers_leaves_random_numbers_alone():
 
 def test_sizing_names_them_too(make_config):
     config = make_config()
-    config.model = ModelConfig(dual_config={"model_type": "chinese_clip", **FAIL["chinese_clip"]})
-    with pytest.raises(ModelError, match="family `chinese_clip`"):
+    config.model = ModelConfig(dual_config={"model_type": "xclip", **FAIL["xclip"]})
+    with pytest.raises(ModelError, match="family `xclip`"):
         measure_model(config, 2)

@@ -88,8 +88,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], Callable[[], Any], dict[str, Any]]] = 
         {"image_processor_type": "ChineseCLIPImageProcessor", **SQUARE, "do_center_crop": False},
     ),
     "vision-text-dual-encoder": (
-        _config("vision-text-dual-encoder", {"model_type": "bert", **BERT_TEXT}, {"model_type": "vit"}, projection_dim=12),
-        lambda: bert_tokenizer(model_max_length=64),
+        _config("vision-text-dual-encoder", {"model_type": "bert", **BERT_TEXT, "max_position_embeddings": 160},
+                {"model_type": "vit"}, projection_dim=12),
+        lambda: bert_tokenizer(model_max_length=160),
         {"image_processor_type": "ViTImageProcessor", **SQUARE, "resample": 2, **HALVES},
     ),
     "no pad token": (

@@ -158,6 +158,7 @@ def test_rows_of_an_ablation_mean_the_same_in_another_directory(home, tmp_path, 
         "rows: {a: {set: {data.tokenizer: tok}}, b: {set: {data.tokenizer: '~/tok'}}, c: {set: {data.tokenizer: hub/name}}}"
     )
     base = load_config(DUAL)
+    monkeypatch.setattr(ablate, "settled", lambda config: config)  # no model is looked at
     monkeypatch.setattr(ablate, "check_inputs", lambda config: None)
     monkeypatch.setattr(ablate.ShardSet, "open", lambda root: type("Set", (), {"splits": ["train", "val", "test"]}))
     monkeypatch.setattr(ablate, "fingerprints", told)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ from mmref.data.decode import decode_rgb, decoded, image_format
 from mmref.data.fit import Fit, Fitted
 from mmref.data.metadata import without_metadata
 from mmref.errors import DecodersBusyError, MMRefError, PixelLimitError, QueryError, SampleError, StorageError
+from mmref.model.device import described
 from mmref.retrieval.searcher import Query, Result, Searcher
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused, refuse
 from mmref.storage.locations import is_url
+from mmref.terminal.progress import say
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,8 @@ class Engine:
     def __init__(self, index: str, limits: Limits, watch: bool = True) -> None:
         self.limits = limits
         self._searcher = Searcher(index)
+        if self._searcher.device.type != "cpu":
+            say(f"{Path(index).name}: queries are encoded on {described(self._searcher.device)}")
         self._info: tuple[Searcher, dict[str, Any]] | None = None
         self._remote = threading.Semaphore(limits.remote_images)
         self._closed = threading.Event()

@@ -121,6 +121,8 @@ class MMRef(nn.Module):
         """
         backbone = self.backbone
         self.locked = lock(backbone.vision_model, image, "train.lock_image") + lock(backbone.text_model, text, "train.lock_text")
+        for module in self.locked:
+            module.eval()
         if isinstance(backbone, PairBackbone):
             backbone.keep_tokens(image == "all", text == "all")
 

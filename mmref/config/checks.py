@@ -108,6 +108,18 @@ def _check_towers(config: Config) -> None:
             "`model.adapter_layers` and `model.feature_cache` are for a pair of towers (`model.vision`, `model.text`); a dual "
             "encoder (`model.dual`) brings its own projections."
         )
+    for part, rank, locked in (("image", m.lora_image, t.lock_image), ("text", m.lora_text, t.lock_text)):
+        if rank and (m.freeze_backbone or locked == "all"):
+            raise ConfigError(
+                f"`model.lora_{part}` trains adapters inside the tower that `model.freeze_backbone` or `train.lock_{part}: all` "
+                "locks: leave one of them out."
+            )
+    if t.start_from and (m.lora_image or m.lora_text):
+        raise ConfigError(
+            "`model.lora_image` and `model.lora_text` train adapters of the model that the config names, and `train.start_from` "
+            "would give it other weights, which no checkpoint would hold. Export that run, and name the folder `transformers` of "
+            "the export as the model."
+        )
     if not m.feature_cache:
         return
     images, texts = (m.freeze_backbone or locked == "all" for locked in (t.lock_image, t.lock_text))

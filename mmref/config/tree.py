@@ -111,6 +111,12 @@ class ModelConfig:
     """Global feature of a tower of a pair: `first` token, `mean` over tokens, or `auto` (the tower's own pooler, else mean)."""
     adapter_layers: int = option(0, at_least=0)
     """Transformer layers of width `embed_dim` trained on the tokens of each tower of a pair; 0: none."""
+    lora_image: int = option(0, at_least=0, added=True)
+    """Rank of LoRA's adapters on the linear layers of the image tower, of which nothing else is trained; 0: none."""
+    lora_text: int = option(0, at_least=0, added=True)
+    """The same of the text tower."""
+    lora_alpha: float = option(16.0, above=0, added=True)
+    """Strength of these adapters: what they add counts alpha / rank."""
     freeze_backbone: bool = False
     """Train only projections, adapters and heads."""
     feature_cache: str = option("", identity=False)

@@ -5,6 +5,7 @@
     tokenizer/               as transformers saves it
     references.safetensors   rows (m, K, d) of the training objects, their ids, mean text code of dense refinement
     transformers/            the same towers for plain transformers, where it has such a model
+    adapters/image, text     LoRA's adapters of a tower as peft has them; in the weights above they are merged
     README.md                the model card
 
 Every weight is a safetensors file; nothing is pickled. The folder appears as a whole or not at all.
@@ -35,6 +36,7 @@ from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.export.card import is_plain, model_card
 from mmref.export.model import load
 from mmref.model.backbone import IMPORT, DualBackbone, PairBackbone, tower_config
+from mmref.model.lora import has_lora, merge_lora, write_lora
 from mmref.model.mmref import HEADS, TRAINING_ONLY, MMRef, build_model
 from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_model, load_object_ids, load_references
 from mmref.run.directory import RunDir
@@ -109,6 +111,7 @@ def _write(run_dir: str, data: str | None, target: Path, name: str) -> None:
         references, object_ids = load_references(folder, info.meta).numpy(), load_object_ids(folder, info.meta)
     space = trained_space(config, references)
 
+    _merge_adapters(target / "adapters", module)
     portable = portable_config(config, module)
     _write_model(target, portable, module, tokens)
     _write_references(target, references if space else None, object_ids)
@@ -157,12 +160,21 @@ def portable_config(config: Config, module: MMRef) -> Config:
             if IMPORT not in (model[f"{name}_config"] or {}):  # a tower from an import path stays that
                 model |= {name: "", f"{name}_config": tower.to_dict()}
         model |= {"feature_cache": ""}
+    model |= {"lora_image": 0, "lora_text": 0}  # merged
     values["data"]["tokenizer"] = ""
     values["loss"] |= {"w_rec": 0.0, "w_mlm": 0.0, "w_id": 0.0}  # no heads
     if config.loss.w_rec and not config.loss.w_fuse:
         values["loss"]["w_guide"] = 0.0  # a config that guides by references which nothing trains is refused
     values["train"] |= {"precision": "fp32", "gpu": False, "gradient_checkpointing": False}
     return from_dict(values)
+
+
+def _merge_adapters(folder: Path, module: MMRef) -> None:
+    """Write the adapters of each tower that has some, and make them a part of its weights."""
+    for part, tower in (("image", module.backbone.vision_model), ("text", module.backbone.text_model)):
+        if has_lora(tower):
+            write_lora(tower, folder / part)
+            merge_lora(tower)
 
 
 def _write_model(folder: Path, config: Config, module: MMRef, tokens: Tokens) -> None:

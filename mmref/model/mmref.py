@@ -16,6 +16,7 @@ from mmref.errors import ModelError
 from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, PairBackbone, build_backbone
 from mmref.model.depth import lock
+from mmref.model.lora import MARK, add_lora
 from mmref.model.text_groups import TextGroup, encode_groups
 from mmref.model.word_decoder import ImageWordHead, ReconstructionHead
 from mmref.randomness import RandomStream, torch_seed
@@ -210,7 +211,7 @@ class MMRef(nn.Module):
     def is_new(self, name: str) -> bool:
         """Whether a parameter starts from random weights beside pretrained towers (gets `train.lr_new`)."""
         prefixes = tuple(f"backbone.{p}" for p in self.backbone.new_parameter_prefixes())
-        return name.startswith((*HEADS, *TRAINING_ONLY, *LOGITS, *prefixes))
+        return name.startswith((*HEADS, *TRAINING_ONLY, *LOGITS, *prefixes)) or MARK in name
 
 
 def computes_in_bf16(gpu: bool) -> bool:
@@ -244,6 +245,10 @@ def build_model(config: Config, vocab_size: int, objects: int = 0) -> MMRef:
         bf16 = chosen_precision(train)[0]
         plain = bf16 and not train.on_gpu
         model = MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16, objects, plain)
+        if config.model.lora_image:
+            add_lora(backbone.vision_model, config.model.lora_image, config.model.lora_alpha, "model.lora_image")
+        if config.model.lora_text:
+            add_lora(backbone.text_model, config.model.lora_text, config.model.lora_alpha, "model.lora_text")
         both = ("all", "all") if config.model.freeze_backbone else (train.lock_image, train.lock_text)
         model.lock_towers(*both)
         return model

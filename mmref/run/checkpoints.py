@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mmref.errors import CheckpointError
+from mmref.model.lora import below_adapters
 from mmref.model.mmref import TRAINING_ONLY
 from mmref.run.directory import RunDir
 from mmref.run.row_file import row_files
@@ -166,10 +167,11 @@ def _downloader(path: str) -> Callable[[Any], str]:
 
 def load_model(folder: str, model: torch.nn.Module) -> None:
     """Restore the weights alone into a plain module, for evaluation: without those of training alone. Raises CheckpointError."""
-    tensors = TensorFolder(folder, "model")
-    check_fits(tensors, {n: tuple(p.shape) for n, p in model.named_parameters()}, folder, TRAINING_ONLY)
+    tensors, left_out = TensorFolder(folder, "model"), below_adapters(model)
+    saved = {n: p for n, p in model.named_parameters() if n not in left_out}
+    check_fits(tensors, {n: tuple(p.shape) for n, p in saved.items()}, folder, TRAINING_ONLY)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in saved.items():
             parameter.copy_(tensors.get(name))
         for name, buffer in persistent_buffers(model):
             buffer.copy_(tensors.get(f"buffer:{name}"))

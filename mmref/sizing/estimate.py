@@ -34,6 +34,7 @@ class ModelSize:
     activations: int  # bytes at the peak of the forward pass: what it keeps for the backward pass, and what it works on
     forward_flops: int
     flops: int  # forward and backward
+    left_out: int = 0  # parameters below LoRA's adapters, which checkpoints leave out
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def measure_model(config: Config, micro_batch: int, objects: int = 0) -> ModelSi
 
     from mmref.model.backbone import try_towers, without_weights
     from mmref.model.flops import flop_counter
+    from mmref.model.lora import below_adapters
     from mmref.model.mmref import Masked, build_model
 
     trust_own(config.model)
@@ -110,7 +112,7 @@ def measure_model(config: Config, micro_batch: int, objects: int = 0) -> ModelSi
         loss = sum(heads, out.image.sum() + out.text.sum())
         with flops:
             loss.backward()
-    parameters = list(model.parameters())
+    parameters, left_out = list(model.parameters()), below_adapters(model)
     return ModelSize(
         sum(p.numel() for p in parameters),
         sum(p.numel() for p in parameters if p.requires_grad),
@@ -118,6 +120,7 @@ def measure_model(config: Config, micro_batch: int, objects: int = 0) -> ModelSi
         memory.peak,
         forward,
         forward + flops.get_total_flops(),
+        sum(p.numel() for name, p in model.named_parameters() if name in left_out),
     )
 
 
@@ -177,7 +180,7 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
         contrast=contrast,
         host_references=references if r.rows_on == "host" else 0,
         object_store=blocks * config.data.steps_per_task * samples + PREFETCHED_STEPS * samples,
-        checkpoint=weights + (2 + bool(t.ema)) * trained + world * references,
+        checkpoint=weights - FP32 * model.left_out + (2 + bool(t.ema)) * trained + world * references,
         send_features=_gathered(world, features) + _reduced(world, features),
         send_gradients=send_gradients,
         send_references=send_references,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mmref.errors import CheckpointError
+from mmref.model.lora import below_adapters
 from mmref.model.mmref import HEADS, LOGITS, TRAINING_ONLY
 from mmref.run.checkpoints import (
     AVERAGE,
@@ -76,7 +77,7 @@ def snapshot(engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> Snapshot
     owner = share_out({n: p.ds_numel if hasattr(p, "ds_numel") else p.numel() for n, p in _parameters(engine)}, world)
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
-    for name, state in iterate_state(engine, lambda name: owner[name] == rank):
+    for name, state in iterate_state(engine, lambda name: owner.get(name) == rank):
         weights[name] = state.get(AVERAGE, state["weight"]).cpu().contiguous()
         kept = (*MOMENTS, TRAINED) if AVERAGE in state else MOMENTS
         moments |= {f"{name}/{key}": state[key].cpu().contiguous() for key in kept if key in state}
@@ -193,8 +194,8 @@ class ResumePoint:
 def load(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> None:
     """Restore engine and bank from a local folder, whatever number of workers wrote it. Raises CheckpointError."""
     tensors = TensorFolder(folder, "model", "optimizer")
-    check_fits(tensors, _shapes(engine), folder)
-    load_state(engine, tensors.state_of, int(meta["step"]))
+    check_fits(tensors, shapes := _shapes(engine), folder)
+    load_state(engine, lambda name: tensors.state_of(name) if name in shapes else {}, int(meta["step"]))
     for name, buffer in _buffers(engine):
         buffer.copy_(tensors.get(f"buffer:{name}"))
     load_bank(folder, bank, meta)
@@ -251,7 +252,8 @@ def load_bank(folder: str, bank: ReferenceBank, meta: dict[str, Any], names: tup
 
 
 def _parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    return list(engine.module.named_parameters())
+    left_out = below_adapters(engine.module)
+    return [(name, p) for name, p in engine.module.named_parameters() if name not in left_out]
 
 
 def _shapes(engine: Any) -> dict[str, tuple[int, ...]]:

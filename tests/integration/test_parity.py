@@ -179,6 +179,19 @@ def test_locked_layers_and_rates_by_depth(tmp_path: Path, tiny_set: Path) -> Non
     assert not [n for n in expected["first"] if "vision_model.embeddings" in n] and expected["first"]
 
 
+def test_adapters_by_lora(tmp_path: Path, tiny_set: Path) -> None:
+    """Of wide towers, whose frozen weights ZeRO-3 partitions. A checkpoint has the adapters alone; another stage goes on."""
+    pytest.importorskip("peft")
+    lora = {"model__lora_image": 4, "model__lora_text": 4, "train__ema": 0.6, "loss__w_rec": 0.0}
+    expected = run(tmp_path / "1", wide(tiny_set, train__zero_stage=0, **lora), 1)
+    found = run(tmp_path / "2", wide(tiny_set, **PARTITIONED, **lora), 2)
+    compare_averages(expected, found)
+    assert [n for n in found["partitioned"] if "base_layer" in n] and [n for n in expected["first"] if "lora_B" in n]
+    run(tmp_path / "3", wide(tiny_set, **PARTITIONED, **lora), 2, stop_at=6)
+    resumed = run(tmp_path / "4", wide(tiny_set, train__zero_stage=1, **lora), 1, resume=str(tmp_path / "3" / "checkpoint"))
+    check_goes_on(expected, resumed)
+
+
 EMA = {"train__ema": 0.6, "loss__align": "sigmoid", "loss__bias": -3.0, "loss__learn_tau": True}
 
 
@@ -190,10 +203,12 @@ def averaging(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def compare_averages(expected: dict[str, Any], found: dict[str, Any]) -> None:
     compare(expected, found)
     for name, state in expected["states"].items():
-        assert relative(state["ema"], found["states"][name]["ema"]) < CLOSE, name
+        assert state.keys() == found["states"][name].keys(), name
+        if "ema" in state:  # not of what is frozen
+            assert relative(state["ema"], found["states"][name]["ema"]) < CLOSE, name
     for a, b in zip(expected["features"], found["features"]):
         assert relative(a, b) < CLOSE
-    assert not torch.allclose(*found["features"], atol=1e-3), "the average is not what is trained"
+    assert not torch.allclose(*found["features"], atol=1e-4), "the average is not what is trained"
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,18 @@ def test_recomputed_activations_are_smaller_and_cost_a_forward(make_config):
     assert plain.flops < again.flops < plain.flops + plain.forward_flops
 
 
+def test_an_average_is_held_and_saved_as_a_moment_is(make_config):
+    for stage, more in ((0, 4000), (1, 1000)):
+        scale = {"train__workers": 4, "train__zero_stage": stage}
+        without, average = size(make_config, **scale), size(make_config, **scale, train__ema=0.99)
+        assert average.optimizer - without.optimizer == more and average.checkpoint - without.checkpoint == 4000
+
+
+def test_what_is_locked_is_not_trained(make_config):
+    plain, locked = measure_model(make_config(), 4), measure_model(make_config({"train.lock_image": 1}), 4)
+    assert locked.parameters == plain.parameters and locked.trained < plain.trained and locked.flops < plain.flops
+
+
 def size(make_config, objects=1000, **overrides):
     values = {name.replace("__", "."): value for name, value in overrides.items()}
     return compute_sizing(make_config(values), objects, SMALL)

@@ -14,6 +14,7 @@ from mmref.errors import ConfigError
 from mmref.model.mmref import build_model
 from mmref.run.checkpoints import TensorFolder, load_model
 from mmref.train import checkpoint_files
+from mmref.train import loop as training
 from mmref.train.average import averaged_weights, decay_at, follow_weights
 from mmref.train.engine import _fresh_state
 
@@ -95,6 +96,27 @@ def test_a_checkpoint_is_evaluated_by_the_average_and_resumed_by_both(make_confi
     for (name, a), b in zip(run.model.named_parameters(), resumed.model.parameters()):
         assert torch.equal(a, b), name
     assert all(torch.equal(a, averages(resumed)[n]) for n, a in averages(run).items())
+
+
+def test_evaluations_in_training_see_the_average(make_config):
+    run, seen = Training(make_config(EMA)), []
+    before = run.train(0, 3)[-1]
+
+    def score(*_):
+        seen.append({n: p.detach().clone() for n, p in run.model.named_parameters()})
+        return dict.fromkeys(("R@1", "R@5", "R@10", "mAP", "mINP"), 1.0)
+
+    worker = SimpleNamespace(
+        config=run.config, engine=run.engine, bank=None, encoder=None, ledger=SimpleNamespace(write=lambda done: None),
+        validation=score, testing=score, _check_weights=lambda done: None, _write_bad=lambda: None,
+    )  # fmt: skip
+    saver = SimpleNamespace(save=lambda meta, metrics: 0.0)
+    for evaluate in (True, False):
+        training.Worker._evaluate_and_save(worker, 3, saver, evaluate=evaluate)
+        assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters()), "training goes on with the weights"
+    assert len(seen) == 2, "val and test, where it was asked for"
+    for weights in seen:
+        assert all(torch.equal(weights[n], average) for n, average in averages(run).items())
 
 
 def test_another_run_s_start_begins_the_average(make_config, tmp_path):

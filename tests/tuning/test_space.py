@@ -143,3 +143,25 @@ def test_the_refinement_s_values_stand_beside_the_config_s_own(tmp_path: Path, m
     assert prepared.eval.refine_weights == [0.1, 0.3, 3.2] and prepared.eval.refine_in_training
     assert prepared.eval.refine_kinds == ["sparse", "dense", "expansion"]
     assert prepared.eval.refine_taus == base.eval.refine_taus and not base.eval.refine_in_training
+
+
+def test_a_number_or_a_word_is_one_value(tmp_path: Path) -> None:
+    (lock,) = space_of(tmp_path, train__lock_image={"type": "choice", "values": [0, 6, "all"]}).parameters
+    assert lock.values == (0, 6, "all")
+    for entry, message in (
+        ({"type": "choice", "values": ["most"]}, "`train.lock_image` takes all or int, found 'most'"),
+        ({"type": "int", "low": 0, "high": 6}, "is no number: use type `choice`"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            space_of(tmp_path, train__lock_image=entry)
+
+
+def test_fine_tuning_is_searched(tmp_path: Path) -> None:
+    fields = {
+        "train.ema": 0.99, "train.layer_decay": 0.8, "train.lock_text": "all", "model.lora_image": 8, "model.lora_alpha": 8.0,
+        "loss.align": "sigmoid", "loss.bias": -5.0,
+    }  # fmt: skip
+    entries = {name.replace(".", "__"): {"type": "choice", "values": [value]} for name, value in fields.items()}
+    assert {p.name: p.values for p in space_of(tmp_path, **entries).parameters} == {n: (v,) for n, v in fields.items()}
+    with pytest.raises(ConfigError, match=r"`train.epochs` cannot be searched"):
+        space_of(tmp_path, train__epochs={"type": "choice", "values": [1.0]})

@@ -39,7 +39,7 @@ config `{config_hash}`.
 
 Percent. Every caption queries every image of the split ({n_queries} captions and {n_gallery} images on {split}); a hit is an
 image of the same object. 95 % interval of the last R@1: {low:.1f} to {high:.1f} (bootstrap over objects).
-{refinement}
+{refinement}{mixture}
 
 ## Use
 
@@ -53,6 +53,11 @@ Features are float32, L2-normalised, of width {dim}. Images are resized to {heig
 to {max_tokens} tokens.
 
 {plain}"""
+
+MIXTURE = (
+    "\nThe weights are {tuned:.0%} those of the fine-tuned model and {start:.0%} those that training started from: "
+    "a share that was\nchosen on val."
+)
 
 PLAIN = """In plain transformers:
 
@@ -77,8 +82,13 @@ PAIR = (
 )
 
 
-def model_card(name: str, config: Config, info: CheckpointInfo, metrics: dict[str, Any], shards: ShardSet) -> str:
-    """README.md of an export `name` of a checkpoint, whose evaluation gave `metrics` (metrics.json)."""
+def model_card(
+    name: str, config: Config, info: CheckpointInfo, metrics: dict[str, Any], shards: ShardSet, share: float | None = None
+) -> str:
+    """README.md of an export `name` of a checkpoint, whose evaluation gave `metrics` (metrics.json).
+
+    `share` of its weights is fine-tuned, None: all of it.
+    """
     scores = {metrics["split"]: metrics["initial"], f"{metrics['split']}, refined": metrics["refined"]}
     if val := info.meta.get("val"):
         scores = {"val": val, **scores}
@@ -107,6 +117,7 @@ def model_card(name: str, config: Config, info: CheckpointInfo, metrics: dict[st
         max_tokens=config.data.max_tokens,
         plain=plain if is_plain(config) else NOT_PLAIN,
         **{k: metrics[k] for k in ("split", "n_queries", "n_gallery")},
+        mixture=MIXTURE.format(tuned=share, start=1 - share) if share is not None else "",
         refinement=f"The refinement ({chosen['kind']}, weight {chosen['weight']}) was chosen on {chosen['chosen_on']}."
         if chosen["chosen_on"]
         else "Without refinement: the set has no val split to choose one on.",

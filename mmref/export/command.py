@@ -19,6 +19,10 @@ def main(argv: Sequence[str]) -> int:
     model_argument(parser, "run directory of `mmref train`, or its URL; or a pretrained model, by hub id or folder")
     parser.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder to write; must not exist yet")
     parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set of the run, where it has been moved")
+    parser.add_argument(
+        "--interpolate", action="store_true",
+        help="mix the weights with those that training started from, by the share that is best on val (WiSE-FT)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     from mmref.errors import ExportError
     from mmref.export.write import export_pretrained, export_run
@@ -28,9 +32,11 @@ def main(argv: Sequence[str]) -> int:
     if found.kind == "export":
         raise ExportError(f"{found.place} is an export already: copy the folder.")
     if found.kind == "pretrained":
+        if args.interpolate:
+            raise ExportError(f"{found.place} has not been fine-tuned: there is nothing to interpolate with.")
         print(f"exported to {export_pretrained(found.place, args.out)}")
     else:
-        print(f"exported to {export_run(found.place, args.out, args.data)}")
+        print(f"exported to {export_run(found.place, args.out, args.data, args.interpolate)}")
     return 0
 
 

@@ -13,6 +13,7 @@ Every weight is a safetensors file; nothing is pickled. The folder appears as a 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -34,6 +35,7 @@ from mmref.evaluate.choose import settings_of, trained_space
 from mmref.evaluate.features import Floats, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.export.card import is_plain, model_card
+from mmref.export.interpolate import interpolate
 from mmref.export.model import load
 from mmref.model.backbone import IMPORT, DualBackbone, PairBackbone, tower_config
 from mmref.model.lora import has_lora, merge_lora, write_lora
@@ -50,24 +52,25 @@ from mmref.version import __version__
 MEAN_TEXTS = 4096  # captions of val whose mean centres dense codes of single queries
 
 
-def export_run(run_dir: str, out: str, data: str | None = None) -> Path:
+def export_run(run_dir: str, out: str, data: str | None = None, interpolated: bool = False) -> Path:
     """Write the best checkpoint of an evaluated run as a folder.
 
     Args:
         run_dir: run directory of `mmref train`, local or a URL.
         out: the folder; must not exist.
         data: the run's shard set, by default where its config says.
+        interpolated: with the weights that training started from (`mmref.export.interpolate`).
 
     Returns:
         The folder's path.
 
     Raises:
         ExportError: `out` exists, is being written by another process or cannot be written, or the run's best checkpoint has not
-            been evaluated. StorageError when the disk is full.
+            been evaluated, or there is nothing to interpolate with. StorageError when the disk is full.
     """
     target = Path(out).absolute()
     with whole_folder(out, ExportError, "README.md", _no_other) as folder:
-        _write(run_dir, data, folder, target.name)
+        _write(run_dir, data, folder, target.name, interpolated)
     return target
 
 
@@ -96,13 +99,12 @@ def _no_other(target: Path) -> Iterable[str]:
     raise ExportError(f"{target} exists already: give another `--out`, or remove it.")
 
 
-def _write(run_dir: str, data: str | None, target: Path, name: str) -> None:
+def _write(run_dir: str, data: str | None, target: Path, name: str, interpolated: bool) -> None:
     """Write the files of an export into an empty folder, `name` on its card."""
     disable_progress_bar()
     run = RunDir(run_dir)
     config, info = run.read_config(), best_checkpoint(run)
     metrics = _metrics_of(run, info)
-    settings = settings_of(metrics)
     shards = ShardSet.open(data or config.data.root)
     tokens = load_tokens(config)
     with fetched(run, info, "model", "references") as folder:
@@ -112,6 +114,13 @@ def _write(run_dir: str, data: str | None, target: Path, name: str) -> None:
     space = trained_space(config, references)
 
     _merge_adapters(target / "adapters", module)
+    extra: dict[str, Any] = {}
+    if interpolated:
+        mixed = interpolate(module, config, shards, tokens, space, metrics["split"])
+        metrics = mixed.metrics
+        info = dataclasses.replace(info, meta={**info.meta, "val": mixed.val})
+        extra["interpolation"] = {"share": mixed.share, "tried": mixed.tried}
+    settings = settings_of(metrics)
     portable = portable_config(config, module)
     _write_model(target, portable, module, tokens)
     _write_references(target, references if space else None, object_ids)
@@ -124,12 +133,14 @@ def _write(run_dir: str, data: str | None, target: Path, name: str) -> None:
         "objects": len(references) if space else 0,
         "refinement": asdict(settings if space else RefinementSettings(weight=0.0)),
         "val": info.meta.get("val", {}),
+        **extra,
         metrics["split"]: {k: metrics[k] for k in ("initial", "refined", "ci95", "n_queries", "n_gallery")},
     }
     (target / "config.json").write_text(json.dumps(card, indent=1))
     if is_plain(config):
         write_transformers(target / "transformers", config, module, tokens)
-    (target / "README.md").write_text(model_card(name, config, info, metrics, shards), "utf-8")
+    share = extra.get("interpolation", {}).get("share")
+    (target / "README.md").write_text(model_card(name, config, info, metrics, shards, share), "utf-8")
     if space and settings.kind == "dense" and settings.weight > 0:
         _add_text_mean(target, space, shards)
 

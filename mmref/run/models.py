@@ -106,8 +106,11 @@ def load_pretrained(name: str) -> Parts:
     return Parts(config, module, tokens, np.zeros((0, config.reference.per_object, module.embed_dim), np.float32), [])
 
 
-def _load_exported(folder: str) -> Parts:
-    found = read_export(Path(folder))
+def load_parts(source: ModelSource) -> Parts:
+    """An export or a pretrained model in memory. Raises ModelError."""
+    if source.kind == "pretrained":
+        return load_pretrained(source.place)
+    found = read_export(Path(source.place))
     rows, config = found.references, found.config
     check_imports(config.model)
     if rows is None:
@@ -141,8 +144,7 @@ def as_run(given: str, data: str | None, run_dir: str | None = None) -> str:
             _check_same(run, source)
         run.write_text(SOURCE, json.dumps(source))
         if not list_checkpoints(run):  # what an interrupted call left is written over
-            parts = load_pretrained(found.place) if found.kind == "pretrained" else _load_exported(found.place)
-            _write_run(run, parts, data, copies_tokenizer=found.kind == "export")
+            _write_run(run, load_parts(found), data, copies_tokenizer=found.kind == "export")
     return run.path
 
 

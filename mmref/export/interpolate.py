@@ -1,0 +1,126 @@
+"""Fine-tuned weights mixed with those that training started from (WiSE-FT, Wortsman et al., CVPR 2022, arXiv:2109.01903).
+
+A pretrained model knows more of the world than a fine-tuned one, which knows more of the set; in between lie models that are
+often better than both. Which one is chosen on val: it costs an encoding of val for each share that is tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmref.config import Config
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import ShardSet
+from mmref.data.tokens import Tokens
+from mmref.errors import ExportError
+from mmref.evaluate.choose import choose_on_val
+from mmref.evaluate.evaluation import Evaluation
+from mmref.evaluate.features import Encoder, read_pixels, read_queries
+from mmref.evaluate.metrics import evaluate_features, summarize
+from mmref.evaluate.refinement import ReferenceSpace
+from mmref.evaluate.split_features import SplitFeatures
+from mmref.model.mmref import MMRef, build_model
+from mmref.run.checkpoints import TensorFolder, best_checkpoint, fetched
+from mmref.run.directory import RunDir
+from mmref.run.models import find_model, load_parts
+from mmref.terminal.progress import say
+from mmref.train.validation import score_of
+
+SHARES = tuple(i / 10 for i in range(11))
+"""Of the fine-tuned weights, that are tried: from none to all of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpolation:
+    """The share of the fine-tuned weights, what each share reaches on val, and what the mixture reaches with its refinement."""
+
+    share: float
+    val: dict[str, float]  # what it reaches on val, before refinement
+    tried: list[dict[str, float]]  # the same of each share
+    metrics: dict[str, Any]  # as metrics.json has them, of the reported split
+
+
+def interpolate(
+    module: MMRef, config: Config, shards: ShardSet, tokens: Tokens, space: ReferenceSpace | None, split: str
+) -> Interpolation:
+    """Mix a run's weights with those that it started from, in place, by the share that is best on val.
+
+    Of equal shares the larger is taken. The refinement is chosen anew on val, and `split` scored with both.
+
+    Raises:
+        ExportError: the run started from random weights, or its set has no val split.
+    """
+    if "val" not in shards.splits:
+        raise ExportError(f"{shards.root} has no val split to choose the share on: export without `--interpolate`.")
+    tuned = {name: p.detach().clone() for name, p in module.named_parameters()}
+    start = start_weights(config, module, tokens)
+    encoder = Encoder(module, module, config.data, tokens, torch.device("cpu"))
+    tried: list[dict[str, float]] = []
+    for share in SHARES:
+        _mix(module, start, tuned, share)
+        val = encode_split(encoder, config, shards, "val")
+        found = evaluate_features(val.text[val.queries.text], val.image, val.queries.objects, val.image_objects)
+        tried.append({"share": share, **summarize(found)})
+        say(f"{share:.0%} of the fine-tuned weights: mAP {tried[-1]['mAP']:.2f} on val")
+    best = max(tried, key=lambda row: (score_of(row, config.eval.metric), row["share"]))
+    _mix(module, start, tuned, best["share"])
+    val = encode_split(encoder, config, shards, "val")
+    settings, grid = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
+    reported = val if split == "val" else encode_split(encoder, config, shards, split)
+    metrics = {"split": split, **Evaluation(config, reported, space, settings, grid).metrics()}
+    metrics["refinement"]["chosen_on"] = "val"
+    scores = {name: value for name, value in best.items() if name != "share"}
+    return Interpolation(best["share"], scores, tried, metrics)
+
+
+def start_weights(config: Config, module: MMRef, tokens: Tokens) -> dict[str, Tensor]:
+    """The weights that a run's training started from and did not draw at random, by name. Raises ExportError where all were."""
+    m = config.model
+    plain = dataclasses.replace(config, model=dataclasses.replace(m, lora_image=0, lora_text=0))  # here adapters are merged
+    pretrained = {"backbone.": m.dual, "backbone.vision_model.": m.vision, "backbone.text_model.": m.text}
+    if config.train.start_from:
+        found = find_model(config.train.start_from)
+        if found.kind != "run":
+            named = load_parts(found).module.named_parameters()
+            return {name: p.detach() for name, p in named if name.startswith("backbone.")}
+        run = RunDir(found.place)
+        with fetched(run, best_checkpoint(run), "model") as folder:
+            tensors = TensorFolder(folder, "model")
+            return {name: tensors.get(name) for name, _ in module.named_parameters() if name.startswith("backbone.")}
+    prefixes = tuple(prefix for prefix, name in pretrained.items() if name)
+    if not prefixes:
+        raise ExportError(
+            "the run started from random weights (`model.*_config`, no `train.start_from`), which no mixture is to have a share "
+            "of: export without `--interpolate`."
+        )
+    began = build_model(plain, tokens.vocab_size)
+    return {name: p.detach() for name, p in began.named_parameters() if name.startswith(prefixes)}
+
+
+@torch.no_grad()
+def _mix(module: MMRef, start: dict[str, Tensor], tuned: dict[str, Tensor], share: float) -> None:
+    for name, p in module.named_parameters():
+        if name in start:
+            p.copy_(torch.lerp(start[name], tuned[name], share))
+
+
+def encode_split(encoder: Encoder, config: Config, shards: ShardSet, split: str) -> SplitFeatures:
+    """Features of a split, encoded in this process."""
+    index, batch = shards.index(split), config.eval.batch
+    reader = SampleReader(index)
+    queries = read_queries(index, reader)
+    images, bad = [], []
+    with encoder:
+        for first in range(0, len(index), batch):
+            pixels, problems = read_pixels(reader, range(first, min(first + batch, len(index))), config.data)
+            images.append(encoder.images(pixels))
+            bad += problems
+        text = np.concatenate([encoder.texts(queries.texts[i : i + batch]) for i in range(0, len(queries.texts), batch)])
+    usable = np.array([not problem for problem in bad])
+    skipped = queries.skipped + [problem for problem in bad if problem]
+    return SplitFeatures(index, queries, np.concatenate(images)[usable], np.flatnonzero(usable), text, skipped)

@@ -1,0 +1,104 @@
+"""Exports of fine-tuned weights mixed with those of the start: the share that val chooses, and scores of that very mixture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.tiny_run import make_run
+from support.tiny_set import BERT, VIT
+from transformers import AutoConfig, AutoModel
+
+import mmref
+from mmref.cli import main
+from mmref.data.shard_set import ShardSet
+from mmref.data.tokens import load_tokens
+from mmref.errors import ExportError
+from mmref.evaluate.features import read_queries
+from mmref.evaluate.metrics import evaluate_features, summarize
+from mmref.export import interpolate as mixing
+from mmref.export.write import export_run
+from mmref.model.mmref import build_model
+
+
+@pytest.fixture(autouse=True)
+def cpu_deepspeed(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture
+def pretrained(make_config, tmp_path):
+    """A config whose towers are read from directories."""
+    torch.manual_seed(1)
+    for name, values in (("vit", VIT), ("bert", BERT)):
+        AutoModel.from_config(AutoConfig.for_model(**values)).save_pretrained(tmp_path / name)
+    tokenizer = ShardSet.open(make_config().data.root).root + "/tokenizer"
+    return {
+        "model.vision_config": None, "model.text_config": None, "model.vision": str(tmp_path / "vit"),
+        "model.text": str(tmp_path / "bert"), "data.tokenizer": tokenizer, "eval.bootstrap": 20,
+    }  # fmt: skip
+
+
+def scores(folder, config, split):
+    """Metrics of an exported model on a split, before refinement, from pixels on."""
+    model, index = mmref.load(folder), ShardSet.open(config.data.root).index(split)
+    reader = mixing.SampleReader(index)
+    pixels, _ = mixing.read_pixels(reader, range(len(index)), config.data)
+    queries = read_queries(index)
+    text, image = model.encode_text(queries.texts), model.encode_images(list(pixels))
+    objects = np.asarray(index.object_row).astype(np.int64)
+    return summarize(evaluate_features(text[queries.text], image, queries.objects, objects))
+
+
+def test_the_best_share_on_val_is_exported_with_scores_of_its_own(make_config, pretrained, tmp_path, monkeypatch, capsys):
+    config = make_config(pretrained)
+    tuned = make_run(config, str(tmp_path / "run"), {})
+    begun = dict(build_model(config, load_tokens(config).vocab_size).named_parameters())
+    reached = {}
+    for share in (0.0, 0.3, 1.0):
+        monkeypatch.setattr(mixing, "SHARES", (share,))
+        folder = export_run(str(tmp_path / "run"), str(tmp_path / f"out{share}"), interpolated=True)
+        weights, card = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+        for name, p in tuned.named_parameters():
+            new = "_projection" in name or not name.startswith("backbone.")
+            expected = p if new else (1 - share) * begun[name] + share * p
+            torch.testing.assert_close(weights[name], expected, atol=1e-6, rtol=1e-5, msg=name)
+        reached[share] = scores(folder, config, "val")
+        assert card["val"] == pytest.approx(reached[share], abs=1e-3)
+        assert card["test"]["initial"] == pytest.approx(scores(folder, config, "test"), abs=1e-3)
+    assert len({round(found["mAP"], 3) for found in reached.values()}) > 1, "the mixtures differ"
+    monkeypatch.setattr(mixing, "SHARES", tuple(reached))
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "best"), "--interpolate"]) == 0
+    card = json.loads((tmp_path / "best" / "config.json").read_text())
+    best = max(reached, key=lambda share: (reached[share]["mAP"], share))
+    assert card["interpolation"]["share"] == best and [row["share"] for row in card["interpolation"]["tried"]] == list(reached)
+    assert f"{best:.0%} those of the fine-tuned model" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_a_run_from_another_run_is_mixed_with_that_one(make_config, tmp_path, monkeypatch):
+    first = make_run(make_config({"loss.w_rec": 0.2}), str(tmp_path / "first"), {})
+    config = make_config({"train.start_from": str(tmp_path / "first"), "train.seed": 3, "eval.bootstrap": 20})
+    second = dict(make_run(config, str(tmp_path / "second"), {}).named_parameters())
+    monkeypatch.setattr(mixing, "SHARES", (0.5,))
+    weights = load_file(export_run(str(tmp_path / "second"), str(tmp_path / "out"), interpolated=True) / "model.safetensors")
+    for name, p in first.named_parameters():
+        if name.startswith("backbone."):
+            torch.testing.assert_close(weights[name], (p + second[name]) / 2, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_there_must_be_a_start_and_a_val_split(make_config, own_set, tmp_path):
+    make_run(make_config(), str(tmp_path / "run"), {})
+    with pytest.raises(ExportError, match="started from random weights"):
+        export_run(str(tmp_path / "run"), str(tmp_path / "out"), interpolated=True)
+    manifest = json.loads((own_set / "manifest.json").read_text())
+    manifest["splits"].pop("val")
+    (own_set / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(own_set / "val")
+    with pytest.raises(ExportError, match="has no val split to choose the share on"):
+        export_run(str(tmp_path / "run"), str(tmp_path / "out"), str(own_set), interpolated=True)
+    assert not (tmp_path / "out").exists()

@@ -27,10 +27,7 @@ def cpu_deepspeed(monkeypatch):
 @pytest.fixture
 def features(monkeypatch):
     """Features that no model has made, and no Ray."""
-    import contextlib
-
     monkeypatch.setattr(mining, "embed_splits", lambda *given: random_features(None, *given[0:1], None, *given[3:])[0])
-    monkeypatch.setattr(mining, "connect", lambda *_: contextlib.nullcontext())
 
 
 @pytest.fixture

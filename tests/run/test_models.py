@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from types import SimpleNamespace
 
@@ -22,7 +21,6 @@ from mmref.evaluate import evaluation, split_features
 from mmref.evaluate.command import main as evaluate
 from mmref.export.write import export_pretrained
 from mmref.model.mmref import build_model
-from mmref.references import bank_rows
 from mmref.references.command import main as references
 from mmref.run.checkpoints import best_checkpoint, fetched, load_model, load_object_ids, load_references
 from mmref.run.directory import RunDir
@@ -39,21 +37,8 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Evaluation's workers in this process, without Ray."""
-
-    def encoded(start, portions, workers):
-        worker = start()
-        for portion in portions:
-            yield portion, *worker.encode(portion)
-
-    def starter(config, run, checkpoint, root):
-        return lambda: split_features.Embedder(run.path, checkpoint, config, root)
-
-    monkeypatch.setattr(split_features, "_encoded", encoded)
-    monkeypatch.setattr(split_features, "_starter", starter)
-    for module in (evaluation, bank_rows):
-        monkeypatch.setattr(module, "connect", lambda *_: contextlib.nullcontext())
-        monkeypatch.setattr(module, "workers_that_fit", lambda asked: asked)
+    """Evaluation in this process, as where Ray is not installed."""
+    monkeypatch.setattr(split_features, "missing", lambda *_: ["ray"])
 
 
 def test_what_a_place_holds(clip, tmp_path):

@@ -139,6 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"success": True, "commitOid": head, "commitUrl": f"{self.hub.endpoint}/{repo}/commit/{head}"})
 
     def _file(self, repo: str, revision: str, name: str) -> None:
+        if repo not in self.hub.repos:
+            return self._refuse(401, "RepoNotFound")
         files = self.hub.files(repo, revision) or {}
         if name not in files:
             return self._refuse(404, "EntryNotFound")

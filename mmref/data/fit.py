@@ -11,6 +11,10 @@ from PIL import Image
 from mmref.config import DataConfig
 from mmref.data.decode import decoded, resize_rgb
 
+LONG = 8
+"""Of an image that is longer than so many times its shorter side the middle alone is resized, or a strip of a pixel's width would
+take gigabytes. Noise may then differ a little from what transformers gives, which cuts after resizing."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -41,8 +45,21 @@ class Fit:
         height, width = rgb.shape[:2]
         shorter, longer = min(height, width), max(height, width)
         long_side = int(self.edge * longer / shorter)
+        if long_side > LONG * self.edge:
+            return _center(self._middle(rgb, long_side), self.height, self.width)
         sides = (self.edge, long_side) if height <= width else (long_side, self.edge)
         return _center(self._filtered(rgb, *sides), self.height, self.width)
+
+    def _middle(self, rgb: NDArray[np.uint8], long_side: int) -> NDArray[np.uint8]:
+        """The resized image without the ends of its longer side, which would be cut off: they are never computed."""
+        height, width = rgb.shape[:2]
+        tall = height > width
+        kept = min(self.height if tall else self.width, long_side)
+        start = (long_side - kept) // 2
+        longer = max(height, width)
+        first, last = start * longer / long_side, (start + kept) * longer / long_side
+        size, box = ((self.edge, kept), (0, first, width, last)) if tall else ((kept, self.edge), (first, 0, last, height))
+        return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling[self.resample.upper()], box))
 
     def decode(self, data: bytes, name: str = "image") -> NDArray[np.uint8]:
         """Pixels (height, width, 3) uint8 of an encoded image. Raises SampleError."""

@@ -377,7 +377,7 @@ def test_an_image_waits_in_the_size_that_the_model_sees(split_index):
     engine, sent = Engine(str(split_index), Limits(), watch=False), png(900, 700)
     prepared = engine.prepare(Ask(image=sent))
     data = engine._searcher.model.config.data
-    assert prepared.query.image.shape == (data.image_height, data.image_width, 3) != (700, 900, 3)
+    assert prepared.query.image.pixels.shape == (data.image_height, data.image_width, 3) != (700, 900, 3)
     whole = engine._searcher.encode_pixels([decode_rgb(sent)])
     assert np.array_equal(engine._searcher.encode_pixels([prepared.query.image]), whole), "as if it had been kept whole"
 

@@ -174,7 +174,7 @@ def test_the_worked_example_of_the_docs(tmp_path, capsys):
 
 
 def test_a_wrong_flag_is_the_error_of_training(capsys):
-    assert main(["sizing", "--objects", "10", "--train.wokers", "2"]) == 1
+    assert main(["sizing", "--objects", "10", "--train.wokers", "2"]) == 2
     assert "train.workers" in capsys.readouterr().err
 
 

@@ -110,7 +110,7 @@ def test_a_signal_in_the_last_step_ends_the_job_too(
     tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No loop is left to see it, and the evaluation would take its time."""
-    run, config = RunDir(str(tmp_path / "run")), make_config()
+    run, config = RunDir(str(tmp_path / "run")), make_config({"train.gpu": False})
     termination, done = stop.Termination(run), [0]
 
     def fit() -> SimpleNamespace:

@@ -20,7 +20,7 @@ from markupsafe import escape
 from torch import Tensor
 
 from mmref.cluster.resources import workers_that_fit
-from mmref.config import Config
+from mmref.config import Config, dump_yaml
 from mmref.data.shard_set import ShardSet
 from mmref.errors import ReferencesError, ShardSetError
 from mmref.evaluate.evaluation import open_run
@@ -68,29 +68,38 @@ class Added:
     empty: int  # without a usable image or caption
 
 
-def add_objects(run_dir: str, data: str, split: str = "train", workers: int | None = None) -> Added:
-    """Give the objects of a shard set references in a run's best checkpoint: means of their features by its encoders.
+def add_objects(
+    run_dir: str, data: str, split: str = "train", workers: int | None = None, per_object: int | None = None
+) -> Added:
+    """Give the objects of a shard set references in a run's best checkpoint: means of their features by its encoders, with
+    several references of an object those of groups of them.
 
     Args:
         run_dir: run directory of `mmref train`, not training meanwhile.
         data: shard set that holds the new objects; those that the run knows already keep their references.
         split: the split taken.
         workers: Ray actors that compute features, 0 for this process; by default as in `evaluate_run`.
+        per_object: references of each object, for a run without any so far; by default `reference.per_object` of its config.
 
     Raises:
-        ReferencesError: no object is new, or the run trains no references.
+        ReferencesError: no object is new, the run trains no references, or its objects cannot have `per_object` of them.
         RunDirectoryError: the run is being trained, or another command changes its references.
     """
     run, config, _ = open_run(run_dir)
     shards = ShardSet.open(data)
     if split not in shards.splits:
         raise ShardSetError(f"{data} has no split `{split}`, only {shards.splits}.")
+    if workers is not None:
+        config.eval.workers = workers_that_fit(workers)
     with run.held():
-        return _add(run, config, shards, split, config.eval.workers if workers is None else workers_that_fit(workers))
+        return _add(run, config, shards, split, per_object)
 
 
-def _add(run: RunDir, config: Config, shards: ShardSet, split: str, workers: int) -> Added:
+def _add(run: RunDir, config: Config, shards: ShardSet, split: str, per_object: int | None) -> Added:
     info = best_checkpoint(run)
+    if per_object is not None:
+        _check_per_object(run, config, info, per_object)
+        config.reference.per_object = per_object
     object_ids = list(shards.index(split).object_ids)
     with fetched(run, info, "references") as folder, row_files(folder, info.meta) as files:
         known = {name for file in files for name in file.object_ids.to_pylist()}
@@ -100,14 +109,55 @@ def _add(run: RunDir, config: Config, shards: ShardSet, split: str, workers: int
         raise ReferencesError(
             f"{len(object_ids)} objects in {split} of {shards.root}, and {found}: nothing to add to {run.path}."
         )
-    config.eval.workers = workers
     features = embed_splits(config, run, info, shards.root, [split])[split]
     rows = rows_of(features, new, config)
     usable = (rows.abs().amax((1, 2)) > 0).nonzero()[:, 0].tolist()
     if not usable:
         raise ReferencesError(f"none of the {len(new)} new objects in {shards.root} has a usable image or caption.")
+    if per_object is not None:
+        _check_all_used(rows, config)
+        _keep_per_object(run, per_object)
     append_rows(run, info, [object_ids[new[i]] for i in usable], rows[usable])
     return Added(info.folder, len(usable), len(object_ids) - len(new), len(new) - len(usable))
+
+
+def _check_per_object(run: RunDir, config: Config, info: CheckpointInfo, per_object: int) -> None:
+    """Raise ReferencesError where the objects of a run cannot have so many references each."""
+    bank = info.meta["bank"]
+    if per_object < 1:
+        raise ReferencesError(f"{per_object} references for each object: give at least 1.")
+    if bank["objects"] and bank["per_object"] != per_object:
+        raise ReferencesError(
+            f"{per_object} references for each object: the {bank['objects']} objects of {run.path} have {bank['per_object']}, "
+            "and all must have as many. Leave the number out; for another one begin a run of the model in a new `--run_dir`, or "
+            "train with `reference.per_object`."
+        )
+    if config.reference.assign == "modality" and per_object % 2:
+        raise ReferencesError(
+            f"{per_object} references for each object: {run.path} has `reference.assign: modality`, one half of them of images "
+            "and one half of captions. Give an even number."
+        )
+
+
+def _check_all_used(rows: Tensor, config: Config) -> None:
+    """Raise ReferencesError where no object has as many different features as references (n, K, d) were asked for."""
+    used = rows.abs().amax(2) > 0  # (n, K)
+    parts = [used[:, 0::2], used[:, 1::2]] if config.reference.assign == "modality" and used.shape[1] > 1 else [used]
+    most = len(parts) * max(int(part.sum(1).max()) for part in parts)
+    if most < used.shape[1]:
+        raise ReferencesError(
+            f"{used.shape[1]} references for each object: the images and captions of no object make more than {most}. Give at "
+            "most that."
+        )
+
+
+def _keep_per_object(run: RunDir, per_object: int) -> None:
+    """Let the run's config say how many references an object has. It is written before the checkpoint: where the command is
+    interrupted in between, the checkpoint has no object yet, and the next one adds as many."""
+    config = run.read_config()
+    if config.reference.per_object != per_object:
+        config.reference.per_object = per_object
+        run.write_text("config.yaml", dump_yaml(config))
 
 
 def rows_of(features: SplitFeatures, objects: list[int], config: Config) -> Tensor:
@@ -130,16 +180,22 @@ def _members(objects: Any, count: int) -> list[Any]:
 
 
 def append_rows(run: RunDir, info: CheckpointInfo, object_ids: list[str], rows: Tensor) -> None:
-    """Add references (n, K, d) to a checkpoint as a file of their own, with fresh optimizer state where there is any."""
+    """Add references (n, K, d) to a checkpoint as a file of their own, with fresh optimizer state where there is any.
+
+    In a checkpoint without objects they take the place of its empty files, which may be of another K.
+    """
     with fetched(run, info, "references") as folder, row_files(folder, info.meta) as files:
         last = files[-1]
         like = {name: last.read(name, 0, 0) for name in last.names}
         first = last.first + len(last)
+        empty = {file.name for file in files if not len(file)}
     tensors = {name: torch.zeros(len(rows), *t.shape[1:], dtype=t.dtype) for name, t in like.items()}
     tensors["rows"] = rows.to(like["rows"].dtype).contiguous()
     ids = pack_ids(pa.array(object_ids, pa.large_string()))
     name = _new_name()
-    listed = {**info.meta["files"], name: write_file(run, f"{info.folder}/{name}", tensors | ids, first)}
+    kept = {known: file for known, file in info.meta["files"].items() if known not in empty}
+    listed = {**kept, name: write_file(run, f"{info.folder}/{name}", tensors | ids, first)}
+    info.meta["bank"]["per_object"] = rows.shape[1]
     _replace_meta(run, info, listed, len(object_ids))
     _clear(run, info, listed)
 

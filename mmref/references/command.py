@@ -34,6 +34,11 @@ def main(argv: Sequence[str]) -> int:
     add.add_argument("--data", required=True, type=place, metavar="SHARDS", help="shard set that holds the new objects")
     add.add_argument("--split", default="train", help="split of it (default: train)")
     add.add_argument(
+        "--per-object", type=positive, metavar="K",
+        help="references of each object: the means of K groups of its images and captions, by k-means; for a model without "
+        "references (default: reference.per_object of its config, 1 of a pretrained model)",
+    )  # fmt: skip
+    add.add_argument(
         "--workers", type=count,
         help="Ray actors that compute features; 0: in this process (default: eval.workers; 0 without Ray)",
     )  # fmt: skip
@@ -99,7 +104,7 @@ def _add(args: argparse.Namespace) -> int:
     from mmref.run.models import as_run
 
     run_dir = as_run(chosen_model(args.parser, args), args.data, args.run_dir)
-    added = add_objects(run_dir, args.data, args.split, args.workers)
+    added = add_objects(run_dir, args.data, args.split, args.workers, args.per_object)
     print(
         f"{added.objects} objects added to {added.folder} ({added.known} had references already, {added.empty} have no usable "
         f"image or caption). Choose the refinement with them: mmref evaluate --model {run_dir}"

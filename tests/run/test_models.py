@@ -11,16 +11,18 @@ import torch
 from support.pretrained import PHOTOGRAPHS, TEXTS, own_features, save_pretrained
 
 import mmref
-from mmref.config import from_dict
+from mmref.config import dump_yaml, from_dict
 from mmref.config.inputs import settled
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
-from mmref.errors import ModelError, RunDirectoryError
+from mmref.errors import ModelError, ReferencesError, RunDirectoryError
 from mmref.evaluate import evaluation, split_features
 from mmref.evaluate.command import main as evaluate
 from mmref.export.write import export_pretrained
 from mmref.model.mmref import build_model
+from mmref.model.reference_rows import warm_rows
+from mmref.references.bank_rows import add_objects
 from mmref.references.command import main as references
 from mmref.run.checkpoints import best_checkpoint, fetched, load_model, load_object_ids, load_references
 from mmref.run.directory import RunDir
@@ -125,6 +127,48 @@ def test_references_of_a_pretrained_model_are_means_and_refine(clip, tiny_set, t
     evaluate(["--model", str(clip), "--data", str(tiny_set), "--run_dir", run.path, "--no-report"])
     metrics = run.read_json("metrics.json")
     assert len(metrics["refinement"]["tried"]) > 10 and metrics["refinement"]["chosen_on"] == "val"
+
+
+def test_several_references_of_an_object_without_training(clip, tiny_set, tmp_path, in_process, capsys):
+    """`mmref references add --per-object K`, also of a model that has been evaluated before."""
+    place = ["--model", str(clip), "--data", str(tiny_set), "--run_dir", str(tmp_path / "run")]
+    assert evaluate([*place, "--no-report"]) == 0
+    with pytest.raises(
+        ReferencesError, match=r"1000 references for each object: .* make more than (\d+). Give at most that"
+    ) as e:
+        references(["add", *place, "--per-object", "1000"])
+    most = int(str(e.value).split("more than ")[1].split(".")[0])
+    run = RunDir(str(tmp_path / "run"))
+    assert run.read_config().reference.per_object == 1 and best_checkpoint(run).meta["bank"]["objects"] == 0
+    assert references(["add", *place, "--per-object", "3"]) == 0
+    info = best_checkpoint(run)
+    assert run.read_config().reference.per_object == info.meta["bank"]["per_object"] == 3 < most
+    with fetched(run, info, "references") as folder:
+        rows, ids = load_references(folder, info.meta), load_object_ids(folder, info.meta)
+    index = ShardSet.open(str(tiny_set)).index("train")
+    assert ids == list(index.object_ids) and len(set(run.list(info.folder))) == len(info.meta["files"]) + 1
+    reader = SampleReader(index)
+    samples = [reader.read(i) for i in np.flatnonzero(np.asarray(index.object_row) == 3)]
+    texts = [c["text"] if isinstance(c, dict) else c for s in samples for c in s.meta["captions"]]
+    image, text = map(torch.from_numpy, own_features(clip, [s.image_bytes for s in samples], texts))
+    torch.testing.assert_close(rows[3], warm_rows(image, text, 3, "nearest"), atol=1e-4, rtol=0)
+    with pytest.raises(ReferencesError, match=r"2 references for each object: the 14 objects of .* have 3, and all must"):
+        references(["add", *place, "--per-object", "2"])
+    assert evaluate([*place, "--no-report"]) == 0
+    assert len(run.read_json("metrics.json")["refinement"]["tried"]) > 10
+    with pytest.raises(SystemExit, match="2"):
+        references(["add", *place, "--per-object", "0"])
+    assert "must be at least 1, found 0" in capsys.readouterr().err
+
+
+def test_images_and_captions_share_references_evenly(clip, tiny_set, tmp_path, in_process):
+    run = RunDir(as_run(str(clip), str(tiny_set), str(tmp_path / "run")))
+    config = run.read_config()
+    config.reference.assign, config.reference.per_object = "modality", 2
+    run.write_text("config.yaml", dump_yaml(config))
+    with pytest.raises(ReferencesError, match=r"`reference.assign: modality`, one half of them of images .* Give an even"):
+        add_objects(run.path, str(tiny_set), per_object=3)
+    assert add_objects(run.path, str(tiny_set), per_object=2).objects == 14
 
 
 def test_training_begins_with_the_weights_of_a_pretrained_model(clip, tiny_set, tmp_path):

@@ -199,6 +199,52 @@ def _report(path: str, manifest: Any) -> None:
 
 def search_main(argv: Sequence[str]) -> int:
     """`mmref search INDEX "a sentence"`."""
+    args = _search_parser().parse_intermixed_args(_conditions_apart(argv))
+    from mmref.model.device import described
+    from mmref.retrieval.searcher import Query, Searcher
+    from mmref.retrieval.show import format_objects, format_results, render_page
+
+    if args.by == "image" and args.images:
+        raise UsageError("--images is of objects: give --by object with it.")
+    if args.by == "object" and args.judge:
+        raise UsageError("--judge asks of single images: leave out --by object.")
+    if args.batch and (args.text or args.image):
+        raise UsageError("give one query, or many with --batch, not both.")
+    queries = [Query(line) for line in _lines(args.batch)] if args.batch else []
+    queries = queries or [Query(args.text, args.image, args.image_weight)]
+    where = _where(args.where)
+    if args.html:
+        check_output("--html", args.html)
+    searcher = Searcher(args.index, args.device)
+    if searcher.device.type != "cpu":
+        say(f"encoding on {described(searcher.device)}")
+    answers = _answers(searcher, queries, args, where)
+    shown: Any = format_objects if args.by == "object" else format_results
+    names = [query.text or str(query.image) for query in queries]
+    for name, results in zip(names, answers):
+        if args.json:
+            print(to_json({"query": name, "results": [r.to_dict() for r in results]}))
+        elif not args.html:
+            print(printable(name) if len(names) > 1 else "", shown(results), sep="\n" if len(names) > 1 else "")
+    if args.html:
+        write_output("--html", args.html, render_page(searcher, list(zip(names, answers))))
+        print(f"written to {args.html}")
+    if args.judge:
+        _ask(searcher, queries, answers, args.judgements)
+    return 0
+
+
+def _answers(searcher: Any, queries: Sequence[Any], args: Any, where: dict[str, str] | None) -> Sequence[Sequence[Any]]:
+    """Results of each query, images or objects."""
+    from mmref.retrieval.searcher import DEFAULT_IMAGES
+
+    how = not args.no_refine, args.candidates, where
+    if args.by == "object":
+        return searcher.search_many_objects(queries, args.top, args.images or DEFAULT_IMAGES, *how)
+    return searcher.search_many(queries, args.top, *how)
+
+
+def _search_parser() -> Parser:
     parser = Parser(prog="mmref search", description="Search an index with a sentence, an image, or both.")
     parser.add_argument("index", type=local_path, metavar="INDEX", help="directory of `mmref index`")
     parser.add_argument("text", nargs="?", type=text, metavar="TEXT", help="what to look for")
@@ -207,7 +253,12 @@ def search_main(argv: Sequence[str]) -> int:
         "--image-weight", type=float, default=0.5, help="share of the image beside a sentence (default: %(default)s)"
     )
     parser.add_argument("--batch", type=local_path, metavar="FILE", help="many sentences, one a line")
+    parser.add_argument(
+        "--by", choices=("image", "object"), default="image",
+        help="what the results are: images, or objects, each by its best image (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--top", type=positive, help="results of each query (default: 10, or all of a smaller index)")
+    parser.add_argument("--images", type=positive, metavar="N", help="images of each object with --by object (default: 3)")
     parser.add_argument("--no-refine", action="store_true", help="do not compare by references")
     parser.add_argument(
         "--candidates",
@@ -224,34 +275,7 @@ def search_main(argv: Sequence[str]) -> int:
     parser.add_argument("--judge", action="store_true", help="ask of each result whether it is right, and keep the answers")
     parser.add_argument("--judgements", type=local_path, metavar="FILE", help="where (default: judgements.jsonl in the index)")
     _device_option(parser)
-    args = parser.parse_intermixed_args(_conditions_apart(argv))
-    from mmref.model.device import described
-    from mmref.retrieval.searcher import Query, Searcher
-    from mmref.retrieval.show import format_results, render_page
-
-    if args.batch and (args.text or args.image):
-        raise UsageError("give one query, or many with --batch, not both.")
-    queries = [Query(line) for line in _lines(args.batch)] if args.batch else []
-    queries = queries or [Query(args.text, args.image, args.image_weight)]
-    where = _where(args.where)
-    if args.html:
-        check_output("--html", args.html)
-    searcher = Searcher(args.index, args.device)
-    if searcher.device.type != "cpu":
-        say(f"encoding on {described(searcher.device)}")
-    answers = searcher.search_many(queries, args.top, not args.no_refine, args.candidates, where)
-    names = [query.text or str(query.image) for query in queries]
-    for name, results in zip(names, answers):
-        if args.json:
-            print(to_json({"query": name, "results": [r.to_dict() for r in results]}))
-        elif not args.html:
-            print(printable(name) if len(names) > 1 else "", format_results(results), sep="\n" if len(names) > 1 else "")
-    if args.html:
-        write_output("--html", args.html, render_page(searcher, list(zip(names, answers))))
-        print(f"written to {args.html}")
-    if args.judge:
-        _ask(searcher, queries, answers, args.judgements)
-    return 0
+    return parser
 
 
 def _conditions_apart(argv: Sequence[str]) -> list[str]:

@@ -30,11 +30,13 @@ from mmref.retrieval import bundle
 from mmref.retrieval import index as directory
 from mmref.retrieval.heat_maps import GRID, Explanation, heat_maps, hidden, nearest
 from mmref.retrieval.images import read_image_bytes
+from mmref.retrieval.objects import Objects, RankedObject, rank_objects
 from mmref.retrieval.ranking import Encoded, Ranker
 from mmref.retrieval.segment import join_items
 from mmref.retrieval.vectors import Approximate, Floats, Rows
 
 DEFAULT_TOP = 10
+DEFAULT_IMAGES = 3  # of each object
 HIDDEN_BATCH = 10  # images with a hidden part that are encoded at a time
 SHARED = 3  # references named with each result
 CACHED_FILTERS = 16
@@ -75,6 +77,21 @@ class Result:
     height: int
     metadata: dict[str, Any] = field(default_factory=dict)
     references: list[Reference] = field(default_factory=list)  # the largest gains
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ObjectResult:
+    """An object found by its best image, whose `score` is the object's. Ranks of objects are among objects."""
+
+    rank: int  # from 1
+    object_id: str
+    score: float
+    initial: float  # the highest cosine of its images that were ranked, the score before refinement
+    rank_before: int
+    images: list[Result]  # the best of the object, the best first; their ranks are among the object's images
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -196,6 +213,77 @@ class Searcher:
             return [[] for _ in queries]
         encoded = self.encode([q if isinstance(q, Query) else Query(q) for q in queries])
         return self.results(encoded, *self.ranker.rank(encoded, top, refine, candidates, among))
+
+    def search_objects(
+        self,
+        text: str | None = None,
+        image: ImageLike | None = None,
+        top: int | None = None,
+        images: int = DEFAULT_IMAGES,
+        refine: bool = True,
+        candidates: int | None = None,
+        where: Mapping[str, Any] | None = None,
+        image_weight: float = 0.5,
+    ) -> list[ObjectResult]:
+        """The best objects for a sentence, an image, or both; see `search_many_objects`."""
+        return self.search_many_objects([Query(text, image, image_weight)], top, images, refine, candidates, where)[0]
+
+    def search_many_objects(
+        self,
+        queries: Sequence[Query | str],
+        top: int | None = None,
+        images: int = DEFAULT_IMAGES,
+        refine: bool = True,
+        candidates: int | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> list[list[ObjectResult]]:
+        """The best objects of each query, the best first, each by its best image; of equal scores the object indexed first.
+
+        Images are ranked as by `search_many`; those of no known object are passed over.
+
+        Args:
+            top: objects of each query, by default 10, or all of a smaller index. With `where`, fewer when fewer have an item
+                that matches.
+            images: images shown of each object, its best ones; fewer where it has fewer. Others as in `search_many`.
+
+        Raises:
+            QueryError: as in `search_many`, and where the index knows no objects.
+        """
+        objects = self.objects
+        top = min(DEFAULT_TOP, len(objects)) if top is None else top
+        if not 1 <= top <= len(objects):
+            raise QueryError(f"top is {top}: give 1 to {len(objects)}, the number of objects in {self.index.name}.")
+        if images < 1:
+            raise QueryError(f"images of each object: give at least 1, found {images}.")
+        among = self.matching(where) if where else None
+        if not queries or (among is not None and not len(among)):
+            return [[] for _ in queries]
+        encoded = self.encode([q if isinstance(q, Query) else Query(q) for q in queries])
+        ranked = rank_objects(self.ranker, objects, encoded, top, images, refine, candidates, among)
+        return self.object_results(encoded, ranked)
+
+    @cached_property
+    def objects(self) -> Objects:
+        """Which items are of which object. Raises QueryError where no object is known."""
+        found = Objects(self.items["object_id"])
+        if not len(found):
+            raise QueryError(
+                f"{self.index.name} knows no objects, so that images alone can be searched for. Make the index of a shard "
+                "set, or of a table with a column of object ids (`mmref index --object-column`)."
+            )
+        return found
+
+    def object_results(self, queries: Encoded, ranked: Sequence[Sequence[RankedObject]]) -> list[list[ObjectResult]]:
+        """Results of ranked objects: their items, and the references that raised them."""
+        answers = []
+        for q, objects in enumerate(ranked):
+            found: list[ObjectResult] = []
+            for o in objects:
+                (shown,) = self.results(queries.take([q]), o.rows[None], o.scores[None], o.initial[None], o.before[None])
+                name = self.objects.ids[o.number].as_py()
+                found.append(ObjectResult(len(found) + 1, name, shown[0].score, o.best_initial, o.rank_before, shown))
+            answers.append(found)
+        return answers
 
     def results(self, queries: Encoded, rows: Rows, scores: Floats, initial: Floats, before: Rows) -> list[list[Result]]:
         """Results of ranked rows (q, top): their items, and the references that raised them."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jinja2
 
-from mmref.retrieval.searcher import Result, Searcher
+from mmref.retrieval.searcher import ObjectResult, Result, Searcher
 from mmref.terminal.output import printable
 
 WIDEST_ID = 48  # characters
@@ -15,21 +15,51 @@ WIDEST_ID = 48  # characters
 
 def format_results(results: Sequence[Result]) -> str:
     """Rank, rank before refinement, score, score before, object and item of each result."""
-    lines = [f"{'rank':>4} {'before':>7} {'score':>7} {'before':>7}  {'object':20} item"]
+    return "\n".join([_line_of_names("item"), *(_line(r, r.object_id, r.id) for r in results)])
+
+
+def format_objects(results: Sequence[ObjectResult]) -> str:
+    """As `format_results` of each object, beside its best image; the scores and ids of the others below."""
+    lines = [_line_of_names("images")]
     for r in results:
-        moved = f"({r.rank_before - r.rank:+d})" if r.rank != r.rank_before else ""
-        name, of = printable(r.id), printable(r.object_id or "-")
-        name = name if len(name) <= WIDEST_ID else f"...{name[3 - WIDEST_ID :]}"
-        before = f"{r.rank_before}{moved}"
-        lines.append(f"{r.rank:>4} {before:>7} {r.score:>7.3f} {r.initial:>7.3f}  {of[:20]:20} {name}")
+        lines.append(_line(r, r.object_id, r.images[0].id))
+        lines += [f"{'':12} {i.score:>7.3f} {i.initial:>7.3f}  {'':20} {_short(i.id)}" for i in r.images[1:]]
     return "\n".join(lines)
 
 
-def render_page(searcher: Searcher, answers: Sequence[tuple[str, Sequence[Result]]]) -> str:
-    """A self-contained page: a grid of thumbnails for each (query, results)."""
+def _line_of_names(last: str) -> str:
+    return f"{'rank':>4} {'before':>7} {'score':>7} {'before':>7}  {'object':20} {last}"
+
+
+def _line(r: Result | ObjectResult, object_id: str | None, item_id: str) -> str:
+    moved = f"({r.rank_before - r.rank:+d})" if r.rank != r.rank_before else ""
+    of, before = printable(object_id or "-"), f"{r.rank_before}{moved}"
+    return f"{r.rank:>4} {before:>7} {r.score:>7.3f} {r.initial:>7.3f}  {of[:20]:20} {_short(item_id)}"
+
+
+def _short(item_id: str) -> str:
+    name = printable(item_id)
+    return name if len(name) <= WIDEST_ID else f"...{name[3 - WIDEST_ID :]}"
+
+
+def render_page(searcher: Searcher, answers: Sequence[tuple[str, Sequence[Result] | Sequence[ObjectResult]]]) -> str:
+    """A self-contained page: a grid of thumbnails for each (query, results), or one for each object found."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmref.retrieval"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["printable"] = printable
-    shown = [(query, [(r, base64.b64encode(searcher.thumbnail(r.id)).decode()) for r in results]) for query, results in answers]
+    shown = [
+        (
+            query,
+            [(of, [(r, base64.b64encode(searcher.thumbnail(r.id)).decode()) for r in images]) for of, images in _groups(results)],
+        )
+        for query, results in answers
+    ]
     return environment.get_template("results.html.j2").render(index=searcher.index.name, items=len(searcher), answers=shown)
+
+
+def _groups(results: Sequence[Result] | Sequence[ObjectResult]) -> list[tuple[ObjectResult | None, Sequence[Result]]]:
+    """(object, its images), or all images as one group of no object."""
+    objects: list[tuple[ObjectResult | None, Sequence[Result]]]
+    objects = [(r, r.images) for r in results if isinstance(r, ObjectResult)]
+    return objects or [(None, [r for r in results if isinstance(r, Result)])]

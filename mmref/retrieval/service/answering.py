@@ -24,7 +24,8 @@ from mmref.data.fit import Fit, Fitted
 from mmref.data.metadata import without_metadata
 from mmref.errors import DecodersBusyError, MMRefError, PixelLimitError, QueryError, SampleError, StorageError
 from mmref.model.device import described
-from mmref.retrieval.searcher import Query, Result, Searcher
+from mmref.retrieval.objects import Objects, rank_objects
+from mmref.retrieval.searcher import ObjectResult, Query, Result, Searcher
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused, refuse
 from mmref.storage.locations import is_url
@@ -53,6 +54,7 @@ class Ask:
     refine: bool = True
     candidates: int | None = None
     where: tuple[tuple[str, str], ...] = ()  # (column, value)
+    images: int = 0  # of each object; 0: results are images
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class Engine:
             raise refuse(400, "EmptyQuery", "the query is empty.", "Give a sentence (text), an image, or both.")
         if ask.where:
             self._rows(self._searcher, ask)
+        if ask.images:
+            _objects(self._searcher)
         pixels = None
         if ask.image is not None:
             pixels = Fitted(decode_query(ask.image, self.limits, Fit.of(self._searcher.model.config.data)))
@@ -131,12 +135,13 @@ class Engine:
             encoded = searcher.encode([p.query for p in batch])
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, p in enumerate(batch):
-            groups.setdefault((p.ask.top, p.ask.refine, p.ask.candidates, p.ask.where), []).append(i)
-        found: list[tuple[list[Result], Problem | None]] = [([], None)] * len(batch)
+            groups.setdefault((p.ask.top, p.ask.refine, p.ask.candidates, p.ask.where, p.ask.images), []).append(i)
+        found: list[tuple[Sequence[Result | ObjectResult], Problem | None]] = [([], None)] * len(batch)
         refined = [0] * len(batch)
-        for (top, refine, candidates, where), members in groups.items():
+        for (top, refine, candidates, where, images), members in groups.items():
             try:
                 among = self._rows(searcher, batch[members[0]].ask) if where else None
+                objects = _objects(searcher) if images else None
             except Refused as refused:  # the index has changed since the query was prepared
                 for i in members:
                     found[i] = [], refused.problem
@@ -146,9 +151,15 @@ class Engine:
             some = encoded.take(members)
             most = self._candidates(searcher, candidates, len(searcher) if among is None else len(among))
             with clock.stage("rank"):
-                ranked = searcher.ranker.rank(some, min(top, len(searcher)), refine, most, among)
+                if objects:
+                    ranked_objects = rank_objects(searcher.ranker, objects, some, top, images, refine, most, among)
+                else:
+                    ranked = searcher.ranker.rank(some, min(top, len(searcher)), refine, most, among)
             with clock.stage("describe"):
-                for i, results in zip(members, searcher.results(some, *ranked)):
+                answers: Sequence[Sequence[Result | ObjectResult]] = (
+                    searcher.object_results(some, ranked_objects) if objects else searcher.results(some, *ranked)
+                )
+                for i, results in zip(members, answers):
                     found[i] = results, None
                     refined[i] = most if refine and some.code is not None else 0
         shared = {
@@ -321,9 +332,11 @@ def decode_query(data: bytes, limits: Limits, fit: Fit) -> NDArray[np.uint8]:
         raise refuse(429, "Busy", "too many large images are being decoded.", "Ask again in a moment.", 1) from None
 
 
-def describe(result: Result) -> dict[str, Any]:
+def describe(result: Result | ObjectResult) -> dict[str, Any]:
     """A result for a client: where its file lies is not told."""
     found = result.to_dict()
+    if isinstance(result, ObjectResult):
+        return found | {"images": [describe(image) for image in result.images]}
     del found["path"]
     found["metadata"] = {name: _plain(value) for name, value in found["metadata"].items()}
     return found
@@ -334,6 +347,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _objects(searcher: Searcher) -> Objects:
+    """Which items are of which object. Raises Refused."""
+    try:
+        return searcher.objects
+    except QueryError:
+        message = f"{searcher.index.name} knows no objects."
+        raise refuse(400, "NoObjects", message, "Leave `by` out: its images can be searched for.") from None
 
 
 def _row(searcher: Searcher, item_id: str) -> int:

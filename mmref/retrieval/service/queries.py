@@ -8,15 +8,17 @@ import itertools
 import json
 import re
 from collections import Counter
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mmref.retrieval.searcher import DEFAULT_IMAGES
 from mmref.retrieval.service.answering import Ask
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused, refuse
 
 EXPLAINED = "GET /openapi.json describes every request."
+MOST_IMAGES = 20  # of an object
 SHOWN = 3  # things that are wrong, of all that may be
 # This matches an image in JSON as far as its first letter. Base64 has no quotes, so the image ends at the next one.
 IMAGE = re.compile(rb'"image"[ \t\r\n]*:[ \t\r\n]*"')
@@ -29,7 +31,11 @@ class SearchQuery(BaseModel):
 
     text: str | None = Field(None, description="A sentence.")
     index: str | None = Field(None, description="Name of an index; the first one where it is left out.")
+    by: Literal["image", "object"] = Field(
+        "image", description="What the results are: images, or objects, each by its best image."
+    )
     top: int = Field(10, ge=1, description="Results wanted.")
+    images: int = Field(DEFAULT_IMAGES, ge=1, description="Images of each object, where results are objects.")
     refine: bool = Field(True, description="Compare the first candidates by references too.")
     candidates: int | None = Field(
         None, ge=0, description="Refine so many; 0: all, as far as the limit allows; default: as in evaluation."
@@ -130,6 +136,9 @@ def to_ask(query: SearchQuery, image: bytes | None, limits: Limits) -> Ask:
     if query.top > limits.top:
         message = f"top is {_short(query.top)}."
         raise refuse(400, "TooManyResults", message, f"Ask for at most {limits.top} results.")
+    if query.by == "object" and query.images > MOST_IMAGES:
+        message = f"images is {_short(query.images)}."
+        raise refuse(400, "TooManyResults", message, f"Ask for at most {MOST_IMAGES} images of each object.")
     if query.candidates is not None and query.candidates > limits.candidates:
         message, fix = (
             f"candidates is {_short(query.candidates)}.",
@@ -147,7 +156,8 @@ def to_ask(query: SearchQuery, image: bytes | None, limits: Limits) -> Ask:
             raise refuse(400, "BadFilter", message, "Write where=COLUMN=VALUE.")
         where = [(pair.partition("=")[0], pair.partition("=")[2]) for pair in query.where]
     _check_filters(where, limits)
-    return Ask(query.text, image, query.image_weight, query.top, query.refine, query.candidates, tuple(sorted(where)))
+    how = query.top, query.refine, query.candidates, tuple(sorted(where)), query.images if query.by == "object" else 0
+    return Ask(query.text, image, query.image_weight, *how)
 
 
 def _check_filters(where: list[tuple[str, str]], limits: Limits) -> None:

@@ -25,7 +25,7 @@ def settings():
 
 before = settings()
 import mmref
-mmref.Searcher, mmref.load
+mmref.Searcher, mmref.load, mmref.build_index, mmref.train, mmref.evaluate
 import mmref.evaluate.evaluation, mmref.export.model, mmref.export.write, mmref.retrieval.index
 import mmref.shards.build, mmref.train.trainer
 after = settings()

@@ -9,6 +9,7 @@ from mmref.config.files import (
     from_saved,
     known_keys,
     load_config,
+    make_config,
     placed,
     read_yaml,
     to_dict,
@@ -30,5 +31,5 @@ from mmref.config.tree import (
 __all__ = [
     "AUTO", "MIN_TAU", "Config", "DataConfig", "EvalConfig", "LossConfig", "ModelConfig", "ReferenceConfig", "TrainConfig",
     "build_parser", "check_batch", "check_config", "config_hash", "dump_yaml", "from_dict", "from_saved", "known_keys",
-    "load_config", "placed", "read_yaml", "to_dict", "unknown_key", "with_absolute_paths",
+    "load_config", "make_config", "placed", "read_yaml", "to_dict", "unknown_key", "with_absolute_paths",
 ]  # fmt: skip

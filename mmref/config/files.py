@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -17,7 +19,7 @@ import yaml
 from mmref.config.checks import check_config
 from mmref.config.inputs import BEFORE, neutral
 from mmref.config.option import options
-from mmref.config.presets import PRESETS, with_files
+from mmref.config.presets import PRESETS, preset_file, with_files
 from mmref.config.shipped import file_or_name
 from mmref.config.tree import Config, DataConfig
 from mmref.errors import ConfigError
@@ -136,8 +138,6 @@ class _Preset(argparse.Action):
 
 def load_config(argv: list[str]) -> Config:
     """Config from flags (and the YAML files they name). Raises ConfigError; `--help` prints and exits."""
-    import jsonargparse
-
     for word, following in itertools.pairwise(argv):
         if word in ("-h", "--help") and following in SECTIONS:
             print(build_parser(following).format_help())
@@ -150,6 +150,51 @@ def load_config(argv: list[str]) -> Config:
             raise unknown_key(name, "command line")
         if (name == "data.mix" or "_config" in name) and (text := value if given else following).startswith("{"):
             parse_yaml(text, f"--{name}", ConfigError)  # a key that is given twice is one too many here as well
+    return _parsed(argv)
+
+
+def make_config(given: Config | Mapping[str, Any] | str | os.PathLike[str], fields: Mapping[str, Any] | None = None) -> Config:
+    """A checked config of what a program holds, read as the command line would read it.
+
+    Args:
+        given: the name of a preset or of a config that comes with mmref, a YAML file, sections with their fields, or a config.
+        fields: values that win over it, by dotted name: {"train.lr": 1e-5}.
+
+    Raises:
+        ConfigError: an unknown field, or a value that it does not take.
+    """
+    if isinstance(given, Config):
+        values = to_dict(given)
+    elif isinstance(given, Mapping):
+        values = copy.deepcopy(dict(given))
+    else:
+        name = os.fspath(given)
+        values = _file_values(preset_file(name) if name in PRESETS else file_or_name(name, "configs"))
+    for name, value in (fields or {}).items():
+        if name in SECTIONS:
+            raise ConfigError(f"fields: `{name}` is a section: name its fields, as in {{'{name}.FIELD': ...}}.")
+        if not _is_key(str(name)):
+            raise unknown_key(str(name), "fields")
+        *sections, last = name.split(".")
+        at = values
+        for section in sections:
+            at[section] = at = dict(at.get(section) or {})
+        at[last] = value
+    _check_keys(values, Config, "config")
+    try:
+        text = yaml.dump(values, Dumper=_Plain, sort_keys=False)
+    except yaml.representer.RepresenterError as error:
+        value = error.args[-1]
+        raise ConfigError(
+            f"config: {value!r} is a {type(value).__name__}, and fields hold plain values: of a NumPy number give `.item()`."
+        ) from None
+    return _parsed([f"--config={text}"])
+
+
+def _parsed(argv: list[str]) -> Config:
+    """Config of flags whose files have been read. Raises ConfigError."""
+    import jsonargparse
+
     parser = build_parser()
     try:
         parsed = parser.parse_args(argv)
@@ -170,6 +215,7 @@ class _Plain(yaml.SafeDumper):
 
 
 _Plain.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+_Plain.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_data(os.fspath(path)))
 
 
 def _with_values(argv: list[str]) -> list[str]:
@@ -177,22 +223,26 @@ def _with_values(argv: list[str]) -> list[str]:
 
     jsonargparse takes either, and would read a file in the encoding of the terminal.
     """
-    import jsonargparse
-
-    load, flag, words = jsonargparse.get_loader("yaml"), "--config=", []
+    flag, words = "--config=", []
     rest = iter(argv)
     for word in rest:
         path = next(rest, None) if word == "--config" else word.removeprefix(flag) if word.startswith(flag) else None
         if path is None:
             words.append(word)
             continue
-        path = file_or_name(path, "configs")
-        text = read_text(path, ConfigError)
-        if not (values := parse_yaml(text, path, ConfigError)):
-            raise ConfigError(f"{path} is empty: leave it out to train with the defaults.")
-        _check_keys(values, Config, path)
-        words.append(flag + yaml.dump(load(text), Dumper=_Plain, sort_keys=False))  # as it reads numbers itself
+        words.append(flag + yaml.dump(_file_values(file_or_name(path, "configs")), Dumper=_Plain, sort_keys=False))
     return words
+
+
+def _file_values(path: str) -> dict[str, Any]:
+    """Keys and values of a config file, with numbers as jsonargparse reads them. Raises ConfigError."""
+    import jsonargparse
+
+    text = read_text(path, ConfigError)
+    if not (values := parse_yaml(text, path, ConfigError)):
+        raise ConfigError(f"{path} is empty: leave it out to train with the defaults.")
+    _check_keys(values, Config, path)
+    return dict(jsonargparse.get_loader("yaml")(text))
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -29,9 +29,7 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="do not write report.html")
     args = parser.parse_args(argv)
-    from mmref.evaluate.evaluation import evaluate_run
-    from mmref.run.models import as_run
+    from mmref.evaluate.evaluation import evaluate_model
 
-    run_dir = as_run(args.model, args.data, args.run_dir)
-    evaluate_run(run_dir, args.data, args.split, args.out, args.workers, report=not args.no_report)
+    evaluate_model(args.model, args.data, args.split, args.out, args.workers, not args.no_report, args.run_dir)
     return 0

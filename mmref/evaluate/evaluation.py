@@ -23,6 +23,7 @@ from mmref.evaluate.examples import choose_further, choose_opening, count_moves
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.evaluate.report import (
+    Metrics,
     format_table,
     metrics_path,
     render_report,
@@ -33,6 +34,7 @@ from mmref.evaluate.report import (
 from mmref.evaluate.split_features import SplitFeatures, embed_splits
 from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_references
 from mmref.run.directory import BAD_SAMPLES, RunDir, read_jsonl
+from mmref.run.models import as_run
 from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.output import printable
 from mmref.terminal.progress import say
@@ -97,7 +99,7 @@ def run_features(
 def evaluate_run(
     run_dir: str, data: str | None = None, split: str = "test", out: str | None = None, workers: int | None = None,
     report: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> Metrics:  # fmt: skip
     """Evaluate the best checkpoint of a run on a split; refinement is chosen on the set's val split.
 
     A set without val has the refinement that was chosen on the val split of the run's own set, or none: never one that was
@@ -141,16 +143,18 @@ def evaluate_run(
         chosen_on = chosen_on and f"{chosen_on} of {ShardSet.open(config.data.root).manifest['name']}"
     say(f"scoring {split} ...")
     evaluation = Evaluation(config, features[split], space, settings, tried)
-    metrics = {
-        "data": shards.manifest["name"],
-        "split": split,
-        **evaluation.metrics(),
-        "wall_seconds": time.perf_counter() - began,
-        "images_per_second": sum(len(f.image) for f in features.values()) / embedded,
-        "config_hash": config_hash(config),
-        "checkpoint": checkpoint.folder,
-        "checkpoint_step": checkpoint.step,
-    }
+    metrics = Metrics(
+        {
+            "data": shards.manifest["name"],
+            "split": split,
+            **evaluation.metrics(),
+            "wall_seconds": time.perf_counter() - began,
+            "images_per_second": sum(len(f.image) for f in features.values()) / embedded,
+            "config_hash": config_hash(config),
+            "checkpoint": checkpoint.folder,
+            "checkpoint_step": checkpoint.step,
+        }
+    )
     metrics["refinement"]["chosen_on"] = chosen_on
     bad_training = run.read_json(BAD_SAMPLES) if run.exists(BAD_SAMPLES) else []
     metrics["bad_training_samples"] = bad_training
@@ -178,6 +182,14 @@ def evaluate_run(
         run.write_text(report_path(view), page)
     print(printable(format_table(metrics), lines=True))
     return metrics
+
+
+def evaluate_model(
+    model: str, data: str | None = None, split: str = "test", out: str | None = None, workers: int | None = None,
+    report: bool = True, run_dir: str | None = None,
+) -> Metrics:  # fmt: skip
+    """As `evaluate_run`, of a run, an export or a pretrained model, of which a run without a step is made as by `as_run`."""
+    return evaluate_run(as_run(model, data, run_dir), data, split, out, workers, report)
 
 
 def _check_copy(out: str) -> None:

@@ -80,6 +80,32 @@ def render_report(
         title: headline of the page.
         config: the resolved config; values that JSON does not know are shown as text.
     """
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            metrics=metrics,
+            names=METRIC_NAMES,
+            directions=_directions(metrics),
+            kinds=metrics.get("by_caption_kind") or {},
+            refinement=_describe_refinement(metrics),
+            excluded=excluded(metrics),
+            tried=_best_tried(metrics.get("refinement") or {}),
+            loss_figure=_loss_figure(history),
+            val_figure=_val_figure(history),
+            opening=[_example(example, metrics["n_gallery"]) for example in opening["examples"]],
+            moves=_moves_in_words(opening["moves"], len(opening["examples"])),
+            examples=[_example(example, metrics["n_gallery"]) for example in examples],
+            strip_width=_longest(examples),
+            row_width=_longest(opening["examples"]),
+            skipped=metrics.get("skipped") or [],
+            config=yaml.safe_dump(json.loads(json.dumps(dict(config), default=str)), sort_keys=False, allow_unicode=True),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -89,25 +115,25 @@ def render_report(
     )
     environment.filters |= {"number": _number, "count": _count, "signed": _signed, "interval": _interval}
     environment.globals["relation"] = _relation
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        metrics=metrics,
-        names=METRIC_NAMES,
-        directions=_directions(metrics),
-        kinds=metrics.get("by_caption_kind") or {},
-        refinement=_describe_refinement(metrics),
-        excluded=excluded(metrics),
-        tried=_best_tried(metrics.get("refinement") or {}),
-        loss_figure=_loss_figure(history),
-        val_figure=_val_figure(history),
-        opening=[_example(example, metrics["n_gallery"]) for example in opening["examples"]],
-        moves=_moves_in_words(opening["moves"], len(opening["examples"])),
-        examples=[_example(example, metrics["n_gallery"]) for example in examples],
-        strip_width=_longest(examples),
-        row_width=_longest(opening["examples"]),
-        skipped=metrics.get("skipped") or [],
-        config=yaml.safe_dump(json.loads(json.dumps(dict(config), default=str)), sort_keys=False, allow_unicode=True),
-    )
+    return environment
+
+
+class Metrics(dict[str, Any]):
+    """Metrics as of metrics.json, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        """Both directions before and after refinement, with 95 % intervals; text is escaped."""
+        return (
+            _environment()
+            .get_template("metrics.html.j2")
+            .render(
+                metrics=self,
+                names=METRIC_NAMES,
+                directions=_directions(self),
+                refinement=_describe_refinement(self),
+                excluded=excluded(self),
+            )
+        )
 
 
 def format_table(metrics: Mapping[str, Any]) -> str:

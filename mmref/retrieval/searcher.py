@@ -8,6 +8,7 @@ for result in Searcher("INDEX").search("a small yellow bird with black wings", t
 from __future__ import annotations
 
 import bisect
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from mmref.retrieval import bundle
 from mmref.retrieval import index as directory
 from mmref.retrieval.heat_maps import GRID, Explanation, heat_maps, hidden, nearest
 from mmref.retrieval.images import read_image_bytes
+from mmref.retrieval.notebook import Results
 from mmref.retrieval.objects import Objects, RankedObject, rank_objects
 from mmref.retrieval.ranking import Encoded, Ranker
 from mmref.retrieval.segment import join_items
@@ -109,7 +111,7 @@ class Searcher:
         SearchIndexError: no complete index. ModelMismatchError: its model was replaced.
     """
 
-    def __init__(self, index: str, device: str = "auto", cached: int = 4096) -> None:
+    def __init__(self, index: str | os.PathLike[str], device: str = "auto", cached: int = 4096) -> None:
         self.index, self.device = Path(index).expanduser().absolute(), chosen_device(device)
         self._start(cached, None)
 
@@ -181,8 +183,8 @@ class Searcher:
         candidates: int | None = None,
         where: Mapping[str, Any] | None = None,
         image_weight: float = 0.5,
-    ) -> list[Result]:
-        """The best items for a sentence, an image, or both; see `search_many`."""
+    ) -> Results[Result]:
+        """The best items for a sentence, an image, or both, as a list that a notebook shows as pictures; see `search_many`."""
         return self.search_many([Query(text, image, image_weight)], top, refine, candidates, where)[0]
 
     def search_many(
@@ -192,7 +194,7 @@ class Searcher:
         refine: bool = True,
         candidates: int | None = None,
         where: Mapping[str, Any] | None = None,
-    ) -> list[list[Result]]:
+    ) -> list[Results[Result]]:
         """The best items of each query, the best first; of equal scores the item that was indexed first.
 
         Args:
@@ -210,7 +212,7 @@ class Searcher:
             raise QueryError(f"top is {top}: give 1 to {len(self)}, the number of items in {self.index.name}.")
         among = self.matching(where) if where else None
         if not queries or (among is not None and not len(among)):
-            return [[] for _ in queries]
+            return [Results([], self.thumbnail) for _ in queries]
         encoded = self.encode([q if isinstance(q, Query) else Query(q) for q in queries])
         return self.results(encoded, *self.ranker.rank(encoded, top, refine, candidates, among))
 
@@ -285,7 +287,7 @@ class Searcher:
             answers.append(found)
         return answers
 
-    def results(self, queries: Encoded, rows: Rows, scores: Floats, initial: Floats, before: Rows) -> list[list[Result]]:
+    def results(self, queries: Encoded, rows: Rows, scores: Floats, initial: Floats, before: Rows) -> list[Results[Result]]:
         """Results of ranked rows (q, top): their items, and the references that raised them."""
         distinct, at = np.unique(np.maximum(rows, 0), return_inverse=True)
         # Each row is sliced: `take` would first join the chunks of the whole table, 5 ms for a million items.
@@ -310,7 +312,7 @@ class Searcher:
                         **{name: item[name] for name in ITEM_COLUMNS},
                     )
                 )
-            answers.append(found)
+            answers.append(Results(found, self.thumbnail))
         return answers
 
     def _shared(self, queries: Encoded, rows: Rows) -> Callable[[int, int], list[Reference]]:

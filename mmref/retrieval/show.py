@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 
-import jinja2
-
+from mmref.retrieval.notebook import template
 from mmref.retrieval.searcher import ObjectResult, Result, Searcher
 from mmref.terminal.output import printable
 
@@ -44,10 +43,6 @@ def _short(item_id: str) -> str:
 
 def render_page(searcher: Searcher, answers: Sequence[tuple[str, Sequence[Result] | Sequence[ObjectResult]]]) -> str:
     """A self-contained page: a grid of thumbnails for each (query, results), or one for each object found."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mmref.retrieval"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["printable"] = printable
     shown = [
         (
             query,
@@ -55,7 +50,7 @@ def render_page(searcher: Searcher, answers: Sequence[tuple[str, Sequence[Result
         )
         for query, results in answers
     ]
-    return environment.get_template("results.html.j2").render(index=searcher.index.name, items=len(searcher), answers=shown)
+    return template("results.html.j2").render(index=searcher.index.name, items=len(searcher), answers=shown)
 
 
 def _groups(results: Sequence[Result] | Sequence[ObjectResult]) -> list[tuple[ObjectResult | None, Sequence[Result]]]:

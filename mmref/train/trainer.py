@@ -18,6 +18,7 @@ from mmref.data.shard_set import ShardSet, data_fingerprint, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import RunDirectoryError, ShardSetError
 from mmref.evaluate.choose import config_grid
+from mmref.evaluate.report import Metrics
 from mmref.model.backbone import check_towers
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
@@ -45,7 +46,7 @@ LEFT = {
 }
 
 
-def train(config: Config, final_evaluation: bool = True) -> dict[str, Any] | None:
+def train(config: Config, final_evaluation: bool = True) -> Metrics | None:
     """Train (or resume) a run, then evaluate its best checkpoint and write metrics.json and report.html.
 
     A set without test is reported on val, one with neither is not evaluated.

@@ -323,3 +323,21 @@ def test_an_expansion_is_called_one():
     settings = {"kind": "expansion", "weight": 0.2, "top_r": 8, "tau": 0.1, "top_p": None, "chosen_on": "val"}
     text = format_table(some_metrics(refinement=settings))
     assert "queries expanded by a softmax over the 8 nearest references, temperature 0.1; weight 0.2 on all" in text
+
+
+def test_a_notebook_shows_metrics_as_a_table():
+    metrics = report.Metrics(some_metrics(data="<b>set", ci95_initial={name: [39.0, 41.25] for name in METRIC_NAMES}))
+    page = metrics._repr_html_()
+    rows = [re.sub(r"\s*<[^>]+>\s*", "|", row).strip("|") for row in re.findall(r"<tr>.*?</tr>|<tr .*?</tr>", page, re.DOTALL)]
+    cells = [[cell for cell in row.split("|") if cell] for row in rows]
+    assert cells[0] == list(METRIC_NAMES)
+    assert cells[1:6] == [
+        ["text to image"],
+        ["initial", *(f"{40 + 5 * i}.0" for i in range(5))],
+        ["95 % interval", *["39.0–41.2"] * 5],
+        ["refined", *(f"{42 + 5 * i}.0" for i in range(5))],
+        ["95 % interval", *["41.5–43.2"] * 5],
+    ]
+    assert [row[0] for row in cells[6:]] == ["image to text", "initial", "refined"], "it has no intervals"
+    assert "&lt;b&gt;set, test: 6,156 queries" in page and "weight 0.2 on all candidates; chosen on val" in page
+    assert metrics == dict(metrics) and metrics["refined"]["R@1"] == 42.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmref.config import Config, build_parser, known_keys, load_config
+from mmref.config import AUTO, Config, build_parser, known_keys, load_config
 from mmref.config.files import SECTIONS
 from mmref.config.presets import PRESETS, preset_file, with_files
 from mmref.errors import ConfigError
@@ -20,8 +20,12 @@ def test_a_preset_is_its_file_and_flags_after_it_win(name):
 
 def test_presets_are_what_they_say():
     clip, siglip, irra = (load_config(["--preset", name]) for name in ("clip-finetune", "siglip-finetune", "irra"))
-    assert "clip" in clip.model.dual and clip.loss.uses_references
-    assert "siglip" in siglip.model.dual and siglip.data.max_tokens == 64 and siglip.data.image_mean == [0.5, 0.5, 0.5]
+    assert "clip" in clip.model.dual and clip.loss.uses_references and clip.loss.align == "infonce"
+    assert "siglip" in siglip.model.dual and siglip.loss.uses_references and siglip.loss.align == "sigmoid"
+    for config in (clip, siglip):
+        inputs = ("image_height", "image_width", "max_tokens", "image_mean", "image_std", "resize", "padding")
+        assert {getattr(config.data, name) for name in inputs} == {AUTO}, "as the model has them"
+        assert config.train.gpu == AUTO
     assert irra.loss.align == "sdm" and irra.loss.w_id and irra.loss.w_mlm and not irra.loss.uses_references
 
 

@@ -11,21 +11,23 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from mmref.cluster.connection import SETTINGS
-from mmref.config import Config, config_hash, from_dict, to_dict, with_absolute_paths
+from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict, with_absolute_paths
 from mmref.config.inputs import settled
 from mmref.data.shard_set import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
+from mmref.evaluate.refinement import RefinementSettings
 from mmref.run.directory import RunDir
-from mmref.train.trainer import check_inputs, check_same_data
+from mmref.run.models import START, as_run
+from mmref.train.trainer import DATA, check_inputs, check_same_data
 from mmref.tuning.ablation_table import markdown, plot, summarise, table_csv
 from mmref.tuning.capacity import TRIAL_CPUS, connected, largest_node, sharing
 from mmref.tuning.failure import reason
 from mmref.tuning.reuse import Recorded, choices, chosen_otherwise, record
-from mmref.tuning.rows import Rows, Training, trainings
+from mmref.tuning.rows import Rows, Training, start_of_training, trainings
 from mmref.tuning.trial_log import median_step_seconds
 
 
@@ -68,12 +70,14 @@ def ablate(
     planned = {t: configs[t] for t in trainings(wanted, seeds)}
     recorded, data = Recorded(files, split), fingerprints(configs)
     refined_too = {row.training for row in rows.rows if row.refined}
+    starts = {row.name for row in rows.rows if not row.steps}  # config_hash cannot tell them from trainings
     failures: dict[Training, str] = {}
     with run.held():
         for config in configs.values():
             check_judged_alike(config)
         found = {
-            t: read_result(config, split, data[t]) or recorded.get(config, data[t], t.row in refined_too)
+            t: read_result(config, split, data[t])
+            or (None if t.row in starts else recorded.get(config, data[t], t.row in refined_too))
             for t, config in configs.items()
         }
         results = {t: metrics for t, metrics in found.items() if metrics}
@@ -87,12 +91,12 @@ def ablate(
         def tabulate() -> list[dict[str, Any]]:
             table = summarise(rows, results, seeds, kind)
             if table:
-                done = [record(t, configs[t], metrics, data[t]) for t, metrics in results.items()]
+                done = [record(t, configs[t], metrics, data[t]) for t, metrics in results.items() if t.row not in starts]
                 write_tables(run, table, rows, {**about, "trainings": done})
             return table
 
         table = tabulate()
-        for training, failure in _train(base, {t: planned[t] for t in missing}, split, max_concurrent):
+        for training, failure in _train(base, {t: planned[t] for t in missing}, split, max_concurrent, starts):
             if failure:
                 failures[training] = failure
             elif metrics := read_result(configs[training], split, data[training]):
@@ -153,9 +157,9 @@ def read_result(config: Config, split: str, data: str) -> dict[str, Any] | None:
     return metrics
 
 
-def train_and_evaluate(values: dict[str, Any], split: str) -> dict[str, float]:
-    """One training and its evaluation, in a task that Ray placed; leaves result-<split>.json in the run directory. Returns its
-    refined metrics."""
+def train_and_evaluate(values: dict[str, Any], split: str, trains: bool = True) -> dict[str, float]:
+    """One training and its evaluation, or that of the weights it would start from, in a task that Ray placed; leaves
+    result-<split>.json in the run directory. Returns its refined metrics."""
     from mmref.cluster.connection import named_address
     from mmref.cluster.resources import machine, with_gpus
     from mmref.evaluate.evaluation import evaluate_run
@@ -165,14 +169,40 @@ def train_and_evaluate(values: dict[str, Any], split: str) -> dict[str, float]:
         os.environ.setdefault(name, value)
     config = from_dict(values)
     with named_address():
-        train(config, final_evaluation=False)
-        metrics = evaluate_run(config.run_dir, split=split)
+        if trains:
+            train(config, final_evaluation=False)
+            metrics = evaluate_run(config.run_dir, split=split)
+        else:
+            metrics = evaluate_start(config, split)
         result = {**metrics, "machine": machine(with_gpus(config))}
         RunDir(config.run_dir).write_text(result_name(split), json.dumps(result, indent=1))
     return metrics["refined"]
 
 
-def _train(base: Config, planned: dict[Training, Config], split: str, wanted: int | None) -> Iterator[tuple[Training, str]]:
+def evaluate_start(config: Config, split: str) -> dict[str, Any]:
+    """Metrics of the model that a training would start from, as of the training itself; its references, where it has any, refine
+    by settings chosen on val. Its own files are left as they are."""
+    from mmref.evaluate.choose import choose_on_val
+    from mmref.evaluate.evaluation import Evaluation, open_run, run_features
+
+    run, root = RunDir(config.run_dir), config.data.root
+    run.write_text("config.yaml", dump_yaml(config))
+    run.write_text(DATA, data_fingerprint(config))
+    start, own, checkpoint = open_run(as_run(start_of_training(config), root, run.join(START)))
+    own.eval = config.eval
+    splits = sorted({split, "val"} & set(ShardSet.open(root).splits))
+    features, space = run_features(start, own, checkpoint, root, splits)
+    settings, tried = RefinementSettings(weight=0.0), list[dict[str, Any]]()
+    if val := features.get("val"):
+        settings, tried = choose_on_val(own, space, val.text, val.queries, val.image, val.image_objects)
+    metrics = Evaluation(own, features[split], space, settings, tried).metrics()
+    run.remove(START)
+    return {**metrics, "config_hash": config_hash(config)}
+
+
+def _train(
+    base: Config, planned: dict[Training, Config], split: str, wanted: int | None, starts: Collection[str] = ()
+) -> Iterator[tuple[Training, str]]:
     """Run the trainings, as many at a time as fit; each as it ends, with the reason where it ended badly."""
     if not planned:
         return
@@ -186,7 +216,8 @@ def _train(base: Config, planned: dict[Training, Config], split: str, wanted: in
         while waiting or running:
             while waiting and len(running) < at_once:
                 training, config = waiting.pop()
-                running[task.remote(to_dict(sharing(config, at_once, node_cpus)), split)] = (training, time.monotonic())
+                values = to_dict(sharing(config, at_once, node_cpus))
+                running[task.remote(values, split, training.row not in starts)] = (training, time.monotonic())
             for done in ray.wait(list(running), num_returns=1)[0]:
                 training, began = running.pop(done)
                 failure = ""

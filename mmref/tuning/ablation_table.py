@@ -128,7 +128,9 @@ def _step_ratio(row: Row, rows: Rows, point: Any, results: Results, seeds: list[
     times = []
     for seed in seeds:
         own, base = (results.get(Training(name, point, seed)) for name in (row.training, rows[rows.baseline].training))
-        if own and base and own["machine"] and own["machine"] == base["machine"]:
+        if not own or not base or not (own["step_seconds"] and base["step_seconds"]):
+            continue  # starting weights have taken no step
+        if own["machine"] and own["machine"] == base["machine"]:
             times.append(own["step_seconds"] / base["step_seconds"])
     return float(np.median(times)) if times else None
 

@@ -25,7 +25,7 @@ class Row:
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)  # dotted config fields of its training
-    steps: float = 1.0  # multiple of the length of training
+    steps: float = 1.0  # multiple of the length of training; 0: none, the starting weights are evaluated
     of: str = ""  # the row whose training it reads, where that is not its own
     refined: bool = False  # results after refinement
     against: str = ""  # the row it is compared with besides the baseline
@@ -67,7 +67,8 @@ class Rows:
         values = {**row.values, "train.seed": seed, "run_dir": run_dir}
         if self.over:
             values[self.over] = point
-        values["train.max_steps"] = round(base.train.max_steps * row.steps)
+        if row.steps:
+            values["train.max_steps"] = round(base.train.max_steps * row.steps)
         return with_values(base, values)
 
 
@@ -125,7 +126,12 @@ def read_rows(path: str, base: Config) -> Rows:
     folders: dict[str, Training] = {}
     for training in trainings(result, [0]):
         try:
-            result.config(base, training.row, training.point, 0, base.run_dir)
+            config = result.config(base, training.row, training.point, 0, base.run_dir)
+            if not result[training.row].steps and not start_of_training(config):
+                raise ConfigError(
+                    "`steps: 0` evaluates the weights that training would start from, and these are random. Set "
+                    "`train.start_from` or `model.dual` to a model."
+                )
         except ConfigError as error:
             raise ConfigError(f"{path}: row `{training.row}`: {error}") from None
         if folders.setdefault(training.folder, training) != training:
@@ -133,12 +139,19 @@ def read_rows(path: str, base: Config) -> Rows:
     return result
 
 
+def start_of_training(config: Config) -> str:
+    """The model whose weights a training of the config starts from; empty where they are random."""
+    return config.train.start_from or config.model.dual
+
+
 def _read_row(name: str, entry: Any, path: str) -> Row:
     if not isinstance(entry, dict) or set(entry) - KEYS:
         raise ConfigError(f"{path}: row `{name}` takes {', '.join(sorted(KEYS))}; found {entry!r}.")
     values, steps = entry.get("set") or {}, entry.get("steps", 1.0)
-    if not isinstance(steps, int | float) or not steps > 0:
-        raise ConfigError(f"{path}: row `{name}`: `steps` multiplies the length of training, found {steps!r}.")
+    if not isinstance(steps, int | float) or not steps >= 0:
+        raise ConfigError(
+            f"{path}: row `{name}`: `steps` multiplies the length of training (0: the starting weights alone), found {steps!r}."
+        )
     values = {key: _value(key, value, path) for key, value in values.items()}
     text = [str(entry.get(key, "")) for key in ("of", "against")]
     return Row(name, values, float(steps), text[0], bool(entry.get("refined", False)), text[1])

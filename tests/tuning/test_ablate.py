@@ -13,10 +13,13 @@ import pytest
 from mmref.config import Config, config_hash, dump_yaml
 from mmref.data.shard_set import data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
+from mmref.evaluate import split_features
+from mmref.evaluate.evaluation import evaluate_run
 from mmref.run.directory import RunDir
+from mmref.run.models import as_run
 from mmref.train.trainer import DATA
 from mmref.tuning import ablate as module
-from mmref.tuning.ablate import ablate, result_name
+from mmref.tuning.ablate import ablate, evaluate_start, result_name
 from mmref.tuning.command import ablate_main as main
 from mmref.tuning.failure import reason
 from mmref.tuning.rows import Row, Rows, Training
@@ -39,7 +42,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Folders trained, in order. A training leaves a result at once; the first of full-seed1 fails below a folder `fail`."""
     done: list[str] = []
 
-    def fake(base: Config, planned: dict, split: str, wanted: int | None) -> Iterator[tuple[Training, str]]:
+    def fake(base: Config, planned: dict, split: str, wanted: int | None, starts: set) -> Iterator[tuple[Training, str]]:
         for training, config in planned.items():
             done.append(training.folder)
             if training.folder == "full-seed1" and done.count("full-seed1") == 1 and "fail" in base.run_dir:
@@ -100,6 +103,30 @@ def test_a_failure_is_told_at_the_end_and_tried_again(base: Config, trained: lis
     assert (tmp_path / "fail" / "ablation.md").exists()
     ablate(base, ROWS, [0, 1])
     assert trained.count("full-seed1") == 2 and trained.count("full-seed0") == 1
+
+
+def test_the_starting_weights_are_a_row(
+    base: Config, trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`steps: 0`: what comes of the model that training starts from, as `mmref evaluate` scores it, and no training."""
+    from support.pretrained import save_pretrained
+
+    monkeypatch.setattr(split_features, "missing", lambda *_: ["ray"])
+    clip = str(save_pretrained("clip", tmp_path / "clip"))
+    config = with_values(base, {"train.start_from": clip, "run_dir": str(tmp_path / "zero")})
+    metrics = evaluate_start(config, "test")
+    expected = evaluate_run(as_run(clip, base.data.root, str(tmp_path / "run")), report=False, workers=0)
+    assert metrics["initial"] == expected["initial"] and metrics["config_hash"] == config_hash(config)
+    assert sorted(p.name for p in (tmp_path / "zero").iterdir() if p.name != ".lock") == sorted(["config.yaml", DATA])
+    rows = Rows((Row("zero-shot", steps=0), Row("tuned")), "zero-shot")
+    base.train.start_from = clip
+    ablate(base, rows, [0])
+    assert trained == ["zero-shot-seed0", "tuned-seed0"]
+    written = json.loads(Path(base.run_dir, "ablation.json").read_text())
+    assert [entry["row"] for entry in written["trainings"]] == ["tuned"], "a training is not read in place of its start"
+    other = with_values(base, {"run_dir": str(tmp_path / "other")})
+    ablate(other, rows, [0], files=[str(Path(base.run_dir, "ablation.json"))])
+    assert trained[2:] == ["zero-shot-seed0"]
 
 
 def test_results_of_another_config_are_refused(base: Config, trained: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from mmref.errors import ModelError
+from mmref.extras import need
 from mmref.model.depth import layers_of
 
 MARK = "lora_"  # in the names of the adapters' parameters
@@ -17,17 +18,17 @@ PREFIX = "base_model.model."  # of names in the files of peft
 def add_lora(tower: nn.Module, rank: int, alpha: float, field: str) -> None:
     """Give each linear layer inside a tower's layers an adapter, and train nothing else of the tower. At first they add nothing.
 
-    Raises ModelError where peft is not installed, or the tower has no linear layers.
+    Raises ExtraMissingError where peft is not installed, ModelError where the tower has no linear layers.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ModelError(f"`{field}` needs the package peft, which is not installed: pip install 'mmref[lora]'.") from error
+    need("lora", f"`{field}`")
+    from peft import LoraConfig, inject_adapter_in_model
+
     inside = {id(m) for m in layers_of(tower, field).modules()}
     targets = [name for name, m in tower.named_modules() if id(m) in inside and type(m) is nn.Linear]
     if not targets:
         raise ModelError(f"`{field}`: {type(tower).__name__} has no linear layer that could have an adapter. Leave it 0.")
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), tower)
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": targets}  # alpha is declared as whole
+    inject_adapter_in_model(LoraConfig(**settings), tower)
     for name, p in tower.named_parameters():
         p.requires_grad_(MARK in name)
 

@@ -283,7 +283,7 @@ class Searcher:
             for o in objects:
                 (shown,) = self.results(queries.take([q]), o.rows[None], o.scores[None], o.initial[None], o.before[None])
                 name = self.objects.ids[o.number].as_py()
-                found.append(ObjectResult(len(found) + 1, name, shown[0].score, o.best_initial, o.rank_before, shown))
+                found.append(ObjectResult(len(found) + 1, name, shown[0].score, o.best_initial, o.rank_before, list(shown)))
             answers.append(found)
         return answers
 

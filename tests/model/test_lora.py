@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 import mmref
 from mmref.data.tokens import load_tokens
-from mmref.errors import ConfigError, ModelError
+from mmref.errors import ConfigError, ExtraMissingError
 from mmref.export.write import export_run
 from mmref.model.lora import below_adapters
 from mmref.model.mmref import build_model
@@ -33,7 +33,7 @@ def cpu_deepspeed(monkeypatch):
 
 def test_without_the_package_the_error_names_the_extra(make_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ModelError, match=r"`model.lora_text` needs the package peft.*mmref\[lora\]"):
+    with pytest.raises(ExtraMissingError, match=r"`model.lora_text` needs the extra `lora`.*mmref\[lora\]"):
         build_model(make_config({"model.lora_text": 2}), 80)
 
 

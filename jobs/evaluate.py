@@ -1,4 +1,4 @@
-"""Evaluate a run: `python jobs/evaluate.py --checkpoint RUN --data SHARDS --split test --out metrics.json`."""
+"""Evaluate a run: `python jobs/evaluate.py --model RUN --data SHARDS --split test --out metrics.json`."""
 
 import sys
 

@@ -152,7 +152,7 @@ def _metrics_of(run: RunDir, info: CheckpointInfo) -> dict[str, Any]:
         raise ExportError(
             f"the best checkpoint of {run.path} is {info.folder}, and metrics.json is of "
             f"{metrics.get('checkpoint', 'none')}: the refinement has not been chosen for it. Run "
-            f"`mmref evaluate --checkpoint {run.path}` first."
+            f"`mmref evaluate --model {run.path}` first."
         )
     return metrics
 

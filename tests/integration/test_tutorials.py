@@ -27,6 +27,7 @@ import psutil
 import pytest
 from PIL import Image, ImageDraw
 from support.jobs import ROOT
+from support.pretrained import save_pretrained
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 SETTING = re.compile(r'export (\w+)=(\S+|"[^"]*")( +#.*)?')
@@ -141,6 +142,23 @@ def test_fine_tune_on_my_catalogue(catalogue: Path, small_clip: Path, tmp_path: 
     assert json.loads((work / "run" / "metrics.json").read_text())["split"] == "test"
     assert "(2, 16)" in output, "two sentences as vectors"
     assert re.search(r"^ +1 .*images/\d\d-\d\.png", output, re.MULTILINE), "a first result of the catalogue"
+
+
+@pytest.mark.slow
+def test_start_from_a_pretrained_model(photos: Path, catalogue: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    model = save_pretrained("clip", tmp_path / "hub" / "clip")
+    values = {"PHOTOS": photos, "QUERY": "a red circle", "MODEL": model, "CATALOGUE": catalogue, "WORK": work}
+    output = follow("start-from-a-pretrained-model.md", {**values, "STEPS": 20, "BATCH": 8})
+    assert "27 objects added" in output
+    tables = output.split("text to image")[1:]
+    assert len(tables) == 3, "as it is, with references, fine-tuned"
+    zero_shot, tuned = (json.loads((work / name / "metrics.json").read_text()) for name in ("zero-shot", "run"))
+    assert (zero_shot["checkpoint_step"], zero_shot["split"], tuned["split"]) == (0, "test", "test")
+    assert zero_shot["refinement"]["chosen_on"] == "val" and zero_shot["refinement"]["tried"]
+    assert tuned["checkpoint_step"] > 0 and tuned["config_hash"] != zero_shot["config_hash"]
+    assert "share" in json.loads((work / "model" / "config.json").read_text())["interpolation"]
+    assert len(re.findall(r"^ +1 .*\.png$", output, re.MULTILINE)) == 2, "a first result of both models"
 
 
 def free_ports(count: int) -> list[int]:

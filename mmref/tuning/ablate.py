@@ -171,12 +171,12 @@ def train_and_evaluate(values: dict[str, Any], split: str, trains: bool = True) 
     with named_address():
         if trains:
             train(config, final_evaluation=False)
-            metrics = evaluate_run(config.run_dir, split=split)
+            metrics: dict[str, Any] = evaluate_run(config.run_dir, split=split)
         else:
             metrics = evaluate_start(config, split)
         result = {**metrics, "machine": machine(with_gpus(config))}
         RunDir(config.run_dir).write_text(result_name(split), json.dumps(result, indent=1))
-    return metrics["refined"]
+    return dict(metrics["refined"])
 
 
 def evaluate_start(config: Config, split: str) -> dict[str, Any]:

@@ -155,6 +155,7 @@ def test_irra_s_objective(tmp_path: Path, tiny_set: Path) -> None:
         assert losses[-1, AT[name]] < losses[0, AT[name]], f"{name} does not fall: it is not learned"
 
 
+@pytest.mark.slow
 def test_sigmoid_loss(tmp_path: Path, tiny_set: Path) -> None:
     """Temperature and bias are parameters of one number each, which the engine keeps as it keeps the others."""
     pairs = {"loss__align": "sigmoid", "loss__learn_tau": True, "loss__bias": -3.0, "loss__w_rec": 0.0}
@@ -164,6 +165,7 @@ def test_sigmoid_loss(tmp_path: Path, tiny_set: Path) -> None:
     assert {"logit_bias", "log_scale"} <= set(expected["first"]) and expected["weights"]["logit_bias"].item() != -3
 
 
+@pytest.mark.slow
 def test_locked_layers_and_rates_by_depth(tmp_path: Path, tiny_set: Path) -> None:
     """More groups of the optimizer, and a tower whose first layers have no gradient."""
 
@@ -213,7 +215,7 @@ def compare_averages(expected: dict[str, Any], found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("workers", "stage", "accumulation"),
-    [(2, 1, 1), (2, 3, 2), pytest.param(4, 2, 1, marks=pytest.mark.slow), pytest.param(2, 0, 2, marks=pytest.mark.slow)],
+    [(2, 3, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 1, 1), (4, 2, 1), (2, 0, 2)))],
 )
 def test_averages_of_weights(
     tmp_path: Path, tiny_set: Path, averaging: dict[str, Any], workers: int, stage: int, accumulation: int
@@ -224,7 +226,7 @@ def test_averages_of_weights(
 
 @pytest.mark.parametrize(
     ("workers", "stage"),
-    [(2, 3), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 0, marks=pytest.mark.slow)],
+    [pytest.param(2, 3, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow), (1, 0)],
 )
 def test_averages_go_on_bit_by_bit(tmp_path: Path, tiny_set: Path, workers: int, stage: int) -> None:
     """Temperature and bias, of one number, are on one of two workers."""

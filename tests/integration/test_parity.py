@@ -181,6 +181,7 @@ def test_locked_layers_and_rates_by_depth(tmp_path: Path, tiny_set: Path) -> Non
     assert not [n for n in expected["first"] if "vision_model.embeddings" in n] and expected["first"]
 
 
+@pytest.mark.slow
 def test_adapters_by_lora(tmp_path: Path, tiny_set: Path) -> None:
     """Of wide towers, whose frozen weights ZeRO-3 partitions. A checkpoint has the adapters alone; another stage goes on."""
     pytest.importorskip("peft")
@@ -224,10 +225,8 @@ def test_averages_of_weights(
     compare_averages(averaging, run(tmp_path, tiny(tiny_set, **scale, **EMA), workers))
 
 
-@pytest.mark.parametrize(
-    ("workers", "stage"),
-    [pytest.param(2, 3, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow), (1, 0)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "stage"), [(2, 3), (2, 1), (1, 0)])
 def test_averages_go_on_bit_by_bit(tmp_path: Path, tiny_set: Path, workers: int, stage: int) -> None:
     """Temperature and bias, of one number, are on one of two workers."""
     values = tiny(tiny_set, train__workers=workers, train__zero_stage=stage, **EMA)

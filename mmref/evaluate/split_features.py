@@ -136,7 +136,7 @@ def embed_splits(
         for portion, features, bad in _encoded(config, run, checkpoint, root, portions):
             parts.setdefault((portion.split, portion.kind), []).append((portion.start, features, bad))
             progress.add(len(portion))
-    return {s: _collect(indices[s], queries[s], parts[s, "image"], parts[s, "text"]) for s in splits}
+    return {s: collect(indices[s], queries[s], parts[s, "image"], parts[s, "text"]) for s in splits}
 
 
 def _encoded(
@@ -202,7 +202,7 @@ def _encoded_by_actors(
             working[worker.encode.remote(portion)] = worker, portion
 
 
-def _collect(index: SplitIndex, queries: Queries, images: list, texts: list) -> SplitFeatures:
+def collect(index: SplitIndex, queries: Queries, images: list, texts: list) -> SplitFeatures:
     """A split of its parts (start, features, bad), which came in any order."""
     images, texts = (sorted(parts, key=lambda part: part[0]) for parts in (images, texts))
     features, text = (np.concatenate([part[1] for part in parts]) for parts in (images, texts))

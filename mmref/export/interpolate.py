@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from mmref.evaluate.evaluation import Evaluation
 from mmref.evaluate.features import Encoder, read_pixels, read_queries
 from mmref.evaluate.metrics import evaluate_features, summarize
 from mmref.evaluate.refinement import ReferenceSpace
-from mmref.evaluate.split_features import SplitFeatures
+from mmref.evaluate.split_features import SplitFeatures, collect
 from mmref.model.mmref import MMRef, build_model
 from mmref.run.checkpoints import TensorFolder, best_checkpoint, fetched
 from mmref.run.directory import RunDir
@@ -61,21 +60,22 @@ def interpolate(
     start = start_weights(config, module, tokens)
     encoder = Encoder(module, module, config.data, tokens, torch.device("cpu"))
     tried: list[dict[str, float]] = []
+    best: dict[str, float] = {}
     for share in SHARES:
         _mix(module, start, tuned, share)
-        val = encode_split(encoder, config, shards, "val")
-        found = evaluate_features(val.text[val.queries.text], val.image, val.queries.objects, val.image_objects)
-        tried.append({"share": share, **summarize(found)})
+        found = encode_split(encoder, config, shards, "val")
+        scores = evaluate_features(found.text[found.queries.text], found.image, found.queries.objects, found.image_objects)
+        tried.append({"share": share, **summarize(scores)})
         say(f"{share:.0%} of the fine-tuned weights: mAP {tried[-1]['mAP']:.2f} on val")
-    best = max(tried, key=lambda row: (score_of(row, config.eval.metric), row["share"]))
+        if not best or score_of(tried[-1], config.eval.metric) >= score_of(best, config.eval.metric):
+            best, val = tried[-1], found
     _mix(module, start, tuned, best["share"])
-    val = encode_split(encoder, config, shards, "val")
     settings, grid = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
     reported = val if split == "val" else encode_split(encoder, config, shards, split)
     metrics = {"split": split, **Evaluation(config, reported, space, settings, grid).metrics()}
     metrics["refinement"]["chosen_on"] = "val"
-    scores = {name: value for name, value in best.items() if name != "share"}
-    return Interpolation(best["share"], scores, tried, metrics)
+    reached = {name: value for name, value in best.items() if name != "share"}
+    return Interpolation(best["share"], reached, tried, metrics)
 
 
 def start_weights(config: Config, module: MMRef, tokens: Tokens) -> dict[str, Tensor]:
@@ -114,13 +114,11 @@ def encode_split(encoder: Encoder, config: Config, shards: ShardSet, split: str)
     index, batch = shards.index(split), config.eval.batch
     reader = SampleReader(index)
     queries = read_queries(index, reader)
-    images, bad = [], []
+    images, texts = [], []
     with encoder:
         for first in range(0, len(index), batch):
             pixels, problems = read_pixels(reader, range(first, min(first + batch, len(index))), config.data)
-            images.append(encoder.images(pixels))
-            bad += problems
-        text = np.concatenate([encoder.texts(queries.texts[i : i + batch]) for i in range(0, len(queries.texts), batch)])
-    usable = np.array([not problem for problem in bad])
-    skipped = queries.skipped + [problem for problem in bad if problem]
-    return SplitFeatures(index, queries, np.concatenate(images)[usable], np.flatnonzero(usable), text, skipped)
+            images.append((first, encoder.images(pixels), problems))
+        for first in range(0, len(queries.texts), batch):
+            texts.append((first, encoder.texts(queries.texts[first : first + batch]), []))
+    return collect(index, queries, images, texts)

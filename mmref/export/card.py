@@ -54,6 +54,12 @@ to {max_tokens} tokens.
 
 {plain}"""
 
+PRETRAINED = """# {name}
+
+The pretrained model `{model}` as it is, in the layout of mmref {version}: `mmref.load("DIR")`. Its licence is that
+of its makers.
+"""
+
 MIXTURE = (
     "\nThe weights are {tuned:.0%} those of the fine-tuned model and {start:.0%} those that training started from: "
     "a share that was\nchosen on val."
@@ -124,6 +130,11 @@ def model_card(
     )
     front = yaml.safe_dump(front_matter(name, config, metrics, shards), sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{front}---\n\n{text}"
+
+
+def pretrained_card(name: str, model: str) -> str:
+    """README.md of an export `name` of a pretrained model."""
+    return PRETRAINED.format(name=name, model=model, version=__version__)
 
 
 def front_matter(name: str, config: Config, metrics: dict[str, Any], shards: ShardSet) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from mmref.errors import ExportError
 from mmref.evaluate.choose import settings_of, trained_space
 from mmref.evaluate.features import Floats, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
-from mmref.export.card import is_plain, model_card
+from mmref.export.card import is_plain, model_card, pretrained_card
 from mmref.export.interpolate import interpolate
 from mmref.export.model import load
 from mmref.model.backbone import IMPORT, DualBackbone, PairBackbone, tower_config
@@ -91,7 +91,7 @@ def export_pretrained(name: str, out: str) -> Path:
             "embed_dim": module.embed_dim, "objects": 0, "refinement": asdict(RefinementSettings(weight=0.0)),
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(card, indent=1))
-        (folder / "README.md").write_text(f"# {target.name}\n\n{PRETRAINED.format(name=name, version=__version__)}", "utf-8")
+        (folder / "README.md").write_text(pretrained_card(target.name, name), "utf-8")
     return target
 
 
@@ -245,8 +245,3 @@ def write_transformers(folder: Path, config: Config, module: MMRef, tokens: Toke
     dual.load_state_dict(state)
     dual.save_pretrained(folder)
     tokens.tokenizer.save_pretrained(folder)
-
-
-PRETRAINED = """The pretrained model `{name}` as it is, in the layout of mmref {version}: `mmref.load("DIR")`. Its licence is that
-of its makers.
-"""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mmref.errors import HubError, HubTokenError, HubUnreachableError
+from mmref.extras import need
 
 SCHEME = "hf://"
 NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?"
@@ -120,12 +121,9 @@ def check_may_push(place: str) -> None:
 
 
 def _library() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise HubError(
-            "`hf://` needs the package huggingface_hub, which is not installed here: `pip install huggingface_hub`."
-        ) from None
+    need("hub", "`hf://`")
+    import huggingface_hub
+
     return huggingface_hub
 
 

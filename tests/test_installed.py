@@ -73,14 +73,9 @@ def mmref(base: Path, elsewhere: Path) -> Mmref:
 
 @pytest.fixture(scope="module")
 def run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from support.tiny_run import make_run
-    from support.tiny_set import tiny_config
+    from support.tiny_run import run_of
 
-    path = tmp_path_factory.mktemp("run") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        make_run(tiny_config(tiny_set, {}), str(path), {})
-    return path
+    return run_of(tiny_set, tmp_path_factory.mktemp("run") / "run")
 
 
 def test_a_base_install_brings_nothing_that_trains_or_serves() -> None:

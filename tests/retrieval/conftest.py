@@ -14,14 +14,9 @@ from mmref.retrieval import index
 @pytest.fixture(scope="session")
 def run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a sparse refinement of every candidate."""
-    from support.tiny_run import make_run
-    from support.tiny_set import tiny_config
+    from support.tiny_run import run_of
 
-    path = tmp_path_factory.mktemp("run") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        make_run(tiny_config(tiny_set, {}), str(path), {})
-    return path
+    return run_of(tiny_set, tmp_path_factory.mktemp("run") / "run")
 
 
 @pytest.fixture(scope="session")

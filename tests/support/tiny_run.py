@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from mmref.config import Config, dump_yaml
@@ -20,8 +22,17 @@ from mmref.run import checkpoints
 from mmref.run.directory import RunDir
 from mmref.train import checkpoint_files
 from mmref.train.bank import ReferenceBank
+from support.tiny_set import tiny_config
 
 UNSEEN = 2  # the first objects have no trained reference
+
+
+def run_of(tiny_set: Path, path: Path) -> Path:
+    """`make_run` of the tiny set, for fixtures of a wider scope than a test's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        make_run(tiny_config(tiny_set, {}), str(path), {})
+    return path
 
 
 def make_run(config: Config, path: str, refinement: dict[str, Any]) -> MMRef:

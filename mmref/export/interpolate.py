@@ -114,7 +114,8 @@ def encode_split(encoder: Encoder, config: Config, shards: ShardSet, split: str)
     index, batch = shards.index(split), config.eval.batch
     reader = SampleReader(index)
     queries = read_queries(index, reader)
-    images, texts = [], []
+    images: list[Any] = []
+    texts: list[Any] = []
     with encoder:
         for first in range(0, len(index), batch):
             pixels, problems = read_pixels(reader, range(first, min(first + batch, len(index))), config.data)

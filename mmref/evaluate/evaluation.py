@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
@@ -34,11 +35,13 @@ from mmref.evaluate.report import (
 from mmref.evaluate.split_features import SplitFeatures, embed_splits
 from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_references
 from mmref.run.directory import BAD_SAMPLES, RunDir, read_jsonl
-from mmref.run.models import as_run
+from mmref.run.models import START, as_run, start_of_training
 from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.output import printable
 from mmref.terminal.progress import say
 
+START_METRICS = "start.json"  # of a run: what `evaluate_start` found before the training
+NOT_CHOSEN = RefinementSettings(weight=0.0), ""
 SHOWN = 10  # results of an example in the report
 SHOWN_FIRST = 5  # results of those at its top, two rows of which stand side by side
 
@@ -83,7 +86,7 @@ def chosen_before(run: RunDir, checkpoint: CheckpointInfo, view: str = "") -> tu
     name = metrics_path(view)
     metrics = run.read_json(name) if run.exists(name) else {}
     if metrics.get("checkpoint") != checkpoint.folder:
-        return RefinementSettings(weight=0.0), ""
+        return NOT_CHOSEN
     return settings_of(metrics), metrics["refinement"]["chosen_on"]
 
 
@@ -94,6 +97,57 @@ def run_features(
     features = embed_splits(config, run, checkpoint, root, splits)
     with fetched(run, checkpoint, "references") as folder:
         return features, trained_space(config, load_references(folder, checkpoint.meta).numpy())
+
+
+def chosen_evaluation(
+    config: Config,
+    features: Mapping[str, SplitFeatures],
+    space: ReferenceSpace | None,
+    split: str,
+    otherwise: tuple[RefinementSettings, str] = NOT_CHOSEN,
+) -> tuple[Evaluation, str]:
+    """The evaluation of a split with the refinement that does best on val, and what that was chosen on.
+
+    Args:
+        otherwise: both where `features` has no val, by default no refinement, chosen on nothing.
+    """
+    settings, chosen_on = otherwise
+    tried = list[dict[str, Any]]()
+    if val := features.get("val"):
+        say("choosing the refinement on val ...")
+        settings, tried = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
+        chosen_on = "val"
+    say(f"scoring {split} ...")
+    return Evaluation(config, features[split], space, settings, tried), chosen_on
+
+
+def start_metrics(run: RunDir, split: str) -> dict[str, Any] | None:
+    """What a run's training started from achieves on a split, for the run's own metrics; None where nobody evaluated that."""
+    found = run.read_json(START_METRICS) if run.exists(START_METRICS) else None
+    if found is None or found["split"] != split:
+        return None
+    return {name: found[name] for name in ("model", "initial", "refined", "ci95_initial", "ci95")}
+
+
+def evaluate_start(config: Config, run: RunDir, split: str) -> dict[str, Any]:
+    """Metrics of the weights that a run's training starts from, prepared as their own model wants images and captions.
+
+    Their references, where there are any, refine by settings chosen on val. The run directory is left as it is.
+    """
+    given = start_of_training(config)
+    kept = run.exists(START)  # the training's own, which it still needs
+    try:
+        start, own, checkpoint = open_run(as_run(given, config.data.root, run.join(START)))
+        own.eval = config.eval
+        splits = sorted({split, "val"} & set(ShardSet.open(config.data.root).splits))
+        features, space = run_features(start, own, checkpoint, config.data.root, splits)
+    finally:
+        if not kept:
+            run.remove(START)
+    evaluation, chosen_on = chosen_evaluation(own, features, space, split)
+    metrics = evaluation.metrics()
+    metrics["refinement"]["chosen_on"] = chosen_on
+    return {"model": given, "split": split, **metrics}
 
 
 def evaluate_run(
@@ -131,18 +185,10 @@ def evaluate_run(
     own = is_own(config, root)
     features, space = run_features(run, config, checkpoint, root, sorted({split, "val"} & set(shards.splits)))
     embedded = time.perf_counter() - began
-    tried: list[dict[str, Any]] = []
-    if val := features.get("val"):
-        say("choosing the refinement on val ...")
-        settings, tried = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
-        chosen_on = "val"
-    elif own or space is None:
-        settings, chosen_on = RefinementSettings(weight=0.0), ""
-    else:
-        settings, chosen_on = chosen_before(run, checkpoint)
-        chosen_on = chosen_on and f"{chosen_on} of {ShardSet.open(config.data.root).manifest['name']}"
-    say(f"scoring {split} ...")
-    evaluation = Evaluation(config, features[split], space, settings, tried)
+    before = NOT_CHOSEN if own or space is None else chosen_before(run, checkpoint)
+    if before[1]:
+        before = before[0], f"{before[1]} of {ShardSet.open(config.data.root).manifest['name']}"
+    evaluation, chosen_on = chosen_evaluation(config, features, space, split, before)
     metrics = Metrics(
         {
             "data": shards.manifest["name"],
@@ -160,6 +206,8 @@ def evaluate_run(
     metrics["bad_training_samples"] = bad_training
     if own and split == "test" and (best := best_on_test(read_jsonl(run))):
         metrics["best_on_test"] = best
+    if own and (start := start_metrics(run, split)):
+        metrics["start"] = start
     text = json.dumps(metrics, indent=1)
     view = view_of(config, shards, split)
     run.write_text(metrics_path(view), text)

@@ -3,8 +3,8 @@
 `metrics` is what `metrics.json` holds (docs/run-directory.md), with optional parts that appear when they are there:
 "image_to_text" and each kind in "by_caption_kind" are blocks like the top level ("initial", "refined", "ci95");
 "ci95_initial" beside "ci95"; "refinement_gain" from `bootstrap.paired_difference`; "skipped", a list of messages;
-"best_on_test" from `evaluation.best_on_test`; "class_protocol", {"initial": {name: percent}, "refined": ...};
-"refinement"["tried"], the table of `refinement.choose_refinement`.
+"best_on_test" from `evaluation.best_on_test`; "start" from `evaluation.start_metrics`; "class_protocol", {"initial":
+{name: percent}, "refined": ...}; "refinement"["tried"], the table of `refinement.choose_refinement`.
 """
 
 import base64
@@ -88,6 +88,7 @@ def render_report(
             metrics=metrics,
             names=METRIC_NAMES,
             directions=_directions(metrics),
+            start_rows=_start_rows(metrics),
             kinds=metrics.get("by_caption_kind") or {},
             refinement=_describe_refinement(metrics),
             excluded=excluded(metrics),
@@ -140,8 +141,11 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     """The metrics as aligned plain text, without a trailing newline."""
     kinds = metrics.get("by_caption_kind") or {}
     lines: list[tuple[str, Mapping[str, Any] | None]] = [("", None)]
-    for label, block in _directions(metrics):
-        lines += [(label, None), ("  initial", block["initial"]), ("  refined", block["refined"])]
+    for place, (label, block) in enumerate(_directions(metrics)):
+        lines.append((label, None))
+        if not place:
+            lines += [(f"  {name}", scores) for name, scores, _ in _start_rows(metrics)]
+        lines += [("  initial", block["initial"]), ("  refined", block["refined"])]
         if block["ci95"]:
             lines.append(("    95 % interval", {k: _interval(v, "-") for k, v in block["ci95"].items()}))
     if kinds:
@@ -182,6 +186,17 @@ def _directions(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         for label, block in blocks.items()
         if block
     ]
+
+
+def _start_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float], Mapping[str, Any]]]:
+    """(name, scores, intervals) of what training started from: one row, and one of its refinement where it has any."""
+    start = metrics.get("start")
+    if not start:
+        return []
+    rows = [("before training", start["initial"], start["ci95_initial"])]
+    if start["refined"] != start["initial"]:
+        rows.append(("before training, refined", start["refined"], start["ci95"]))
+    return rows
 
 
 def _number(value: float | None, digits: int = 1) -> str:

@@ -148,6 +148,11 @@ def as_run(given: str, data: str | None, run_dir: str | None = None) -> str:
     return run.path
 
 
+def start_of_training(config: Config) -> str:
+    """The model whose weights a training of the config starts from; empty where they are random."""
+    return config.train.start_from or config.model.dual
+
+
 def start_of(config: Config, run: RunDir) -> RunDir:
     """The run whose weights a training of `train.start_from` begins with."""
     return RunDir(run.join(START)) if run.exists(f"{START}/{SOURCE}") else RunDir(config.train.start_from)

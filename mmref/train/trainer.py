@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from mmref.evaluate.report import Metrics
 from mmref.model.backbone import check_towers
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
-from mmref.run.models import START, as_run, find_model
+from mmref.run.models import START, as_run, find_model, start_of_training
 from mmref.run.progress import Progress
 from mmref.train import checkpoint_files
 from mmref.train.loop import train_worker
@@ -68,8 +69,24 @@ def train(config: Config, final_evaluation: bool = True) -> Metrics | None:
         prepare_run(config, run)
         with connect(needed_cpus(config), config.train.storage_gb), Termination(run) as termination:
             check_resources(config)
+            if split:
+                evaluate_before(config, run, split)
             fit(config, run, termination=termination)
             return evaluate_run(config.run_dir, split=split) if split else None
+
+
+def evaluate_before(config: Config, run: RunDir, split: str) -> None:
+    """Keep what the weights that a fine-tuning starts from achieve, for the report; once a run, before its first step."""
+    from mmref.evaluate.evaluation import START_METRICS, evaluate_start
+
+    given = start_of_training(config)
+    if not given or run.exists(START_METRICS) or checkpoints.latest_checkpoint(run):
+        return
+    print(f"evaluating {given} on {split} before training", flush=True)
+    metrics = evaluate_start(config, run, split)
+    run.write_text(START_METRICS, json.dumps(metrics, indent=1))
+    scores = metrics["refined"]
+    print(f"before training: {', '.join(f'{name} {scores[name]:.1f}' for name in ('R@1', 'R@10', 'mAP'))}", flush=True)
 
 
 def check_inputs(config: Config) -> None:

@@ -19,15 +19,13 @@ from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict, wit
 from mmref.config.inputs import settled
 from mmref.data.shard_set import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
-from mmref.evaluate.refinement import RefinementSettings
 from mmref.run.directory import RunDir
-from mmref.run.models import START, as_run
 from mmref.train.trainer import DATA, check_inputs, check_same_data
 from mmref.tuning.ablation_table import markdown, plot, summarise, table_csv
 from mmref.tuning.capacity import TRIAL_CPUS, connected, largest_node, sharing
 from mmref.tuning.failure import reason
 from mmref.tuning.reuse import Recorded, choices, chosen_otherwise, record
-from mmref.tuning.rows import Rows, Training, start_of_training, trainings
+from mmref.tuning.rows import Rows, Training, trainings
 from mmref.tuning.trial_log import median_step_seconds
 
 
@@ -162,7 +160,7 @@ def train_and_evaluate(values: dict[str, Any], split: str, trains: bool = True) 
     result-<split>.json in the run directory. Returns its refined metrics."""
     from mmref.cluster.connection import named_address
     from mmref.cluster.resources import machine, with_gpus
-    from mmref.evaluate.evaluation import evaluate_run
+    from mmref.evaluate.evaluation import evaluate_run, evaluate_start
     from mmref.train.trainer import train
 
     for name, value in SETTINGS.items():  # of the nested training, for which this process is the driver
@@ -173,31 +171,13 @@ def train_and_evaluate(values: dict[str, Any], split: str, trains: bool = True) 
             train(config, final_evaluation=False)
             metrics: dict[str, Any] = evaluate_run(config.run_dir, split=split)
         else:
-            metrics = evaluate_start(config, split)
+            run = RunDir(config.run_dir)
+            run.write_text("config.yaml", dump_yaml(config))
+            run.write_text(DATA, data_fingerprint(config))
+            metrics = {**evaluate_start(config, run, split), "config_hash": config_hash(config)}
         result = {**metrics, "machine": machine(with_gpus(config))}
         RunDir(config.run_dir).write_text(result_name(split), json.dumps(result, indent=1))
     return dict(metrics["refined"])
-
-
-def evaluate_start(config: Config, split: str) -> dict[str, Any]:
-    """Metrics of the model that a training would start from, as of the training itself; its references, where it has any, refine
-    by settings chosen on val. Its own files are left as they are."""
-    from mmref.evaluate.choose import choose_on_val
-    from mmref.evaluate.evaluation import Evaluation, open_run, run_features
-
-    run, root = RunDir(config.run_dir), config.data.root
-    run.write_text("config.yaml", dump_yaml(config))
-    run.write_text(DATA, data_fingerprint(config))
-    start, own, checkpoint = open_run(as_run(start_of_training(config), root, run.join(START)))
-    own.eval = config.eval
-    splits = sorted({split, "val"} & set(ShardSet.open(root).splits))
-    features, space = run_features(start, own, checkpoint, root, splits)
-    settings, tried = RefinementSettings(weight=0.0), list[dict[str, Any]]()
-    if val := features.get("val"):
-        settings, tried = choose_on_val(own, space, val.text, val.queries, val.image, val.image_objects)
-    metrics = Evaluation(own, features[split], space, settings, tried).metrics()
-    run.remove(START)
-    return {**metrics, "config_hash": config_hash(config)}
 
 
 def _train(

@@ -12,6 +12,7 @@ from typing import Any
 from mmref.config import Config, build_parser, read_yaml
 from mmref.config.shipped import file_or_name
 from mmref.errors import ConfigError
+from mmref.run.models import start_of_training
 from mmref.tuning.space import annotation, cast_value, is_single, with_values
 
 TOP = {"baseline", "rows", "over"}
@@ -137,11 +138,6 @@ def read_rows(path: str, base: Config) -> Rows:
         if folders.setdefault(training.folder, training) != training:
             raise ConfigError(f"{path}: `{training}` and `{folders[training.folder]}` would share a folder: rename one row.")
     return result
-
-
-def start_of_training(config: Config) -> str:
-    """The model whose weights a training of the config starts from; empty where they are random."""
-    return config.train.start_from or config.model.dual
 
 
 def _read_row(name: str, entry: Any, path: str) -> Row:

@@ -78,6 +78,8 @@ def test_metrics_json(config: Config, tmp_path: Path, monkeypatch: pytest.Monkey
     make_run(config, str(tmp_path), {})
     line = {"step": 20, **{f"test_{m}": v for m, v in SCORES.items()}}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")  # of `eval.test_in_training`
+    scores = dict.fromkeys(("initial", "refined", "ci95_initial", "ci95"), SCORES)
+    (tmp_path / evaluation.START_METRICS).write_text(json.dumps({"model": "clip", "split": "test", **scores}))
     evaluation.evaluate_run(str(tmp_path), report=False)
     written = set(named(json.loads((tmp_path / "metrics.json").read_text())))
     assert {"best_on_test.<metric>", "refinement.tried[].objective", "by_caption_kind.<kind>.ci95"} <= written

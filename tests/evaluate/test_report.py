@@ -312,6 +312,18 @@ def test_the_best_on_test_is_labelled_as_such():
     assert "chosen on test" in render(metrics=metrics) and "chosen on test" not in render()
 
 
+def test_what_training_started_from_stands_beside_it():
+    start = {"model": "some/clip", **block(20.0)}
+    start["ci95_initial"] = start["ci95"] = {name: [19.0, 21.0] for name in METRIC_NAMES}
+    metrics = some_metrics(start=start)
+    rows = [line.split("  ")[1] for line in format_table(metrics).splitlines() if line.startswith("  ")][1:5]
+    assert rows == ["before training", "before training, refined", "initial", "refined"]
+    page = render(metrics=metrics)
+    assert "some/clip" in page and "<td>before training, refined</td>" in page and "before training" not in render()
+    start["refined"] = start["initial"]  # no references
+    assert "before training, refined" not in render(metrics=metrics) + format_table(metrics)
+
+
 def test_the_class_protocol_is_shown_where_it_was_asked_for():
     by_class = {"initial": {"AP@50": 41.26, "image top-1": 55.0}, "refined": {"AP@50": 43.0, "image top-1": 56.0}}
     metrics = some_metrics(class_protocol=by_class)

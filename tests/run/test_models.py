@@ -11,7 +11,7 @@ import torch
 from support.pretrained import PHOTOGRAPHS, TEXTS, own_features, save_pretrained
 
 import mmref
-from mmref.config import dump_yaml, from_dict
+from mmref.config import Config, dump_yaml, from_dict
 from mmref.config.inputs import settled
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
@@ -19,6 +19,7 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import ModelError, ReferencesError, RunDirectoryError
 from mmref.evaluate import evaluation, split_features
 from mmref.evaluate.command import main as evaluate
+from mmref.evaluate.evaluation import START_METRICS, evaluate_model, start_metrics
 from mmref.export.write import export_pretrained
 from mmref.model.mmref import build_model
 from mmref.model.reference_rows import warm_rows
@@ -26,10 +27,11 @@ from mmref.references.bank_rows import add_objects
 from mmref.references.command import main as references
 from mmref.run.checkpoints import best_checkpoint, fetched, load_model, load_object_ids, load_references
 from mmref.run.directory import RunDir
-from mmref.run.models import SOURCE, as_run, find_model, pretrained_config, start_of
-from mmref.train import checkpoint_files
+from mmref.run.models import SOURCE, START, as_run, find_model, pretrained_config, start_of
+from mmref.train import checkpoint_files, trainer
 from mmref.train.bank import ReferenceBank
 from mmref.train.trainer import first_weights
+from mmref.tuning.space import with_values
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +190,25 @@ def test_training_begins_with_the_weights_of_a_pretrained_model(clip, tiny_set, 
     for name, parameter in model.named_parameters():
         if name != "log_scale":  # the temperature is the config's
             torch.testing.assert_close(parameter, wanted[name])
+
+
+@pytest.mark.parametrize("field", ["train.start_from", "model.dual"])
+def test_what_a_fine_tuning_starts_from_is_evaluated(clip, tiny_set, tmp_path, monkeypatch, in_process, capsys, field):
+    """Once, before its first step; and it stands in the metrics of the run."""
+    values = {"data.root": str(tiny_set), "model.dual": str(clip), field: str(clip), "eval.bootstrap": 20}
+    config, run = settled(with_values(Config(), values)), RunDir(str(tmp_path / "run"))
+    first_weights(config, run)
+    trainer.evaluate_before(config, run, "test")
+    assert run.exists(START) == (field == "train.start_from"), "what training begins with stays, what was made here goes"
+    alone = evaluate_model(str(clip), str(tiny_set), report=False, run_dir=str(tmp_path / "zero"))
+    start = start_metrics(run, "test")
+    assert start["initial"] == start["refined"] == alone["initial"] and start["model"] == str(clip)
+    assert start_metrics(run, "val") is None
+    assert f"before training: R@1 {alone['initial']['R@1']:.1f}, " in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "evaluate_start", None)
+    trainer.evaluate_before(config, run, "test")  # known already
+
+
+def test_a_training_of_random_weights_has_nothing_before_it(make_config, tmp_path):
+    trainer.evaluate_before(make_config(), RunDir(str(tmp_path / "run")), "test")
+    assert not (tmp_path / "run" / START_METRICS).exists()

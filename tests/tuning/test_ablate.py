@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mmref.config import Config, config_hash, dump_yaml
+from mmref.cluster import connection
+from mmref.config import Config, config_hash, dump_yaml, to_dict
 from mmref.data.shard_set import data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.evaluate import split_features
@@ -19,7 +21,7 @@ from mmref.run.directory import RunDir
 from mmref.run.models import as_run
 from mmref.train.trainer import DATA
 from mmref.tuning import ablate as module
-from mmref.tuning.ablate import ablate, evaluate_start, result_name
+from mmref.tuning.ablate import ablate, result_name
 from mmref.tuning.command import ablate_main as main
 from mmref.tuning.failure import reason
 from mmref.tuning.rows import Row, Rows, Training
@@ -114,10 +116,15 @@ def test_the_starting_weights_are_a_row(
     monkeypatch.setattr(split_features, "missing", lambda *_: ["ray"])
     clip = str(save_pretrained("clip", tmp_path / "clip"))
     config = with_values(base, {"train.start_from": clip, "run_dir": str(tmp_path / "zero")})
-    metrics = evaluate_start(config, "test")
+    config.train.gpu = False
+    monkeypatch.setattr(module, "SETTINGS", {})
+    monkeypatch.setattr(connection, "named_address", contextlib.nullcontext)
+    module.train_and_evaluate(to_dict(config), "test", trains=False)
+    metrics = RunDir(config.run_dir).read_json(result_name("test"))
     expected = evaluate_run(as_run(clip, base.data.root, str(tmp_path / "run")), report=False, workers=0)
     assert metrics["initial"] == expected["initial"] and metrics["config_hash"] == config_hash(config)
-    assert sorted(p.name for p in (tmp_path / "zero").iterdir() if p.name != ".lock") == sorted(["config.yaml", DATA])
+    left = {path.name for path in (tmp_path / "zero").iterdir()} - {".lock"}
+    assert left == {"config.yaml", DATA, result_name("test")}
     rows = Rows((Row("zero-shot", steps=0), Row("tuned")), "zero-shot")
     base.train.start_from = clip
     ablate(base, rows, [0])

@@ -13,6 +13,7 @@ import uvicorn
 from PIL import Image
 from support.browser import Page, browser, find_chromium
 
+from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.access import Access
 from mmref.retrieval.service.answering import Engine
@@ -157,6 +158,42 @@ def test_a_result_opens_with_its_map_references_and_reasons(page, server):
     assert page.errors == []
 
 
+def test_objects_with_their_images(page, server):
+    searcher = Searcher(str(server.engine._searcher.index))
+    search(page, "red circle")
+    page.click("#object")
+    objects = searcher.search_objects("red circle", images=4)
+    page.wait(f"{RESULTS} === {len(objects)} && {QUIET}")
+    assert page.run(IDS) == [o.images[0].id for o in objects]
+    assert f"{len(objects)} of {len(searcher.objects)} objects" in page.text("#status")
+    small = page.run("[...document.querySelectorAll('#results button')].map(b => b.querySelectorAll('.others img').length)")
+    assert small == [len(o.images) - 1 for o in objects]
+    at = next(place for place, o in enumerate(objects) if len(o.images) > 1)
+    page.run(f"document.querySelectorAll('#results button')[{at}].click()")
+    page.wait("document.querySelectorAll('#why dd').length > 0")
+    first, second = objects[at].images[:2]
+    assert page.run("document.querySelectorAll('#images button').length") == len(objects[at].images)
+    assert f"Rank {at + 1}" in page.text("#why") and first.id in page.text("#why dl")
+    page.click("#images button:nth-child(2)")
+    page.wait(f"document.querySelector('#why dl')?.innerText.includes({second.id!r})")
+    assert "Image 2 of this object" in page.text("#why")
+    assert page.run("[...document.querySelectorAll('#images button')].map(b => b.ariaPressed)")[:2] == ["false", "true"]
+    page.press("ArrowLeft" if at else "ArrowRight")
+    page.wait(f"document.querySelector('#why').innerText.includes('Rank {at or 2}:')")
+    page.press("Escape")
+    page.click("#object")
+    page.wait(f"{RESULTS} === 12 && {QUIET}")
+    assert page.errors == []
+
+
+def test_without_objects_there_is_no_switch(tab, folder, run, tmp_path):
+    index.create(str(folder), str(run), str(tmp_path / "own"), workers=0)
+    with Server(tmp_path / "own") as server:
+        tab.open(server.url)
+        tab.wait("document.querySelector('#status').textContent.includes('images')")
+        assert tab.run("document.querySelector('#grouped').hidden")
+
+
 def test_keys(page):
     search(page, "blue star")
     page.press("ArrowDown")
@@ -212,8 +249,6 @@ def test_errors_are_shown_as_errors(page, tmp_path, server, monkeypatch):
 
 
 def test_filters_narrow_the_results(tab, tiny_set, run, tmp_path):
-    from mmref.retrieval import index
-
     index.create(str(tiny_set), str(run), str(tmp_path / "all"), workers=0)
     with Server(tmp_path / "all") as server:
         tab.open(server.url)

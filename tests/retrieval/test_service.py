@@ -164,8 +164,9 @@ def test_an_explanation_adds_up(client, searcher):
 def test_several_indexes(split_index, run, folder, tmp_path):
     index.create(str(folder), str(run), str(tmp_path / "own"), workers=0)
     client = client_of(split_index, tmp_path / "own")
-    names = [(i["name"], i["items"]) for i in client.get("/indexes").json()["indexes"]]
-    assert names == [(split_index.name, 12), ("own", 11)]
+    objects = len(Searcher(str(split_index)).objects)
+    names = [(i["name"], i["items"], i["objects"]) for i in client.get("/indexes").json()["indexes"]]
+    assert names == [(split_index.name, 12, objects), ("own", 11, 0)], "a folder of images knows no objects"
     assert client.get("/search", params={"text": "x"}).json()["index"] == split_index.name
     assert client.get("/search", params={"text": "x", "index": "own"}).json()["index"] == "own"
     assert client.get("/items/00.png", params={"index": "own"}).status_code == 200

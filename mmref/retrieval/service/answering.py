@@ -229,6 +229,7 @@ class Engine:
                 {
                     "name": searcher.index.name,
                     "items": len(searcher),
+                    "objects": _object_count(searcher),
                     "generation": searcher.manifest.generation,
                     "kind": searcher.manifest.kind,
                     "model": searcher.manifest.model[:12],
@@ -356,6 +357,14 @@ def _objects(searcher: Searcher) -> Objects:
     except QueryError:
         message = f"{searcher.index.name} knows no objects."
         raise refuse(400, "NoObjects", message, "Leave `by` out: its images can be searched for.") from None
+
+
+def _object_count(searcher: Searcher) -> int:
+    """How many objects the index knows; 0: its images can be searched for alone."""
+    try:
+        return len(searcher.objects)
+    except QueryError:
+        return 0
 
 
 def _row(searcher: Searcher, item_id: str) -> int:

@@ -1,6 +1,6 @@
 // The search page. Everything it asks for lies beside it: no other host is contacted.
 const $ = (selector) => document.querySelector(selector);
-const TYPING_STOPS_MS = 250, KEPT_ANSWERS = 40;
+const TYPING_STOPS_MS = 250, KEPT_ANSWERS = 40, IMAGES_OF_OBJECT = 4;
 
 const state = {
   info: null, index: null, image: null, imageUrl: "", results: [], answer: null, opened: -1, asked: 0, explained: 0,
@@ -41,8 +41,10 @@ const picture = (kind, id) =>
 function query() {
   const where = [...document.querySelectorAll("#filters select")].filter((s) => s.value).map((s) => `${s.name}=${s.value}`);
   const asked = { text: $("#text").value.trim(), index: state.index.name, top: $("#top").value, refine: $("#refine").checked, where };
+  if (byObject()) Object.assign(asked, { by: "object", images: IMAGES_OF_OBJECT });
   return state.image && asked.text ? { ...asked, image_weight: $("#weight input").value } : asked;
 }
+const byObject = () => $("#object").checked && Boolean(state.index.objects);
 const withImage = () => state.image
   ? { method: "POST", headers: { "content-type": state.image.type || "application/octet-stream" }, body: state.image } : {};
 
@@ -100,6 +102,8 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 const number = (n) => n.toLocaleString("en");
+// An object as a result: its best image, in the object's place, with its other images.
+const ofObject = ({ rank, rank_before, images: [best, ...others] }) => ({ ...best, rank, rank_before, others });
 const captionOf = (result) => result.metadata.caption || result.object_id || result.id;
 const gained = (result) => result.rank_before - result.rank;
 
@@ -116,7 +120,9 @@ function card(result) {
     element("span", { className: "words" },
       element("span", { className: "numbers" }, element("b", {}, `${result.rank}`), movement(result),
         element("span", { className: "score" }, result.score.toFixed(3))),
-      element("span", { className: "caption" }, captionOf(result))));
+      element("span", { className: "caption" }, captionOf(result))),
+    result.others?.length ? element("span", { className: "others" }, ...result.others.map((other) =>
+      element("img", { src: picture("thumbnail", other.id), alt: "", loading: "lazy" }))) : null);
   button.dataset.id = result.id;
   button.addEventListener("click", () => open(result.rank - 1));
   return element("li", {}, button);
@@ -127,7 +133,7 @@ function show(answer) {
   for (const button of list.querySelectorAll("button")) before.set(button.dataset.id, button.getBoundingClientRect());
   const focused = document.activeElement?.dataset?.id;
   state.answer = answer;
-  state.results = answer ? answer.results : [];
+  state.results = answer ? answer.results.map((result) => result.images ? ofObject(result) : result) : [];
   $("#error").hidden = true;
   $("#empty").hidden = Boolean(answer);
   list.replaceChildren(...state.results.map(card));
@@ -148,7 +154,8 @@ function glide(button, from) {
 
 function summary(answer) {
   const moved = answer.results.filter(gained);
-  const parts = [`${answer.results.length} of ${number(answer.items)} images, ${Math.round(answer.milliseconds)} ms`];
+  const all = byObject() ? `${number(state.index.objects)} objects` : `${number(answer.items)} images`;
+  const parts = [`${answer.results.length} of ${all}, ${Math.round(answer.milliseconds)} ms`];
   if (!answer.results.length) parts[0] = "No image matches these filters";
   else if (!$("#refine").checked) parts.push("not refined");
   else if (!state.index.refinement) parts.push("this model has no refinement");
@@ -169,39 +176,50 @@ function complain(error) {
 
 // -- one result ------------------------------------------------------------------------------------------------------
 
-async function open(at) {
+// A result, or another image of it where it is an object.
+async function open(at, shown = state.results[at]) {
   const result = state.results[at], mine = ++state.explained;
   if (!result) return;
   state.opened = at;
-  $("#detail h2").textContent = captionOf(result);
-  $("#detail figure img").src = picture("image", result.id);
-  $("#detail figure img").alt = captionOf(result);
-  $("#detail figure").style.setProperty("--ratio", result.width / result.height);
+  $("#detail h2").textContent = captionOf(shown);
+  $("#detail figure img").src = picture("image", shown.id);
+  $("#detail figure img").alt = captionOf(shown);
+  $("#detail figure").style.setProperty("--ratio", shown.width / shown.height);
   $("#previous").disabled = at === 0;
   $("#next").disabled = at === state.results.length - 1;
+  $("#images").hidden = !result.others?.length;
+  $("#images").replaceChildren(...[result, ...(result.others || [])].map((image, place) => {
+    const button = element("button", { type: "button", "aria-label": `Image ${place + 1} of this object`, "aria-pressed": `${image === shown}` },
+      element("img", { src: picture("thumbnail", image.id), alt: "" }));
+    button.addEventListener("click", () => open(at, image));
+    return button;
+  }));
   paint(null);
-  $("#why").replaceChildren(...reasons(result), element("p", { className: "faint" }, "Looking closer …"));
+  const why = reasons(shown, shown === result);
+  $("#why").replaceChildren(...why, element("p", { className: "faint" }, "Looking closer …"));
   if (!$("#detail").open) { $("#detail").showModal(); $("#detail").focus(); }
   const { text, index, image_weight = null } = query();
   try {
-    const found = await ask(url("explain", { text, index, image_weight, id: result.id }), withImage());
+    const found = await ask(url("explain", { text, index, image_weight, id: shown.id }), withImage());
     if (mine !== state.explained) return;
     paint(found.heat);
-    $("#why").replaceChildren(...reasons(result), ...references(found), ...facts(result));
+    $("#why").replaceChildren(...why, ...references(found), ...facts(shown));
   } catch (error) {
     if (mine !== state.explained) return;
-    $("#why").replaceChildren(...reasons(result),
-      element("p", { className: "down", role: "alert" }, `${error.message} ${error.fix || ""}`), ...facts(result));
+    $("#why").replaceChildren(...why,
+      element("p", { className: "down", role: "alert" }, `${error.message} ${error.fix || ""}`), ...facts(shown));
   }
 }
 
-function reasons(result) {
+// `ranked`: whether it stands among the results itself; else it is another image of an object that does.
+function reasons(result, ranked) {
   const gain = result.score - result.initial;
-  const made = [element("h3", {}, "Why it is here"),
-    element("p", {}, `Rank ${result.rank}: likeness ${result.initial.toFixed(3)}`,
+  const place = ranked ? `Rank ${result.rank}` : `Image ${result.rank} of this object`;
+  const made = [element("h3", {}, ranked ? "Why it is here" : "How near it is"),
+    element("p", {}, `${place}: likeness ${result.initial.toFixed(3)}`,
       gain ? ` + ${gain.toFixed(3)} from references = ${result.score.toFixed(3)}.` : ".")];
-  if (gained(result)) made.push(element("p", { className: gained(result) > 0 ? "up" : "down" },
-    `Refinement moved it from rank ${number(result.rank_before)} to ${number(result.rank)}.`));
+  if (ranked && gained(result)) made.push(element("p", { className: gained(result) > 0 ? "up" : "down" },
+    `Refinement moved ${result.others ? "its object" : "it"} from rank ${number(result.rank_before)} to ${number(result.rank)}.`));
   return made;
 }
 
@@ -262,6 +280,7 @@ function useImage(file) {
 function choose(index) {
   state.index = index;
   answers.clear();
+  $("#grouped").hidden = !index.objects;
   $("#filters").replaceChildren(...index.columns.filter((c) => c.values?.length > 1).map((column) => {
     const options = column.values.map(([value, count]) => element("option", { value: `${value}` }, `${value} (${number(count)})`));
     const select = element("select", { name: column.name }, element("option", { value: "" }, "any"), ...options);
@@ -330,6 +349,7 @@ document.addEventListener("keydown", (event) => {
 $("#search").addEventListener("submit", (event) => { event.preventDefault(); search(); });
 $("#text").addEventListener("input", () => { $("#weight").hidden = !state.image || !$("#text").value.trim(); searchSoon(); });
 $("#refine").addEventListener("change", search);
+$("#object").addEventListener("change", search);
 $("#top").addEventListener("change", search);
 $("#weight input").addEventListener("change", search);
 $("#index select").addEventListener("change", () => { choose(state.info.indexes[$("#index select").selectedIndex]); search(); });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import string
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
     CLIPTokenizer,
     PreTrainedTokenizerFast,
     Siglip2Tokenizer,
+    SiglipTokenizer,
 )
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -44,6 +46,18 @@ def word_tokenizer(end: str = "</s>", **options: Any) -> Any:
     raw.normalizer, raw.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, unk_token="<unk>", **options)
+
+
+def sentencepiece_tokenizer() -> Any:
+    """As of the first SigLIP: a file of SentencePiece, of lower-case words without punctuation."""
+    import sentencepiece
+
+    with tempfile.TemporaryDirectory() as folder:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(WORDS), *TEXTS] * 20), model_prefix=f"{folder}/spiece", vocab_size=60,
+            hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        )  # fmt: skip
+        return SiglipTokenizer(f"{folder}/spiece.model", model_max_length=16)
 
 
 def bert_tokenizer(**options: Any) -> Any:
@@ -77,6 +91,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], Callable[[], Any], dict[str, Any]]] = 
     "siglip": (
         _config("siglip", {"vocab_size": 60, "max_position_embeddings": 16, "projection_size": 16}),
         lambda: word_tokenizer(pad_token="</s>", model_max_length=16, model_input_names=["input_ids"]),
+        {"image_processor_type": "SiglipImageProcessor", **SQUARE, **HALVES},
+    ),
+    "siglip, sentencepiece": (
+        _config("siglip", {"vocab_size": 60, "max_position_embeddings": 16, "projection_size": 16}), sentencepiece_tokenizer,
         {"image_processor_type": "SiglipImageProcessor", **SQUARE, **HALVES},
     ),
     "siglip2": (

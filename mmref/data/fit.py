@@ -63,7 +63,9 @@ class Fit:
 
     def decode(self, data: bytes, name: str = "image") -> NDArray[np.uint8]:
         """Pixels (height, width, 3) uint8 of an encoded image. Raises SampleError."""
-        with decoded(data, name) as rgb:
+        # The filters of Pillow take every pixel: a model that was trained with them gets what transformers would give it.
+        shrinks_to = (self.height, self.width) if self.rule == "area" else None
+        with decoded(data, name, shrinks_to=shrinks_to) as rgb:
             return self(rgb)
 
     def _filtered(self, rgb: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -50,13 +50,14 @@ def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
     ext = image_ext(data)
     if ext and not options.check and not options.resize_to_px:
         return data, ext
-    pixels = decode_pixels(data)
-    shrinks = options.resize_to_px is not None and min(pixels.shape[:2]) > options.resize_to_px
+    px = options.resize_to_px
+    pixels = decode_pixels(data, shrinks_to=(px, px) if px else None)
+    shrinks = px is not None and min(pixels.shape[:2]) > px
     if ext and not shrinks:
         return data, ext
     lossless = not shrinks and image_format(data) not in LOSSY
     try:
-        return _encode(Image.fromarray(pixels), options.resize_to_px if shrinks else None, options.quality, lossless)
+        return _encode(Image.fromarray(pixels), px if shrinks else None, options.quality, lossless)
     except Exception as error:  # sides that a format does not hold, memory
         raise SampleError(f"the image cannot be encoded again: {str(error) or type(error).__name__}") from error
 

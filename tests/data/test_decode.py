@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from mmref.data.decode import decode_pixels, decoded
 from mmref.data.fit import Fit
 from mmref.errors import SampleError
 
@@ -127,3 +128,64 @@ def test_a_jpeg_with_something_behind_its_end_is_read():
 def test_an_image_of_the_swapped_size_is_resized():
     lying = picture().resize((2 * SIDE, SIDE))
     assert Fit(2 * SIDE, SIDE).decode(encode(lying, "PNG")).shape == (2 * SIDE, SIDE, 3)
+
+
+# -- reduced scale ---------------------------------------------------------------------------------------------------
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Soft shapes and hard edges, so that a shift of a part of a pixel shows."""
+    y, x = np.mgrid[:height, :width]
+    waves = 127 + 60 * np.sin(x / 23) + 60 * np.cos(y / 31)
+    edges = np.where((x // 61 + y // 47) % 2, 230, 25)
+    return Image.fromarray(np.stack([waves, edges, (waves + edges) / 2], axis=-1).clip(0, 255).astype(np.uint8))
+
+
+def apart(data: bytes, fit: Fit) -> tuple[int, float]:
+    """Largest and mean difference that decoding at a part of the size makes."""
+    with decoded(data) as whole:
+        difference = np.abs(fit(whole).astype(int) - fit.decode(data))
+    return int(difference.max()), float(difference.mean())
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 768), (1023, 769), (1021, 763), (513, 1031)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(width: int, height: int, mode: str) -> None:
+    data = encode(photograph(width, height).convert(mode), "JPEG", quality=95)
+    fit = Fit(64, 48)
+    pixels = decode_pixels(data, shrinks_to=(64, 48))
+    divisor = 8 if width > 1000 and height > 1024 else 4
+    assert pixels.shape[:2] == (-(-height // divisor), -(-width // divisor)) and (pixels.ndim == 2) == (mode == "L")
+    largest, mean = apart(data, fit)
+    assert largest <= 16 and mean <= 1.6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sides_are_those_of_the_upright_picture(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photograph(803, 401), "JPEG", quality=95, exif=exif)
+    wide = orientation < 5  # as it is seen
+    pixels = decode_pixels(data, shrinks_to=(25, 50) if wide else (50, 25))
+    assert pixels.shape[:2] == ((51, 101) if wide else (101, 51))
+    assert decode_pixels(data, shrinks_to=(50, 25) if wide else (25, 50)).shape[:2] == ((101, 201) if wide else (201, 101))
+    largest, mean = apart(data, Fit(25, 50) if wide else Fit(50, 25))
+    assert largest <= 40 and mean <= 3  # a cell of the pattern is four pixels wide
+
+
+def test_what_is_not_many_times_as_large_stays_bit_for_bit() -> None:
+    small, large = photograph(255, 255), photograph(1024, 768)
+    for data in (
+        encode(small, "JPEG"),
+        encode(large, "PNG"),
+        encode(large, "WEBP"),
+        encode(large.convert("CMYK"), "JPEG"),
+        encode(large, "TIFF"),
+        encode(large, "JPEG") + b"appended by a camera" * 9,
+    ):
+        assert apart(data, Fit(64, 64)) == (0, 0)
+    data = encode(large, "JPEG")
+    assert apart(data, Fit(64, 64, "stretch")) == (0, 0), "as transformers' processors have it"
+    assert apart(data, Fit(193, 64)) == (0, 0), "one side is not long enough"
+    with pytest.raises(SampleError, match="does not decode"):
+        decode_pixels(data[: len(data) // 2], shrinks_to=(64, 64))

@@ -9,26 +9,37 @@ from __future__ import annotations
 
 import csv
 import difflib
+import functools
+import io
 import itertools
 import json
 import math
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
 from mmref.errors import MMRefError, SampleError, SourceError
 from mmref.storage.locations import file_system, is_url
-from mmref.storage.texts import open_text
+from mmref.storage.parquet import BATCH_ROWS, open_parquet, parquet_batches
+from mmref.storage.plain_csv import LARGEST, Piece
+from mmref.storage.plain_json import count_lines, holds_no_other, json_kinds, plain_columns
+from mmref.storage.texts import line_blocks
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 LONGEST_CELL = 2**31 - 1  # characters; a quotation mark that is never closed is found at the end of the file
+FIRST = 1 << 16  # bytes of a CSV that are read for the names of its columns
 EXACT_UP_TO = 2**53  # a larger whole number that is kept as a float may be another one
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # no white space to Python, and no text
 
@@ -72,12 +83,87 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Rows of a table that lie one behind the other."""
+
+    numbers: NDArray[np.int64]  # (n,) as `Row.number`
+    cells: Mapping[str, pa.Array | list[Any]]  # of each column n cells; values of Python where Arrow has no type for them
+    faults: Mapping[int, str] = field(default_factory=dict)  # position -> why none of the row can be used
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], columns: Sequence[str]) -> Batch:
+        """Rows that were read one by one."""
+        cells = {name: [row.cells.get(name) for row in rows] for name in columns}
+        faults = {position: row.fault for position, row in enumerate(rows) if row.fault}
+        return cls(np.array([row.number for row in rows], np.int64), cells, faults)
+
+    def rows(self) -> Iterator[Row]:
+        """The rows, one by one."""
+        columns = {name: cells if isinstance(cells, list) else _cells(cells) for name, cells in self.cells.items()}
+        for position, number in enumerate(self.numbers.tolist()):
+            fault = self.faults.get(position, "")
+            yield Row(number, {name: cells[position] for name, cells in columns.items()}, fault)
+
+    def texts(self, column: str) -> tuple[pa.Array, dict[int, str]]:
+        """What `Row.text` says of a column: (n,) strings, "" where a cell is missing; and why the others cannot be used."""
+        cells = self.cells[column]
+        if not isinstance(cells, list) and (plain := _as_strings(cells)) is not None:
+            return _clean(column, plain)
+        return _each(range(len(self.numbers)), (row.text for row in self._alone(column)), column)
+
+    def text_lists(self, column: str) -> tuple[pa.Array, NDArray[np.int64], dict[int, str]]:
+        """What `Row.texts` says of a column: the texts of all rows end to end, how many each row has (n,), and why the others
+        cannot be used."""
+        cells, n = self.cells[column], len(self.numbers)
+        if not isinstance(cells, list) and _as_strings(cells) is not None:
+            texts, faults = self.texts(column)
+            rows = np.arange(n)
+        elif not isinstance(cells, list) and pa.types.is_list(cells.type) and _as_strings(cells.flatten()) is not None:
+            texts, wrong = _clean(column, _as_strings(cells.flatten()))
+            rows = np.repeat(np.arange(n), pc.fill_null(pc.list_value_length(cells), 0).to_numpy(zero_copy_only=False))
+            faults = {int(rows[position]): why for position, why in reversed(wrong.items())}
+        else:
+            found, faults = [], {}
+            for position, row in enumerate(self._alone(column)):
+                try:
+                    found += [(position, text) for text in row.texts(column)]
+                except SampleError as error:
+                    faults[position] = str(error)
+            rows = np.array([position for position, _ in found], np.int64)
+            texts = pa.array([text for _, text in found], pa.string())
+        said = pc.not_equal(texts, "").to_numpy(zero_copy_only=False)
+        return texts.filter(pa.array(said)), np.bincount(rows[said], minlength=n), faults
+
+    def values(self, columns: Sequence[str]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+        """What `Row.value` says of columns, by row."""
+        found: list[dict[str, Any]] = []
+        faults: dict[int, str] = {}
+        alone = Batch(self.numbers, {name: self.cells[name] for name in columns})
+        for position, row in enumerate(alone.rows()):
+            try:
+                found.append({name: row.value(name) for name in columns})
+            except SampleError as error:
+                found.append({})
+                faults[position] = str(error)
+        return found, faults
+
+    def _alone(self, column: str) -> Iterator[Row]:
+        """Rows of a column; what is wrong with others is told elsewhere."""
+        return Batch(self.numbers, {column: self.cells[column]}).rows()
+
+
+@dataclass(frozen=True)
 class Table:
-    """Names of the columns, and the rows: `rows(columns)` reads these columns from the beginning."""
+    """Names of the columns, and the rows: `batches(columns)` reads these distinct columns from the beginning."""
 
     place: str
     names: list[str]
-    rows: Callable[[Sequence[str]], Iterator[Row]]
+    batches: Callable[[Sequence[str]], Iterator[Batch]]
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
+        """The rows, one by one."""
+        for batch in self.batches(list(dict.fromkeys(columns))):
+            yield from batch.rows()
 
     def require(self, options: Mapping[str, str], wrong: type[MMRefError] = SourceError) -> None:
         """Raise `wrong` for the first column that is not there. options: column -> what names it on the command line."""
@@ -141,6 +227,51 @@ def _text(column: str, value: Any) -> str:
     raise SampleError(f"{column} is {str(value)[:80]!r} ({type(value).__name__}): make it a text")
 
 
+def _each(positions: Sequence[int], reads: Iterable[Callable[[str], str]], column: str) -> tuple[pa.Array, dict[int, str]]:
+    """Texts of cells that are read one by one, and why some cannot be: position -> reason."""
+    texts: list[str] = []
+    faults: dict[int, str] = {}
+    for position, read in zip(positions, reads, strict=True):
+        try:
+            texts.append(read(column))
+        except SampleError as error:
+            texts.append("")
+            faults[int(position)] = str(error)
+    return pa.array(texts, pa.string()), faults
+
+
+def _clean(column: str, texts: pa.Array) -> tuple[pa.Array, dict[int, str]]:
+    """Texts as `_text` gives them. It is asked for those that begin or end with something else than a printed character of
+    ASCII, or hold a NUL: all others stay as they are."""
+    odd = pc.match_substring_regex(texts, r"^[^!-~]|[^!-~]$|\x00")
+    positions = np.flatnonzero(odd.to_numpy(zero_copy_only=False))
+    if not len(positions):
+        return texts, {}
+    each = texts.take(pa.array(positions)).to_pylist()
+    cleaned, faults = _each(positions.tolist(), (functools.partial(_read_text, text) for text in each), column)
+    return pc.replace_with_mask(texts, odd, cleaned), faults
+
+
+def _read_text(value: Any, column: str) -> str:
+    return _text(column, value)
+
+
+def _as_strings(cells: pa.Array) -> pa.Array | None:
+    """Cells of text or whole numbers as strings, "" for the missing; None where only their values say what they are."""
+    kind = cells.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        return None
+    try:
+        strings = cells.cast(pa.string())
+        strings.validate(full=True)  # text of Parquet that is no UTF-8
+    except (pa.ArrowInvalid, ValueError):
+        return None
+    return pc.fill_null(strings, "")
+
+
 def _encodable(column: str, text: str) -> str:
     try:
         text.isascii() or text.encode()
@@ -169,7 +300,7 @@ def _json(column: str, value: Any) -> Any:
 def _csv(place: str) -> Table:
     """Cells of a CSV are text. A row may end early, as spreadsheets write it; its other cells are missing."""
     separator = "\t" if place.lower().endswith(".tsv") else ","
-    header = next(_records(place, separator), None)
+    header = next(_records(place, separator, line_blocks(place, SourceError, FIRST)), None)
     if header is None:
         raise SourceError(f"{place} is empty: the first line must name the columns.")
     if header.fault:
@@ -185,16 +316,8 @@ def _csv(place: str) -> Table:
                 f"{place[-4:].lower()} are by {SEPARATORS[separator]}. Save it with {SEPARATORS[separator]}{ending}."
             )
 
-    def rows(columns: Sequence[str]) -> Iterator[Row]:
-        for number, cells, fault in itertools.islice(_records(place, separator), 1, None):
-            if any(map(str.strip, cells[len(names) :])):
-                fault = (
-                    f"{len(cells)} cells, but {len(names)} columns: a cell that holds {SEPARATORS[separator]} belongs in "
-                    "quotation marks"
-                )
-            yield Row(number, dict(zip(names, cells)), fault)
-
-    return Table(place, names, rows)
+    cells = _CsvColumns(place, separator, names, len(header.cells), header.number)
+    return Table(place, names, functools.partial(_csv_batches, cells))
 
 
 class _Record(NamedTuple):
@@ -203,39 +326,132 @@ class _Record(NamedTuple):
     fault: str
 
 
-def _records(place: str, separator: str) -> Iterator[_Record]:
-    """Rows of a CSV that are not empty, the names of the columns first.
+def _records(place: str, separator: str, blocks: Iterable[bytes], before: int = 0, lines: int = 0) -> Iterator[_Record]:
+    """Rows of a CSV that are not empty, the names of the columns first. Blocks are of whole lines; so many rows and lines lie
+    before them.
 
     Raises SourceError for wrong quotation marks that take more than a line with them: nobody knows where the row ends.
     """
     csv.field_size_limit(LONGEST_CELL)
-    with open_text(place, SourceError) as file:
-        reader = csv.reader(file, delimiter=separator, strict=True)
-        for number in itertools.count(1):
-            line, fault = reader.line_num + 1, ""
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                cells, fault = [], f"a quotation mark is not closed, or one inside of a cell is not doubled ({error})"
-                if reader.line_num > line:
-                    raise SourceError(
-                        f"{place}, row {number}: from line {line} to line {reader.line_num} {fault}. Write a quotation mark "
-                        'inside of a cell as "", or save the table as JSON lines.'
-                    ) from None
-            if fault or any(map(str.strip, cells)):
-                yield _Record(number, cells, fault)
+    texts = itertools.chain.from_iterable(io.StringIO(block.decode(), newline="") for block in blocks)
+    reader = csv.reader(texts, delimiter=separator, strict=True)
+    for number in itertools.count(before + 1):
+        line, fault = reader.line_num + 1, ""
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            cells, fault = [], f"a quotation mark is not closed, or one inside of a cell is not doubled ({error})"
+            if reader.line_num > line:
+                raise SourceError(
+                    f"{place}, row {number}: from line {lines + line} to line {lines + reader.line_num} {fault}. Write a "
+                    'quotation mark inside of a cell as "", or save the table as JSON lines.'
+                ) from None
+        if fault or any(map(str.strip, cells)):
+            yield _Record(number, cells, fault)
+
+
+@dataclass(frozen=True)
+class _CsvColumns:
+    """How the rows of a CSV become cells."""
+
+    place: str
+    separator: str
+    names: list[str]
+    width: int  # cells of the row of names; those without a name hold nothing
+    names_at: int  # its number
+
+    def one_by_one(self, columns: Sequence[str], blocks: Iterable[bytes], number: int, lines: int) -> Iterator[Batch]:
+        """Rows as `_records` reads them, which says of each that cannot be used why."""
+        records = _records(self.place, self.separator, blocks, number, lines)
+        return _in_batches((self._row(record) for record in records if record.number > self.names_at), columns)
+
+    def together(self, columns: Sequence[str], piece: Piece, number: int) -> Batch | None:
+        """The rows of a plain piece; None where one of them has other cells than the row of names."""
+        wanted, unnamed = [self.names.index(name) for name in columns], range(len(self.names), self.width)
+        cells = piece.columns(self.separator, self.width, [*wanted, *unnamed])
+        if cells is None or any(pc.any(pc.not_equal(cells[n], "")).as_py() for n in unnamed):
+            return None
+        return Batch(number + 1 + np.arange(len(piece)), {name: cells[n] for name, n in zip(columns, wanted)})
+
+    def _row(self, record: _Record) -> Row:
+        fault = record.fault
+        if any(map(str.strip, record.cells[len(self.names) :])):
+            fault = (
+                f"{len(record.cells)} cells, but {len(self.names)} columns: a cell that holds {SEPARATORS[self.separator]} "
+                "belongs in quotation marks"
+            )
+        return Row(record.number, dict(zip(self.names, record.cells)), fault)
+
+
+def _csv_batches(table: _CsvColumns, columns: Sequence[str]) -> Iterator[Batch]:
+    """The rows behind that of names."""
+    blocks = line_blocks(table.place, SourceError)
+    number, lines, rest = 0, 0, b""
+    for block in itertools.chain(blocks, [None]):
+        piece = Piece.of(rest + (block or b""))
+        rest = b""
+        if block is not None and len(piece.text) <= LARGEST:  # else its last row may go on
+            whole = piece.whole_rows()
+            piece, rest = whole, piece.text[len(whole.text) :]
+        if not piece.text:
+            continue
+        if not piece.is_quoted_plainly(table.separator):
+            # Where its rows end is not sure, nor where those behind it do.
+            yield from table.one_by_one(columns, itertools.chain([piece.text, rest], blocks), number, lines)
+            return
+        if number < table.names_at:
+            names, piece = piece, piece.behind(table.names_at)
+            number, lines = table.names_at, count_lines(names.text) - count_lines(piece.text)
+        if len(piece):
+            together = table.together(columns, piece, number)
+            yield from [together] if together else table.one_by_one(columns, [piece.text], number, lines)
+        number, lines = number + len(piece), lines + count_lines(piece.text)
+
+
+def _in_batches(rows: Iterable[Row], columns: Sequence[str]) -> Iterator[Batch]:
+    rows = iter(rows)
+    while some := list(itertools.islice(rows, BATCH_ROWS)):
+        yield Batch.of(some, columns)
 
 
 def _json_lines(place: str) -> Table:
-    found: list[Row] = []
-    with open_text(place, SourceError) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                found.append(_json_row(place, number, line, first=not found))
-    names = dict.fromkeys(name for row in found for name in row.cells)
-    return Table(place, list(names), lambda columns: iter(found))
+    """Names are those of all lines, which are looked through once for them."""
+    names: dict[str, None] = {}
+    kinds: pa.Schema | None = None
+    for number, block in _numbered(line_blocks(place, SourceError)):
+        if kinds is not None and holds_no_other(block, kinds):
+            continue
+        for row in _json_rows(place, block, number, not names):
+            names.update(dict.fromkeys(row.cells))
+        kinds = kinds or json_kinds(block)
+
+    def batches(columns: Sequence[str]) -> Iterator[Batch]:
+        for number, block in _numbered(line_blocks(place, SourceError)):
+            cells = plain_columns(block, kinds, columns) if kinds is not None else None
+            if cells is None:
+                yield from _in_batches(_json_rows(place, block, number), columns)
+            elif block:
+                yield Batch(number + 1 + np.arange(count_lines(block)), cells)
+
+    return Table(place, list(names), batches)
+
+
+def _json_rows(place: str, block: bytes, before: int, first: bool = False) -> Iterator[Row]:
+    """The rows of a block of lines, `before` of which lie before it. Raises SourceError as `_json_row`."""
+    for number, line in enumerate(io.StringIO(block.decode(), newline=""), before + 1):
+        if line.strip():
+            yield _json_row(place, number, line, first)
+            first = False
+
+
+def _numbered(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Blocks of lines, each with the number of lines before it."""
+    number = 0
+    for block in blocks:
+        yield number, block
+        number += count_lines(block)
 
 
 def _json_row(place: str, number: int, line: str, first: bool) -> Row:
@@ -261,10 +477,6 @@ def _json_row(place: str, number: int, line: str, first: bool) -> Row:
 
 
 def _parquet(place: str) -> Table:
-    import pyarrow as pa
-
-    from mmref.storage.parquet import open_parquet, parquet_batches
-
     damaged = (pa.ArrowException, OSError, ValueError)
     try:
         fs, inner = file_system(place) if is_url(place) else (None, place)
@@ -274,22 +486,20 @@ def _parquet(place: str) -> Table:
         kind = "cannot be read" if isinstance(error, OSError) else "is not a Parquet file"
         raise SourceError(f"{place} {kind}: {error}.") from None
 
-    def rows(columns: Sequence[str]) -> Iterator[Row]:
-        numbers = itertools.count(1)
+    def batches(columns: Sequence[str]) -> Iterator[Batch]:
+        number = 0
         try:
             for batch in parquet_batches(file, columns):
-                cells = [_cells(batch.column(name)) for name in columns]
-                yield from (Row(next(numbers), dict(zip(columns, values))) for values in zip(*cells, strict=True))
+                yield Batch(number + 1 + np.arange(len(batch)), {name: batch.column(name) for name in columns})
+                number += len(batch)
         except damaged as error:
-            raise SourceError(f"{place} is damaged after row {next(numbers) - 1}: {error}.") from None
+            raise SourceError(f"{place} is damaged after row {number}: {error}.") from None
 
-    return Table(place, names, rows)
+    return Table(place, names, batches)
 
 
 def _cells(column: Any) -> list[Any]:
     """Values of an Arrow array; where one has no Python value (text that is no UTF-8, the year 20000), that one alone is none."""
-    import pyarrow as pa
-
     if pa.types.is_float32(column.type):  # 0.1 of 32 bits is not 0.10000000149011612
         column = column.cast(pa.string()).cast(pa.float64())
     try:

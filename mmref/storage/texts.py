@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any, TextIO
 
 import yaml
 
 from mmref.errors import MMRefError
-from mmref.storage.locations import read_bytes
+from mmref.storage.locations import read_bytes, size_of
 
 MARKS = {  # UTF-32 before UTF-16, whose mark it begins with
     codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
 }  # fmt: skip
 NO_TEXTS = {b"PK\3\4": "a spreadsheet or ZIP archive", b"\x1f\x8b": "packed with gzip", b"PAR1": "a Parquet file"}
+BLOCK = 8 << 20  # bytes of a text that are looked at together
 MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -35,18 +36,8 @@ def open_text(place: str, wrong: type[MMRefError], newline: str | None = "") -> 
         wrong: there is no such file, or it is no text in a known encoding; names the line and the fix.
         StorageError: the storage keeps failing. FileSystemMissingError.
     """
-    try:
-        data = read_bytes(place)
-    except OSError as error:
-        raise wrong(f"{place} cannot be read: {error.strerror or error}.") from None
-    if kind := next((kind for magic, kind in NO_TEXTS.items() if data.startswith(magic)), ""):
-        raise wrong(f"{place} is {kind}, whatever it is called: save it as a text in UTF-8.")
-    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
-    encoding, begin = MARKS.get(mark, "utf-8"), 0
-    while mark and data.startswith(mark, begin):  # some programs add a mark to the mark
-        begin += len(mark)
-    if not mark and b"\0" in data[:2]:
-        raise wrong(f"{place} looks like UTF-16 without a byte order mark. Save it as UTF-8.")
+    data = _read(place, wrong)
+    encoding, begin = _encoding(place, data, wrong)
     try:
         str(memoryview(data)[begin:], encoding)
     except UnicodeDecodeError as error:
@@ -56,9 +47,64 @@ def open_text(place: str, wrong: type[MMRefError], newline: str | None = "") -> 
     return io.TextIOWrapper(stream, encoding, newline=newline)
 
 
-def _not_decoded(place: str, data: bytes, begin: int, encoding: str, error: UnicodeDecodeError) -> str:
+def line_blocks(place: str, wrong: type[MMRefError], size: int = BLOCK) -> Iterator[bytes]:
+    """A text file in pieces of whole lines, about `size` bytes each, as UTF-8 without a mark. Raises as `open_text`, once it
+    comes to the line."""
+    if not _has_parts(place):
+        yield open_text(place, wrong).read().encode()
+        return
+    piece = _read(place, wrong, 0, size)
+    encoding, begin = _encoding(place, piece, wrong)
+    if encoding != "utf-8":
+        yield open_text(place, wrong).read().encode()
+        return
+    rest, position, lines = piece[begin:], len(piece), 0
+    while piece:
+        piece = _read(place, wrong, position, size)
+        position += len(piece)
+        # A return at the end may be half of a line end.
+        end = max(rest.rfind(b"\n"), rest.rfind(b"\r", 0, -1)) + 1 if piece else len(rest)
+        block, rest = rest[:end], rest[end:] + piece
+        try:
+            str(block, "utf-8")
+        except UnicodeDecodeError as error:
+            raise wrong(_not_decoded(place, block, 0, encoding, error, lines)) from None
+        lines += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+        if block:
+            yield block
+
+
+def _has_parts(place: str) -> bool:
+    """Whether parts of a file can be asked for: a pipe comes once, and not every web server gives parts."""
+    try:
+        return not place.lower().startswith(("http://", "https://")) and size_of(place) is not None
+    except OSError:
+        return False
+
+
+def _read(place: str, wrong: type[MMRefError], start: int = 0, size: int | None = None) -> bytes:
+    try:
+        return read_bytes(place, start, size)
+    except OSError as error:
+        raise wrong(f"{place} cannot be read: {error.strerror or error}.") from None
+
+
+def _encoding(place: str, data: bytes, wrong: type[MMRefError]) -> tuple[str, int]:
+    """Encoding by the first bytes of a file, and where its text begins. Raises `wrong` for what is no text."""
+    if kind := next((kind for magic, kind in NO_TEXTS.items() if data.startswith(magic)), ""):
+        raise wrong(f"{place} is {kind}, whatever it is called: save it as a text in UTF-8.")
+    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
+    begin = 0
+    while mark and data.startswith(mark, begin):  # some programs add a mark to the mark
+        begin += len(mark)
+    if not mark and b"\0" in data[:2]:
+        raise wrong(f"{place} looks like UTF-16 without a byte order mark. Save it as UTF-8.")
+    return MARKS.get(mark, "utf-8"), begin
+
+
+def _not_decoded(place: str, data: bytes, begin: int, encoding: str, error: UnicodeDecodeError, lines: int = 0) -> str:
     before = data[begin : begin + error.start].decode(encoding, "ignore")
-    line, byte = io.StringIO(before, newline=None).read().count("\n") + 1, data[begin + error.start]
+    line, byte = lines + io.StringIO(before, newline=None).read().count("\n") + 1, data[begin + error.start]
     letter = bytes([byte]).decode("cp1252", "replace") if encoding == "utf-8" and byte >= 0x80 else ""
     meant = f", which is {letter!r} in Windows-1252," if letter.isprintable() and letter not in ("", "\ufffd") else ""
     return (

@@ -11,24 +11,27 @@ import importlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from mmref.cluster.connection import connect
 from mmref.data.decode import calm_opencv
 from mmref.data.manifest import VERSION
 from mmref.errors import ConfigError, ShardSetError, SourceError
-from mmref.shards.samples import Source, SourceObject, count_warnings, hash_fraction
-from mmref.shards.tar_writer import ImageOptions, ShardResult, write_shard
+from mmref.shards.index_parts import IndexWriter, Written, write_part
+from mmref.shards.left_out import LEFT_OUT, LeftOut
+from mmref.shards.rows import RowSource, source_rows
+from mmref.shards.samples import Source, count_warnings
+from mmref.shards.spool import Span, Spool, read_objects
+from mmref.shards.tar_writer import ImageOptions, write_shard
 from mmref.shards.tokenizer import check_vocab, train_captions, train_tokenizer
+from mmref.storage.parquet import read_parquet
 from mmref.storage.whole_folder import strangers, whole_folder, write_whole
 
 SOURCES = {  # name on the command line -> what makes the source
@@ -42,15 +45,10 @@ SOURCES = {  # name on the command line -> what makes the source
     "table": "mmref.shards.sources.table:TableSource",
 }
 SPLIT_ORDER = ("train", "val", "test")
-NAMED_SKIPS = 100  # of what was left out, the manifest names this many
+SPOOL = ".spool"  # folder in the new set that is gone when it is complete
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SIZE_PROBES = 32  # images read to estimate the mean size
 HEADER_BYTES = 2048  # headers, padding and json of a sample, for the estimate
-INDEX_SCHEMA = pa.schema([
-    ("object_row", pa.int32()), ("object_id", pa.string()), ("image_id", pa.string()), ("key", pa.string()),
-    ("shard", pa.int32()), ("image_offset", pa.int64()), ("image_size", pa.int64()), ("image_ext", pa.string()),
-    ("json_offset", pa.int64()), ("json_size", pa.int64()), ("n_captions", pa.int32()),
-])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,11 @@ def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions(
         return _files_of_set(root, options.overwrite, source.name, extras)
 
     with whole_folder(out, ShardSetError, "manifest.json", replaced) as work:
-        splits = _collect(source)
-        _check_usable(source, splits, options.tokenizer_vocab)
-        manifest = _write_shards(source, splits, str(work), options)
+        with contextlib.closing(LeftOut(work / LEFT_OUT)) as left_out:
+            spool = _collect(source, work / SPOOL, left_out)
+            _check_usable(source, spool, options.tokenizer_vocab)
+            manifest = _write_shards(source, spool, str(work), options, left_out)
+        shutil.rmtree(work / SPOOL)
         if options.tokenizer_vocab:
             train_tokenizer(train_captions(str(work), manifest), str(work / "tokenizer"), options.tokenizer_vocab)
         written = _names(work)
@@ -103,23 +103,26 @@ def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions(
     return manifest
 
 
-def _write_shards(source: Source, splits: dict[str, list[SourceObject]], out: str, options: BuildOptions) -> dict[str, Any]:
+def _write_shards(source: Source, spool: Spool, out: str, options: BuildOptions, left_out: LeftOut) -> dict[str, Any]:
     """Writes tars, indexes and objects.parquet, and returns the manifest."""
-    plan = {split: _cut(source, objects, options) for split, objects in splits.items()}
+    plan = {split: spool.cut(split, _shards(source, spool, split, options)) for split in _in_order(spool.splits)}
     tasks = [
-        (split, f"{split}/{split}-{number:06d}.tar", objects)
+        (split, f"{split}/{split}-{number:06d}.tar", spans)
         for split, shards in plan.items()
-        for number, objects in enumerate(shards)
+        for number, spans in enumerate(shards)
     ]
     for split in plan:
         os.makedirs(os.path.join(out, split), exist_ok=True)
-    results: dict[str, list[ShardResult]] = {split: [] for split in plan}
-    jobs = [(source, objects, out, file, options.images, options.pack) for _, file, objects in tasks]
+    written: dict[str, list[Written]] = {split: [] for split in plan}
+    jobs = [
+        (source, spans, out, file, options.images, options.pack, os.path.join(out, SPOOL, f"index-{number:06d}"))
+        for number, (_, file, spans) in enumerate(tasks)
+    ]
     for (split, _, _), result in zip(tasks, _run(jobs, options), strict=True):
-        results[split].append(result)
+        written[split].append(result)
     for left in Path(out).rglob("*.tmp"):  # by a worker that was killed, and whose task Ray ran again
         left.unlink()
-    return _finish(source, out, results)
+    return _finish(source, out, written, left_out)
 
 
 def _names(root: Path) -> set[str]:
@@ -162,36 +165,37 @@ def _files_of_set(root: Path, overwrite: bool, source: str, extras: set[str]) ->
         ) from None
     if not overwrite:
         raise ShardSetError(f"{root} already holds a complete shard set. Choose another folder, or pass --overwrite.")
-    return names | {"manifest.json", "objects.parquet", *(f"tokenizer/{name}" for name in TOKENIZER_FILES)}
+    return names | {"manifest.json", "objects.parquet", LEFT_OUT, *(f"tokenizer/{name}" for name in TOKENIZER_FILES)}
 
 
-def _collect(source: Source) -> dict[str, list[SourceObject]]:
-    """Objects by split in hash order. Raises SourceError for ids that appear twice, or when there is nothing."""
-    splits: dict[str, list[SourceObject]] = {}
-    object_splits: dict[str, str] = {}
-    image_objects: dict[str, str] = {}
-    for item in source.objects():
-        if item.object_id in object_splits:
+def _collect(source: Source, folder: Path, left_out: LeftOut) -> Spool:
+    """Rows of the source by split in hash order. Raises SourceError for ids that appear twice, or when there is nothing."""
+    spool = Spool(folder, merges=hasattr(source, "batches"))
+    for table in source_rows(source):
+        spool.add(table)
+        left_out.take(source.skipped)
+    left_out.take(source.skipped)
+    if (found := spool.settle()) is not None:
+        if spool.merges:
+            raise SourceError(cast(RowSource, source).contradiction(found))
+        if found.of_image:
             raise SourceError(
-                f"Object {item.object_id!r} appears twice (splits {object_splits[item.object_id]} and {item.split}). "
-                "All images of an object belong together, in one split."
+                f"Image id {found.name!r} appears twice (objects {found.first!r} and {found.second!r}). Give every image an id "
+                "of its own."
             )
-        object_splits[item.object_id] = item.split
-        for image in item.images:
-            if image.image_id in image_objects:
-                raise SourceError(
-                    f"Image id {image.image_id!r} appears twice (objects {image_objects[image.image_id]!r} and "
-                    f"{item.object_id!r}). Give every image an id of its own."
-                )
-            image_objects[image.image_id] = item.object_id
-        if item.images:
-            splits.setdefault(item.split, []).append(item)
-    if not splits:
-        left_out = f" The first that were left out: {source.skipped[:3]}" if source.skipped else ""
-        raise SourceError(f"Source {source.name!r} has no objects with images. Check its path and options.{left_out}")
+        raise SourceError(
+            f"Object {found.name!r} appears twice (splits {found.first} and {found.second}). All images of an object belong "
+            "together, in one split."
+        )
+    if not spool.splits:
+        why = f" The first that were left out: {left_out.first[:3]}" if left_out.count else ""
+        raise SourceError(f"Source {source.name!r} has no objects with images. Check its path and options.{why}")
+    return spool
+
+
+def _in_order(splits: Iterable[str]) -> list[str]:
     known = [split for split in SPLIT_ORDER if split in splits]
-    order = known + sorted(set(splits) - set(known))
-    return {split: sorted(splits[split], key=lambda o: (hash_fraction(o.object_id), o.object_id)) for split in order}
+    return known + sorted(set(splits) - set(known))
 
 
 def _extras_of(name: str) -> Iterable[str]:
@@ -202,80 +206,77 @@ def _extras_of(name: str) -> Iterable[str]:
     return getattr(getattr(importlib.import_module(module), make), "extras", ())
 
 
-def _check_usable(source: Source, splits: dict[str, list[SourceObject]], vocab: int | None) -> None:
+def _check_usable(source: Source, spool: Spool, vocab: int | None) -> None:
     """Raises SourceError for what is known before anything is written: a split without captions, none for the tokenizer."""
-    for split, objects in splits.items():
-        told = [sum(any(c.strip() for c in image.captions) for image in item.images) for item in objects]
-        if max(told) < source.min_images:
+    for split in _in_order(spool.splits):
+        found = spool.splits[split]
+        if found.most_told < source.min_images:
             raise SourceError(
-                f"No usable sample in split {split!r}: none of its {len(objects)} objects has {source.min_images} or more "
+                f"No usable sample in split {split!r}: none of its {found.objects} objects has {source.min_images} or more "
                 "images with a caption."
             )
     if not vocab:
         return
-    if "train" not in splits:
+    if "train" not in spool.splits:
         raise SourceError(
             f"--tokenizer-vocab trains on the captions of train, and source {source.name!r} has no such split, only "
-            f"{', '.join(splits)}: leave it out, or put objects into train."
+            f"{', '.join(_in_order(spool.splits))}: leave it out, or put objects into train."
         )
-    check_vocab((c for item in splits["train"] for image in item.images for c in image.captions), vocab)
+    check_vocab(spool.captions("train"), vocab)
 
 
-def _cut(source: Source, objects: list[SourceObject], options: BuildOptions) -> list[list[SourceObject]]:
-    """Consecutive objects in shards of nearly the same number of images."""
-    images = sum(len(item.images) for item in objects)
+def _shards(source: Source, spool: Spool, split: str, options: BuildOptions) -> int:
+    """How many shards a split has."""
+    found = spool.splits[split]
     if options.samples_per_shard:
-        wanted = math.ceil(images / options.samples_per_shard)
+        wanted = math.ceil(found.images / options.samples_per_shard)
     else:
-        wanted = math.ceil(images * _mean_bytes(source, objects, images) / (options.target_mb * 1e6))
-    count = min(max(wanted, options.min_shards, 1), len(objects))
-    shards: list[list[SourceObject]] = [[] for _ in range(count)]
-    done = 0
-    for position, item in enumerate(objects):
-        # By images, but at least one object for each shard that is still to come.
-        number = max(min(done * count // images, count - 1), count - (len(objects) - position), 0)
-        shards[number].append(item)
-        done += len(item.images)
-    return [shard for shard in shards if shard]
+        wanted = math.ceil(found.images * _mean_bytes(source, spool, split) / (options.target_mb * 1e6))
+    return min(max(wanted, options.min_shards, 1), found.objects)
 
 
-def _mean_bytes(source: Source, objects: list[SourceObject], images: int) -> float:
+def _mean_bytes(source: Source, spool: Spool, split: str) -> float:
     """Bytes of a sample, estimated from a few images evenly spread."""
-    step = max(1, images // SIZE_PROBES)
+    step = max(1, spool.splits[split].images // SIZE_PROBES)
     sizes = []
-    for image in islice((i for item in objects for i in item.images), 0, None, step):
+    for item in spool.sample(split, step):
         with contextlib.suppress(Exception):  # unusable images are listed when their shard is written
-            sizes.append(len(source.load(image.ref)))
+            sizes.append(len(source.load(item.images[0].ref)))
     return HEADER_BYTES + sum(sizes) / max(len(sizes), 1)
 
 
-def _run(jobs: list[tuple], options: BuildOptions) -> Iterator[ShardResult]:
+def _run(jobs: list[tuple], options: BuildOptions) -> Iterator[Written]:
     """Results in the order of the jobs, with a bar that moves as shards finish."""
     bar = tqdm(total=len(jobs), unit="shard", disable=None if options.progress else True, file=sys.stderr)
     with bar:
         if options.workers <= 0:
             for job in jobs:
-                yield write_shard(*job)
+                yield _make_shard(*job)
                 bar.update()
             return
         yield from _run_ray(jobs, options.workers, bar.update)
 
 
-def _write_shard(*job: Any) -> ShardResult:
+def _make_shard(source: Source, spans: list[Span], root: str, file: str, images: ImageOptions, pack: bool, part: str) -> Written:
+    """Writes a tar, and beside the rows of the set what goes into its index: what returns is small."""
+    return write_part(write_shard(source, read_objects(spans), root, file, images, pack), part)
+
+
+def _in_task(*job: Any) -> Written:
     calm_opencv()
-    return write_shard(*job)
+    return _make_shard(*job)
 
 
-def _run_ray(jobs: list[tuple], workers: int, tick: Callable[[], Any]) -> Iterable[ShardResult]:
+def _run_ray(jobs: list[tuple], workers: int, tick: Callable[[], Any]) -> Iterable[Written]:
     """At most `workers` tasks at a time, on the cluster that is there or on a local one that is stopped afterwards."""
     import ray
 
     with connect(storage_gb=0.13):
-        task = ray.remote(max_retries=2)(_write_shard)
+        task = ray.remote(max_retries=2)(_in_task)
         source = ray.put(jobs[0][0])
         waiting = list(enumerate(jobs))[::-1]
         running: dict[Any, int] = {}
-        results: dict[int, ShardResult] = {}
+        results: dict[int, Written] = {}
         while waiting or running:
             while waiting and len(running) < workers:
                 number, job = waiting.pop()
@@ -289,32 +290,27 @@ def _run_ray(jobs: list[tuple], workers: int, tick: Callable[[], Any]) -> Iterab
         return [results[number] for number in range(len(jobs))]
 
 
-def _finish(source: Source, out: str, results: dict[str, list[ShardResult]]) -> dict[str, Any]:
+def _finish(source: Source, out: str, written: dict[str, list[Written]], left_out: LeftOut) -> dict[str, Any]:
     """Writes indexes and objects.parquet, returns the manifest. Object rows are given here: now all skips are known."""
     manifest: dict[str, Any] = {
         "version": VERSION, "name": source.name, "licence": source.licence, "source": source.origin, "splits": {},
     }  # fmt: skip
-    skipped = [*source.skipped, *(line for shards in results.values() for shard in shards for line in shard.skipped)]
-    for split, shards in results.items():
-        rows: list[dict[str, Any]] = []
-        object_rows: dict[str, int] = {}
-        for number, shard in enumerate(shards):
-            for row in shard.rows:
-                object_row = object_rows.setdefault(row["object_id"], len(object_rows))
-                rows.append({**row, "shard": number, "object_row": object_row})
-        if not rows:
-            raise SourceError(f"No usable sample in split {split!r}. The first that were left out: {skipped[:3]}")
-        table = pa.Table.from_pylist(rows, INDEX_SCHEMA)
-        pq.write_table(table, os.path.join(out, split, f"{split}.index.parquet"), compression="zstd")
-        if split == "train":
-            table = pa.table({"object_id": list(object_rows), "row": pa.array(range(len(object_rows)), pa.int32())})
-            pq.write_table(table, os.path.join(out, "objects.parquet"), compression="zstd")
+    for shards in written.values():
+        for shard in shards:
+            left_out.join(shard.left_out)
+    for split, shards in written.items():
+        if not any(shard.entry["samples"] for shard in shards):
+            raise SourceError(f"No usable sample in split {split!r}. The first that were left out: {left_out.first[:3]}")
+        objects = os.path.join(out, "objects.parquet") if split == "train" else None
+        with IndexWriter(os.path.join(out, split, f"{split}.index.parquet"), objects) as index:
+            for number, shard in enumerate(shards):
+                index.add(number, read_parquet(f"{shard.part}.parquet"))
         manifest["splits"][split] = {
-            "objects": len(object_rows),
-            "images": len(rows),
-            "captions": sum(row["n_captions"] for row in rows),
+            "objects": index.objects,
+            "images": sum(shard.entry["samples"] for shard in shards),
+            "captions": index.captions,
             "shards": [shard.entry for shard in shards],
         }
     manifest["warnings"] = [*getattr(source, "warnings", []), *count_warnings(source, manifest["splits"])]
-    manifest["skipped"] = {"count": len(skipped), "first": skipped[:NAMED_SKIPS]}
+    manifest["skipped"] = left_out.summary()
     return manifest

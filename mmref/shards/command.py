@@ -171,7 +171,8 @@ def run_build(args: argparse.Namespace) -> int:
         print(f"warning: {printable(line)}")
     skipped = manifest["skipped"]
     if skipped["count"]:
-        print(f"{skipped['count']:,} left out; the first are named in manifest.json:")
+        kinds = ", ".join(f"{kind} {number:,}" for kind, number in skipped["kinds"].items())
+        print(f"{skipped['count']:,} left out ({printable(kinds)}); all are named in left_out.jsonl, the first:")
         print("\n".join(f"  {printable(line)}" for line in skipped["first"][:5]))
     print(f"Written to {args.out}")
     return 0

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +114,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 
 def write_shard(
-    source: Source, objects: list[SourceObject], root: str, file: str, options: ImageOptions, pack: bool = False
+    source: Source, objects: Iterable[SourceObject], root: str, file: str, options: ImageOptions, pack: bool = False
 ) -> ShardResult:
     """Writes `<root>/<file>` under a temporary name and moves it into place.
 

@@ -294,10 +294,10 @@ def test_a_second_build_into_one_folder_is_refused(build_table, make_table, tmp_
     table = make_table()
 
     class Meanwhile(TableSource):
-        def objects(self):
+        def batches(self):
             with pytest.raises(ShardSetError, match=rf"set is in use: process {os.getpid()} on .* since 20"):
                 build_table("set", table, overwrite=True)
-            return super().objects()
+            return super().batches()
 
     for overwrite in (False, True):
         source = Meanwhile(str(table), captions=["name"])
@@ -322,12 +322,14 @@ def test_errors_of_the_builder(tmp_path):
 
 
 def test_ids_must_be_unique(tmp_path):
-    class Twice(TableSource):
+    class Twice:
+        name, min_images, skipped = "twice", 1, []
+
         def objects(self):
             image = SourceImage("i", "i", ["text"])
             return [SourceObject("train", "a", [image]), SourceObject("val", self.other, [image])]
 
-    source = Twice("t.csv")
+    source = Twice()
     for other, message in [("a", "Object 'a' appears twice"), ("b", "Image id 'i' appears twice")]:
         source.other = other
         with pytest.raises(SourceError, match=message):

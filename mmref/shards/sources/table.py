@@ -7,16 +7,27 @@ holds a path below `image_root` or an http(s) URL; with `allow_outside` any path
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmref.errors import OutsideError, SampleError, SourceError
-from mmref.shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, hash_split
+from mmref.shards.rows import ROWS, TEXTS, Conflict, as_lists, image_conflict, merge_images, objects_of, split_conflict
+from mmref.shards.samples import DEFAULT_FRACTIONS, SourceObject, hash_split
 from mmref.storage.fetch import locate, locate_inside, outside_most, read_location
-from mmref.storage.locations import absolute
-from mmref.storage.tables import Row, Table, read_table
+from mmref.storage.locations import absolute, is_url, join
+from mmref.storage.tables import Batch, Table, read_table
 
 RESERVED = ("object_id", "image_id", "captions", "caption_kinds")  # fields that a set writes itself
 SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
+LOOKED_AT = 10_000  # rows of which links are followed before anything is begun: it takes a look at the disk for each
+WEB = r"(?i)^https?://"
+ODD = r"^[~/]|(^|/)\.{1,2}(/|$)|://|\\"  # names that may lie outside of the root, or have another spelling
+ODD_AT_URL = ODD + "|%|::"
 
 
 class TableSource:
@@ -51,57 +62,113 @@ class TableSource:
         self.origin = os.path.basename(path)  # the full path says more of your machine than of the data
         self.skipped: list[str] = []
 
-    def objects(self) -> Iterable[SourceObject]:
-        """Objects in the order of the table. A row that lacks its image, object or split, or has a cell of another type, is
-        listed and left out, and so is one whose image lies where it may not.
+    def objects(self) -> list[SourceObject]:
+        """Objects in the order of the table, all of them in memory; see `batches`, which it raises as."""
+        table = pa.concat_tables([ROWS.empty_table(), *self.batches()]).combine_chunks()
+        codes = table.column("object_id").combine_chunks().dictionary_encode().indices
+        together = table.take(pa.array(np.argsort(codes.to_numpy(zero_copy_only=False), kind="stable")))
+        conflicts = [found for found in (split_conflict(together, True), image_conflict(table, True)) if found]
+        if conflicts:
+            raise SourceError(self.contradiction(min(conflicts, key=lambda found: found.row)))
+        return list(objects_of([merge_images(together)]))
 
-        Raises SourceError: no such file, unknown ending, missing column, object in two splits, image of two objects, most images
-        outside of the root.
+    def batches(self) -> Iterator[pa.Table]:
+        """Rows in the order of the table. One that lacks its image, object or split, or has a cell of another type, is listed and
+        left out, and so is one whose image lies where it may not. Links are followed for the first `LOOKED_AT` rows; for
+        others `load` finds out.
+
+        Raises SourceError: no such file, unknown ending, missing column, a split that cannot be one, most images outside of the
+        root.
         """
         table = read_table(self.path)
-        caption_columns, split_column = self._columns(table)
-        needed = [self.image, self.object_id, *caption_columns, *self.keep, *([split_column] if split_column else [])]
-        images: dict[str, SourceImage] = {}  # by their place, as `owner`
-        objects: dict[str, SourceObject] = {}
-        owner: dict[str, str] = {}
-        outside: list[tuple[str, str]] = []
+        captions, split = self._columns(table)
+        needed = dict.fromkeys([self.image, self.object_id, *captions, *self.keep, *([split] if split else [])])
+        outside: list[tuple[int, str]] = []
         count = 0
-        for row in table.rows(needed):
-            count += 1
-            try:
-                image, object_id = (row.needed(column) for column in (self.image, self.object_id))
-                if image not in images:
-                    self.locate(image, self.image_root)
-                split = self._split_of(row, split_column, object_id)
-                texts = {column: row.texts(column) for column in caption_columns}
-                extra = {name: row.value(name) for name in self.keep}
-            except SampleError as error:
-                self.skipped.append(f"row {row.number}: {error}")
-                if isinstance(error, OutsideError):
-                    outside.append((f"row {row.number}", str(error)))
+        for batch in table.batches(list(needed)):
+            looked = max(0, LOOKED_AT - count)
+            count += len(batch.numbers)
+            rows = self._rows(batch, captions, split, looked, outside)
+            if 0 < looked <= len(batch.numbers):
+                last = int(batch.numbers[looked - 1])
+                self._check_inside([each for each in outside if each[0] <= last], LOOKED_AT)
+            yield rows
+        self._check_inside(outside, count)
+
+    def contradiction(self, found: Conflict) -> str:
+        """What to say of a row that contradicts an earlier one."""
+        where = f"{self.path}, row {found.row}: "
+        if found.of_image:
+            return (
+                f"{where}image {found.name!r} belongs to the objects {found.first!r} and {found.second!r}. An image shows one "
+                "object: copy the file under another name if that is meant."
+            )
+        return (
+            f"{where}object {found.name!r} is in {found.first!r} and in {found.second!r}. Splits are by object: give all of its "
+            f"rows one {self.split or 'split'}."
+        )
+
+    def _rows(
+        self, batch: Batch, captions: list[str], split: str | None, looked: int, outside: list[tuple[int, str]]
+    ) -> pa.Table:
+        """Rows of a batch that can be used; the others are listed. `outside` takes those whose image lies outside of the root."""
+        faults = dict(batch.faults)
+        image, object_id = (self._needed(batch, column, faults) for column in (self.image, self.object_id))
+        keys = self._keys(image, looked, faults, batch.numbers, outside)
+        splits = self._splits(batch, split, object_id, faults)
+        lists = [batch.text_lists(column) for column in captions]
+        for *_, wrong in lists:
+            _add(faults, wrong)
+        extra = pa.nulls(len(image), pa.binary())
+        if self.keep:
+            values, wrong = batch.values(self.keep)
+            _add(faults, wrong)
+            extra = pa.array([pickle.dumps(fields) for fields in values], pa.binary())
+        texts, kinds = _side_by_side(captions, [(found, counts) for found, counts, _ in lists])
+        columns = [batch.numbers, splits, object_id, image, keys, pa.nulls(len(image), pa.binary()), texts, kinds, extra]
+        table = pa.Table.from_arrays([pa.array(c) if isinstance(c, np.ndarray) else c for c in columns], schema=ROWS)
+        if not faults:
+            return table
+        self.skipped += [f"row {batch.numbers[i]}: {faults[i]}" for i in sorted(faults)]
+        kept = np.ones(len(table), bool)
+        kept[list(faults)] = False
+        return table.filter(pa.array(kept))
+
+    def _needed(self, batch: Batch, column: str, faults: dict[int, str]) -> pa.Array:
+        """Texts of a column that a row cannot do without."""
+        texts, wrong = batch.texts(column)
+        _add(faults, wrong)
+        missing = np.flatnonzero(pc.equal(texts, "").to_numpy(zero_copy_only=False))
+        _add(faults, dict.fromkeys(missing.tolist(), f"no {column}"))
+        return texts
+
+    def _keys(
+        self, images: pa.Array, looked: int, faults: dict[int, str], numbers: Any, outside: list[tuple[int, str]]
+    ) -> pa.Array:
+        """What each image is known by, however it is spelled: its place, relative to the root where it lies below it."""
+        web = pc.match_substring_regex(images, WEB).to_numpy(zero_copy_only=False)
+        odd = pc.match_substring_regex(images, ODD_AT_URL if is_url(self.image_root) else ODD).to_numpy(zero_copy_only=False)
+        odd = odd & ~web
+        near = np.arange(len(images)) < looked
+        checked: dict[str, SampleError | None] = {}
+        others: dict[int, str] = {}
+        for i in np.flatnonzero((odd | near) & ~web).tolist():
+            name = images[i].as_py()
+            if i in faults or not name:
                 continue
-            item = objects.setdefault(object_id, SourceObject(split, object_id, []))
-            if item.split != split:
-                raise SourceError(
-                    f"{self.path}, row {row.number}: object {object_id!r} is in {item.split!r} and in {split!r}. "
-                    f"Splits are by object: give all of its rows one {split_column}."
-                )
-            place = locate(image, self.image_root)
-            if owner.setdefault(place, object_id) != object_id:
-                raise SourceError(
-                    f"{self.path}, row {row.number}: image {image!r} belongs to the objects {owner[place]!r} and "
-                    f"{object_id!r}. An image shows one object: copy the file under another name if that is meant."
-                )
-            if place not in images:
-                images[place] = SourceImage(image, image, [], [] if len(caption_columns) > 1 else None, extra)
-                item.images.append(images[place])
-            for column, found in texts.items():
-                images[place].captions.extend(found)
-                if (kinds := images[place].caption_kinds) is not None:
-                    kinds.extend([column] * len(found))
-        if why := outside_most(self.path, self.image_root, outside, count):
-            raise SourceError(why)
-        return list(objects.values())
+            if name not in checked:
+                checked[name] = self._refusal(name)
+            if (refusal := checked[name]) is not None:
+                faults[i] = str(refusal)
+                if isinstance(refusal, OutsideError):
+                    outside.append((int(numbers[i]), faults[i]))
+            elif odd[i]:
+                others[i] = locate(name, self.image_root).removeprefix(join(self.image_root, ""))
+        if not others:
+            return images
+        mask = np.zeros(len(images), bool)
+        mask[list(others)] = True
+        return pc.replace_with_mask(images, pa.array(mask), pa.array(list(others.values()), images.type))
 
     def _columns(self, table: Table) -> tuple[list[str], str | None]:
         """Caption columns and split column after checking that all named columns exist."""
@@ -116,14 +183,34 @@ class TableSource:
             )
         return captions, split
 
-    def _split_of(self, row: Row, column: str | None, object_id: str) -> str:
+    def _refusal(self, image: str) -> SampleError | None:
+        """Why an image may not be taken, None where it may."""
+        try:
+            self.locate(image, self.image_root)
+        except SampleError as error:
+            return error
+        return None
+
+    def _check_inside(self, outside: list[tuple[int, str]], rows: int) -> None:
+        """Raise SourceError where most of some rows name images outside of the root."""
+        refused = [(f"row {number}", why) for number, why in outside]
+        if why := outside_most(self.path, self.image_root, refused, rows):
+            raise SourceError(why)
+
+    def _splits(self, batch: Batch, column: str | None, object_id: pa.Array, faults: dict[int, str]) -> pa.Array:
+        """Split of each row: as the column says, or by the hash of the object. Raises SourceError for what cannot name one."""
         if column is None:
-            return hash_split(object_id, self.fractions)
-        name = row.needed(column).lower()
-        name = SPLIT_NAMES.get(name, name)
-        if not name.replace("_", "").replace("-", "").isalnum():  # it becomes a folder
-            raise SourceError(f"{self.path}, row {row.number}: {name!r} (column {column!r}) cannot name a split.")
-        return name
+            texts, name_of = object_id, lambda text: hash_split(text, self.fractions)
+        else:
+            texts, name_of = self._needed(batch, column, faults), _split_name
+        found = texts.dictionary_encode()
+        names = [name_of(text) for text in found.dictionary.to_pylist()]
+        wrong = [i for i, name in enumerate(names) if column is not None and not name.replace("_", "").replace("-", "").isalnum()]
+        for i in np.flatnonzero(np.isin(found.indices.to_numpy(zero_copy_only=False), wrong)).tolist():
+            if i not in faults:  # it becomes a folder
+                name = names[found.indices[i].as_py()]
+                raise SourceError(f"{self.path}, row {batch.numbers[i]}: {name!r} (column {column!r}) cannot name a split.")
+        return pa.array(names, pa.string()).take(found.indices)
 
     def load(self, ref: str) -> bytes:
         """Bytes of an image file or URL. Raises OSError or SampleError, which leave the image out of the set."""
@@ -131,3 +218,25 @@ class TableSource:
 
     def write_extras(self, root: str) -> None:
         """Nothing to add."""
+
+
+def _split_name(text: str) -> str:
+    return SPLIT_NAMES.get(text.lower(), text.lower())
+
+
+def _add(faults: dict[int, str], more: dict[int, str]) -> None:
+    """Of several reasons against a row the first is told."""
+    for position, why in more.items():
+        faults.setdefault(position, why)
+
+
+def _side_by_side(columns: list[str], found: list[tuple[pa.Array, Any]]) -> tuple[pa.Array, pa.Array]:
+    """Captions of several columns by row, in the order of the columns, and the column of each; None for one column alone."""
+    rows = [np.repeat(np.arange(len(counts)), counts) for _, counts in found]
+    order = pa.array(np.argsort(np.concatenate(rows), kind="stable"))
+    total = sum(counts for _, counts in found)
+    texts = as_lists(pa.concat_arrays([texts.cast(pa.string()) for texts, _ in found]).take(order), total)
+    if len(columns) == 1:
+        return texts, pa.nulls(len(texts), TEXTS)
+    kind = np.repeat(np.arange(len(columns)), [len(texts) for texts, _ in found])
+    return texts, as_lists(pa.array(columns).take(pa.array(kind)).take(order), total)

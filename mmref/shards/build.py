@@ -29,7 +29,7 @@ from mmref.shards.left_out import LEFT_OUT, LeftOut
 from mmref.shards.rows import RowSource, source_rows
 from mmref.shards.samples import Source, count_warnings
 from mmref.shards.spool import Span, Spool, read_objects
-from mmref.shards.tar_writer import ImageOptions, write_shard
+from mmref.shards.tar_writer import ImageOptions, loaded, write_shard
 from mmref.shards.tokenizer import check_vocab, train_captions, train_tokenizer
 from mmref.storage.parquet import read_parquet
 from mmref.storage.whole_folder import strangers, whole_folder, write_whole
@@ -92,7 +92,7 @@ def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions(
         with contextlib.closing(LeftOut(work / LEFT_OUT)) as left_out:
             spool = _collect(source, work / SPOOL, left_out)
             _check_usable(source, spool, options.tokenizer_vocab)
-            manifest = _write_shards(source, spool, str(work), options, left_out)
+            manifest = _write_shards(_shared(source, out, options.workers), spool, str(work), options, left_out)
         shutil.rmtree(work / SPOOL)
         if options.tokenizer_vocab:
             train_tokenizer(train_captions(str(work), manifest), str(work / "tokenizer"), options.tokenizer_vocab)
@@ -100,7 +100,20 @@ def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions(
         source.write_extras(str(work))
         extras |= _names(work) - written
         write_whole(work / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    shutil.rmtree(_fetched(out), ignore_errors=True)
     return manifest
+
+
+def _fetched(out: str) -> str:
+    """Folder of what was fetched for a set that is not complete yet."""
+    return f"{os.path.realpath(out)}.downloads"
+
+
+def _shared(source: Source, out: str, workers: int) -> Source:
+    """The source as a task gets it, see `Source`."""
+    share = getattr(source, "share", None)
+    shared: Source = share(workers, _fetched(out)) if share else source
+    return shared
 
 
 def _write_shards(source: Source, spool: Spool, out: str, options: BuildOptions, left_out: LeftOut) -> dict[str, Any]:
@@ -239,9 +252,9 @@ def _mean_bytes(source: Source, spool: Spool, split: str) -> float:
     """Bytes of a sample, estimated from a few images evenly spread."""
     step = max(1, spool.splits[split].images // SIZE_PROBES)
     sizes = []
-    for item in spool.sample(split, step):
+    for _, (load,) in loaded(source, spool.sample(split, step)):
         with contextlib.suppress(Exception):  # unusable images are listed when their shard is written
-            sizes.append(len(source.load(item.images[0].ref)))
+            sizes.append(len(load()))
     return HEADER_BYTES + sum(sizes) / max(len(sizes), 1)
 
 

@@ -11,6 +11,8 @@ from mmref.data.shard_set import ShardSet
 from mmref.errors import UsageError
 from mmref.shards.build import SOURCES, BuildOptions, build_shards, make_source
 from mmref.shards.tar_writer import ImageOptions
+from mmref.storage.download import Terms
+from mmref.storage.downloads import Downloads
 from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
 from mmref.storage.whole_folder import check_output
 from mmref.terminal.arguments import count, local_path, place, positive
@@ -125,16 +127,40 @@ def _add_sources(sources: Any) -> None:
         "--image-root", type=place, metavar="DIR", help="what image paths are relative to; else the table's folder"
     )
     table.add_argument(OUTSIDE, action="store_true", help=OUTSIDE_HELP)
+    _add_downloads(table)
     table.add_argument("--keep", nargs="*", default=[], help="further columns to keep in the samples")
     table.add_argument("--licence", default="not stated", help="licence of the data, for the manifest")
     table.add_argument("--min-images", type=positive, default=1, help="leave out objects with fewer usable images")
     options = ("path", "image", "object_id", "captions", "split", "image_root", "keep", "licence", "min_images")
-    table.set_defaults(source_options=(*options, "fractions", "allow_outside"))
+    table.set_defaults(source_options=(*options, "fractions", "allow_outside", "downloads"))
     for parser in (cub, flowers, table):
         parser.add_argument(
             "--fractions", type=parse_fractions, default="train=0.7,val=0.1,test=0.2",
             help="of the objects in each split, where the data has no split (default: %(default)s)",
         )  # fmt: skip
+
+
+def _add_downloads(source: argparse.ArgumentParser) -> None:
+    """Options of images behind http(s) URLs; `_downloads` reads them."""
+    source.add_argument("--downloads", type=positive, default=64, help="images fetched at a time (default: %(default)s)")
+    source.add_argument("--per-host", type=positive, default=16, help="of these from one host (default: %(default)s)")
+    source.add_argument(
+        "--max-download-mb", type=float, default=64, help="size of an image that is fetched (default: %(default)s)"
+    )
+    source.add_argument("--user-agent", default=Terms.user_agent, help="who asks, as hosts see it (default: %(default)s)")
+    source.add_argument(
+        "--ignore-robots-tag", action="store_true",
+        help="take images too that their hosts do not give for training (X-Robots-Tag: noai, noimageai, noindex, noimageindex)",
+    )  # fmt: skip
+
+
+def _downloads(args: argparse.Namespace) -> Downloads:
+    if not args.max_download_mb > 0:
+        raise UsageError(f"--max-download-mb must be above 0, found {args.max_download_mb}.")
+    if not args.user_agent.isprintable() or not args.user_agent.isascii() or not args.user_agent.strip():
+        raise UsageError(f"--user-agent {args.user_agent!r} cannot be sent: write letters of ASCII alone.")
+    terms = Terms(args.user_agent, int(args.max_download_mb * 1e6), for_training=not args.ignore_robots_tag)
+    return Downloads(terms, args.downloads, args.per_host)
 
 
 def parse_fractions(text: str) -> dict[str, float]:
@@ -150,6 +176,8 @@ def parse_fractions(text: str) -> dict[str, float]:
 
 def run_build(args: argparse.Namespace) -> int:
     """Builds the set, prints its counts and what was left out. Returns the exit code."""
+    if "downloads" in args.source_options:
+        args.downloads = _downloads(args)
     source = make_source(args.source, **{name: getattr(args, name) for name in args.source_options})
     options = BuildOptions(
         target_mb=args.target_mb,

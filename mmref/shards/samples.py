@@ -39,6 +39,9 @@ class Source(Protocol):
     origin: str  # where the data comes from, for the manifest
     min_images: int  # an object with fewer usable images is left out
     skipped: list[str]  # "what: reason" of input that `objects` had to leave out
+    # A source whose images take a while to come gives `at_once`, how many `load` may be called for at a time, `waits(ref)`,
+    # whether one of them is such an image, and `share(processes, folder)`, the same source for one of so many processes,
+    # with a folder for what is kept until the set is complete.
     # Optional are `published`, what the set's publication counts (see `count_warnings`); `warnings`, lines for the
     # manifest; and `extras` of the class, the names that `write_extras` writes, so that a set of another source in its
     # place leaves none of them.

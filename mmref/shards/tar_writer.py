@@ -8,8 +8,11 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -22,6 +25,8 @@ from mmref.storage.locations import sha256_of
 
 LOSSY = {"AVIF", "HEIF", "JPEG2000"}  # stored as JPEG, any other as PNG: what others evaluate on, to the last bit
 BLOCK = tarfile.BLOCKSIZE
+AHEAD = 4  # times as many images as are loaded at once may have come and wait for their turn
+Load = Callable[[], bytes]
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,10 @@ def _clean_captions(image: SourceImage) -> tuple[list[str], list[str] | None]:
     return [caption for caption, _ in kept], [kind for _, kind in kept] if image.caption_kinds else None
 
 
-def _prepare(source: Source, object_id: str, image: SourceImage, options: ImageOptions) -> tuple[bytes, str, bytes, int]:
+def _prepare(object_id: str, image: SourceImage, load: Load, options: ImageOptions) -> tuple[bytes, str, bytes, int]:
     """(image bytes, ending, json bytes, number of captions). Raises SampleError, or OSError from the source."""
     captions, kinds = _clean_captions(image)
-    data, ext = prepare_image(source.load(image.ref), options)
+    data, ext = prepare_image(load(), options)
     meta: dict[str, Any] = {"object_id": object_id, "image_id": image.image_id, "captions": captions}
     if kinds is not None:
         meta["caption_kinds"] = kinds
@@ -113,6 +118,33 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     return tar.offset - -(-len(data) // BLOCK) * BLOCK  # long names take extra headers, so count back from the end
 
 
+def loaded(source: Source, objects: Iterable[SourceObject]) -> Iterator[tuple[SourceObject, list[Load]]]:
+    """Objects, and for each of their images what gives its bytes, or raises as `load` of the source does. Those that take a while
+    to come are asked for ahead, as many at a time as the source allows."""
+    at_once = getattr(source, "at_once", 1)
+    ahead: deque[tuple[SourceObject, list[Load]]] = deque()
+    images = 0
+    pool = ThreadPoolExecutor(at_once, "load")  # which starts a thread when there is something to do
+    try:
+        for item in objects:
+            ahead.append((item, [_load(source, image, pool) for image in item.images]))
+            images += len(item.images)
+            while images > AHEAD * at_once:
+                images -= len(ahead[0][1])
+                yield ahead.popleft()
+        yield from ahead
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _load(source: Source, image: SourceImage, pool: ThreadPoolExecutor) -> Load:
+    waits = getattr(source, "waits", None)
+    # A sample without a caption is left out whatever its image is.
+    if waits is not None and any(map(str.strip, image.captions)) and waits(image.ref):
+        return pool.submit(source.load, image.ref).result
+    return partial(source.load, image.ref)
+
+
 def write_shard(
     source: Source, objects: Iterable[SourceObject], root: str, file: str, options: ImageOptions, pack: bool = False
 ) -> ShardResult:
@@ -127,8 +159,8 @@ def write_shard(
     try:
         # GNU format: a key may be longer than the 100 characters of a plain header.
         with open(temporary, "wb") as handle, tarfile.open(fileobj=handle, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for item in objects:
-                _write_object(source, item, tar, options, result)
+            for item, loads in loaded(source, objects):
+                _write_object(source, item, loads, tar, options, result)
         result.entry.update(samples=len(result.rows), bytes=os.path.getsize(temporary), sha256=sha256_of(temporary))
         if pack:
             result.entry["packed"] = f"{file}.gz"
@@ -140,11 +172,13 @@ def write_shard(
     return result
 
 
-def _write_object(source: Source, item: SourceObject, tar: tarfile.TarFile, options: ImageOptions, result: ShardResult) -> None:
+def _write_object(
+    source: Source, item: SourceObject, loads: list[Load], tar: tarfile.TarFile, options: ImageOptions, result: ShardResult
+) -> None:
     usable = []
-    for image in item.images:
+    for image, load in zip(item.images, loads, strict=True):
         try:
-            usable.append((image, *_prepare(source, item.object_id, image, options)))
+            usable.append((image, *_prepare(item.object_id, image, load, options)))
         except (SampleError, OSError) as error:
             result.skipped.append(f"{image.image_id}: {error}")
     if len(usable) < source.min_images:

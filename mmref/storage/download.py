@@ -17,6 +17,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
@@ -32,7 +35,17 @@ TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}  # answers that may be another o
 MOVED = {301, 302, 303, 307, 308}
 KEPT = "%/:?[]@!$&'()*+,;=~|"  # in a URL; a browser leaves them too
 PIECE = 1 << 18
+NOT_FOR_TRAINING = {"noai", "noimageai", "noindex", "noimageindex"}  # of X-Robots-Tag, as img2dataset takes them
 IPV4_IN_IPV6 = ipaddress.IPv6Network("64:ff9b::/96")  # how networks of IPv6 alone reach IPv4
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms images are fetched."""
+
+    user_agent: str = f"mmref/{__version__}"
+    max_bytes: int | None = None  # of one image; None: MAX_BYTES
+    for_training: bool = False  # leave out what its host does not give for that, by X-Robots-Tag
 
 
 def quoted(url: str) -> str:
@@ -43,22 +56,25 @@ def quoted(url: str) -> str:
     return urlunsplit((parts.scheme, host, path, query, ""))
 
 
-def download(url: str) -> bytes:
-    """Body of an http(s) URL; what may pass is tried again. Messages leave out the query, which may be a key.
+def download(url: str, terms: Terms = Terms()) -> bytes:
+    """Body of an http(s) URL; what may pass is tried again, when its host says so. Messages leave out the query, which may be a
+    key.
 
     Raises:
-        SampleError: a page instead of an image, one that is too large, or a way that is not taken.
+        SampleError: a page instead of an image, one that is too large or not given for this, or a way that is not taken.
         OSError: it does not come.
     """
     name = url.partition("?")[0]
     try:
         sent = quoted(url)
+        host = urlsplit(sent).netloc
     except ValueError as error:
         raise SampleError(f"{name} is no URL: {error}") from None
     with _Deadline() as deadline:
         for attempt in range(ATTEMPTS):
             try:
-                data = _follow(sent, deadline)
+                PAUSES.wait(host, deadline)
+                data = _follow(sent, deadline, terms)
                 deadline.left()  # a connection that was ended may look like the end of the image
                 break
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -69,10 +85,58 @@ def download(url: str) -> bytes:
                 )
                 if lasting or attempt == ATTEMPTS - 1:
                     raise OSError(f"{name} cannot be fetched: {error}") from error
+                if isinstance(error, urllib.error.HTTPError) and (pause_s := _retry_after(error.headers)):
+                    PAUSES.ask(host, pause_s)
                 time.sleep(PAUSE_S * 2**attempt)
     if re.match(rb"\s*(<!doctype html|<html)", data[:200], re.IGNORECASE):
         raise SampleError(f"{name} is a web page, not an image: it may ask for a login, or show the image")
     return data
+
+
+class _Pauses:
+    """Until when hosts ask not to be asked: a host that is asked too often says so once, and all threads wait."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def ask(self, host: str, seconds: float) -> None:
+        """Leave a host alone for so long."""
+        self._until[host] = max(self._until.get(host, 0.0), time.monotonic() + seconds)
+
+    def wait(self, host: str, deadline: _Deadline) -> None:
+        """Wait until a host may be asked. Raises TimeoutError where that is behind the deadline."""
+        left = self._until.get(host, 0.0) - time.monotonic()
+        if left > deadline.left():
+            deadline.passed = True
+            raise TimeoutError("its host asks to wait")
+        time.sleep(max(0.0, left))
+
+
+PAUSES = _Pauses()
+
+
+def _retry_after(headers: Message) -> float:
+    """Seconds for which a host asks to be left alone, as a number or a date; 0 where it does not."""
+    value = (headers.get("Retry-After") or "").strip()
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def _not_for_training(headers: Message, user_agent: str) -> str:
+    """The directive of an X-Robots-Tag that keeps an image from being trained on, "" where there is none. It holds for all, or
+    for those whom it names: `botname: noai, noindex`."""
+    own = user_agent.partition("/")[0].strip().lower()
+    for value in headers.get_all("X-Robots-Tag", []):
+        named, colon, directives = value.lower().rpartition(":")
+        if colon and named.strip() != own:
+            continue
+        if found := next((d.strip() for d in directives.split(",") if d.strip() in NOT_FOR_TRAINING), ""):
+            return found
+    return ""
 
 
 def is_public(address: str) -> bool:
@@ -90,13 +154,15 @@ def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1] or translated or ip
 
 
-def _follow(url: str, deadline: _Deadline) -> bytes:
+def _follow(url: str, deadline: _Deadline, terms: Terms) -> bytes:
     """Body of a URL, or of what it leads to."""
-    gate = _Gate(deadline)
+    gate = _Gate(deadline, terms.user_agent)
     for _ in range(1 + REDIRECTS):
         try:
             with gate.open(url) as answer:
-                return _body(url, answer)
+                if terms.for_training and (said := _not_for_training(answer.headers, terms.user_agent)):
+                    raise SampleError(f"{url.partition('?')[0]} is not given for training (X-Robots-Tag: {said})")
+                return _body(url, answer, MAX_BYTES if terms.max_bytes is None else terms.max_bytes)
         except urllib.error.HTTPError as error:
             error.close()
             location = error.headers.get("Location")
@@ -116,14 +182,14 @@ def _next(url: str, location: str) -> str:
     return target
 
 
-def _body(url: str, answer: Any) -> bytes:
+def _body(url: str, answer: Any, most: int) -> bytes:
     """What comes, in pieces. Raises SampleError where it is too much."""
     data = bytearray()
-    while (answer.length or 0) + len(data) <= MAX_BYTES and (piece := answer.read(PIECE)):
+    while (answer.length or 0) + len(data) <= most and (piece := answer.read(PIECE)):
         data += piece
-    if (answer.length or 0) + len(data) > MAX_BYTES:
+    if (answer.length or 0) + len(data) > most:
         fix = "Save it and name the file instead"
-        raise SampleError(f"{url.partition('?')[0]} is larger than the {MAX_BYTES:,} bytes that are fetched. {fix}")
+        raise SampleError(f"{url.partition('?')[0]} is larger than the {most:,} bytes that are fetched. {fix}")
     if answer.length:
         raise http.client.IncompleteRead(bytes(data[:0]), answer.length)
     return bytes(data)
@@ -171,8 +237,8 @@ class _Deadline:
 class _Gate:
     """Opens the URLs of one way, from the cell's own to the last that it leads to."""
 
-    def __init__(self, deadline: _Deadline) -> None:
-        self._deadline = deadline
+    def __init__(self, deadline: _Deadline, user_agent: str) -> None:
+        self._deadline, self._user_agent = deadline, user_agent
         self._private = True  # whether the way may go where the internet does not: it begins anywhere
         self._addresses: list[Any] | None = None  # of the host, as of getaddrinfo; None where a proxy asks it
 
@@ -206,7 +272,7 @@ class _Gate:
             urllib.request.HTTPErrorProcessor(),
         ):
             opener.add_handler(handler)
-        headers = {"User-Agent": f"mmref/{__version__}", "Accept": "*/*"}
+        headers = {"User-Agent": self._user_agent, "Accept": "*/*"}
         return opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
 
     def connect(self, address: tuple[str, int], *_: Any) -> socket.socket:

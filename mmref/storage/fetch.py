@@ -120,9 +120,14 @@ def read_location(place: str) -> bytes:
         StorageError: the storage keeps failing. FileSystemMissingError.
     """
     scheme = _scheme(place)
-    if scheme in ("http", "https"):
+    if is_web(place):
         return download(place)
     return read_bytes(_file(place)) if scheme in ("", "file") else _read_url(place, scheme)
+
+
+def is_web(place: str) -> bool:
+    """Whether a place is an http(s) URL."""
+    return _scheme(place) in ("http", "https")
 
 
 def _scheme(place: str) -> str:

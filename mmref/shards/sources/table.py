@@ -6,6 +6,7 @@ holds a path below `image_root` or an http(s) URL; with `allow_outside` any path
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,8 @@ import pyarrow.compute as pc
 from mmref.errors import OutsideError, SampleError, SourceError
 from mmref.shards.rows import ROWS, TEXTS, Conflict, as_lists, image_conflict, merge_images, objects_of, split_conflict
 from mmref.shards.samples import DEFAULT_FRACTIONS, SourceObject, hash_split
-from mmref.storage.fetch import locate, locate_inside, outside_most, read_location
+from mmref.storage.downloads import DEFAULT, Downloads
+from mmref.storage.fetch import is_web, locate, locate_inside, outside_most, read_location
 from mmref.storage.locations import absolute, is_url, join
 from mmref.storage.tables import Batch, Table, read_table
 
@@ -49,17 +51,19 @@ class TableSource:
         licence: str = "not stated",
         min_images: int = 1,
         allow_outside: bool = False,
+        downloads: Downloads = DEFAULT,
     ) -> None:
         """image, object_id, captions, split: names of columns. Captions None: `caption`, or the list column `captions`;
         split None: `split` if there is one, else a fixed hash of the object id with `fractions`. keep: further columns
         to carry in the sample's json. min_images: objects with fewer usable images are left out. allow_outside: images may lie
-        outside of image_root."""
+        outside of image_root. downloads: how http(s) URLs are fetched."""
         self.path, self.image, self.object_id, self.captions, self.split = path, image, object_id, captions, split
         root = os.path.dirname(path) if image_root is None else image_root
         self.image_root = absolute(root)  # workers may run in another directory
         self.locate = locate if allow_outside else locate_inside
         self.fractions, self.keep, self.licence, self.min_images = dict(fractions), list(keep), licence, min_images
         self.origin = os.path.basename(path)  # the full path says more of your machine than of the data
+        self.downloads = downloads
         self.skipped: list[str] = []
 
     def objects(self) -> list[SourceObject]:
@@ -214,7 +218,23 @@ class TableSource:
 
     def load(self, ref: str) -> bytes:
         """Bytes of an image file or URL. Raises OSError or SampleError, which leave the image out of the set."""
-        return read_location(self.locate(ref, self.image_root))
+        place = self.locate(ref, self.image_root)
+        return self.downloads.fetch(place) if is_web(place) else read_location(place)
+
+    @property
+    def at_once(self) -> int:
+        """How many images may be fetched at a time."""
+        return self.downloads.at_once
+
+    def waits(self, ref: str) -> bool:
+        """Whether an image is fetched."""
+        return is_web(locate(ref, self.image_root))
+
+    def share(self, processes: int, folder: str) -> TableSource:
+        """The same source for one of so many processes."""
+        shared = copy.copy(self)
+        shared.downloads, shared.skipped = self.downloads.share(processes, folder), []
+        return shared
 
     def write_extras(self, root: str) -> None:
         """Nothing to add."""

@@ -1,0 +1,92 @@
+"""Many downloads at a time: so many of each host, kept on the disk until whoever asked has finished."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from mmref.storage.download import Terms, download
+from mmref.storage.fetch import unsigned
+
+FOR_TRAINING = Terms(for_training=True)
+
+
+@dataclass(frozen=True)
+class Downloads:
+    """How images are fetched, by each of several processes.
+
+    What came is kept in `folder`, so that a second start does not fetch it again; None keeps nothing.
+    """
+
+    terms: Terms = FOR_TRAINING
+    at_once: int = 64
+    per_host: int = 16
+    folder: str | None = None
+
+    def share(self, processes: int, folder: str) -> Downloads:
+        """What one of so many processes may do: each does something."""
+        among = max(1, processes)
+        return Downloads(self.terms, max(1, self.at_once // among), max(1, self.per_host // among), folder)
+
+    def fetch(self, url: str) -> bytes:
+        """Body of a URL. Raises as `download`."""
+        if self.folder is None:
+            return self._fetch(url)
+        digest = hashlib.sha256(f"{self.terms.for_training} {unsigned(url)}".encode()).hexdigest()
+        path = os.path.join(self.folder, digest[:2], digest)
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            return file.read()
+        data = self._fetch(url)
+        part = f"{path}.{os.getpid()}-{threading.get_ident()}"
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(part, "wb") as file:
+                file.write(data)
+            os.replace(part, path)  # what has its name is whole
+        except OSError:  # a full disk: whoever writes the image itself says so
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+        return data
+
+    def _fetch(self, url: str) -> bytes:
+        with HOSTS.turn(_host(url), self.per_host):
+            return download(url, self.terms)
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url.strip()).netloc.lower()
+    except ValueError:  # no URL, which is said when it is fetched
+        return ""
+
+
+class _Hosts:
+    """Turns of the threads of a process at each host. A host that nobody waits for is forgotten."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Condition()
+        self._busy: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def turn(self, host: str, most: int) -> Iterator[None]:
+        """Wait until fewer than `most` threads ask a host, and be one of them within the block."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._busy.get(host, 0) < most)
+            self._busy[host] = self._busy.get(host, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy[host] -= 1
+                if not self._busy[host]:
+                    del self._busy[host]
+                self._lock.notify_all()
+
+
+HOSTS = _Hosts()
+DEFAULT = Downloads()

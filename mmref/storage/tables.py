@@ -423,7 +423,7 @@ def _json_lines(place: str) -> Table:
     for number, block in _numbered(line_blocks(place, SourceError)):
         if kinds is not None and holds_no_other(block, kinds):
             continue
-        for row in _json_rows(place, block, number, not names):
+        for row in _json_rows(place, block, number, (), not names):
             names.update(dict.fromkeys(row.cells))
         kinds = kinds or json_kinds(block)
 
@@ -431,18 +431,18 @@ def _json_lines(place: str) -> Table:
         for number, block in _numbered(line_blocks(place, SourceError)):
             cells = plain_columns(block, kinds, columns) if kinds is not None else None
             if cells is None:
-                yield from _in_batches(_json_rows(place, block, number), columns)
+                yield from _in_batches(_json_rows(place, block, number, columns), columns)
             elif block:
                 yield Batch(number + 1 + np.arange(count_lines(block)), cells)
 
     return Table(place, list(names), batches)
 
 
-def _json_rows(place: str, block: bytes, before: int, first: bool = False) -> Iterator[Row]:
+def _json_rows(place: str, block: bytes, before: int, columns: Sequence[str], first: bool = False) -> Iterator[Row]:
     """The rows of a block of lines, `before` of which lie before it. Raises SourceError as `_json_row`."""
     for number, line in enumerate(io.StringIO(block.decode(), newline=""), before + 1):
         if line.strip():
-            yield _json_row(place, number, line, first)
+            yield _json_row(place, number, line, columns, first)
             first = False
 
 
@@ -454,13 +454,16 @@ def _numbered(blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         number += count_lines(block)
 
 
-def _json_row(place: str, number: int, line: str, first: bool) -> Row:
+def _json_row(place: str, number: int, line: str, columns: Sequence[str], first: bool) -> Row:
     """The row of a line. Raises SourceError where it is no JSON or no object."""
     twice: list[str] = []
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        return dict(pairs)
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            twice.extend(name for name, count in counts.items() if count > 1 and name in columns)
+        return row
 
     fix = " One row a line: with pandas, `to_json(path, orient='records', lines=True)`."
     try:

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from mmref.shards.rows import ROWS, Conflict, image_conflict, in_groups, merge_images, objects_of, split_conflict
 from mmref.shards.samples import SourceObject, hash_fraction
-from mmref.storage.parquet import open_parquet, read_parquet
+from mmref.storage.parquet import open_parquet
 
-BUFFER_BYTES = 96_000_000  # rows of Arrow that are held before they go to disk
+BUFFER_BYTES = 32_000_000  # rows of Arrow that are held before they go to disk
 PARTS = 128
 GROUP_ROWS = 16_384  # of a part that are read together
 KEYS = ("row", "object_id", "image_id", "key")
@@ -61,7 +61,7 @@ class Spool:
         folder.mkdir()
         self._buffer: list[pa.Table] = []
         self._bytes = 0
-        self._writers: dict[str, pq.ParquetWriter] = {}
+        self._writers: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
 
     def add(self, table: pa.Table) -> None:
         """Take rows of the schema ROWS, in the order of the source."""
@@ -144,9 +144,11 @@ class Spool:
         for number, (begin, end) in enumerate(pairwise(edges.tolist())):
             if begin == end:
                 continue
-            name = f"{kind}-{number:03d}.parquet"
+            name = f"{kind}-{number:03d}.arrows"
             if name not in self._writers:
-                self._writers[name] = pq.ParquetWriter(self.folder / name, table.schema, compression="lz4")
+                # A stream holds nothing in memory of what has passed, as a file of Parquet does for its end.
+                options = pa.ipc.IpcWriteOptions(compression="lz4")
+                self._writers[name] = pa.ipc.new_stream(self.folder / name, table.schema, options=options)
             self._writers[name].write_table(table.slice(begin, end - begin))
 
     def _settle_part(self, table: pa.Table, number: int) -> Conflict | None:
@@ -176,11 +178,12 @@ class _Parts:
     """Tables that were spilled, read one at a time, each removed from the disk when the next is asked for."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self._paths = sorted(folder.glob(f"{kind}-*.parquet"))
+        self._paths = sorted(folder.glob(f"{kind}-*.arrows"))
 
     def __iter__(self) -> Iterator[pa.Table]:
         for path in self._paths:
-            yield read_parquet(str(path)).combine_chunks()
+            with pa.ipc.open_stream(path) as stream:
+                yield stream.read_all().combine_chunks()
             path.unlink()
 
 

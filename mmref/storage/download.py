@@ -11,8 +11,10 @@ import contextlib
 import functools
 import http.client
 import ipaddress
+import os
 import re
 import socket
+import ssl
 import threading
 import time
 import urllib.error
@@ -20,7 +22,7 @@ import urllib.request
 from dataclasses import dataclass
 from email.message import Message
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from mmref.errors import SampleError
@@ -109,7 +111,8 @@ class _Pauses:
         if left > deadline.left():
             deadline.passed = True
             raise TimeoutError("its host asks to wait")
-        time.sleep(max(0.0, left))
+        if left > 0:
+            time.sleep(left)
 
 
 PAUSES = _Pauses()
@@ -200,23 +203,21 @@ class _Deadline:
 
     def __init__(self) -> None:
         self.passed = False
-        self._until = time.monotonic() + DEADLINE_S
+        self.until = time.monotonic() + DEADLINE_S
         self._held: list[socket.socket] = []
-        self._timer = threading.Timer(DEADLINE_S, self._end)
-        self._timer.daemon = True
 
     def __enter__(self) -> _Deadline:
-        self._timer.start()
+        WATCH.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        WATCH.drop(self)
         for held in self._held:
             held.close()
 
     def left(self) -> float:
         """Seconds that are left. Raises TimeoutError where there are none."""
-        left = self._until - time.monotonic()
+        left = self.until - time.monotonic()
         self.passed = self.passed or left <= 0
         if self.passed:
             raise TimeoutError("timed out")
@@ -227,11 +228,50 @@ class _Deadline:
         self._held.append(connection.dup())  # TLS takes the socket over
         self.left()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End all connections."""
         self.passed = True
         for held in list(self._held):
             with contextlib.suppress(OSError):
                 held.shutdown(socket.SHUT_RDWR)
+
+
+class _Watch:
+    """One thread that ends what has passed its deadline. A thread for each download would cost as much as the download."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._running: set[_Deadline] = set()
+        self._thread: threading.Thread | None = None
+        self._wakes = 0.0  # when the thread looks again
+
+    def add(self, deadline: _Deadline) -> None:
+        """Watch a deadline."""
+        with self._change:
+            self._running.add(deadline)
+            if self._thread is None or not self._thread.is_alive():  # as in a process that was forked off
+                self._thread = threading.Thread(target=self._watch, name="download deadlines", daemon=True)
+                self._thread.start()
+            elif deadline.until < self._wakes:
+                self._change.notify()
+
+    def drop(self, deadline: _Deadline) -> None:
+        """Watch it no more."""
+        with self._change:
+            self._running.discard(deadline)
+
+    def _watch(self) -> None:
+        with self._change:
+            while True:
+                now = time.monotonic()
+                for deadline in [each for each in self._running if each.until <= now]:
+                    self._running.discard(deadline)
+                    deadline.end()
+                self._wakes = min((each.until for each in self._running), default=now + DEADLINE_S)
+                self._change.wait(self._wakes - now)
+
+
+WATCH = _Watch()
 
 
 class _Gate:
@@ -247,7 +287,7 @@ class _Gate:
         parts = urlsplit(url)
         if not parts.hostname:
             raise SampleError(f"{url} is no URL: it names no host")
-        proxy = urllib.request.getproxies().get(parts.scheme)
+        proxy = _proxy(parts.scheme)
         proxied = bool(proxy) and not urllib.request.proxy_bypass(parts.netloc)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
@@ -263,17 +303,9 @@ class _Gate:
         self._addresses = None if proxied else allowed
         if proxied:
             self._private = self._private and any(not is_public(str(each[4][0])) for each in allowed)
-        opener = urllib.request.OpenerDirector()
-        for handler in (
-            urllib.request.ProxyHandler({parts.scheme: proxy} if proxied and proxy else {}),
-            _Plain(self),
-            _Secure(self),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPErrorProcessor(),
-        ):
-            opener.add_handler(handler)
-        headers = {"User-Agent": self._user_agent, "Accept": "*/*"}
-        return opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+        request = _Request(url, headers={"User-Agent": self._user_agent, "Accept": "*/*"})
+        request.gate = self
+        return _opener(parts.scheme, proxy if proxied else None).open(request, timeout=TIMEOUT_S)
 
     def connect(self, address: tuple[str, int], *_: Any) -> socket.socket:
         """A connection to an address that has been looked at, or to the proxy. Raises OSError."""
@@ -305,26 +337,52 @@ class _Gate:
         return "no image does" if self._private else "a host of the internet may not lead there"
 
 
-class _Plain(urllib.request.HTTPHandler):
-    def __init__(self, gate: _Gate) -> None:
-        super().__init__()
-        self._open = functools.partial(_connection, http.client.HTTPConnection, gate)
+class _Request(urllib.request.Request):
+    gate: _Gate  # which makes its connection
 
+
+class _Plain(urllib.request.HTTPHandler):
     def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(self._open, request)
+        return self.do_open(functools.partial(_connection, http.client.HTTPConnection, cast(_Request, request)), request)
 
 
 class _Secure(urllib.request.HTTPSHandler):
-    def __init__(self, gate: _Gate) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._open = functools.partial(_connection, http.client.HTTPSConnection, gate)
+        # Reading the certificates that are trusted takes longer than a download.
+        self._trusted = ssl.create_default_context()
+        self._trusted.set_alpn_protocols(["http/1.1"])
 
     def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(self._open, request)
+        return self.do_open(
+            functools.partial(_connection, http.client.HTTPSConnection, cast(_Request, request), context=self._trusted),
+            request,
+        )
 
 
-def _connection(kind: type[http.client.HTTPConnection], gate: _Gate, host: str, **options: Any) -> Any:
-    """A connection of the standard library that the gate makes; names of certificates are checked as ever."""
+@functools.lru_cache(8)
+def _opener(scheme: str, proxy: str | None) -> urllib.request.OpenerDirector:
+    """What opens the URLs of a scheme, by a proxy or straight; it follows no redirects."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler({scheme: proxy} if proxy else {}),
+        _Plain(),
+        _Secure(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _proxy(scheme: str) -> str | None:
+    """The proxy of a scheme, if there is one; most often one look says that there is none."""
+    name = f"{scheme}_proxy"
+    return urllib.request.getproxies().get(scheme) if os.environ.get(name) or os.environ.get(name.upper()) else None
+
+
+def _connection(kind: type[http.client.HTTPConnection], request: _Request, host: str, **options: Any) -> Any:
+    """A connection of the standard library that the request's gate makes; names of certificates are checked as ever."""
     connection = kind(host, **options)
-    connection._create_connection = gate.connect  # type: ignore[attr-defined]
+    connection._create_connection = request.gate.connect  # type: ignore[attr-defined]
     return connection

@@ -66,26 +66,27 @@ def _host(url: str) -> str:
 
 
 class _Hosts:
-    """Turns of the threads of a process at each host. A host that nobody waits for is forgotten."""
+    """Turns of the threads of a process at each host. A host that nobody asks is forgotten."""
 
     def __init__(self) -> None:
-        self._lock = threading.Condition()
-        self._busy: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._turns: dict[tuple[str, int], tuple[threading.Semaphore, int]] = {}  # with how many hold or wait for one
 
     @contextlib.contextmanager
     def turn(self, host: str, most: int) -> Iterator[None]:
         """Wait until fewer than `most` threads ask a host, and be one of them within the block."""
+        name = host, most
         with self._lock:
-            self._lock.wait_for(lambda: self._busy.get(host, 0) < most)
-            self._busy[host] = self._busy.get(host, 0) + 1
+            turns, users = self._turns.get(name, (threading.Semaphore(most), 0))
+            self._turns[name] = turns, users + 1
         try:
-            yield
+            with turns:
+                yield
         finally:
             with self._lock:
-                self._busy[host] -= 1
-                if not self._busy[host]:
-                    del self._busy[host]
-                self._lock.notify_all()
+                turns, users = self._turns.pop(name)
+                if users > 1:
+                    self._turns[name] = turns, users - 1
 
 
 HOSTS = _Hosts()

@@ -72,8 +72,8 @@ def picture(seed: int, side: int, form: str) -> bytes:
     return out.getvalue()
 
 
-def make_table(folder: Path, rows: int) -> Path:
-    """A CSV of images in folders beside it, four of an object, with a caption in quotation marks."""
+def make_table(folder: Path, rows: int, urls: bool) -> Path:
+    """A CSV of images in folders beside it, or of URLs; four of an object, with a caption in quotation marks."""
     originals = [folder / f"original-{i}.png" for i in range(FILES)]
     for seed, path in enumerate(originals):
         path.write_bytes(picture(seed, 8, "PNG"))
@@ -84,9 +84,11 @@ def make_table(folder: Path, rows: int) -> Path:
         for number in range(rows):
             name = f"images/{number // PER_FOLDER:05d}/{number:08d}.png"
             path = folder / name
-            if number % PER_FOLDER == 0:
+            if urls:
+                name = f"https://pictures.example/{name}"
+            elif number % PER_FOLDER == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
+            if not urls and not path.exists():
                 os.link(originals[number % FILES], path)
             writer.writerow([name, f"object {number // 4}", f"a photograph of thing {number}, on a table"])
     return table
@@ -109,8 +111,8 @@ def bench_build(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         for rows in sorted(args.rows):
-            table = make_table(Path(work), rows)
-            for what in args.only:
+            table = make_table(Path(work), rows, args.urls)
+            for what in ("rows",) if args.urls else args.only:
                 for name, checkout in checkouts.items():
                     times = measure(checkout, table, what, Path(work))
                     per_second = round(rows / times["seconds"])
@@ -187,6 +189,7 @@ def main() -> None:
     build.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     build.add_argument("--before", help="another checkout of mmref")
     build.add_argument("--only", nargs="+", choices=("rows", "set"), default=("rows", "set"))
+    build.add_argument("--urls", action="store_true", help="a table of URLs, which are not fetched: rows alone")
     build.set_defaults(run=bench_build)
     fetch = kinds.add_parser("fetch")
     fetch.add_argument("--images", type=int, default=5000)

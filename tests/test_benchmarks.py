@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,3 +66,23 @@ def test_caption_weights(tmp_path: Path) -> None:
             assert all(0 < value <= 100.01 for value in found[references][weights].values())
     kept = found["mean image"]["share x 20"]["weight of the wrong"]
     assert kept < found["wrong captions"], "even 20 steps of a tiny model tell some"
+
+
+@pytest.mark.slow
+def test_tables(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    call("benchmarks/tables.py", "--out", str(out), "build", "--rows", "50", "200", "--before", str(ROOT))
+    found = json.loads(out.read_text())
+    assert list(found)[:3] == ["rows, 50, now", "rows, 50, before", "set, 50, now"] and len(found) == 8
+    assert all(each["rows_per_second"] > 0 and each["peak_mb"] >= 0 for each in found.values())
+
+
+@pytest.mark.slow
+def test_decode(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 40, 3), dtype=np.uint8)
+    for i in range(3):
+        Image.fromarray(pixels).resize((200 + i, 150)).save(tmp_path / f"{i}.jpg")
+    options = ("--photos", str(tmp_path), "--side", "512", "--targets", "64", "300", "--rounds", "2")
+    found = run(tmp_path, "decode.py", *options)
+    assert 0 < found["512 to 64"]["largest difference"] < 64
+    assert found["512 to 300"]["largest difference"] == 0, "not small enough"

@@ -19,9 +19,10 @@ from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.errors import OutsideError, SampleError, SearchIndexError, StorageError
 from mmref.retrieval.folder import look_into, stamp_of
+from mmref.storage.cells import Row
 from mmref.storage.fetch import id_of, locate, locate_inside, outside_most, read_location, unsigned
 from mmref.storage.locations import absolute, from_text, is_url, join, read_bytes, size_of, to_text
-from mmref.storage.tables import TABLE_ENDINGS, Row, Table, read_table
+from mmref.storage.tables import TABLE_ENDINGS, Table, read_table
 
 COLUMNS = {  # of every listing, before metadata columns
     "id": pa.string(), "path": pa.string(), "offset": pa.int64(), "length": pa.int64(), "object_id": pa.string(),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mmref.errors import SampleError, SourceError
 from mmref.storage import plain_csv, tables, texts
-from mmref.storage.tables import Batch, read_table
+from mmref.storage.cells import Batch
+from mmref.storage.tables import read_table
 
 COLUMNS = ("image", "object_id", "caption")
 CELLS = st.sampled_from([

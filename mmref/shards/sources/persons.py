@@ -17,8 +17,8 @@ from typing import Any
 
 from mmref.errors import SampleError, SourceError
 from mmref.shards.samples import SourceImage, SourceObject, hash_fraction
+from mmref.storage.cells import Row
 from mmref.storage.locations import read_bytes, size_of
-from mmref.storage.tables import Row
 from mmref.storage.texts import read_text
 
 SPLITS = ("train", "val", "test")

@@ -19,10 +19,11 @@ import pyarrow.compute as pc
 from mmref.errors import OutsideError, SampleError, SourceError
 from mmref.shards.rows import ROWS, TEXTS, Conflict, as_lists, image_conflict, merge_images, objects_of, split_conflict
 from mmref.shards.samples import DEFAULT_FRACTIONS, SourceObject, hash_split
+from mmref.storage.cells import Batch
 from mmref.storage.downloads import DEFAULT, Downloads
 from mmref.storage.fetch import is_web, locate, locate_inside, outside_most, read_location
 from mmref.storage.locations import absolute, is_url, join
-from mmref.storage.tables import Batch, Table, read_table
+from mmref.storage.tables import Table, read_table
 
 RESERVED = ("object_id", "image_id", "captions", "caption_kinds")  # fields that a set writes itself
 SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}

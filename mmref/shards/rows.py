@@ -59,9 +59,24 @@ def source_rows(source: Source) -> Iterator[pa.Table]:
     for number, item in enumerate(source.objects()):
         images += [(number, item, image) for image in item.images]
         if len(images) >= TOGETHER:
-            yield _table(images)
+            yield _writable(images, source.skipped)
             images = []
-    yield _table(images)
+    yield _writable(images, source.skipped)
+
+
+def _writable(images: list[tuple[int, SourceObject, SourceImage]], skipped: list[str]) -> pa.Table:
+    """A table of images; those with half a character in a text, which no file can hold, are listed instead."""
+    try:
+        return _table(images)
+    except UnicodeEncodeError:
+        sound = []
+        for row in images:
+            try:
+                _table([row])
+                sound.append(row)
+            except UnicodeEncodeError as error:
+                skipped.append(f"{row[2].image_id!a}: a text cannot be written: {error}")
+        return _table(sound)
 
 
 def _table(images: list[tuple[int, SourceObject, SourceImage]]) -> pa.Table:

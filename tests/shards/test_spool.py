@@ -87,6 +87,17 @@ def test_a_source_of_objects_that_does_not_fit_into_memory(
     assert manifest["skipped"]["kinds"] == {"does not decode": len(lines) - 1, "other": 1}
 
 
+def test_half_a_character_costs_its_image_alone(encode: Callable[[int], bytes]) -> None:
+    source = Drawn(encode, 3)
+    objects = list(source.objects())
+    objects[1].images[0].captions.append("half \ud83d")
+    source.objects = lambda: iter(objects)  # type: ignore[method-assign]
+    (table,) = source_rows(source)
+    assert len(table) == sum(len(item.images) for item in objects) - 1
+    assert source.skipped[1:] == [line for line in source.skipped if line.startswith("'1/0': a text cannot be written")]
+    assert len(source.skipped) == 2
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_contradictions_far_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
     if early:

@@ -31,6 +31,7 @@ from mmref.shards.samples import Source, count_warnings
 from mmref.shards.spool import Span, Spool, read_objects
 from mmref.shards.tar_writer import ImageOptions, loaded, write_shard
 from mmref.shards.tokenizer import check_vocab, train_captions, train_tokenizer
+from mmref.storage.downloads import forget
 from mmref.storage.parquet import read_parquet
 from mmref.storage.whole_folder import strangers, whole_folder, write_whole
 
@@ -100,7 +101,7 @@ def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions(
         source.write_extras(str(work))
         extras |= _names(work) - written
         write_whole(work / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    shutil.rmtree(_fetched(out), ignore_errors=True)
+    forget(_fetched(out))
     return manifest
 
 

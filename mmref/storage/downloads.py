@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from mmref.storage.download import Terms, download
 from mmref.storage.fetch import unsigned
 
+KEPT = re.compile(r"[0-9a-f]{64}(\.\d+-\d+)?$")  # names in the folder, of whole files and of parts
 FOR_TRAINING = Terms(for_training=True)
 
 
@@ -56,6 +59,16 @@ class Downloads:
     def _fetch(self, url: str) -> bytes:
         with HOSTS.turn(_host(url), self.per_host):
             return download(url, self.terms)
+
+
+def forget(folder: str) -> None:
+    """Remove what `Downloads` kept in a folder, and the folder where it held nothing else."""
+    for path in Path(folder).glob("[0-9a-f][0-9a-f]/*"):
+        if KEPT.match(path.name):
+            path.unlink(missing_ok=True)
+    for path in [*Path(folder).glob("[0-9a-f][0-9a-f]"), Path(folder)]:
+        with contextlib.suppress(OSError):  # it holds something else, or is not there
+            path.rmdir()
 
 
 def _host(url: str) -> str:

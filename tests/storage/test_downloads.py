@@ -176,9 +176,13 @@ def test_a_build_goes_on_where_it_was_ended(
     assert manifest["skipped"]["kinds"] == {"HTTP 404": 1, "not for machine learning": 1}
     said = capsys.readouterr().out
     assert "2 left out (HTTP 404 1, not for machine learning 1)" in said
+    (tmp_path / "set.downloads" / "ab").mkdir(parents=True)
+    (tmp_path / "set.downloads" / "ab" / "mine.txt").write_text("a folder of that name that is the user's")
     assert build(web, tmp_path, names, "--overwrite", "--ignore-robots-tag", "--user-agent", "me/1") == 0
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert manifest["splits"]["train"]["images"] == 41 and "me/1" in Host.agents
+    left = [path.name for path in (tmp_path / "set.downloads").rglob("*")]
+    assert left == ["ab", "mine.txt"]
 
 
 @pytest.mark.parametrize(("option", "value"), [("--max-download-mb", "0"), ("--user-agent", "a\nb")])

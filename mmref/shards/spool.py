@@ -148,7 +148,7 @@ class Spool:
             if name not in self._writers:
                 # A stream holds nothing in memory of what has passed, as a file of Parquet does for its end.
                 options = pa.ipc.IpcWriteOptions(compression="lz4")
-                self._writers[name] = pa.ipc.new_stream(self.folder / name, table.schema, options=options)
+                self._writers[name] = pa.ipc.new_stream(str(self.folder / name), table.schema, options=options)
             self._writers[name].write_table(table.slice(begin, end - begin))
 
     def _settle_part(self, table: pa.Table, number: int) -> Conflict | None:
@@ -182,7 +182,7 @@ class _Parts:
 
     def __iter__(self) -> Iterator[pa.Table]:
         for path in self._paths:
-            with pa.ipc.open_stream(path) as stream:
+            with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
                 yield stream.read_all().combine_chunks()
             path.unlink()
 

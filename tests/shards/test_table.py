@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmref.errors import OutsideError, SourceError
+from mmref.shards.build import BuildOptions, build_shards
 from mmref.shards.sources.table import TableSource
 
 ROWS = [
@@ -179,6 +180,27 @@ def test_images_outside_of_the_root_need_a_flag(tmp_path, encode):
         names.append(more)
     write(root / "t.csv", [{"image": n, "object_id": n, "caption": "x", "split": "train"} for n in names[1:]])
     with pytest.raises(SourceError, match=r"4 of 6 rows name images outside of .*row 2: .*--allow-outside"):
+        TableSource(table).objects()
+
+
+def test_a_link_in_a_late_row_is_found_when_its_image_is_read(tmp_path, encode, monkeypatch):
+    monkeypatch.setattr("mmref.shards.sources.table.LOOKED_AT", 2)
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret.png").write_bytes(encode(0))
+    for i in range(4):
+        (root / f"{i}.png").write_bytes(encode(i))
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    names = ["0.png", "1.png", "2.png", "link.png", "../secret.png", "3.png"]
+    table = write(root / "t.csv", [{"image": n, "object_id": n, "caption": "x", "split": "train"} for n in names])
+    manifest = build_shards(TableSource(table), str(tmp_path / "set"), BuildOptions(progress=False))
+    assert manifest["splits"]["train"]["images"] == 4
+    first, second = manifest["skipped"]["first"]
+    assert first.startswith("row 6: '../secret.png'") and second.startswith("link.png: 'link.png' leads to ")
+    assert manifest["skipped"]["kinds"] == {"outside of the root": 2}
+    names = ["link.png", "../secret.png", *names]
+    write(root / "t.csv", [{"image": n, "object_id": n, "caption": "x", "split": "train"} for n in names])
+    with pytest.raises(SourceError, match="2 of 2 rows name images outside of"):
         TableSource(table).objects()
 
 

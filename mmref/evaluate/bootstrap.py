@@ -57,7 +57,7 @@ def paired_difference(
 
 
 def _object_sums(values: np.ndarray, valid: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of values (q, 5) and number of valid queries of each object: (o, 5) and (o,) float64."""
+    """Sum of values (q, 7) and number of valid queries of each object: (o, 7) and (o,) float64."""
     objects = np.asarray(objects)
     if len(objects) != len(valid):
         raise ValueError(f"{len(objects)} objects for {len(valid)} queries")
@@ -75,7 +75,7 @@ def _draw_counts(rng: np.random.Generator, replicates: int, n_objects: int) -> n
 
 
 def _replicates(sums: np.ndarray, sizes: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Metrics of n resampled sets of objects, (n, 5)."""
+    """Metrics of n resampled sets of objects, (n, 7)."""
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK_COUNTS // len(sizes))
     parts = []

@@ -1,11 +1,16 @@
-"""Ranking metrics of the person-retrieval protocol: R@1/5/10, mAP and mINP, in percent.
+"""Ranking metrics in percent: R@1/5/10, mAP and mINP of the person-retrieval protocol, NDCG@10 and MRR of others.
 
-Every query ranks every gallery item by score, highest first. A hit is the same object. Nothing is filtered out.
+Every query ranks every gallery item by score, highest first. A hit is the same object. A score of minus infinity says that
+the item is not in that query's gallery: it is neither a hit nor before one. Otherwise nothing is filtered out.
 Tie rule: of two items with equal scores, the one with the lower gallery index comes first.
+
+A hit is worth 1 in NDCG, whatever its rank, divided by log2(rank + 1); the best ranking has min(hits, 10) of them at its top.
+So trec_eval's ndcg_cut_10 counts it, the main metric of BEIR (Thakur et al., NeurIPS 2021) and of the retrieval tasks of MIEB
+(Xiao et al., ICCV 2025). MRR is the mean of 1 / rank of the first hit over the whole ranking (trec_eval's recip_rank).
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
@@ -13,7 +18,10 @@ import numpy as np
 from mmref.errors import EvaluationError
 
 RECALL_AT = (1, 5, 10)
-METRIC_NAMES = (*(f"R@{k}" for k in RECALL_AT), "mAP", "mINP")
+NDCG_AT = 10
+MAIN_METRICS = (*(f"R@{k}" for k in RECALL_AT), "mAP", "mINP")  # the columns of tables
+FURTHER_METRICS = (f"NDCG@{NDCG_AT}", "MRR")  # told beside them
+METRIC_NAMES = (*MAIN_METRICS, *FURTHER_METRICS)
 
 # Rows ranked at a time: their sort keys (8 bytes a score) should stay in the CPU's cache.
 _BLOCK_SCORES = 1 << 19
@@ -29,6 +37,7 @@ class PerQuery:
     first_rank: np.ndarray  # (q,) int64, rank of the best hit, from 1
     ap: np.ndarray  # (q,) float64, average precision in [0, 1]
     inp: np.ndarray  # (q,) float64, inverse negative penalty in [0, 1]: hits / rank of the last hit
+    ndcg: np.ndarray  # (q,) float64, NDCG@10 in [0, 1]
     valid: np.ndarray  # (q,) bool, False: the gallery holds no hit, and the query counts in no mean
 
     def __len__(self) -> int:
@@ -41,18 +50,19 @@ class PerQuery:
 
     def take(self, rows: np.ndarray) -> Self:
         """The queries `rows` (indices or a boolean mask), repeats allowed."""
-        return type(self)(self.first_rank[rows], self.ap[rows], self.inp[rows], self.valid[rows])
+        return type(self)(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     @classmethod
     def concatenate(cls, parts: Iterable["PerQuery"]) -> Self:
         """One PerQuery of several, in order."""
         parts = list(parts)
-        return cls(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("first_rank", "ap", "inp", "valid")))
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     def values(self) -> np.ndarray:
-        """Each query's contribution to each metric, (q, 5) float64 in percent, columns as METRIC_NAMES."""
+        """Each query's contribution to each metric, (q, 7) float64 in percent, columns as METRIC_NAMES."""
         recalls = [(self.first_rank <= k) & self.valid for k in RECALL_AT]
-        return 100.0 * np.stack([*recalls, self.ap, self.inp], axis=1)
+        reciprocal = self.valid / np.maximum(self.first_rank, 1)
+        return 100.0 * np.stack([*recalls, self.ap, self.inp, self.ndcg, reciprocal], axis=1)
 
 
 def rank_positives(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -64,14 +74,15 @@ def rank_positives(scores: np.ndarray, query_labels: np.ndarray, gallery_labels:
         gallery_labels: (G,) object of each gallery item.
     Returns:
         ranks: (n,) int64 from 1, ascending within a query, queries one after the other.
-        offsets: (q + 1,) int64; query i's ranks are ranks[offsets[i]:offsets[i + 1]], empty if it has no hit.
+        offsets: (q + 1,) int64; query i's ranks are ranks[offsets[i]:offsets[i + 1]], empty if it has no hit. A hit whose
+            score is minus infinity is none.
     Raises:
         EvaluationError: a score is NaN.
         ValueError: the shapes do not fit together.
     """
     scores, query_labels, gallery_labels = _checked(scores, query_labels, gallery_labels)
     n_gallery = len(gallery_labels)
-    offsets, columns = _hits(query_labels, gallery_labels)
+    offsets, columns = _hits(scores, query_labels, gallery_labels)
     ranks = np.empty(len(columns), dtype=np.int64)
     block = max(1, _BLOCK_SCORES // max(1, n_gallery))
     for start in range(0, len(scores), block):
@@ -94,7 +105,7 @@ def score_ranking(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: 
     ranks, offsets = rank_positives(scores, query_labels, gallery_labels)
     counts = np.diff(offsets)
     valid = counts > 0
-    first_rank, ap, inp = np.zeros(len(counts), np.int64), np.zeros(len(counts)), np.zeros(len(counts))
+    first_rank, (ap, inp, ndcg) = np.zeros(len(counts), np.int64), np.zeros((3, len(counts)))
     if valid.any():
         # Queries without hits have empty segments, which `reduceat` cannot express: the valid starts skip them.
         starts, ends, n_hits = offsets[:-1][valid], offsets[1:][valid], counts[valid]
@@ -102,11 +113,14 @@ def score_ranking(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: 
         first_rank[valid] = ranks[starts]
         ap[valid] = np.add.reduceat(nth_hit / ranks, starts) / n_hits
         inp[valid] = n_hits / ranks[ends - 1]
-    return PerQuery(first_rank, ap, inp, valid)
+        gains = np.where(ranks <= NDCG_AT, 1 / np.log2(ranks + 1.0), 0.0)
+        ideal = np.cumsum(1 / np.log2(np.arange(2, NDCG_AT + 2)))
+        ndcg[valid] = np.add.reduceat(gains, starts) / ideal[np.minimum(n_hits, NDCG_AT) - 1]
+    return PerQuery(first_rank, ap, inp, ndcg, valid)
 
 
 def summarize(per_query: PerQuery, subset: np.ndarray | None = None) -> dict[str, float]:
-    """Means over the valid queries (of `subset`, indices or a mask): {"R@1": ..., "mINP": ...} in percent.
+    """Means over the valid queries (of `subset`, indices or a mask): {"R@1": ..., "MRR": ...} in percent.
 
     Raises:
         EvaluationError: no valid query is left.
@@ -127,6 +141,7 @@ def evaluate_features(
     gallery_labels: np.ndarray,
     chunk: int = 1024,
     score_fn: ScoreFn | None = None,
+    leave_out: ScoreFn | None = None,
 ) -> PerQuery:
     """Rank a gallery for every query by the dot product of features, `chunk` queries at a time.
 
@@ -137,6 +152,7 @@ def evaluate_features(
         gallery_labels: (Ng,) object of each gallery item.
         chunk: queries scored at a time; memory grows with chunk x Ng, never with Nq x Ng.
         score_fn: turns a chunk's initial scores into final ones, such as `refinement.refined_scores`.
+        leave_out: gives initial scores back with minus infinity for what is not in a query's gallery; goes before `score_fn`.
     Raises:
         EvaluationError: a feature or score is NaN.
     """
@@ -144,6 +160,8 @@ def evaluate_features(
     for start in range(0, len(queries), chunk):
         rows = slice(start, min(start + chunk, len(queries)))
         scores = queries[rows] @ gallery.T  # (chunk, Ng)
+        if leave_out is not None:
+            scores = leave_out(rows, scores)
         if score_fn is not None:
             scores = score_fn(rows, scores)
         parts.append(score_ranking(scores, query_labels[rows], gallery_labels))
@@ -172,8 +190,8 @@ def _checked(
     return scores, query_labels, gallery_labels
 
 
-def _hits(query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gallery columns of every query's hits, as offsets (q + 1,) and columns (n,)."""
+def same_object(query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gallery columns of every query's object, as offsets (q + 1,) and columns (n,)."""
     by_label = np.argsort(gallery_labels, kind="stable")
     ordered = gallery_labels[by_label]
     low = np.searchsorted(ordered, query_labels, side="left")
@@ -181,6 +199,15 @@ def _hits(query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndar
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     columns = by_label[np.repeat(low - offsets[:-1], counts) + np.arange(offsets[-1])]
     return offsets, columns
+
+
+def _hits(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `same_object`, without those that are not in the query's gallery."""
+    offsets, columns = same_object(query_labels, gallery_labels)
+    there = scores[np.repeat(np.arange(len(scores)), np.diff(offsets)), columns] > -np.inf
+    if there.all():
+        return offsets, columns
+    return np.concatenate([[0], np.cumsum(there)])[offsets], columns[there]
 
 
 def _sort_keys(scores: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The vectorised ranking against a literal twin: one stable sort and one Python loop per query."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -14,10 +15,10 @@ from mmref.evaluate.metrics import METRIC_NAMES, evaluate_features, rank_positiv
 
 
 def literal_ranks(scores, query_labels, gallery_labels):
-    """Ranks of the hits of every query by sorting (-score, index) pairs."""
+    """Ranks of the hits of every query by sorting (-score, index) pairs of the items of its gallery."""
     result = []
     for row, label in zip(scores.tolist(), query_labels, strict=True):
-        order = sorted(range(len(row)), key=lambda j: (-row[j], j))
+        order = sorted((j for j in range(len(row)) if row[j] > -math.inf), key=lambda j: (-row[j], j))
         result.append([rank for rank, j in enumerate(order, 1) if gallery_labels[j] == label])
     return result
 
@@ -27,7 +28,11 @@ def literal_summary(scores, query_labels, gallery_labels):
     for ranks in literal_ranks(scores, query_labels, gallery_labels):
         if ranks:
             precision = [k / rank for k, rank in enumerate(ranks, 1)]
-            rows.append([*(ranks[0] <= k for k in (1, 5, 10)), sum(precision) / len(ranks), len(ranks) / ranks[-1]])
+            ndcg = sum(1 / math.log2(rank + 1) for rank in ranks if rank <= 10) / sum(
+                1 / math.log2(rank + 1) for rank in range(1, min(10, len(ranks)) + 1)
+            )
+            recalls = [ranks[0] <= k for k in (1, 5, 10)]
+            rows.append([*recalls, sum(precision) / len(ranks), len(ranks) / ranks[-1], ndcg, 1 / ranks[0]])
     return dict(zip(METRIC_NAMES, 100 * np.mean(np.array(rows, float), axis=0), strict=True))
 
 
@@ -45,6 +50,31 @@ def test_agrees_with_literal_twin(levels, n_objects):
     ranks, offsets = rank_positives(*case)
     assert [ranks[a:b].tolist() for a, b in pairwise(offsets)] == literal_ranks(*case)
     assert summarize(score_ranking(*case)) == pytest.approx(literal_summary(*case), abs=1e-9)
+
+
+def test_published_example_of_ndcg_mrr_and_map():
+    # Of the documentation of torchmetrics (RetrievalNormalizedDCG, RetrievalMRR, RetrievalMAP): two queries with galleries of
+    # their own, of three and of four items.
+    away = -np.inf
+    scores = np.array([[0.2, 0.3, 0.5, away, away, away, away], [away, away, away, 0.1, 0.3, 0.5, 0.2]], np.float32)
+    result = summarize(score_ranking(scores, np.array([0, 1]), np.array([9, 9, 0, 9, 1, 9, 1])))
+    assert (result["NDCG@10"], result["MRR"], result["mAP"]) == pytest.approx((84.67, 75.0, 79.17), abs=0.005)
+
+
+def test_ndcg_looks_at_ten_results():
+    scores = -np.arange(30, dtype=np.float32)[None]
+    labels = np.where(np.isin(np.arange(30), [0, 9, 10, *range(20, 30)]), 1, 0)  # hits at ranks 1, 10, 11, 21 to 30
+    (found,) = score_ranking(scores, np.array([1]), labels).ndcg
+    assert found == pytest.approx((1 + 1 / math.log2(11)) / sum(1 / math.log2(i + 1) for i in range(1, 11)))
+
+
+def test_what_is_not_in_a_query_s_gallery_is_no_hit_and_before_none():
+    scores = np.array([[0.9, 0.8, 0.7, 0.6], [0.9, 0.8, 0.7, 0.6]], np.float32)
+    labels = np.array([0, 1, 0, 0])
+    scores[0, 0] = scores[1, :] = -np.inf
+    result = score_ranking(scores, np.array([0, 0]), labels)
+    assert result.first_rank.tolist() == [2, 0] and result.valid.tolist() == [True, False]
+    assert result.ap[0] == pytest.approx((1 / 2 + 2 / 3) / 2) and result.inp[0] == pytest.approx(2 / 3)
 
 
 @settings(max_examples=150, deadline=None)

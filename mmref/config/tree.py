@@ -311,6 +311,12 @@ class EvalConfig:
     """What picks the best checkpoint and the refinement on val; mAP picks what lasts on new objects, of R@1 too."""
     class_protocol: bool = False
     """Also the protocol of sets whose objects are classes (CUB, Flowers): a class's mean text feature searches all images."""
+    image_to_image: bool = False
+    """Also image to image (re-identification): every image searches the others of its split for images of its object."""
+    same_camera: str = ""
+    """Image to image where an object's images by one camera do not meet: the field of the samples' json that names the camera."""
+    captions_as_one: Literal["none", "image", "object"] = "none"
+    """Also all captions of each image, or of each object, as one query: the mean of their features."""
     top_p: int = option(1000, at_least=0)
     """Candidates of the first pass that refinement re-scores; 0: all."""
     refine_kinds: list[Literal["sparse", "dense", "expansion"]] = field(default_factory=lambda: ["sparse", "dense"])

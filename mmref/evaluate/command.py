@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmref.terminal.arguments import count, model, place, run_dir_argument
+from mmref.terminal.arguments import count, model, place, run_dir_argument, text
 from mmref.terminal.parser import Parser
 
 
@@ -27,9 +27,22 @@ def main(argv: Sequence[str]) -> int:
         "--workers", type=count,
         help="Ray actors that compute features; 0: in this process (default: eval.workers; 0 without Ray)",
     )  # fmt: skip
+    parser.add_argument(
+        "--image-to-image", action="store_true", help="also let every image search the others for images of its object"
+    )
+    parser.add_argument(
+        "--same-camera", type=text, metavar="FIELD",
+        help="the same, without an object's images by the query's own camera: the field of the samples that names it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--captions-as-one",
+        choices=("image", "object"),
+        help="also search with all captions of an image, or object, as one query",
+    )
     parser.add_argument("--no-report", action="store_true", help="do not write report.html")
     args = parser.parse_args(argv)
-    from mmref.evaluate.evaluation import evaluate_model
+    from mmref.evaluate.evaluation import changed_options, evaluate_model
 
-    evaluate_model(args.model, args.data, args.split, args.out, args.workers, not args.no_report, args.run_dir)
+    changes = changed_options(args.image_to_image, args.same_camera, args.captions_as_one)
+    evaluate_model(args.model, args.data, args.split, args.out, args.workers, not args.no_report, args.run_dir, changes)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from mmref.evaluate.choose import choose_on_val, settings_of, trained_space
 from mmref.evaluate.class_protocol import class_metrics, class_queries
 from mmref.evaluate.examples import choose_further, choose_opening, count_moves
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
+from mmref.evaluate.protocols import CAPTIONS_AS_ONE, IMAGE_TO_IMAGE, Chosen, protocols
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.evaluate.report import (
     Metrics,
@@ -40,8 +41,8 @@ from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.output import printable
 from mmref.terminal.progress import say
 
+CAPTIONS = "captions"  # single ones: the queries of the protocol that every evaluation has
 START_METRICS = "start.json"  # of a run: what `evaluate_start` found before the training
-NOT_CHOSEN = RefinementSettings(weight=0.0), ""
 SHOWN = 10  # results of an example in the report
 SHOWN_FIRST = 5  # results of those at its top, two rows of which stand side by side
 
@@ -75,10 +76,10 @@ def view_of(config: Config, shards: ShardSet, split: str) -> str:
     return "-".join([*other, *([] if split == reported_split(shards) else [split])])
 
 
-def chosen_before(run: RunDir, checkpoint: CheckpointInfo, view: str = "") -> tuple[RefinementSettings, str]:
-    """The refinement that an evaluation chose for this checkpoint, and what it was chosen on.
+def chosen_before(run: RunDir, checkpoint: CheckpointInfo, view: str = "") -> dict[str, Chosen]:
+    """The refinements that an evaluation chose for this checkpoint, by block of metrics.json; that of captions is `CAPTIONS`.
 
-    None, of weight 0, and "" where there was no such evaluation.
+    {} where there was no such evaluation.
 
     Args:
         view: of what, as of `view_of`; by default of the run's own set.
@@ -86,8 +87,13 @@ def chosen_before(run: RunDir, checkpoint: CheckpointInfo, view: str = "") -> tu
     name = metrics_path(view)
     metrics = run.read_json(name) if run.exists(name) else {}
     if metrics.get("checkpoint") != checkpoint.folder:
-        return NOT_CHOSEN
-    return settings_of(metrics), metrics["refinement"]["chosen_on"]
+        return {}
+    blocks = {CAPTIONS: metrics, **{name: metrics.get(name) for name in (IMAGE_TO_IMAGE, CAPTIONS_AS_ONE)}}
+    return {
+        name: Chosen(settings_of(block), block["refinement"]["chosen_on"])
+        for name, block in blocks.items()
+        if isinstance(block, dict) and "refinement" in block
+    }
 
 
 def run_features(
@@ -104,21 +110,21 @@ def chosen_evaluation(
     features: Mapping[str, SplitFeatures],
     space: ReferenceSpace | None,
     split: str,
-    otherwise: tuple[RefinementSettings, str] = NOT_CHOSEN,
-) -> tuple[Evaluation, str]:
-    """The evaluation of a split with the refinement that does best on val, and what that was chosen on.
+    otherwise: Mapping[str, Chosen] | None = None,
+) -> Evaluation:
+    """The evaluation of a split with the refinements that do best on val, each for its own kind of queries.
 
     Args:
-        otherwise: both where `features` has no val, by default no refinement, chosen on nothing.
+        otherwise: those where `features` has no val, as of `chosen_before`; by default none.
     """
-    settings, chosen_on = otherwise
-    tried = list[dict[str, Any]]()
+    chosen = dict(otherwise or {})
     if val := features.get("val"):
         say("choosing the refinement on val ...")
-        settings, tried = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
-        chosen_on = "val"
+        best, tried = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
+        chosen = {CAPTIONS: Chosen(best, "val", tried)}
+        chosen |= {name: protocol.choose(config, space, "val") for name, protocol in protocols(config, val).items()}
     say(f"scoring {split} ...")
-    return Evaluation(config, features[split], space, settings, tried), chosen_on
+    return Evaluation(config, features[split], space, chosen)
 
 
 def start_metrics(run: RunDir, split: str) -> dict[str, Any] | None:
@@ -144,15 +150,12 @@ def evaluate_start(config: Config, run: RunDir, split: str) -> dict[str, Any]:
     finally:
         if not kept:
             run.remove(START)
-    evaluation, chosen_on = chosen_evaluation(own, features, space, split)
-    metrics = evaluation.metrics()
-    metrics["refinement"]["chosen_on"] = chosen_on
-    return {"model": given, "split": split, **metrics}
+    return {"model": given, "split": split, **chosen_evaluation(own, features, space, split).metrics()}
 
 
 def evaluate_run(
     run_dir: str, data: str | None = None, split: str = "test", out: str | None = None, workers: int | None = None,
-    report: bool = True,
+    report: bool = True, changes: Mapping[str, Any] | None = None,
 ) -> Metrics:  # fmt: skip
     """Evaluate the best checkpoint of a run on a split; refinement is chosen on the set's val split.
 
@@ -168,11 +171,13 @@ def evaluate_run(
             of another set; of a split that is not the one reported at the end, metrics-SPLIT.json.
         workers: Ray actors, 0 for this process; by default `eval.workers`, this process where Ray is not installed.
         report: write report.html, named alike, into the run directory.
+        changes: fields of `eval` that are not as in the run's config: {"image_to_image": True}.
 
     Returns:
         The metrics, as in metrics.json.
     """
     run, config, checkpoint = open_run(run_dir)
+    config.eval = replace(config.eval, **(changes or {}))
     if out:
         _check_copy(out)
     root = data or config.data.root
@@ -185,10 +190,11 @@ def evaluate_run(
     own = is_own(config, root)
     features, space = run_features(run, config, checkpoint, root, sorted({split, "val"} & set(shards.splits)))
     embedded = time.perf_counter() - began
-    before = NOT_CHOSEN if own or space is None else chosen_before(run, checkpoint)
-    if before[1]:
-        before = before[0], f"{before[1]} of {ShardSet.open(config.data.root).manifest['name']}"
-    evaluation, chosen_on = chosen_evaluation(config, features, space, split, before)
+    before = {} if own or space is None else chosen_before(run, checkpoint)
+    if any(chosen.chosen_on for chosen in before.values()):
+        name = ShardSet.open(config.data.root).manifest["name"]
+        before = {k: replace(c, chosen_on=f"{c.chosen_on} of {name}" if c.chosen_on else "") for k, c in before.items()}
+    evaluation = chosen_evaluation(config, features, space, split, before)
     metrics = Metrics(
         {
             "data": shards.manifest["name"],
@@ -201,7 +207,6 @@ def evaluate_run(
             "checkpoint_step": checkpoint.step,
         }
     )
-    metrics["refinement"]["chosen_on"] = chosen_on
     bad_training = run.read_json(BAD_SAMPLES) if run.exists(BAD_SAMPLES) else []
     metrics["bad_training_samples"] = bad_training
     if own and split == "test" and (best := best_on_test(read_jsonl(run))):
@@ -234,10 +239,16 @@ def evaluate_run(
 
 def evaluate_model(
     model: str, data: str | None = None, split: str = "test", out: str | None = None, workers: int | None = None,
-    report: bool = True, run_dir: str | None = None,
+    report: bool = True, run_dir: str | None = None, changes: Mapping[str, Any] | None = None,
 ) -> Metrics:  # fmt: skip
     """As `evaluate_run`, of a run, an export or a pretrained model, of which a run without a step is made as by `as_run`."""
-    return evaluate_run(as_run(model, data, run_dir), data, split, out, workers, report)
+    return evaluate_run(as_run(model, data, run_dir), data, split, out, workers, report, changes)
+
+
+def changed_options(image_to_image: bool, same_camera: str | None, captions_as_one: str | None) -> dict[str, Any]:
+    """Fields of `eval` that a caller asks for besides the run's config: `changes` of `evaluate_run`."""
+    given = {"image_to_image": image_to_image, "same_camera": same_camera, "captions_as_one": captions_as_one}
+    return {name: value for name, value in given.items() if value}
 
 
 def _check_copy(out: str) -> None:
@@ -275,7 +286,8 @@ def best_on_test(history: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not lines:
         return None
     best = max(lines, key=lambda line: line["test_R@1"])
-    return {"step": best["step"], **{m: best[f"test_{m}"] for m in METRIC_NAMES}, "chosen_on": "test"}
+    scores = {m: best[f"test_{m}"] for m in METRIC_NAMES if f"test_{m}" in best}  # earlier versions knew fewer
+    return {"step": best["step"], **scores, "chosen_on": "test"}
 
 
 class Evaluation:
@@ -286,10 +298,11 @@ class Evaluation:
         config: Config,
         features: SplitFeatures,
         space: ReferenceSpace | None,
-        settings: RefinementSettings,
-        tried: list[dict[str, Any]],
+        chosen: Mapping[str, Chosen],
     ) -> None:
-        self.config, self.features, self.space, self.settings, self.tried = config, features, space, settings, tried
+        """chosen: the refinements, as of `chosen_before`; none for those that are not there."""
+        self.config, self.features, self.space, self.chosen = config, features, space, chosen
+        self.settings = chosen.get(CAPTIONS, Chosen()).settings
         q = features.queries
         # The same words for the same object rank alike: each pair of text and object is scored once.
         pairs, of = np.unique(np.stack([q.text, q.objects], 1), axis=0, return_inverse=True)
@@ -325,7 +338,7 @@ class Evaluation:
     def metrics(self) -> dict[str, Any]:
         """Metrics of both directions, intervals, per caption kind; keys as in metrics.json."""
         f, q, n = self.features, self.features.queries, self.config.eval.bootstrap
-        initial, refined = self.initial, self.refined
+        initial, refined, chosen = self.initial, self.refined, self.chosen.get(CAPTIONS, Chosen())
         texts = f.text[q.text]
         back, back_refined = self.image_to_text(None), self.image_to_text(self._refiner(f.image, texts))
         kinds = {}
@@ -339,7 +352,6 @@ class Evaluation:
                 "refined": summarize(refined, at),
                 "ci95": bootstrap_ci(refined.take(at), q.objects[at], n),
             }
-        s = asdict(self.settings)
         return {
             "n_queries": len(initial),
             "n_excluded": initial.n_excluded,
@@ -347,7 +359,7 @@ class Evaluation:
             "n_objects": len(np.unique(f.image_objects)),
             "initial": summarize(initial),
             "refined": summarize(refined),
-            "refinement": {**{k: s[k] for k in ("weight", "top_r", "tau", "kind", "top_p")}, "tried": self.tried},
+            "refinement": {**chosen.to_dict(), "tried": chosen.tried},
             "ci95": bootstrap_ci(refined, q.objects, n),
             "ci95_initial": bootstrap_ci(initial, q.objects, n),
             "refinement_gain": paired_difference(initial, refined, q.objects, n),
@@ -359,6 +371,10 @@ class Evaluation:
             "by_caption_kind": kinds,
             "skipped": f.skipped,
             **({"class_protocol": self.class_protocol()} if self.config.eval.class_protocol else {}),
+            **{
+                name: protocol.scores(name, self.space, self.chosen.get(name, Chosen()), n)
+                for name, protocol in protocols(self.config, f).items()
+            },
         }
 
     def class_protocol(self) -> dict[str, Any]:

@@ -283,6 +283,7 @@ def choose_refinement(
     metric: str = "mAP",
     chunk: int = 512,
     counted: np.ndarray | None = None,
+    leave_out: ScoreFn | None = None,
 ) -> tuple[RefinementSettings, list[dict[str, Any]]]:
     """The best settings on val features, and a table of everything tried.
 
@@ -294,6 +295,7 @@ def choose_refinement(
         metric: a metric of METRIC_NAMES, or several joined by "+": their sum is maximised.
         chunk: queries scored at a time.
         counted: (n,) rows of `queries` that the metrics are means over, repeats allowed; by default each row once.
+        leave_out: takes items out of a query's gallery, as in `evaluate_features`.
     Returns:
         The best settings, and per settings tried {"kind", "weight", "top_r", "tau", "top_p", "R@1", ..., "objective"},
         the first without refinement.
@@ -304,7 +306,7 @@ def choose_refinement(
     terms = metric.split("+")
     if unknown := [term for term in terms if term not in METRIC_NAMES]:
         raise ConfigError(f"refinement is chosen by {metric!r}: {unknown[0]!r} is none of {', '.join(METRIC_NAMES)}.")
-    scored = score_refinements(space, queries, gallery, query_labels, gallery_labels, grid, chunk)
+    scored = score_refinements(space, queries, gallery, query_labels, gallery_labels, grid, chunk, leave_out)
     results = {s: summarize(found if counted is None else found.take(counted)) for s, found in scored.items()}
     objective = {settings: sum(result[term] for term in terms) for settings, result in results.items()}
     best = max(objective, key=lambda s: objective[s])  # max keeps the first: no refinement wins a tie
@@ -319,6 +321,7 @@ def score_refinements(
     gallery_labels: np.ndarray,
     grid: Iterable[RefinementSettings] | None = None,
     chunk: int = 512,
+    leave_out: ScoreFn | None = None,
 ) -> dict[RefinementSettings, PerQuery]:
     """What each query achieves without refinement (the first entry, weight 0) and under every setting of the grid.
 
@@ -334,6 +337,8 @@ def score_refinements(
     for start in range(0, len(queries), chunk):
         rows = slice(start, min(start + chunk, len(queries)))
         labels, initial = query_labels[rows], queries[rows] @ gallery.T
+        if leave_out is not None:
+            initial = leave_out(rows, initial)
         parts[declined].append(score_ranking(initial, labels, gallery_labels))
         insides = {p: None if p is None else candidates(initial, p) for p in {s.top_p for s in tried}}
         for (_, group), (query_codes, gallery_codes) in zip(shared, encoded, strict=True):

@@ -2,9 +2,10 @@
 
 `metrics` is what `metrics.json` holds (docs/run-directory.md), with optional parts that appear when they are there:
 "image_to_text" and each kind in "by_caption_kind" are blocks like the top level ("initial", "refined", "ci95");
-"ci95_initial" beside "ci95"; "refinement_gain" from `bootstrap.paired_difference`; "skipped", a list of messages;
-"best_on_test" from `evaluation.best_on_test`; "start" from `evaluation.start_metrics`; "class_protocol", {"initial":
-{name: percent}, "refined": ...}; "refinement"["tried"], the table of `refinement.choose_refinement`.
+"image_to_image" and "captions_as_one" of `protocols.Protocol.scores`; "ci95_initial" beside "ci95"; "refinement_gain" from
+`bootstrap.paired_difference`; "skipped", a list of messages; "best_on_test" from `evaluation.best_on_test`; "start" from
+`evaluation.start_metrics`; "class_protocol", {"initial": {name: percent}, "refined": ...}; "refinement"["tried"], the table of
+`refinement.choose_refinement`.
 """
 
 import base64
@@ -19,7 +20,7 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from mmref.evaluate.metrics import METRIC_NAMES
+from mmref.evaluate.metrics import FURTHER_METRICS, MAIN_METRICS
 from mmref.evaluate.plotting import FAINT, axes_of, legend, to_svg
 from mmref.losses.objective import LOSSES, TOTAL
 
@@ -86,11 +87,14 @@ def render_report(
         .render(
             title=title,
             metrics=metrics,
-            names=METRIC_NAMES,
+            names=MAIN_METRICS,
+            further_names=FURTHER_METRICS,
             directions=_directions(metrics),
+            further_rows=_further_rows(metrics),
             start_rows=_start_rows(metrics),
             kinds=metrics.get("by_caption_kind") or {},
             refinement=_describe_refinement(metrics),
+            other_refinements=_other_refinements(metrics),
             excluded=excluded(metrics),
             tried=_best_tried(metrics.get("refinement") or {}),
             loss_figure=_loss_figure(history),
@@ -129,7 +133,7 @@ class Metrics(dict[str, Any]):
             .get_template("metrics.html.j2")
             .render(
                 metrics=self,
-                names=METRIC_NAMES,
+                names=MAIN_METRICS,
                 directions=_directions(self),
                 refinement=_describe_refinement(self),
                 excluded=excluded(self),
@@ -152,15 +156,18 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         lines.append(("refined, by caption kind", None))
         lines += [(f"  {kind} ({_count(block['n_queries'])})", block["refined"]) for kind, block in kinds.items()]
     cells = [(label, _text_cells(values)) for label, values in lines]
-    cells[0] = ("", list(METRIC_NAMES))
-    first = max(len(label) for label, _ in cells)
-    width = 2 + max(len(cell) for _, row in cells for cell in row)
-    table = [(f"{label:<{first}}" + "".join(f"{cell:>{width}}" for cell in row)).rstrip() for label, row in cells]
+    cells[0] = ("", list(MAIN_METRICS))
+    table = _aligned(cells)
+    if further := _further_rows(metrics):
+        table += _aligned(
+            [("", list(FURTHER_METRICS)), *((label, _text_cells(row, FURTHER_METRICS)) for label, row, _ in further)]
+        )
     table.append(
         f"{metrics['split']}: {_count(metrics['n_queries'])} queries, {_count(metrics['n_gallery'])} gallery images, "
         f"{_count(metrics['n_objects'])} objects; percent{excluded(metrics)}"
     )
     table.append("refinement: " + _describe_refinement(metrics))
+    table += [f"refinement, {label}: {how}" for label, how in _other_refinements(metrics)]
     if best := metrics.get("best_on_test"):
         chosen = ", ".join(f"{name} {_number(best[name])}" for name in ("R@1", "mAP"))
         table.append(f"best on test, chosen on test as some papers do (step {_count(best['step'])}, before refinement): {chosen}")
@@ -171,20 +178,61 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     return "\n".join(table)
 
 
-def _text_cells(values: Mapping[str, Any] | None) -> list[str]:
+def _aligned(rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Lines of a table: labels to the left, cells to the right. A label without cells makes no column wider."""
+    first = max(len(label) for label, cells in rows if cells)
+    width = 2 + max(len(cell) for _, cells in rows for cell in cells)
+    return [(f"{label:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells)).rstrip() for label, cells in rows]
+
+
+def _text_cells(values: Mapping[str, Any] | None, names: Sequence[str] = MAIN_METRICS) -> list[str]:
     if values is None:
         return []
-    return [v if isinstance(v := values.get(name), str) else _number(v) for name in METRIC_NAMES]
+    return [v if isinstance(v := values.get(name), str) else _number(v) for name in names]
 
 
 def _directions(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(direction, its block) with every optional part present, None where there is nothing."""
     optional = ("ci95", "ci95_initial", "refinement_gain")
     blocks = {"text to image": metrics, "image to text": metrics.get("image_to_text")}
+    blocks |= dict(_protocols(metrics))
     return [
         (label, {"initial": block["initial"], "refined": block["refined"]} | {key: block.get(key) for key in optional})
         for label, block in blocks.items()
         if block
+    ]
+
+
+def _protocols(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(label, block) of the other kinds of queries that were asked."""
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    if block := metrics.get("image_to_image"):
+        camera = f", without images by the same {block['same_camera']}" if block["same_camera"] else ""
+        alone = f", {_count(block['n_excluded'])} of them without a hit to find" if block["n_excluded"] else ""
+        found.append((f"image to image{camera} ({_count(block['n_queries'])} queries{alone})", block))
+    if block := metrics.get("captions_as_one"):
+        counts = (
+            f"{_count(block['n_queries'])} queries of {_number(block['n_captions'] / block['n_queries'])} captions on average"
+        )
+        found.append((f"text to image, the captions of each {block['of']} as one query ({counts})", block))
+    return found
+
+
+def _further_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float], Mapping[str, Any]]]:
+    """(direction and state, scores, intervals) of FURTHER_METRICS; [] for metrics of a version that did not have them."""
+    found = []
+    for label, block in _directions(metrics):
+        for state, intervals in (("initial", "ci95_initial"), ("refined", "ci95")):
+            if FURTHER_METRICS[0] in block[state]:
+                found.append((f"{label.split(' (')[0]}, {state}", block[state], block[intervals] or {}))
+    return found
+
+
+def _other_refinements(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(label, its refinement in words) of the other kinds of queries."""
+    return [
+        (label.split(" (")[0], _describe_refinement({**metrics, "refinement": block["refinement"]}))
+        for label, block in _protocols(metrics)
     ]
 
 

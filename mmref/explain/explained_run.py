@@ -17,9 +17,10 @@ from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
 from mmref.errors import QueryError, SampleError, ShardSetError
 from mmref.evaluate.choose import trained_space
-from mmref.evaluate.evaluation import Evaluation, chosen_before, open_run, view_of
+from mmref.evaluate.evaluation import CAPTIONS, Evaluation, chosen_before, open_run, view_of
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.evaluate.gains import gains
+from mmref.evaluate.protocols import Chosen
 from mmref.evaluate.refinement import (
     Codes,
     ReferenceSpace,
@@ -135,8 +136,10 @@ class ExplainedRun:
         """What evaluation of this view chose for this checkpoint, else that of the run's own set; none where there was none."""
         if self.space is None:
             return RefinementSettings(weight=0.0)
-        found, chosen_on = chosen_before(self.run, self.checkpoint, self.view)
-        return found if chosen_on or not self.view else chosen_before(self.run, self.checkpoint)[0]
+        found = chosen_before(self.run, self.checkpoint, self.view).get(CAPTIONS, Chosen())
+        if self.view and not found.chosen_on:
+            found = chosen_before(self.run, self.checkpoint).get(CAPTIONS, Chosen())
+        return found.settings
 
     # -- the split -----------------------------------------------------------------------------------------------------
 
@@ -203,7 +206,7 @@ class ExplainedRun:
         """Captions of the split whose first right result refinement moved most: half upwards, half downwards."""
         g, queries = self.gallery, self.queries
         features = SplitFeatures(g.index, queries, g.features, g.rows, self.text, [])
-        evaluation = Evaluation(self.config, features, self.space, self.refinement, [])
+        evaluation = Evaluation(self.config, features, self.space, {CAPTIONS: Chosen(self.refinement)})
         before, after = evaluation.initial.first_rank, evaluation.refined.first_rank
         change = (before - after).astype(np.int64)  # positive: better
         once = np.unique(queries.text, return_index=True)[1]  # equal captions of several images: the first

@@ -18,9 +18,10 @@ from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import Tokens
 from mmref.errors import ExportError
 from mmref.evaluate.choose import choose_on_val
-from mmref.evaluate.evaluation import Evaluation
+from mmref.evaluate.evaluation import CAPTIONS, Evaluation
 from mmref.evaluate.features import Encoder, read_pixels, read_queries
 from mmref.evaluate.metrics import evaluate_features, summarize
+from mmref.evaluate.protocols import Chosen, protocols
 from mmref.evaluate.refinement import ReferenceSpace
 from mmref.evaluate.split_features import SplitFeatures, collect
 from mmref.model.mmref import MMRef, build_model
@@ -72,8 +73,9 @@ def interpolate(
     _mix(module, start, tuned, best["share"])
     settings, grid = choose_on_val(config, space, val.text, val.queries, val.image, val.image_objects)
     reported = val if split == "val" else encode_split(encoder, config, shards, split)
-    metrics = {"split": split, **Evaluation(config, reported, space, settings, grid).metrics()}
-    metrics["refinement"]["chosen_on"] = "val"
+    chosen = {CAPTIONS: Chosen(settings, "val", grid)}
+    chosen |= {name: protocol.choose(config, space, "val") for name, protocol in protocols(config, val).items()}
+    metrics = {"split": split, **Evaluation(config, reported, space, chosen).metrics()}
     reached = {name: value for name, value in best.items() if name != "share"}
     return Interpolation(best["share"], reached, tried, metrics)
 

@@ -34,7 +34,7 @@ class Validation:
         self.queries = read_queries(index, self.reader)
 
     def __call__(self, encoder: Encoder, bank: ReferenceBank) -> dict[str, Any]:
-        """R@1/5/10, mAP, mINP in percent, text to image, the same on every rank (collective).
+        """Metrics in percent, text to image, the same on every rank (collective).
 
         On val, with `eval.refine_in_training`, also the metrics under the best refinement (refined_R@1, ...) and its settings
         (refine_kind, refine_weight, refine_top_r, refine_tau), and what each value of a setting gains (refine_gain, of

@@ -69,7 +69,7 @@ def config(make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     return make_config({
         "eval.bootstrap": 20, "eval.class_protocol": True, "eval.refine_in_training": True, "loss.learn_tau": True,
-        "loss.align": "sigmoid",
+        "loss.align": "sigmoid", "eval.image_to_image": True, "eval.same_camera": "image_id", "eval.captions_as_one": "image",
     })  # fmt: skip
 
 

@@ -8,8 +8,9 @@ from support.tiny_run import random_features
 from support.tiny_set import tiny_config
 
 from mmref.data.captions import shortest
-from mmref.evaluate.evaluation import SHOWN, SHOWN_FIRST, Evaluation
+from mmref.evaluate.evaluation import CAPTIONS, SHOWN, SHOWN_FIRST, Evaluation
 from mmref.evaluate.examples import OPENING, choose_further, choose_opening, count_moves
+from mmref.evaluate.protocols import Chosen
 from mmref.evaluate.refinement import RefinementSettings
 
 
@@ -74,7 +75,7 @@ def evaluation(tiny_set):
     """Of features that no model has made, refined."""
     found, space = random_features(None, None, None, str(tiny_set), ["test"])
     settings = RefinementSettings(kind="sparse", weight=0.8, top_r=4, tau=0.1)
-    return Evaluation(tiny_config(tiny_set, {}), found["test"], space, settings, [])
+    return Evaluation(tiny_config(tiny_set, {}), found["test"], space, {CAPTIONS: Chosen(settings)})
 
 
 def test_examples_have_rows_ranks_and_captions_for_names(evaluation):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmref.evaluate import report
-from mmref.evaluate.metrics import METRIC_NAMES
+from mmref.evaluate.metrics import FURTHER_METRICS, MAIN_METRICS, METRIC_NAMES
 from mmref.evaluate.plotting import CSS_COLOURS
 from mmref.evaluate.report import format_table, render_report
 
@@ -285,9 +285,14 @@ def test_what_was_chosen_on_the_split_reported_is_said_to_be_optimistic():
 
 def test_terminal_table_is_aligned():
     lines = format_table(some_metrics()).splitlines()
-    assert lines[0].split() == list(METRIC_NAMES)
+    assert lines[0].split() == list(MAIN_METRICS)
+    further = next(i for i, line in enumerate(lines) if line.split() == list(FURTHER_METRICS))
+    assert [line.split("  ")[0] for line in lines[further + 1 : further + 5]] == [
+        f"{direction}, {state}" for direction in ("text to image", "image to text") for state in ("initial", "refined")
+    ]
+    assert lines[further + 2].split()[-2:] == ["67.0", "72.0"]
     ends = [match.end() for match in re.finditer(r"\S+", lines[0])]
-    rows = [line for line in lines if line.startswith("  ")][1:]
+    rows = [line for line in lines[:further] if line.startswith("  ")][1:]
     assert [row.strip().split("  ")[0] for row in rows] == [
         "initial", "refined", "95 % interval", "initial", "refined", "keywords (1,234)",
     ]  # fmt: skip
@@ -337,12 +342,28 @@ def test_an_expansion_is_called_one():
     assert "queries expanded by a softmax over the 8 nearest references, temperature 0.1; weight 0.2 on all" in text
 
 
+def test_other_kinds_of_queries_have_rows_and_refinements_of_their_own():
+    about = {"n_queries": 1203, "n_excluded": 12, "refinement": {"weight": 0.0, "chosen_on": "val", "tried": []}}
+    images = {**about, "same_camera": "cam", **block(12.0)}
+    together = {**about, "of": "object", "n_captions": 3609, **block(24.0), "refinement": some_metrics()["refinement"]}
+    metrics = some_metrics(image_to_image=images, captions_as_one=together)
+    text, page = format_table(metrics), render(metrics=metrics)
+    label = "without images by the same cam (1,203 queries, 12 of them without a hit to find)"
+    assert f"image to image, {label}" in text and f"Image to image, {label}" in page
+    for shown in (text, page):
+        assert "the captions of each object as one query (1,203 queries of 3.0 captions on average)" in shown
+    assert "refinement, image to image, without images by the same cam: none: there was no setting to try" in text
+    assert "the captions of each object as one query: softmax over the 32 nearest" in page
+    widths = {len(line) for line in text.splitlines() if line.startswith("  initial")}
+    assert widths == {len(text.splitlines()[0])}, "long labels make no column wider"
+
+
 def test_a_notebook_shows_metrics_as_a_table():
     metrics = report.Metrics(some_metrics(data="<b>set", ci95_initial={name: [39.0, 41.25] for name in METRIC_NAMES}))
     page = metrics._repr_html_()
     rows = [re.sub(r"\s*<[^>]+>\s*", "|", row).strip("|") for row in re.findall(r"<tr>.*?</tr>|<tr .*?</tr>", page, re.DOTALL)]
     cells = [[cell for cell in row.split("|") if cell] for row in rows]
-    assert cells[0] == list(METRIC_NAMES)
+    assert cells[0] == list(MAIN_METRICS)
     assert cells[1:6] == [
         ["text to image"],
         ["initial", *(f"{40 + 5 * i}.0" for i in range(5))],

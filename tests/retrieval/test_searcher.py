@@ -14,8 +14,9 @@ import mmref
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.errors import QueryError
-from mmref.evaluate.evaluation import Evaluation
+from mmref.evaluate.evaluation import CAPTIONS, Evaluation
 from mmref.evaluate.features import read_pixels, read_queries
+from mmref.evaluate.protocols import Chosen
 from mmref.evaluate.split_features import SplitFeatures
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Query, Searcher
@@ -32,7 +33,7 @@ def evaluation_of(searcher: Searcher, root: Path, split: str) -> Evaluation:
     pixels, _ = read_pixels(SampleReader(of), range(len(of)), model.config.data)
     image, text = model.encode_images(list(pixels)), model.encode_text(queries.texts)
     features = SplitFeatures(of, queries, image, np.arange(len(of)), text, [])
-    return Evaluation(model.config, features, model.space, model.refinement, [])
+    return Evaluation(model.config, features, model.space, {CAPTIONS: Chosen(model.refinement)})
 
 
 @pytest.mark.parametrize("kind", ["sparse", "dense", "expansion"])

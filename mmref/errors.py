@@ -163,6 +163,14 @@ class SearchIndexError(MMRefError):
     """A search index is missing, unfinished, damaged, in use by another writer, or does not hold what is asked of it."""
 
 
+class EmptySourceError(SearchIndexError):
+    """A source of images is not there, or holds none."""
+
+
+class ManyMissingError(SearchIndexError):
+    """More of a source's images are gone than an index is to lose at once."""
+
+
 class ModelMismatchError(SearchIndexError):
     """The model is not the one whose features an index holds."""
 

@@ -5,8 +5,8 @@ the item is not in that query's gallery: it is neither a hit nor before one. Oth
 Tie rule: of two items with equal scores, the one with the lower gallery index comes first.
 
 A hit is worth 1 in NDCG, whatever its rank, divided by log2(rank + 1); the best ranking has min(hits, 10) of them at its top.
-So trec_eval's ndcg_cut_10 counts it, the main metric of BEIR (Thakur et al., NeurIPS 2021) and of the retrieval tasks of MIEB
-(Xiao et al., ICCV 2025). MRR is the mean of 1 / rank of the first hit over the whole ranking (trec_eval's recip_rank).
+So trec_eval's ndcg_cut_10 counts it, the main metric of BEIR (Thakur et al., NeurIPS 2021) and of retrieval in MTEB
+(Muennighoff et al., EACL 2023). MRR is the mean of 1 / rank of the first hit over the whole ranking (trec_eval's recip_rank).
 """
 
 from collections.abc import Callable, Iterable

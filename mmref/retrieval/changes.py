@@ -2,23 +2,30 @@
 
 An item is what lies in one place: a file, or a part of one. It keeps its id as long as it lies there. What lies elsewhere is
 another item, whatever its name: it gets the name of its folder before its own where an item has that already.
+
+Whether an item has changed is told by its file's size and time first. Where these differ its bytes are hashed: those that are
+as they were keep their features, wherever they lie now.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from mmref.retrieval.images import Listing
+from mmref.errors import SampleError
+from mmref.retrieval.images import Listing, read_image_bytes
 from mmref.storage.fetch import unsigned
 from mmref.storage.locations import from_text, is_url, join, to_text
 from mmref.terminal.output import printable
 
 NAMED = 5  # of many ids
+READ_THREADS = 4
 PLACE = ("path", "offset", "length")
 Place = tuple[str, int, int]
 
@@ -31,33 +38,42 @@ class Changes:
     replaced: list[str]  # ids of the index's items that the changed ones come in place of, or that are overwritten
     renamed: list[str]  # new ids of those whose own an item elsewhere has
     missing: list[str]  # ids of the index's items of the source that are not in it any more
+    same: pa.Table  # rows of the listing, under the ids of the index's items whose content they have, that stand in their place
+    held: int  # items of the index that are of the source
+    left_out: int = 0  # of the listing: were removed for good
 
 
-def compare(listing: Listing, held: Sequence[pa.Table], source: str, split: str | None) -> Changes:
+def compare(listing: Listing, held: Sequence[pa.Table], source: str, split: str | None, alone: bool = False) -> Changes:
     """What has to be done to have an index hold what a source holds.
 
     Args:
         held: items of the index's segments.
+        alone: the index was made of this source alone, so that every item is of it; else those are whose files lie below it.
     """
     of_id: dict[str, Place] = {}
     of_place: dict[Place, str] = {}
     stamps: dict[str, str | None] = {}
+    hashes: dict[str, bytes | None] = {}
     for items in held:
         of_id |= (mine := dict(zip(items["id"].to_pylist(), _places(items))))
         of_place |= {place: name for name, place in mine.items()}
-        stamps |= zip(mine, _stamps(items))
+        stamps |= zip(mine, _column(items, "file_stamp"))
+        hashes |= zip(mine, _column(items, "file_sha256"))
     scope, listed = _scope(source, split), set(_places(listing.items))
 
     replaced: dict[str, None] = {}
     kept: dict[int, str] = {}  # row of the listing -> the id that it has in the index already
     new: dict[int, str] = {}
-    rows = zip(listing.items["id"].to_pylist(), _places(listing.items), _stamps(listing.items))
+    stands_for: dict[int, str] = {}  # row of the listing -> the item that may have the same content
+    rows = zip(listing.items["id"].to_pylist(), _places(listing.items), _column(listing.items, "file_stamp"))
     for row, (name, place, stamp) in enumerate(rows):
         there = name if of_id.get(name) == place else of_place.get(place)
         if there is not None:
             if None in (stamp, stamps[there]) or stamp == stamps[there] or there in replaced:
                 continue
             replaced[there] = None
+            if not place[2] or name == there:
+                stands_for[row] = there
             if not place[2]:
                 kept[row] = there
                 continue  # a part of a file that was written anew may be another image now
@@ -65,21 +81,64 @@ def compare(listing: Listing, held: Sequence[pa.Table], source: str, split: str 
         if old is not None and old not in listed and _has_moved(old, place, scope, stamp, stamps[name]):
             replaced[name] = None
             kept[row] = name
+            stands_for[row] = name
         elif old is None or there is not None or not _same_file(place, old):
             new[row] = name
 
+    same = _unchanged(listing.items, {row: hashes[name] for row, name in stands_for.items()})
+    for row in same:
+        del replaced[stands_for[row]]
+        kept.pop(row, None), new.pop(row, None)
     renamed = _rename(new, {*kept.values(), *(name for name in of_id if name not in replaced)}, source)
-    chosen = dict(sorted((kept | new).items()))
-    items = listing.items.take(pa.array(list(chosen), pa.int64()))
-    items = items.set_column(items.column_names.index("id"), "id", pa.array(list(chosen.values()), pa.string()))
+    refreshed = {row: stands_for[row] for row in same}
     closed = [to_text(folder) for folder in listing.closed]
+    own = [name for name, place in of_id.items() if alone or _is_below(place[0], scope)]
+    moved = set(refreshed.values())
     missing = [
         name
-        for name, place in of_id.items()
-        if _is_below(place[0], scope) and place not in listed and name not in replaced
-        if not any(_is_below(place[0], folder) for folder in closed)
+        for name in own
+        if of_id[name] not in listed and name not in replaced and name not in moved
+        if not any(_is_below(of_id[name][0], folder) for folder in closed)
     ]
-    return Changes(items, list(replaced), renamed, missing)
+    items, same_items = _under(listing.items, kept | new), _under(listing.items, refreshed)
+    return Changes(items, list(replaced), renamed, missing, same_items, len(own))
+
+
+def leave_out(found: Changes, left_out: Sequence[Mapping[str, Any]]) -> Changes:
+    """Changes without items that were removed for good (`index.read_left_out`) and are what they were."""
+    known = {(line["path"], line["offset"], line["length"]): line for line in left_out}
+    rows = enumerate(zip(_places(found.items), _column(found.items, "file_stamp")))
+    meant = {row: (line, stamp) for row, (place, stamp) in rows if (line := known.get(place)) is not None}
+    out = {row for row, (line, stamp) in meant.items() if stamp is not None and stamp == line["file_stamp"]}
+    hashes = {row: bytes.fromhex(line["file_sha256"] or "") or None for row, (line, _) in meant.items() if row not in out}
+    out |= set(_unchanged(found.items, hashes))
+    if not out:
+        return found
+    items = found.items.take(pa.array([row for row in range(len(found.items)) if row not in out], pa.int64()))
+    taken = set(items["id"].to_pylist())
+    return replace(found, items=items, renamed=[name for name in found.renamed if name in taken], left_out=len(out))
+
+
+def _under(items: pa.Table, ids: dict[int, str]) -> pa.Table:
+    """Rows of a listing in its order, under these ids."""
+    chosen = dict(sorted(ids.items()))
+    rows = items.take(pa.array(list(chosen), pa.int64()))
+    return rows.set_column(rows.column_names.index("id"), "id", pa.array(list(chosen.values()), pa.string()))
+
+
+def _unchanged(items: pa.Table, hashes: dict[int, bytes | None]) -> list[int]:
+    """Rows of a listing whose content has the hash given. What cannot be read is not among them: embedding tells why."""
+    known = {row: value for row, value in hashes.items() if value is not None}
+    places = _places(items.take(pa.array(list(known), pa.int64())))
+
+    def digest(place: Place) -> bytes:
+        try:
+            return hashlib.sha256(read_image_bytes(*place)).digest()
+        except SampleError:
+            return b""
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return [row for row, found in zip(known, pool.map(digest, places)) if found == known[row]]
 
 
 def _rename(new: dict[int, str], taken: set[str], source: str) -> list[str]:
@@ -99,6 +158,15 @@ def skipped_elsewhere(skipped: list[dict[str, Any]], listing: Listing, source: s
     return [s for s in skipped if s["path"] not in its and not _is_below(s["path"], scope)]
 
 
+def list_changes(found: Changes, removed: bool) -> Iterator[str]:
+    """A line for each item that would change: + new, ~ embedded again, = same content at another place or time, - removed."""
+    again = set(found.replaced)
+    rows = zip(found.items["id"].to_pylist(), found.items["path"].to_pylist())
+    yield from (f"{'~' if name in again else '+'} {printable(name)}  {printable(path)}" for name, path in rows)
+    yield from (f"= {printable(name)}" for name in found.same["id"].to_pylist())
+    yield from (f"- {printable(name)}" for name in (found.missing if removed else ()))
+
+
 def describe_changes(found: Changes, unread: set[str], source: str, removed: bool) -> list[str]:
     """What was done to have an index hold what a source holds, in words.
 
@@ -111,16 +179,20 @@ def describe_changes(found: Changes, unread: set[str], source: str, removed: boo
     if again := embedded & replaced:
         lines.append(f"{len(again):,} have changed since and were embedded again")
     if lost := sorted(replaced - embedded):
-        lines.append(f"{len(lost):,} have changed since, cannot be read any more and were removed: {_some(lost)}")
+        lines.append(f"{len(lost):,} have changed since, cannot be read any more and were removed: {some(lost)}")
+    if count := len(found.same):
+        lines.append(f"{count:,} have another place or time of change and the same content, and keep their features")
     if found.renamed:
-        lines.append(f"{len(found.renamed):,} have the names of items from elsewhere, and are called {_some(found.renamed)}")
+        lines.append(f"{len(found.renamed):,} have the names of items from elsewhere, and are called {some(found.renamed)}")
+    if found.left_out:
+        lines.append(f"{found.left_out:,} stay out, since they were removed for good (left_out.jsonl)")
     if found.missing:
-        end = "and were removed" if removed else "(--remove-missing removes them)"
-        lines.append(f"{len(found.missing):,} items are not in {printable(source)} any more {end}: {_some(found.missing)}")
+        end = "and were removed" if removed else "(`mmref index sync` removes them)"
+        lines.append(f"{len(found.missing):,} items are not in {printable(source)} any more {end}: {some(found.missing)}")
     return lines
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     return ", ".join([printable(name) for name in names[:NAMED]] + (["..."] if len(names) > NAMED else []))
 
 
@@ -137,9 +209,9 @@ def _places(items: pa.Table) -> list[Place]:
     return list(zip(*(items[name].to_pylist() for name in PLACE)))
 
 
-def _stamps(items: pa.Table) -> list[str | None]:
-    """An index that was made before there were any has none."""
-    return items["file_stamp"].to_pylist() if "file_stamp" in items.column_names else [None] * len(items)
+def _column(items: pa.Table, name: str) -> list[Any]:
+    """Stamps or hashes; an index that was made before there were any has none."""
+    return items[name].to_pylist() if name in items.column_names else [None] * len(items)
 
 
 def _has_moved(old: Place, new: Place, scope: str, stamp: str | None, old_stamp: str | None) -> bool:

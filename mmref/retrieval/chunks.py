@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -73,17 +74,19 @@ def code_arrays(space: ReferenceSpace | None, refinement: RefinementSettings, fe
 
 
 def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
-    """Arrays of the readable images of a chunk: `position` in it, `features`, `size` (n, 2) height and width, codes,
-    `thumbnails` (bytes end to end) with `thumbnail_bytes` (n,), and `problems` (JSON: position -> what is wrong)."""
+    """Arrays of the readable images of a chunk: `position` in it, `features`, `size` (n, 2) height and width, codes, `sha256`
+    (n, 32) of their bytes, `thumbnails` (bytes end to end) with `thumbnail_bytes` (n,), and `problems` (JSON: position -> what
+    is wrong)."""
     fit = Fit.of(model.config.data)
 
-    def one(position: int) -> tuple[NDArray[np.uint8], tuple[int, int], bytes] | str:
+    def one(position: int) -> tuple[NDArray[np.uint8], tuple[int, int], bytes, bytes] | str:
         if position in watch.passed_over:
             return KILLED
         path = locations[position][0]
         try:
-            with watch.decoding(position), decoded(read_image_bytes(*locations[position]), path) as rgb:
-                return fit(rgb), (rgb.shape[0], rgb.shape[1]), thumbnail(rgb)
+            data = read_image_bytes(*locations[position])
+            with watch.decoding(position), decoded(data, path) as rgb:
+                return fit(rgb), (rgb.shape[0], rgb.shape[1]), thumbnail(rgb), hashlib.sha256(data).digest()
         except StorageError:  # says nothing of the image
             raise
         except SampleError as error:
@@ -101,6 +104,7 @@ def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
         "position": np.array([i for i, _ in good], np.int64),
         "features": features,
         "size": np.array([d[1] for _, d in good], np.int32).reshape(-1, 2),
+        "sha256": np.frombuffer(b"".join(d[3] for _, d in good), np.uint8).reshape(-1, 32),
         "thumbnails": np.frombuffer(b"".join(d[2] for _, d in good), np.uint8),
         "thumbnail_bytes": np.array([len(d[2]) for _, d in good], np.int64),
         "problems": np.frombuffer(json.dumps({i: d for i, d in sorted(done.items()) if isinstance(d, str)}).encode(), np.uint8),

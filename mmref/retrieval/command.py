@@ -14,24 +14,26 @@ from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
 from mmref.storage.locations import expanded
 from mmref.storage.texts import read_lines
 from mmref.storage.whole_folder import check_output, write_output
-from mmref.terminal.arguments import count, local_path, model, place, positive, source, text
+from mmref.terminal.arguments import count, local_path, model, place, positive, share, source, text
 from mmref.terminal.output import printable, to_json
 from mmref.terminal.parser import Parser
 from mmref.terminal.progress import say
 
 DEVICES = ("auto", "cpu", "cuda")
-INDEX_VERBS = ("add", "remove", "info")
 
 
 def index_main(argv: Sequence[str]) -> int:
-    """`mmref index IMAGES --model M --out INDEX`, `mmref index add|remove|info INDEX`."""
-    verb = argv[0] if argv[:1] and argv[0] in INDEX_VERBS else "create"
-    return {"create": _create, "add": _add, "remove": _remove, "info": _info}[verb](argv[verb != "create" :])
+    """`mmref index IMAGES --model M --out INDEX`, `mmref index VERB INDEX`."""
+    verbs = {"add": _add, "sync": _sync, "remove": _remove, "info": _info}
+    return verbs[argv[0]](argv[1:]) if argv[:1] and argv[0] in verbs else _create(argv)
 
 
-def _source_options(parser: argparse.ArgumentParser) -> None:
+def _source_options(parser: argparse.ArgumentParser, needed: bool = True) -> None:
     """IMAGES, as the next positional argument, and how they are read."""
-    parser.add_argument("images", type=source, metavar="IMAGES", help="folder (recursive), shard set, table, or URL prefix")
+    parser.add_argument(
+        "images", nargs=None if needed else "?", type=source, metavar="IMAGES",
+        help=f"folder (recursive), shard set, table, or URL prefix{'' if needed else ' (default: all that the index is of)'}",
+    )  # fmt: skip
     parser.add_argument("--split", help="split of a shard set (default: all of them)")
     parser.add_argument("--image-column", default="image", help="column of a table with paths or URLs (default: image)")
     parser.add_argument("--object-column", default="object_id", help="column with object ids, where there is one")
@@ -69,7 +71,7 @@ def _create(argv: Sequence[str]) -> int:
         prog="mmref index",
         description="Make a search index of your images: every kind that Pillow and OpenCV read here, told by its ending, else "
         "by its first bytes; the rest is counted. The same command again goes on after a kill. "
-        "`mmref index add|remove|info INDEX` change or describe one; a folder of such a name is given as ./add.",
+        "`mmref index add|sync|remove|info INDEX` change or describe one; a folder of such a name is given as ./add.",
     )
     parser.add_argument(
         "--model",
@@ -118,11 +120,11 @@ def _add(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="mmref index add",
         description="Have an index hold what a source holds now: new images are added, changed ones embedded again, those "
-        "that are gone named. An image from elsewhere whose id an item has already gets its folder's name before it.",
+        "that are gone named (`mmref index sync` removes them). An image from elsewhere whose id an item has already gets its "
+        "folder's name before it.",
     )
     parser.add_argument("index", type=local_path, metavar="INDEX")
     parser.add_argument("--model", type=model, metavar="MODEL", help="checked to be the index's own, which is used")
-    parser.add_argument("--remove-missing", action="store_true", help="remove the items of IMAGES that are not there any more")
     _source_options(parser)
     args = parser.parse_args(argv)
     manifest = index.add(
@@ -132,11 +134,59 @@ def _add(argv: Sequence[str]) -> int:
         args.split,
         _columns(args),
         workers_that_fit(args.workers),
-        args.remove_missing,
         args.device,
     )
     _tell(args.index, manifest)
     return 0
+
+
+def _sync(argv: Sequence[str]) -> int:
+    from mmref.retrieval import index
+
+    parser = Parser(
+        prog="mmref index sync",
+        description="Have an index hold what its sources hold now, and nothing else of them: new images are added, changed ones "
+        "embedded again, those that are gone removed. Each source is one change of the index, which a running service takes up. "
+        "A source that is read with options other than at its first time is given with them.",
+    )
+    parser.add_argument("index", type=local_path, metavar="INDEX")
+    parser.add_argument("--dry-run", action="store_true", help="print what would change, a line an image, and change nothing")
+    parser.add_argument(
+        "--remove-up-to", type=share, default=index.REMOVED_AT_ONCE, metavar="SHARE",
+        help="share of a source's items that may be gone, and always ten; more is an error, since a disk may not be there. "
+        "0: none, 1: whatever is gone, even all of it (default: %(default)s)",
+    )  # fmt: skip
+    _source_options(parser, needed=False)
+    args = parser.parse_args(argv)
+    sources = index.sources_of(args.index)
+    if args.images is not None:
+        sources = _given(args, sources)
+    for one in sources:
+        if len(sources) > 1:
+            print(printable(f"{one.images}{f' ({one.split})' if one.split else ''}:"))
+        manifest = index.sync(
+            args.index,
+            one,
+            workers_that_fit(args.workers),
+            args.device,
+            args.remove_up_to,
+            (lambda line: print(line)) if args.dry_run else None,
+        )
+        for line in manifest.notes:
+            print(f"would be: {line}" if args.dry_run else line)
+    _report(args.index, manifest)
+    return 0
+
+
+def _given(args: argparse.Namespace, known: Sequence[Any]) -> list[Any]:
+    """The sources that IMAGES names: as the index knows them, unless options say how to read them."""
+    from mmref.retrieval.images import DEFAULT_COLUMNS
+    from mmref.retrieval.index import Source
+
+    columns = _columns(args)
+    given = Source(args.images, args.split, columns)
+    found = [one for one in known if one.images == given.images and args.split in (None, one.split)]
+    return found if found and columns == DEFAULT_COLUMNS else [given]
 
 
 def _remove(argv: Sequence[str]) -> int:
@@ -146,11 +196,12 @@ def _remove(argv: Sequence[str]) -> int:
     parser.add_argument("index", type=local_path, metavar="INDEX")
     parser.add_argument("ids", type=text, metavar="ID", nargs="*", help="ids of items")
     parser.add_argument("--ids-file", type=local_path, metavar="FILE", help="more ids, one a line")
+    parser.add_argument("--for-good", action="store_true", help="`add` and `sync` do not take them in again (left_out.jsonl)")
     args = parser.parse_args(argv)
     ids = args.ids + (_lines(args.ids_file) if args.ids_file else [])
     if not ids:
         raise UsageError("name the items to remove: ids, or a file of them with --ids-file.")
-    _report(args.index, index.remove(args.index, ids))
+    _report(args.index, index.remove(args.index, ids, args.for_good))
     return 0
 
 

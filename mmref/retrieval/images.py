@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
-from mmref.errors import OutsideError, SampleError, SearchIndexError, StorageError
+from mmref.errors import EmptySourceError, OutsideError, SampleError, SearchIndexError, StorageError
 from mmref.retrieval.folder import look_into, stamp_of
 from mmref.storage.cells import Row
 from mmref.storage.fetch import id_of, locate, locate_inside, outside_most, read_location, unsigned
@@ -28,7 +28,7 @@ COLUMNS = {  # of every listing, before metadata columns
     "id": pa.string(), "path": pa.string(), "offset": pa.int64(), "length": pa.int64(), "object_id": pa.string(),
     "file_stamp": pa.string(),
 }  # fmt: skip
-RESERVED = {*COLUMNS, "uid", "width", "height", "captions", "image_id"}
+RESERVED = {*COLUMNS, "uid", "width", "height", "file_sha256", "captions", "image_id"}
 NAMED_ENDINGS = 8  # of files that are no images
 QUERIES = 256  # captions kept to measure the recall of an approximate index with
 
@@ -68,7 +68,7 @@ def list_images(source: str, split: str | None = None, columns: TableColumns = D
     """Every image of a folder (recursive), shard set (of `split`, by default all splits), table, or URL prefix.
 
     Raises:
-        SearchIndexError: there is nothing there, or no image in it.
+        EmptySourceError: there is nothing there, or no image in it. SearchIndexError: it cannot be listed.
         ShardSetError, SourceError: a damaged shard set or table.
     """
     source = absolute(source)
@@ -83,7 +83,7 @@ def list_images(source: str, split: str | None = None, columns: TableColumns = D
         found = describe(listing.passed_over) or "nothing else"
         if left := [f"{what}: {why}" for what, why in listing.skipped]:
             found = f"{len(left):,} were left out, the first: {'; '.join(left[:3])}"
-        raise SearchIndexError(f"{source} holds no image that can be read here ({found}).")
+        raise EmptySourceError(f"{source} holds no image that can be read here ({found}).")
     return listing
 
 
@@ -106,6 +106,11 @@ def read_image_bytes(path: str, offset: int = 0, length: int = 0) -> bytes:
     if length and len(data) != length:
         raise SampleError(f"{to_text(path)}: short at byte {offset}: {len(data)} of {length} bytes.")
     return data
+
+
+def no_items() -> pa.Table:
+    """A listing of nothing."""
+    return _as_table([], [])
 
 
 def _as_table(rows: list[dict[str, Any]], extra: list[str]) -> pa.Table:
@@ -165,7 +170,7 @@ def _sample(captions: list[str]) -> list[str]:
 def _list_folder(source: str) -> Listing:
     """Pictures below a folder or URL prefix; ids are paths relative to it."""
     if not is_url(source) and not os.path.isdir(source):
-        raise SearchIndexError(f"{source} is no folder, shard set or table ({', '.join(TABLE_ENDINGS)}).")
+        raise EmptySourceError(f"{source} is no folder, shard set or table ({', '.join(TABLE_ENDINGS)}).")
     found = look_into(source)
     rows = [_row(name, path, 0, 0, None, {}, stamp) for name, path, stamp in found.pictures]
     return Listing(_as_table(rows, []), [], found.skipped, dict(found.passed_over), found.closed)

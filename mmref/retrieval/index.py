@@ -2,6 +2,7 @@
 
     manifest.json    written last: what of the rest is in force, the model's fingerprint, measured recall
     model/           the export whose features these are
+    left_out.jsonl   items that stay out although their files are there (see `duplicates.py`)
     segments/<n>/    items, features, codes and thumbnails (see `segment.py`)
     vectors-<n>      faiss index, only for ivf and hnsw: an exact search reads the features themselves
     skipped.jsonl    images that could not be read or taken, and why
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmref.errors import ModelMismatchError, SearchIndexError
+from mmref.errors import EmptySourceError, ManyMissingError, ModelMismatchError, SearchIndexError
 from mmref.retrieval import bundle
-from mmref.retrieval.changes import compare, describe_changes, skipped_elsewhere
+from mmref.retrieval.changes import Changes, compare, describe_changes, leave_out, list_changes, skipped_elsewhere, some
 from mmref.retrieval.chunks import JOURNAL, PLACE, Chunks, embed, identity
-from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, describe, list_images
+from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, describe, list_images, no_items
 from mmref.retrieval.journal import KILLED
 from mmref.retrieval.segment import Segment, copy_rows, write_segment
 from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
@@ -40,8 +42,30 @@ from mmref.storage.whole_folder import held_folder, write_whole
 from mmref.terminal.output import printable
 
 VERSION = 1
+LEFT_OUT = "left_out.jsonl"
 MOST_SEGMENTS = 8  # more are joined: every search looks into each
 REBUILD_SHARE = 0.1  # of an approximate index that may be items removed since
+REMOVED_AT_ONCE = 0.2  # of a source's items: more that are gone at once may be a disk that is not there
+ALWAYS_REMOVED = 10  # items, where a source is not empty: of a small one they are soon more than that share
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images of an index, and how they are listed."""
+
+    images: str  # absolute path or URL
+    split: str | None = None
+    columns: TableColumns = DEFAULT_COLUMNS
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest, and to tell one command from another."""
+        return {"images": self.images, "split": self.split, **asdict(self.columns)}
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Source:
+        """Of `to_dict`. Raises TypeError or KeyError for what is none."""
+        columns = {name: value for name, value in options.items() if name not in ("images", "split")}
+        return cls(str(options["images"]), options["split"], TableColumns(**columns))
 
 
 @dataclass(frozen=True)
@@ -59,6 +83,7 @@ class Manifest:
     sources: list[str] = field(default_factory=list)
     skipped: int = 0
     notes: list[str] = field(default_factory=list)  # what the last change passed over, renamed, found missing
+    listed: list[dict[str, Any]] = field(default_factory=list)  # each `Source.to_dict`; of older versions none
     version: int = VERSION
 
     @classmethod
@@ -98,6 +123,8 @@ class Manifest:
             below(folder, segment)
         if not isinstance(self.vectors, dict):
             raise ValueError(f"vectors is {self.vectors!r:.100}")
+        for options in self.listed:
+            Source.of(options)
         if self.kind != "flat":
             below(index, self.vectors["file"])
             int(self.vectors["setting"]), int(self.vectors.get("bytes", 0))
@@ -162,15 +189,8 @@ def create(
     with told_when_full(target), held_folder(work, target, SearchIndexError), _kept_if_begun(work):
         _check_free(target)  # who held it has made the index meanwhile
         # These values make a command the same one; another one starts over.
-        _start(
-            work,
-            {
-                "images": images,
-                "model": os.path.abspath(model) if os.path.exists(model) else model,
-                "split": split,
-                **asdict(columns),
-            },
-        )
+        source = Source(images, split, columns)
+        _start(work, {"model": os.path.abspath(model) if os.path.exists(model) else model, **source.to_dict()})
         listing = _listed(images, split, columns)
         if not (work / "model").exists():
             bundle.bundle_model(model, work / "model")
@@ -197,6 +217,7 @@ def create(
             sources=[images],
             skipped=len(skipped),
             notes=_passed_over(listing),
+            listed=[source.to_dict()],
         )
         manifest.write(work)
         sync_files(work)
@@ -214,74 +235,142 @@ def add(
     split: str | None = None,
     columns: TableColumns = DEFAULT_COLUMNS,
     workers: int = 1,
-    remove_missing: bool = False,
     device: str = "auto",
 ) -> Manifest:
     """Have the index hold what a source holds now: what is new or has changed is embedded, see `changes.py`.
 
+    What is gone from the source stays, and is named: `sync` removes it.
+
     Args:
-        model: checked against the index's own, which is used.
-        remove_missing: remove the items of the source that are not in it any more. Others as in `create`.
+        model: checked against the index's own, which is used. Others as in `create`.
 
     Raises:
         ModelMismatchError: `model` is another one. SearchIndexError and others as in `create`.
     """
-    images, folder = absolute(images), Path(index).expanduser().absolute()
+    return _take_in(index, Source(absolute(images), split, columns), model, workers, device, None)
+
+
+def sync(
+    index: str,
+    source: Source,
+    workers: int = 1,
+    device: str = "auto",
+    remove_up_to: float = REMOVED_AT_ONCE,
+    dry_run: Callable[[str], None] | None = None,
+) -> Manifest:
+    """Have the index hold what a source holds now, and nothing else of it: `add`, and what is gone is removed, in one change.
+
+    Args:
+        source: one of `sources_of`, or another one.
+        remove_up_to: share of the source's items, 0 to 1, that may be gone at once (and ALWAYS_REMOVED, above 0). With 1 the
+            source may be empty or gone.
+        dry_run: is told a line for each item that would change, and nothing is changed.
+
+    Returns:
+        What the index holds then; after a dry run, as it is, with notes on what would be done.
+
+    Raises:
+        ManyMissingError: more is gone: a disk may not be there. Others as in `add`.
+    """
+    return _take_in(index, source, None, workers, device, remove_up_to, dry_run)
+
+
+def sources_of(index: str) -> list[Source]:
+    """What an index was made of and what was added, and how it was read. Raises SearchIndexError."""
+    manifest = Manifest.read(Path(index).expanduser().absolute())
+    listed = [Source.of(options) for options in manifest.listed]
+    # Indexes of older versions do not tell how their sources were read.
+    return listed + [Source(images) for images in manifest.sources if images not in {source.images for source in listed}]
+
+
+def _take_in(
+    index: str,
+    source: Source,
+    model: str | None,
+    workers: int,
+    device: str,
+    remove_up_to: float | None,
+    dry_run: Callable[[str], None] | None = None,
+) -> Manifest:
+    """`add`, where `remove_up_to` is None, and `sync`."""
+    folder, images, split = Path(index).expanduser().absolute(), source.images, source.split
     Manifest.read(folder)
     with told_when_full(folder), locked(folder), contextlib.ExitStack() as stack:
         manifest = Manifest.read(folder)
         check_model(folder, manifest)
+        segments = open_segments(folder, manifest)
+        listing = _listed_or_gone(source, remove_up_to)
+        alone = [(s.images, s.split) for s in sources_of(index)] == [(images, split)]
+        found = leave_out(compare(listing, [s.items for s in segments], images, split, alone), read_left_out(folder))
+        _check_missing(found, images, remove_up_to)
+        removing = remove_up_to is not None
+        if dry_run is not None:
+            for line in list_changes(found, removing):
+                dry_run(line)
+            return replace(manifest, notes=describe_changes(found, set(), images, removing) + _passed_over(listing))
         work = folder / ".adding"
         stack.enter_context(_kept_if_begun(work))
         work.mkdir(exist_ok=True)
-        _start(work, {"images": images, "split": split, "generation": manifest.generation, **asdict(columns)})
+        _start(work, {"generation": manifest.generation, **source.to_dict()})
         if model is not None:
             _check_same_model(folder, work / "given", manifest, model)
-        segments = open_segments(folder, manifest)
-        listing = _listed(images, split, columns)
-        found = compare(listing, [s.items for s in segments], images, split)
         name = f"{manifest.generation:06d}"
         before = read_skipped(folder)
         killers = {identity(s) for s in before if s["problem"] == KILLED}
         unread = _embed(work, found.items, work / name, workers, manifest.next_uid, folder / "model", killers, device)
         skipped = [*skipped_elsewhere(before, listing, images, split), *_not_taken(images, listing), *unread]
-        embedded = len(found.items) - len(unread)
-        gone = {*found.replaced, *(found.missing if remove_missing else ())}
-        notes = describe_changes(found, {s["id"] for s in unread}, images, remove_missing) + _passed_over(listing)
-        if not embedded and not gone and skipped == before:
+        notes = describe_changes(found, {s["id"] for s in unread}, images, removing) + _passed_over(listing)
+        gone = {*found.replaced, *(found.missing if removing else ())}
+        changed = _with_changes(folder, manifest, segments, gone, found.same, work / name)
+        listed = _listed_too(manifest.listed, source)
+        if changed == manifest and skipped == before and listed == manifest.listed:
             shutil.rmtree(work)
             return replace(manifest, notes=notes)
-        if not embedded and len(gone) == manifest.items:
-            raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
-        names, added = _without(folder, manifest, segments, gone), None
-        if embedded:
-            _discard(folder / "segments" / name)
-            os.rename(work / name, folder / "segments" / name)
-            added = Segment(folder / "segments" / name)
-            names.append(name)
-        changed = _next(
-            manifest,
-            items=manifest.items - len(gone) + embedded,
-            next_uid=manifest.next_uid + embedded,
-            segments=names,
-            sources=list(dict.fromkeys([*manifest.sources, images])),
-            skipped=len(skipped),
-            notes=notes,
-        )
-        changed = replace(changed, vectors=_changed_vectors(folder, manifest, changed, added))
-        if len(names) > MOST_SEGMENTS:
-            joined = f"{name}-joined"
-            _discard(folder / "segments" / joined)
-            copy_rows(folder / "segments" / joined, [(s, np.arange(len(s))) for s in open_segments(folder, changed)])
-            changed = replace(changed, segments=[joined])
+        sources = list(dict.fromkeys([*manifest.sources, images]))
+        changed = replace(changed, generation=manifest.generation + 1, sources=sources, listed=listed)
         _write_skipped(folder, skipped)
+        changed = replace(changed, skipped=len(skipped), notes=notes)
         _commit(folder, changed)
         shutil.rmtree(work)
     return changed
 
 
-def remove(index: str, ids: Sequence[str]) -> Manifest:
-    """Remove items. Raises SearchIndexError for an id that is not there, or when nothing would be left; StorageError."""
+def _with_changes(
+    folder: Path, manifest: Manifest, segments: list[Segment], gone: set[str], same: pa.Table, new: Path
+) -> Manifest:
+    """The next manifest, whose files are written: without the items gone, with what a listing says now of the `same` ones, and
+    with the segment `new` where there is one. The manifest itself where none of this changes anything."""
+    embedded = len(np.load(new / "uids.npy", mmap_mode="r")) if new.exists() else 0
+    if not embedded and not gone and not len(same):
+        return manifest
+    if not embedded and len(gone) == manifest.items:
+        raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
+    names, added = _rewritten(folder, manifest, segments, gone, same), None
+    if embedded:
+        _discard(folder / "segments" / new.name)
+        os.rename(new, folder / "segments" / new.name)
+        added = Segment(folder / "segments" / new.name)
+        names.append(new.name)
+    items, next_uid = manifest.items - len(gone) + embedded, manifest.next_uid + embedded
+    changed = _next(manifest, items=items, next_uid=next_uid, segments=names)
+    changed = replace(changed, vectors=_changed_vectors(folder, manifest, changed, added))
+    if len(names) > MOST_SEGMENTS:
+        joined = f"{new.name}-joined"
+        _discard(folder / "segments" / joined)
+        copy_rows(folder / "segments" / joined, [(s, np.arange(len(s))) for s in open_segments(folder, changed)])
+        changed = replace(changed, segments=[joined])
+    return changed
+
+
+def remove(index: str, ids: Sequence[str], for_good: bool = False) -> Manifest:
+    """Remove items.
+
+    Args:
+        for_good: `add` and `sync` do not take them in again, as long as their files are what they are.
+
+    Raises:
+        SearchIndexError: an id is not there, or nothing would be left. StorageError.
+    """
     folder = Path(index).expanduser().absolute()
     Manifest.read(folder)
     with told_when_full(folder), locked(folder):
@@ -293,9 +382,11 @@ def remove(index: str, ids: Sequence[str]) -> Manifest:
             raise SearchIndexError(f"{folder} has no item {missing[0]!r} ({len(missing)} of {len(ids)} ids are unknown).")
         if len(found) == manifest.items:
             raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
-        names = _without(folder, manifest, segments, found)
+        names = _rewritten(folder, manifest, segments, found)
         changed = _next(manifest, items=manifest.items - len(found), segments=names, notes=[])
         changed = replace(changed, vectors=_changed_vectors(folder, manifest, changed, None))
+        if for_good:
+            _add_left_out(folder, segments, found)
         _commit(folder, changed)
     return changed
 
@@ -383,18 +474,55 @@ def _listed(images: str, split: str | None, columns: TableColumns) -> Listing:
     return listing
 
 
-def _without(folder: Path, manifest: Manifest, segments: list[Segment], ids: set[str]) -> list[str]:
-    """Names of the segments when items have gone, and new ones where any has."""
+def _rewritten(
+    folder: Path, manifest: Manifest, segments: list[Segment], ids: set[str], same: pa.Table | None = None
+) -> list[str]:
+    """Names of the segments when items have gone and others are listed anew (`same` of `copy_rows`), new ones where any was."""
     wanted, names = pa.array(sorted(ids), pa.string()), []
+    relisted = pa.array([] if same is None else same["id"].to_pylist(), pa.string())
     for name, segment in zip(manifest.segments, segments):
         gone = np.asarray(pc.is_in(segment.items["id"], value_set=wanted))
-        if not gone.any():
+        touched = gone | np.asarray(pc.is_in(segment.items["id"], value_set=relisted))
+        if not touched.any():
             names.append(name)
         elif not gone.all():
             names.append(f"{manifest.generation:06d}-{len(names)}")
             _discard(folder / "segments" / names[-1])
-            copy_rows(folder / "segments" / names[-1], [(segment, np.flatnonzero(~gone))])
+            copy_rows(folder / "segments" / names[-1], [(segment, np.flatnonzero(~gone))], same)
     return names
+
+
+def _listed_or_gone(source: Source, remove_up_to: float | None) -> Listing:
+    """What a source holds; nothing, where all of it may go and it is empty or gone. Raises ManyMissingError."""
+    try:
+        return _listed(source.images, source.split, source.columns)
+    except EmptySourceError as error:
+        if remove_up_to is None:
+            raise
+        if remove_up_to < 1:
+            raise ManyMissingError(
+                f"{error} Nothing was removed from the index: the disk may not be there. If these images are gone for good, "
+                "say so with `--remove-up-to 1`."
+            ) from None
+        return Listing(no_items(), [])
+
+
+def _check_missing(found: Changes, images: str, remove_up_to: float | None) -> None:
+    """Raises ManyMissingError."""
+    if remove_up_to is not None and len(found.missing) > (max(remove_up_to * found.held, ALWAYS_REMOVED) if remove_up_to else 0):
+        share, several = len(found.missing) / found.held, some(found.missing)
+        raise ManyMissingError(
+            f"{len(found.missing):,} of {found.held:,} items are not in {printable(images)} any more: {several}. That is "
+            f"{share:.0%}, and at most {remove_up_to:.0%} are removed at once, since a disk may not be there. Nothing was "
+            f"changed. If they are gone for good, say so with `--remove-up-to {math.ceil(100 * share) / 100:g}`."
+        )
+
+
+def _listed_too(listed: list[dict[str, Any]], source: Source) -> list[dict[str, Any]]:
+    """How sources were read, with one more, in place of what was known of it."""
+    of = [Source.of(options) for options in listed]
+    others = [o.to_dict() for o in of if (o.images, o.split) != (source.images, source.split)]
+    return listed if source in of else [*others, source.to_dict()]
 
 
 def _changed_vectors(folder: Path, before: Manifest, after: Manifest, added: Segment | None) -> dict[str, Any]:
@@ -445,6 +573,23 @@ def read_skipped(index: Path) -> list[dict[str, Any]]:
     processes, all of its place (see `embed.identity`)."""
     # `splitlines` would also break where a name has one of Unicode's own line ends.
     return [json.loads(line) for line in (index / "skipped.jsonl").read_text(encoding="utf-8").split("\n") if line]
+
+
+def read_left_out(index: Path) -> list[dict[str, Any]]:
+    """Items that were removed for good: id, path, offset, length, file_stamp and file_sha256 (in hex) of each."""
+    path = index / LEFT_OUT
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+
+
+def _add_left_out(index: Path, segments: list[Segment], ids: set[str]) -> None:
+    """Note items that are removed for good. Written before the removal is in force: what is in the index is never looked up."""
+    lines = read_left_out(index)
+    for segment in segments:
+        items = segment.items.filter(pc.is_in(segment.items["id"], value_set=pa.array(sorted(ids), pa.string())))
+        for row in items.select([name for name in ("id", *PLACE, "file_sha256") if name in items.column_names]).to_pylist():
+            content = row.get("file_sha256")
+            lines.append({**dict.fromkeys(PLACE), **row, "file_sha256": content.hex() if content else None})
+    write_whole(index / LEFT_OUT, _encoded("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)))
 
 
 def _write_skipped(index: Path, skipped: list[dict[str, Any]]) -> None:

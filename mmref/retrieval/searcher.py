@@ -169,7 +169,7 @@ class Searcher:
     @property
     def metadata_columns(self) -> list[str]:
         """Columns that `where` may name."""
-        hidden = {*ITEM_COLUMNS, "offset", "length", "file_stamp"}
+        hidden = {*ITEM_COLUMNS, "offset", "length", "file_stamp", "file_sha256"}
         return [name for name in self.items.column_names if name not in hidden]
 
     # -- searching ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 features.npy    (n, d) float32, L2-normalised
 near.npy        (n, r) int32 and weights.npy (n, r) float32: sparse codes over the references, where there are any
 uids.npy        (n,) int64, rising: numbers that items keep for life
-items.parquet   id, path, offset, length, object_id, width, height (pixels), metadata columns
+items.parquet   id, path, offset, length, object_id, file_stamp, width, height (pixels), file_sha256 (of the image's bytes;
+                indexes of older versions have none), metadata columns
 thumbnails.bin  WebP files end to end; thumbnails.npy (n, 2) int64: where each starts, and its bytes
 """
 
@@ -92,6 +93,9 @@ def write_segment(folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first
             table = rows.take(pa.array(arrays["position"]))
             for column, name in enumerate(("height", "width")):
                 table = table.append_column(name, pa.array(arrays["size"][:, column], pa.int32()))
+            if "sha256" in arrays:  # a chunk that an older version left has none
+                hashes = pa.array([row.tobytes() for row in arrays["sha256"]], pa.binary(32))
+                table = table.append_column("file_sha256", hashes)
             tables.append(table)
             sizes = arrays["thumbnail_bytes"]
             spans.append(np.stack([end + np.cumsum(sizes) - sizes, sizes], 1))
@@ -99,7 +103,12 @@ def write_segment(folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first
             done, end = done + n, end + int(sizes.sum())
     if done != count:
         raise SearchIndexError(f"{folder}: {done} of {count} images arrived. Start the same command again.")
-    _write_rows(folder, pa.concat_tables(tables), np.arange(first_uid, first_uid + count), np.concatenate(spans))
+    _write_rows(
+        folder,
+        pa.concat_tables(tables, promote_options="default"),
+        np.arange(first_uid, first_uid + count),
+        np.concatenate(spans),
+    )
 
 
 def join_items(tables: Sequence[pa.Table]) -> pa.Table:
@@ -125,8 +134,11 @@ def _go_together(types: Iterable[pa.DataType]) -> bool:
     return True
 
 
-def copy_rows(folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]]) -> None:
-    """Write a segment of the chosen rows of others, in order. Nothing is embedded; one source's thumbnails are linked."""
+def copy_rows(folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]], same: pa.Table | None = None) -> None:
+    """Write a segment of the chosen rows of others, in order. Nothing is embedded; one source's thumbnails are linked.
+
+    same: rows of a listing, in whose place and time of change items of these ids are from now on.
+    """
     folder.mkdir(parents=True)
     count = sum(len(rows) for _, rows in parts)
     first = parts[0][0]
@@ -143,8 +155,24 @@ def copy_rows(folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]]) 
     packs = [segment.folder / "thumbnails.bin" for segment, _ in parts]
     _join_files(packs, folder / "thumbnails.bin")
     tables = join_items([s.items.take(pa.array(rows)) for s, rows in parts])
+    if same is not None:
+        tables = _relisted(tables, same)
     uids = np.concatenate([s.uids[rows] for s, rows in parts])
     _write_rows(folder, tables, uids, np.concatenate(spans))
+
+
+def _relisted(items: pa.Table, same: pa.Table) -> pa.Table:
+    """Items with what a listing says now of those that it names; what belongs to their content stays."""
+    at = {name: row for row, name in enumerate(same["id"].to_pylist())}
+    ids = items["id"].to_pylist()
+    old = pa.array([row for row, name in enumerate(ids) if name in at], pa.int64())
+    listed = same.take(pa.array([at[ids[row]] for row in old.to_pylist()], pa.int64()))
+    for name in ("height", "width", "file_sha256"):
+        if name in items.column_names:
+            listed = listed.append_column(name, items[name].take(old))
+    new_row = {row: len(items) + number for number, row in enumerate(old.to_pylist())}
+    order = pa.array([new_row.get(row, row) for row in range(len(items))], pa.int64())
+    return join_items([items, listed]).take(order)
 
 
 def _join_files(sources: Sequence[Path], target: Path) -> None:

@@ -77,6 +77,14 @@ def positive(given: str) -> int:
     return _at_least(1, given)
 
 
+def share(given: str) -> float:
+    """A number from 0 to 1."""
+    value = float(given)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, found {given}")
+    return value
+
+
 def _at_least(least: int, given: str) -> int:
     value = int(given)
     if value < least:

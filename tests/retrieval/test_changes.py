@@ -1,9 +1,10 @@
-"""`mmref index add`: an index holds what its sources hold now, and what differs is said."""
+"""`mmref index add` and `sync`: an index holds what its sources hold now, and what differs is said."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.images import write_images
+from support.tiny_set import TinySource, build_tiny_set
 
-from mmref.errors import SearchIndexError
+from mmref.data.decode import decode_rgb
+from mmref.errors import ManyMissingError, SearchIndexError
 from mmref.retrieval import chunks, index
+from mmref.retrieval.images import read_image_bytes
+from mmref.retrieval.index import Source
 from mmref.retrieval.searcher import Searcher
 
 
@@ -103,15 +108,15 @@ def test_what_is_gone_is_named_and_removed_on_request(places):
     (first / "b.png").unlink()
     manifest = index.add(str(out), str(second), workers=0)
     assert manifest.notes[1:] == [
-        f"1 items are not in {second} any more (--remove-missing removes them): 2024/b.png"
+        f"1 items are not in {second} any more (`mmref index sync` removes them): 2024/b.png"
     ] and len(paths(out)) == 5  # fmt: skip
-    manifest = index.add(str(out), str(second), workers=0, remove_missing=True)
+    manifest = index.sync(str(out), Source(str(second)), workers=0)
     assert manifest.notes[1:] == [f"1 items are not in {second} any more and were removed: 2024/b.png"]
     assert set(paths(out)) == {"a.png", "b.png", "2024/a.png", "c.png"}, "of other sources nothing goes"
     (first / "a.png").unlink()
     (second / "a.png").unlink()
     with pytest.raises(SearchIndexError, match="holds no image"):
-        index.add(str(out), str(first), workers=0, remove_missing=True)
+        index.add(str(out), str(first), workers=0)
 
 
 def test_what_cannot_be_looked_into_is_not_gone(places, monkeypatch):
@@ -126,7 +131,7 @@ def test_what_cannot_be_looked_into_is_not_gone(places, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", scan)
-    manifest = index.add(str(out), str(first), workers=0, remove_missing=True)
+    manifest = index.sync(str(out), Source(str(first)), workers=0)
     assert "deep/d.png" in paths(out) and manifest.items == 3
     assert index.read_skipped(out) == [
         {"id": "deep/", "path": str(first), "problem": "a folder that cannot be listed: Permission denied"}
@@ -227,3 +232,168 @@ def test_the_same_words_in_another_directory_are_another_command(folder, run, tm
     monkeypatch.chdir(tmp_path / "two")
     index.create("photos", str(run), str(tmp_path / "out"), workers=0)
     assert list(paths(tmp_path / "out")) == ["two.png"]
+
+
+# -- sync ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path: Path, run: Path) -> tuple[Path, Path]:
+    """A folder of sixteen pictures, and an index of it."""
+    for number in range(16):
+        write(tmp_path / "photos" / f"{number % 2}" / f"{number}.png", number)
+    index.create(str(tmp_path / "photos"), str(run), str(tmp_path / "out"), workers=0)
+    return tmp_path / "photos", tmp_path / "out"
+
+
+def synced(out: Path, root: Path, **how) -> index.Manifest:
+    return index.sync(str(out), Source(str(root)), workers=0, **how)
+
+
+def test_sync_is_one_change_that_a_dry_run_tells_before(photos):
+    root, out = photos
+    kept = Searcher(str(out))
+    old = feature(out, "1/1.png")
+    write(root / "new.png", 50)
+    write(root / "0" / "2.png", 51)
+    (root / "1" / "3.png").unlink()
+    os.utime(root / "1" / "1.png", (1, 1))
+    os.rename(root / "0" / "4.png", root / "0" / "moved.png")
+    lines: list[str] = []
+    before = (out / "manifest.json").read_bytes(), sorted(out.rglob("*"))
+    told = synced(out, root, dry_run=lines.append)
+    assert (out / "manifest.json").read_bytes() == before[0] and sorted(out.rglob("*")) == before[1]
+    assert lines == [
+        f"~ 0/2.png  {root}/0/2.png", f"+ 0/moved.png  {root}/0/moved.png", f"+ new.png  {root}/new.png", "= 1/1.png",
+        "- 0/4.png", "- 1/3.png",
+    ]  # fmt: skip
+    manifest = synced(out, root)
+    assert (
+        manifest.notes
+        == told.notes
+        == [
+            "2 images added",
+            "1 have changed since and were embedded again",
+            "1 have another place or time of change and the same content, and keep their features",
+            f"2 items are not in {root} any more and were removed: 0/4.png, 1/3.png",
+        ]
+    )
+    assert manifest.generation == 2 and manifest.items == 16 == len(paths(out)) and kept.outdated
+    assert set(paths(out)) == {f"{n % 2}/{n}.png" for n in range(16)} - {"0/4.png", "1/3.png"} | {"new.png", "0/moved.png"}
+    np.testing.assert_array_equal(feature(out, "1/1.png"), old)
+    assert synced(out, root).generation == 2, "what was touched is known by its new time"
+    assert [len(kept.items), kept.search("red", top=1)[0].rank] == [16, 1], "who has it open keeps what it opened"
+
+
+def test_what_was_only_touched_is_not_embedded(photos, monkeypatch):
+    root, out = photos
+    rows = {name: feature(out, name) for name in paths(out)}
+    for path in root.rglob("*.png"):
+        os.utime(path, (5, 5))
+    monkeypatch.setattr(chunks, "embed_chunk", None)
+    manifest = synced(out, root)
+    assert manifest.notes == [
+        "0 images added", "16 have another place or time of change and the same content, and keep their features"
+    ]  # fmt: skip
+    searcher = Searcher(str(out))
+    assert searcher.items["file_stamp"].to_pylist() == [
+        f"{os.stat(p).st_size}-5000000000" for p in searcher.items["path"].to_pylist()
+    ]
+    assert (np.diff(searcher.segments[0].uids) > 0).all() and set(searcher.items["width"].to_pylist()) == {30}
+    for name, row in rows.items():
+        np.testing.assert_array_equal(feature(out, name), row)
+
+
+def test_a_disk_that_is_not_there_removes_nothing(photos):
+    root, out = photos
+    before = (out / "manifest.json").read_bytes()
+    os.rename(root, root.with_name("away"))
+    with pytest.raises(ManyMissingError, match=r"no folder.*Nothing was removed.*--remove-up-to 1`"):
+        synced(out, root)
+    root.mkdir()  # where it was mounted
+    with pytest.raises(ManyMissingError, match=r"holds no image.*the disk may not be there"):
+        synced(out, root)
+    shutil.copytree(root.with_name("away") / "0", root / "0")
+    shutil.copytree(root.with_name("away") / "1", root / "1")
+    for number in range(1, 16, 2):
+        (root / "1" / f"{number}.png").unlink()
+    for number in (0, 2, 4):
+        (root / "0" / f"{number}.png").unlink()
+    with pytest.raises(ManyMissingError, match=r"11 of 16 items are not in .*That is 69%, and at most 20%.*--remove-up-to 0.69`"):
+        synced(out, root)
+    with pytest.raises(ManyMissingError, match="at most 0%"):
+        synced(out, root, remove_up_to=0.0)
+    assert (out / "manifest.json").read_bytes() == before and not (out / ".adding").exists()
+    assert synced(out, root, remove_up_to=0.69).items == 5
+
+
+def test_a_source_that_is_gone_for_good(photos, tmp_path):
+    root, out = photos
+    shutil.rmtree(root)
+    with pytest.raises(SearchIndexError, match="nothing would be left"):
+        synced(out, root, remove_up_to=1.0)
+    write(tmp_path / "more" / "one.png", 60)
+    index.add(str(out), str(tmp_path / "more"), workers=0)
+    assert synced(out, root, remove_up_to=1.0).items == 1 and set(paths(out)) == {"one.png"}
+
+
+def test_an_index_knows_how_its_sources_were_read(tmp_path, run):
+    for number in range(4):
+        write(tmp_path / f"{number}.png", number)
+    table = tmp_path / "t.csv"
+    table.write_text("file,who\n0.png,a\n1.png,b\n2.png,c\n")
+    columns = index.TableColumns(image="file", object_id="who")
+    index.create(str(table), str(run), str(tmp_path / "out"), columns=columns, workers=0)
+    (found,) = index.sources_of(str(tmp_path / "out"))
+    assert found == Source(str(table), None, columns)
+    table.write_text("file,who\n0.png,a\n3.png,d\n2.png,c\n")
+    manifest = index.sync(str(tmp_path / "out"), found, workers=0)
+    assert set(paths(tmp_path / "out")) == {"0.png", "2.png", "3.png"}, "of a table, too, which the index has alone"
+    assert manifest.listed == [found.to_dict()]
+
+
+def test_a_shard_set_that_was_built_anew_is_not_embedded_again(tmp_path, run):
+    root = build_tiny_set(tmp_path / "set")
+    out = tmp_path / "out"
+    index.create(str(root), str(run), str(out), split="test", workers=0)
+    before = Searcher(str(out))
+    shutil.rmtree(root)
+
+    class Another(TinySource):
+        def objects(self):
+            yield from (replace(o, images=o.images[1:]) if len(o.images) == 5 else o for o in super().objects())
+
+    build_tiny_set(root, Another())
+    (source,) = index.sources_of(str(out))
+    assert source.split == "test"
+    manifest = index.sync(str(out), source, workers=0)
+    searcher = Searcher(str(out))
+    ids = searcher.items["id"].to_pylist()
+    assert manifest.notes[0] == "0 images added" and "keep their features" in manifest.notes[1] and "gone" not in manifest.notes
+    gone = set(before.items["id"].to_pylist()) - set(ids)
+    assert len(gone) == len(before) - len(ids) > 0 and all(name.endswith("-0") for name in gone)
+    row = dict(zip(ids, searcher.items.select(["path", "offset", "length"]).to_pylist()))[ids[-1]]
+    pixels = decode_rgb(read_image_bytes(**row), "it")
+    np.testing.assert_allclose(feature(out, ids[-1]), searcher.model.encode_images([pixels])[0], atol=1e-5)
+
+
+def test_what_was_removed_for_good_stays_out_until_it_is_another_image(photos):
+    root, out = photos
+    index.remove(str(out), ["0/0.png", "1/1.png", "0/2.png"], for_good=True)
+    os.utime(root / "1" / "1.png", (1, 1))
+    write(root / "0" / "2.png", 70)
+    manifest = synced(out, root)
+    assert manifest.notes == ["1 images added", "2 stay out, since they were removed for good (left_out.jsonl)"]
+    assert {"0/0.png", "1/1.png"}.isdisjoint(paths(out)) and "0/2.png" in paths(out)
+    (out / "left_out.jsonl").unlink()
+    assert index.add(str(out), str(root), workers=0).items == 16
+
+
+def test_an_index_without_hashes_embeds_what_was_touched(photos):
+    root, out = photos
+    items = out / "segments" / "000000" / "items.parquet"
+    pq.write_table(pq.read_table(items).drop_columns(["file_sha256"]), items)
+    os.utime(root / "1" / "1.png", (1, 1))
+    assert synced(out, root).notes == ["0 images added", "1 have changed since and were embedded again"]
+    os.utime(root / "1" / "1.png", (2, 2))
+    assert "keep their features" in synced(out, root).notes[1], "from then on it has one"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 
+from mmref.retrieval.duplicates import Found
 from mmref.retrieval.notebook import template
 from mmref.retrieval.searcher import ObjectResult, Result, Searcher
 from mmref.terminal.output import printable
 
 WIDEST_ID = 48  # characters
+MOST_GROUPS, MOST_MEMBERS = 300, 24  # of duplicates on a page: a thumbnail is a few kB
 
 
 def format_results(results: Sequence[Result]) -> str:
@@ -51,6 +53,15 @@ def render_page(searcher: Searcher, answers: Sequence[tuple[str, Sequence[Result
         for query, results in answers
     ]
     return template("results.html.j2").render(index=searcher.index.name, items=len(searcher), answers=shown)
+
+
+def render_duplicates(found: Found) -> str:
+    """A self-contained page of the groups of `mmref index duplicates`, to look at and to choose what is left out."""
+    groups = [
+        (group, [(m, base64.b64encode(found.thumbnail(i, j)).decode()) for j, m in enumerate(group.members[:MOST_MEMBERS])])
+        for i, group in enumerate(found.groups[:MOST_GROUPS])
+    ]
+    return template("duplicates.html.j2").render(found=found, groups=groups)
 
 
 def _groups(results: Sequence[Result] | Sequence[ObjectResult]) -> list[tuple[ObjectResult | None, Sequence[Result]]]:

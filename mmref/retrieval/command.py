@@ -160,9 +160,7 @@ def _sync(argv: Sequence[str]) -> int:
     )  # fmt: skip
     _source_options(parser, needed=False)
     args = parser.parse_args(argv)
-    sources = index.sources_of(args.index)
-    if args.images is not None:
-        sources = _given(args, sources)
+    sources = _chosen(args, index.sources_of(args.index))
     for one in sources:
         if len(sources) > 1:
             print(printable(f"{one.images}{f' ({one.split})' if one.split else ''}:"))
@@ -172,20 +170,27 @@ def _sync(argv: Sequence[str]) -> int:
             workers_that_fit(args.workers),
             args.device,
             args.remove_up_to,
-            (lambda line: print(line)) if args.dry_run else None,
+            print if args.dry_run else None,
         )
         for line in manifest.notes:
-            print(f"would be: {line}" if args.dry_run else line)
-    _report(args.index, manifest)
+            print(f"dry run: {line}" if args.dry_run else line)
+    if not args.dry_run:
+        _report(args.index, manifest)
     return 0
 
 
-def _given(args: argparse.Namespace, known: Sequence[Any]) -> list[Any]:
-    """The sources that IMAGES names: as the index knows them, unless options say how to read them."""
+def _chosen(args: argparse.Namespace, known: list[Any]) -> list[Any]:
+    """All sources of an index, or those that IMAGES names: as the index knows them, unless options say how to read them."""
     from mmref.retrieval.images import DEFAULT_COLUMNS
     from mmref.retrieval.index import Source
 
     columns = _columns(args)
+    if args.images is None:
+        if not known:
+            raise UsageError(f"{args.index} does not tell what it was made of: name IMAGES.")
+        if args.split is not None or columns != DEFAULT_COLUMNS:
+            raise UsageError("options that say how images are read need IMAGES: without it every source is read as before.")
+        return known
     given = Source(args.images, args.split, columns)
     found = [one for one in known if one.images == given.images and args.split in (None, one.split)]
     return found if found and columns == DEFAULT_COLUMNS else [given]

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.images import write_images
 
 from mmref.cli import main
 from mmref.retrieval import index
@@ -32,6 +33,35 @@ def test_from_a_folder_to_an_answer(folder, run, tmp_path, capsys):
     assert "generation 3" in info and "columns: id, path" in info
     assert main(["index", "info", out, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["items"] == 11
+
+
+def test_a_folder_is_followed(folder, run, tmp_path, capsys):
+    out, more = str(tmp_path / "out"), tmp_path / "more"
+    assert main(["index", str(folder), "--model", str(run), "--out", out, "--workers", "0"]) == 0
+    write_images(more, range(3))
+    assert main(["index", "add", out, str(more), "--workers", "0"]) == 0
+    (folder / "00.png").unlink()
+    (more / "02.png").unlink()
+    capsys.readouterr()
+    assert main(["index", "sync", out, "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        f"{folder}:", f"+ deep/broken.jpg  {folder}/deep/broken.jpg", "- 00.png", "dry run: 1 images added",
+    ]  # fmt: skip
+    assert main(["index", "sync", out, str(more), "--workers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert f"1 items are not in {more} any more and were removed: more/02.png" in said and "13 images" in said
+    assert main(["index", "sync", out, "--workers", "0"]) == 0
+    said = capsys.readouterr().out
+    assert f"{folder}:" in said and f"{more}:" in said and f"{out}: 12 images" in said
+    assert main(["index", "remove", out, "02.png", "--for-good"]) == 0
+    assert main(["index", "sync", out, str(folder), "--workers", "0"]) == 0
+    assert "1 stay out" in capsys.readouterr().out
+    assert main(["index", "sync", out, "--split", "test"]) == 2
+    assert "need IMAGES" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["index", "sync", out, str(tmp_path / "empty")]) == 1
+    said = capsys.readouterr().err
+    assert "ManyMissingError" in said and "Nothing was removed" in said
 
 
 def test_json_batches_filters_and_images(split_index, tmp_path, capsys):

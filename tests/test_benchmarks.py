@@ -13,6 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+
+from support.tiny_run import run_of
+
+from mmref.retrieval import index
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -86,3 +91,13 @@ def test_decode(tmp_path: Path) -> None:
     found = run(tmp_path, "decode.py", *options)
     assert 0 < found["512 to 64"]["largest difference"] < 64
     assert found["512 to 300"]["largest difference"] == 0, "not small enough"
+
+
+def test_duplicates(tiny_set: Path, tmp_path: Path) -> None:
+    model = run_of(tiny_set, tmp_path / "run")
+    index.create(str(tiny_set), str(model), str(tmp_path / "index"), split="train", workers=0)
+    found = run(tmp_path, "duplicates.py", str(tmp_path / "index"))
+    rows = found["thresholds"]
+    assert rows[0]["above"] == 1 and rows[0]["groups"] == 0 and rows[0]["copies"] is None
+    assert [row["not_kept"] for row in rows] == sorted(row["not_kept"] for row in rows), "a lower threshold joins more"
+    assert all(row["not_kept"] == row["images"] - row["groups"] for row in rows)

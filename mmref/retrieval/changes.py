@@ -94,10 +94,11 @@ def compare(listing: Listing, held: Sequence[pa.Table], source: str, split: str 
     closed = [to_text(folder) for folder in listing.closed]
     own = [name for name, place in of_id.items() if alone or _is_below(place[0], scope)]
     moved = set(refreshed.values())
+    there = {to_text(join(source, name)) for name, _ in listing.skipped}  # but cannot be looked at, or not be read here
     missing = [
         name
         for name in own
-        if of_id[name] not in listed and name not in replaced and name not in moved
+        if of_id[name] not in listed and name not in replaced and name not in moved and of_id[name][0] not in there
         if not any(_is_below(of_id[name][0], folder) for folder in closed)
     ]
     items, same_items = _under(listing.items, kept | new), _under(listing.items, refreshed)

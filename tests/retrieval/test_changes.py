@@ -327,6 +327,18 @@ def test_a_disk_that_is_not_there_removes_nothing(photos):
     assert synced(out, root, remove_up_to=0.69).items == 5
 
 
+def test_what_is_there_but_cannot_be_looked_at_is_not_gone(photos, tmp_path):
+    root, out = photos
+    write(tmp_path / "disk" / "linked.png", 30)
+    os.symlink(tmp_path / "disk" / "linked.png", root / "linked.png")
+    assert synced(out, root).items == 17
+    (tmp_path / "disk" / "linked.png").unlink()
+    assert synced(out, root).items == 17 and "linked.png" in paths(out)
+    assert index.read_skipped(out)[0]["problem"] == "a link to nothing"
+    (root / "linked.png").unlink()
+    assert synced(out, root).items == 16
+
+
 def test_a_source_that_is_gone_for_good(photos, tmp_path):
     root, out = photos
     shutil.rmtree(root)

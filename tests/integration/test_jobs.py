@@ -60,7 +60,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert lines[-1]["loss_rec"] < lines[0]["loss_rec"]
     assert [r["step"] for r in records(undisturbed) if "val_R@1" in r] == [30, 60, 90, 120]
     metrics = json.loads((undisturbed / "metrics.json").read_text())
-    names = {"R@1", "R@5", "R@10", "mAP", "mINP"}
+    names = {"R@1", "R@5", "R@10", "mAP", "mINP", "NDCG@10", "MRR"}
     assert metrics["split"] == "test" and set(metrics["initial"]) == set(metrics["refined"]) == names
     assert {"weight", "top_r", "tau", "chosen_on"} <= set(metrics["refinement"])
     assert metrics["refinement"]["chosen_on"] == "val"

@@ -2,9 +2,11 @@
 
     mmref index data_shards/emoji --model runs/emoji --out emoji-index
     python benchmarks/duplicates.py emoji-index --out duplicates.json
+    python benchmarks/duplicates.py --random 50000 --out random.json
 
 An image of a group counts as a copy of the one that is kept when their small pictures, drawn on white at 64 x 64, differ by at
-most 4 of 255 on average. So features are held against pixels, which no model has made.
+most 4 of 255 on average. So features are held against pixels, which no model has made. --random compares features of a size
+that no index here has.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import numpy as np
 from output import write_figures
 from PIL import Image
 
-from mmref.retrieval.duplicates import Found, find_duplicates
+from mmref.retrieval.duplicates import Components, Found, find_duplicates, join_near
 
 SIDE, MOST_DIFFERENCE = 64, 4.0
 THRESHOLDS = (1.0, 0.9999, 0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9)
@@ -38,11 +40,31 @@ def share_of_copies(found: Found) -> float | None:
     return float(np.mean(copies)) if copies else None
 
 
+def compare_random(count: int, dim: int = 256) -> dict[str, float]:
+    """Seconds of comparing random features, of which a hundredth come twice."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((count, dim), dtype=np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    features[count // 2 :][: count // 100] = features[: count // 100]
+    groups, wall, cpu = Components(count), time.perf_counter(), time.process_time()
+    join_near(groups, [features], 0.97, None, np.arange(count))
+    return {
+        "items": count,
+        "groups": len(groups.rows()),
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("index")
+    parser.add_argument("index", nargs="?")
+    parser.add_argument("--random", type=int, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("duplicates.json"))
     args = parser.parse_args()
+    if args.random:
+        write_figures(compare_random(args.random), args.out)
+        return
     rows = []
     for above in THRESHOLDS:
         began = time.perf_counter()

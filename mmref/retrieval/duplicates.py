@@ -37,6 +37,7 @@ Keep: TypeAlias = Literal["first", "largest"]
 KEEP = get_args(Keep)
 ABOVE = 0.97
 BLOCK_ROWS = 2048
+MOST_PAIRS = 1 << 20  # in memory
 NEIGHBORS = 64  # of each image, that an approximate index is asked for
 READ_THREADS = 4
 
@@ -127,12 +128,12 @@ def find_duplicates(index: str, above: float = ABOVE, keep: Keep = "first") -> F
     segments = directory.open_segments(folder, manifest)
     columns = join_items([_columns(s.items) for s in segments])
     matrices = [s.features for s in segments]
-    groups, hashes = _Components(manifest.items), columns["file_sha256"].to_pylist()
+    groups, hashes = Components(manifest.items), columns["file_sha256"].to_pylist()
     approximate = None
     if above < 1:
         approximate = directory.open_vectors(folder, manifest)
         uids = np.concatenate([s.uids for s in segments])
-        _join_near(groups, matrices, above, approximate, uids)
+        join_near(groups, matrices, above, approximate, uids)
     else:
         hashes = _hashed(columns, hashes, range(manifest.items))
     groups.join(*_same(hashes))
@@ -143,30 +144,41 @@ def find_duplicates(index: str, above: float = ABOVE, keep: Keep = "first") -> F
     return Found(manifest.items, above, keep, approximate is None, shown, [rows for _, rows in described], segments)
 
 
-class _Components:
-    """Rows joined into groups, as pairs arrive."""
+class Components:
+    """Rows joined into groups, as pairs arrive. Pairs are kept until they are many: a look at all rows is dear."""
 
     def __init__(self, count: int) -> None:
         self._label = np.arange(count)
+        self._pairs: list[tuple[Rows, Rows]] = []
 
     def join(self, one: Rows, other: Rows) -> None:
-        if not len(one):
-            return
-        count = len(self._label)
-        edges = (np.ones(len(one), bool), (self._label[one], self._label[other]))
-        _, merged = connected_components(sparse.coo_matrix(edges, (count, count)), directed=False)
-        self._label = merged[self._label]
+        """Pairs of rows that are of one group."""
+        if len(one):
+            self._pairs.append((one, other))
+        if sum(len(rows) for rows, _ in self._pairs) > MOST_PAIRS:
+            self._merge()
+
+    def _merge(self) -> None:
+        if self._pairs:
+            one, other = (np.concatenate(rows) for rows in zip(*self._pairs))
+            self._pairs, count = [], len(self._label)
+            edges = (np.ones(len(one), bool), (self._label[one], self._label[other]))
+            _, merged = connected_components(sparse.coo_matrix(edges, (count, count)), directed=False)
+            self._label = merged[self._label]
 
     def rows(self) -> list[Rows]:
         """Rows of each group of more than one, rising."""
+        self._merge()
         order = np.argsort(self._label, kind="stable")
         _, starts = np.unique(self._label[order], return_index=True)
         return [rows for rows in np.split(order, starts[1:]) if len(rows) > 1]
 
 
-def _join_near(
-    groups: _Components, matrices: Sequence[Floats], above: float, approximate: Approximate | None, uids: NDArray[np.int64]
+def join_near(
+    groups: Components, matrices: Sequence[Floats], above: float, approximate: Approximate | None, uids: NDArray[np.int64]
 ) -> None:
+    """Join the rows of features (n, d), end to end, whose cosine is at least `above`: of all pairs, or of those that an
+    approximate index proposes, which knows items by `uids`."""
     count = sum(map(len, matrices))
     with Counter("comparing", count, "image") as progress:
         for start in range(0, count, BLOCK_ROWS):

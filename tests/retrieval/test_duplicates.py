@@ -77,9 +77,10 @@ def literal(features: np.ndarray, above: float) -> list[list[int]]:
     return [group for group in groups if len(group) > 1]
 
 
-@pytest.mark.parametrize("block", [3, 7, 2048])
-def test_blocks_find_what_a_loop_over_all_pairs_finds(block, split_index, monkeypatch):
+@pytest.mark.parametrize(("block", "pairs"), [(3, 1 << 20), (7, 0), (2048, 1 << 20), (3, 4)])
+def test_blocks_find_what_a_loop_over_all_pairs_finds(block, pairs, split_index, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_ROWS", block)
+    monkeypatch.setattr(module, "MOST_PAIRS", pairs)
     searcher = Searcher(str(split_index))
     features = np.concatenate([s.features for s in searcher.segments])
     ids = searcher.items["id"].to_pylist()

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-
-
 from support.tiny_run import run_of
 
 from mmref.retrieval import index

@@ -16,17 +16,18 @@ import pyarrow.parquet as pq
 BATCH_ROWS = 65_536
 
 
-def open_parquet(source: Any) -> pq.ParquetFile:
+def open_parquet(source: Any, buffer_bytes: int = 0) -> pq.ParquetFile:
     """A file of which only the description is read: names, types, number of rows.
 
     Args:
         source: path, or a file that is open for bytes.
+        buffer_bytes: read as many at once of a column; 0: all of a row group, which is quicker and takes its memory.
 
     Raises:
         OSError, ValueError: it cannot be read, or is no Parquet file that can be read here.
     """
     with _as_documented():
-        return pq.ParquetFile(source, pre_buffer=False)
+        return pq.ParquetFile(source, pre_buffer=False, buffer_size=buffer_bytes)
 
 
 def read_parquet(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
@@ -36,10 +37,12 @@ def read_parquet(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
         return file.read(None if columns is None else list(columns), use_threads=False)
 
 
-def parquet_batches(file: pq.ParquetFile, columns: Sequence[str], rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """The rows of a file in order, at most `rows` at a time. Raises as `read_parquet`."""
+def parquet_batches(
+    file: pq.ParquetFile, columns: Sequence[str], rows: int = BATCH_ROWS, groups: Sequence[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a file in order, or of some of its row groups, at most `rows` at a time. Raises as `read_parquet`."""
     with _as_documented():
-        yield from file.iter_batches(rows, columns=list(columns), use_threads=False)
+        yield from file.iter_batches(rows, groups, columns=list(columns), use_threads=False)
 
 
 @contextlib.contextmanager

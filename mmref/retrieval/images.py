@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mmref.data.folder import describe, look_into, stamp_of
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.errors import EmptySourceError, OutsideError, SampleError, SearchIndexError, StorageError
-from mmref.retrieval.folder import look_into, stamp_of
 from mmref.storage.cells import Row
 from mmref.storage.fetch import id_of, locate, locate_inside, outside_most, read_location, unsigned
 from mmref.storage.locations import absolute, from_text, is_url, join, read_bytes, size_of, to_text
@@ -29,7 +29,6 @@ COLUMNS = {  # of every listing, before metadata columns
     "file_stamp": pa.string(),
 }  # fmt: skip
 RESERVED = {*COLUMNS, "uid", "width", "height", "file_sha256", "captions", "image_id"}
-NAMED_ENDINGS = 8  # of files that are no images
 QUERIES = 256  # captions kept to measure the recall of an approximate index with
 
 
@@ -85,13 +84,6 @@ def list_images(source: str, split: str | None = None, columns: TableColumns = D
             found = f"{len(left):,} were left out, the first: {'; '.join(left[:3])}"
         raise EmptySourceError(f"{source} holds no image that can be read here ({found}).")
     return listing
-
-
-def describe(passed_over: dict[str, int]) -> str:
-    """How many files there were of each ending, the most first."""
-    most = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
-    rest = sum(count for _, count in most[NAMED_ENDINGS:])
-    return ", ".join([f"{n:,} {name}" for name, n in most[:NAMED_ENDINGS]] + ([f"{rest:,} others"] if rest else []))
 
 
 def read_image_bytes(path: str, offset: int = 0, length: int = 0) -> bytes:
@@ -171,7 +163,7 @@ def _list_folder(source: str) -> Listing:
     """Pictures below a folder or URL prefix; ids are paths relative to it."""
     if not is_url(source) and not os.path.isdir(source):
         raise EmptySourceError(f"{source} is no folder, shard set or table ({', '.join(TABLE_ENDINGS)}).")
-    found = look_into(source)
+    found = look_into(source, SearchIndexError)
     rows = [_row(name, path, 0, 0, None, {}, stamp) for name, path, stamp in found.pictures]
     return Listing(_as_table(rows, []), [], found.skipped, dict(found.passed_over), found.closed)
 

@@ -27,11 +27,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmref.data.folder import describe
 from mmref.errors import EmptySourceError, ManyMissingError, ModelMismatchError, SearchIndexError
 from mmref.retrieval import bundle
 from mmref.retrieval.changes import Changes, compare, describe_changes, leave_out, list_changes, skipped_elsewhere, some
 from mmref.retrieval.chunks import JOURNAL, PLACE, Chunks, embed, identity
-from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, describe, list_images, no_items
+from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, list_images, no_items
 from mmref.retrieval.journal import KILLED
 from mmref.retrieval.segment import Segment, copy_rows, write_segment
 from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind

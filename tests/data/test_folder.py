@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmref.data.folder import Found
+from mmref.data.folder import look_into as look_with
 from mmref.errors import SearchIndexError, StorageError
-from mmref.retrieval.folder import look_into
 from mmref.retrieval.images import list_images
 from mmref.storage import retries
 from mmref.storage.locations import read_bytes
+
+
+def look_into(root: str) -> Found:
+    return look_with(root, SearchIndexError)
 
 
 def picture(kind: str = "PNG") -> bytes:

@@ -1,4 +1,5 @@
-"""What lies in a folder or below a URL prefix: its pictures, and what is passed over, none of it without a word.
+"""What lies in a folder or below a URL prefix: its pictures, texts that may be captions, and what is passed over, none of it
+without a word.
 
 Links are followed, each folder once; only regular files are read. A file or folder that cannot be looked at costs itself alone.
 """
@@ -13,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmref.data.kinds import PREFIX, ending_of, is_picture, kind_of, why_unread
-from mmref.errors import SearchIndexError, StorageError
+from mmref.errors import MMRefError, StorageError
 from mmref.storage.locations import file_system, is_url, read_bytes, to_text
 from mmref.storage.retries import retry
 
+CAPTIONS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")  # endings of files that may hold captions of pictures
 HIDDEN, UNENDED, INDEX, LINKED, OTHER = "hidden", "without an ending", "search index", "linked twice", "no file"
+NAMED_ENDINGS = 8  # of files that are no images
 LONGEST_ENDING = 12  # a longer one is a name with a dot in it
 SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 # Under these names fsspec's file systems give what changes with a file.
@@ -42,6 +45,8 @@ class Found:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # what looks like a picture or may hold some, and why
     passed_over: Counter[str] = field(default_factory=Counter)  # files by ending, or by what else they are
     closed: list[str] = field(default_factory=list)  # folders that could not be listed
+    texts: list[tuple[str, str]] = field(default_factory=list)  # name, path or URL of files of `CAPTIONS`; passed over as well
+    folders: list[str] = field(default_factory=list)  # that were looked into, with a slash at the end; not of URLs
 
     def add(self, name: str, path: str, stamp: str) -> None:
         """Count a regular file in; one whose ending says nothing is told by its first bytes. Raises StorageError."""
@@ -61,6 +66,8 @@ class Found:
             self.skip(name, f"not read here: {why_unread(ending)}")
             self.passed_over[f"{ending} ({why_unread(ending)})"] += 1
         else:
+            if ending in CAPTIONS:
+                self.texts.append((name, path))
             sensible = ending.isprintable() and 1 < len(ending) <= LONGEST_ENDING
             self.passed_over[ending if sensible else UNENDED] += 1
 
@@ -69,20 +76,27 @@ class Found:
         self.skipped.append((to_text(name), why))
 
 
-def look_into(root: str) -> Found:
+def look_into(root: str, wrong: type[MMRefError]) -> Found:
     """What a folder or URL prefix holds, names in order.
 
     Raises:
-        SearchIndexError: it cannot be listed.
+        wrong: it cannot be listed.
         StorageError: the storage keeps failing.
     """
-    found = _look_below(root) if is_url(root) else _walk(root)
-    found.pictures.sort()
-    found.skipped.sort()
+    found = _look_below(root, wrong) if is_url(root) else _walk(root, wrong)
+    for names in (found.pictures, found.skipped, found.texts):
+        names.sort()
     return found
 
 
-def _walk(root: str) -> Found:
+def describe(passed_over: Mapping[str, int]) -> str:
+    """How many files there were of each ending, the most first."""
+    most = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(count for _, count in most[NAMED_ENDINGS:])
+    return ", ".join([f"{n:,} {name}" for name, n in most[:NAMED_ENDINGS]] + ([f"{rest:,} others"] if rest else []))
+
+
+def _walk(root: str, wrong: type[MMRefError]) -> Found:
     """A folder, first what really lies in it, then what its links lead to."""
     found, top = Found(), os.path.realpath(root)
     seen: set[str] = set()  # folders by their path without links
@@ -96,7 +110,8 @@ def _walk(root: str) -> Found:
             found.skip(name, "a link to a folder that holds this one")
             continue
         seen.add(real)
-        for entry in _entries(found, name, path):
+        found.folders.append(name)
+        for entry in _entries(found, name, path, wrong):
             inner = f"{name}{entry.name}"
             if entry.name.startswith("."):
                 found.passed_over[HIDDEN] += 1
@@ -118,7 +133,7 @@ def _walk(root: str) -> Found:
     return found
 
 
-def _entries(found: Found, name: str, path: str) -> list[os.DirEntry[str]]:
+def _entries(found: Found, name: str, path: str, wrong: type[MMRefError]) -> list[os.DirEntry[str]]:
     """Entries of a folder in order; [] for one that is not looked into, which is noted."""
 
     def listed() -> list[os.DirEntry[str]]:
@@ -131,7 +146,7 @@ def _entries(found: Found, name: str, path: str) -> list[os.DirEntry[str]]:
         return []
     except OSError as error:
         if not name:
-            raise SearchIndexError(f"{path} cannot be listed: {error.strerror}.") from None
+            raise wrong(f"{path} cannot be listed: {error.strerror}.") from None
         found.skip(name, f"a folder that cannot be listed: {error.strerror}")
         found.closed.append(path)
         return []
@@ -155,7 +170,7 @@ def stamp_of(status: os.stat_result) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def _look_below(root: str) -> Found:
+def _look_below(root: str, wrong: type[MMRefError]) -> Found:
     """All objects below a URL prefix."""
     found = Found()
     fs, inner = file_system(root)
@@ -164,7 +179,7 @@ def _look_below(root: str) -> Found:
     except StorageError:
         raise
     except Exception as error:  # every file system has its own
-        raise SearchIndexError(f"{root} cannot be listed: {error}.") from None
+        raise wrong(f"{root} cannot be listed: {error}.") from None
     for path, info in listed.items():
         name = path.removeprefix(inner).lstrip("/") or path.rsplit("/", 1)[-1]
         if name.endswith("/"):  # what some stores keep in place of a folder

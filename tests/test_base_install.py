@@ -16,7 +16,7 @@ from mmref.extras import EXTRAS, missing, need
 ROOT = Path(__file__).parents[1]
 ABSENT = (
     "ray", "deepspeed", "tensorboard", "tensorboardX", "ninja", "webdataset", "optuna", "rich", "fastapi", "starlette", "uvicorn",
-    "prometheus_client", "peft", "resvg_py",
+    "prometheus_client", "peft", "resvg_py", "datasets",
 )  # fmt: skip
 # Modules that cannot be imported without an extra, which no other command comes by.
 APART = {
@@ -53,6 +53,7 @@ print(json.dumps(found))
 """
 ASKED = {
     "train --config smoke": "train", "tune --trials 1": "tune", "ablate --config smoke": "train", "serve nowhere": "serve",
+    "shards build dataset nobody/nothing --out {out}": "hub",
     "index nowhere --model nowhere --out {out} --workers 2": "train",
 }  # fmt: skip
 

@@ -43,7 +43,9 @@ SOURCES = {  # name on the command line -> what makes the source
     "icfg": "mmref.shards.sources.persons:icfg_pedes",
     "rstp": "mmref.shards.sources.persons:rstpreid",
     "ufine": "mmref.shards.sources.persons:ufine6926",
-    "table": "mmref.shards.sources.table:TableSource",
+    "table": "mmref.shards.sources.parquet_images:table_source",
+    "dataset": "mmref.shards.sources.hub_dataset:DatasetSource",
+    "folder": "mmref.shards.sources.folders:FolderSource",
 }
 SPLIT_ORDER = ("train", "val", "test")
 SPOOL = ".spool"  # folder in the new set that is gone when it is complete
@@ -90,6 +92,8 @@ def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions(
         return _files_of_set(root, options.overwrite, source.name, extras)
 
     with whole_folder(out, ShardSetError, "manifest.json", replaced) as work:
+        if hasattr(source, "scratch"):
+            source.scratch = str(work / SPOOL / "source")
         with contextlib.closing(LeftOut(work / LEFT_OUT)) as left_out:
             spool = _collect(source, work / SPOOL, left_out)
             _check_usable(source, spool, options.tokenizer_vocab)

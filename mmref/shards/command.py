@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmref.cluster.resources import workers_that_fit
 from mmref.data.shard_set import ShardSet
 from mmref.errors import UsageError
 from mmref.shards.build import SOURCES, BuildOptions, build_shards, make_source
+from mmref.shards.sources.listed import split_name
 from mmref.shards.tar_writer import ImageOptions
 from mmref.storage.download import Terms
 from mmref.storage.downloads import Downloads
 from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
 from mmref.storage.whole_folder import check_output
-from mmref.terminal.arguments import count, local_path, place, positive
+from mmref.terminal.arguments import count, images, local_path, place, positive, source
 from mmref.terminal.output import printable
 from mmref.terminal.parser import Parser
 
@@ -69,9 +70,9 @@ def _common_options() -> argparse.ArgumentParser:
 
 def _add_sources(sources: Any) -> None:
     def add(name: str, text: str) -> argparse.ArgumentParser:
-        source = sources.add_parser(name, help=text, description=text, parents=[_common_options()])
-        source.set_defaults(run=run_build)
-        return source
+        found: argparse.ArgumentParser = sources.add_parser(name, help=text, description=text, parents=[_common_options()])
+        found.set_defaults(run=run_build)
+        return found
 
     emoji = add("emoji", "the bundled set: emoji drawings, from npm packages")
     emoji.add_argument(
@@ -118,7 +119,10 @@ def _add_sources(sources: Any) -> None:
                 help="of the train persons held out as val, by a fixed hash; 0: none (default: %(default)s)",
             )  # fmt: skip
     table = add("table", "your own data: a CSV, TSV, JSONL or Parquet table")
-    table.add_argument("path", type=place, help="the table; rows name an image, its object and its captions")
+    table.add_argument(
+        "path", type=place,
+        help="the table; rows name an image, or hold it (Parquet; also a folder or a glob of files), its object and captions",
+    )  # fmt: skip
     table.add_argument("--image", default="image", help="column with the image's path or URL (default: %(default)s)")
     table.add_argument("--object-id", default="object_id", help="column with the object's id (default: %(default)s)")
     table.add_argument("--captions", nargs="+", help="caption columns (texts or lists); else `caption` or `captions`")
@@ -133,7 +137,8 @@ def _add_sources(sources: Any) -> None:
     table.add_argument("--min-images", type=positive, default=1, help="leave out objects with fewer usable images")
     options = ("path", "image", "object_id", "captions", "split", "image_root", "keep", "licence", "min_images")
     table.set_defaults(source_options=(*options, "fractions", "allow_outside", "downloads"))
-    for parser in (cub, flowers, table):
+    dataset, folder = _add_dataset(add), _add_folder(add)
+    for parser in (cub, flowers, table, dataset, folder):
         parser.add_argument(
             "--fractions", type=parse_fractions, default="train=0.7,val=0.1,test=0.2",
             help="of the objects in each split, where the data has no split (default: %(default)s)",
@@ -163,6 +168,64 @@ def _downloads(args: argparse.Namespace) -> Downloads:
     return Downloads(terms, args.downloads, args.per_host)
 
 
+def _add_dataset(add: Callable[[str, str], argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    dataset = add("dataset", "a dataset of Hugging Face's `datasets`: saved on this machine, or by its id on a hub")
+    dataset.add_argument(
+        "dataset", type=images, metavar="NAME_OR_FOLDER",
+        help="folder of `save_to_disk`, of Parquet files or of what else `datasets` opens; or user/name, user/name@revision",
+    )  # fmt: skip
+    dataset.add_argument("--config", help="where the dataset has several")
+    dataset.add_argument("--image", help="column of images (default: the only one)")
+    dataset.add_argument("--captions", nargs="+", help="columns of captions, texts or lists (default: the one plainly meant)")
+    dataset.add_argument("--object-id", help="column with the object's id (default: object_id; without one each image is one)")
+    dataset.add_argument(
+        "--split-map", nargs="+", type=parse_renaming, default=[], metavar="THEIRS=OURS",
+        help="our split of each of the dataset's; THEIRS= leaves one out (default: validation is val, others as they are)",
+    )  # fmt: skip
+    dataset.add_argument("--limit", type=positive, metavar="ROWS", help="of each split the first rows alone, to try")
+    dataset.add_argument(OUTSIDE, action="store_true", help="take images that rows name by a path outside of the dataset")
+    dataset.add_argument("--keep", nargs="*", default=[], help="further columns to keep in the samples")
+    dataset.add_argument("--licence", help="licence of the data, for the manifest (default: what the dataset says)")
+    _add_whole(dataset)
+    options = ("dataset", "config", "image", "captions", "object_id", "split_map", "limit", "allow_outside", "keep", "licence")
+    dataset.set_defaults(source_options=(*options, "min_images", "fractions", "resplit"))
+    return dataset
+
+
+def _add_folder(add: Callable[[str, str], argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    folder = add("folder", "a folder of folders, object/image.jpg, with captions in files beside the images")
+    folder.add_argument(
+        "root", type=source, metavar="ROOT", help="holds a folder of each object, or train/, val/ and test/ of them"
+    )
+    folder.add_argument("--captions", nargs="+", help="columns of captions.csv, captions.jsonl or metadata.jsonl")
+    folder.add_argument(
+        "--caption-from-folder", action="store_true",
+        help="an image without a caption gets its folder's name, with blanks in place of _ and -",
+    )  # fmt: skip
+    folder.add_argument(
+        "--depth", type=positive, default=1, help="folders below ROOT, or a split, that name an object (default: %(default)s)"
+    )
+    folder.add_argument("--licence", default="not stated", help="licence of the data, for the manifest")
+    _add_whole(folder)
+    options = ("root", "captions", "caption_from_folder", "depth", "licence", "min_images", "fractions", "resplit")
+    folder.set_defaults(source_options=options)
+    return folder
+
+
+def _add_whole(parser: argparse.ArgumentParser) -> None:
+    """Options about whole objects."""
+    parser.add_argument("--min-images", type=positive, default=1, help="leave out objects with fewer usable images")
+    parser.add_argument("--resplit", action="store_true", help="leave aside the data's own splits: divide the objects anew")
+
+
+def parse_renaming(text: str) -> tuple[str, str]:
+    """`validation=val` -> the pair. Raises UsageError, SourceError for what cannot name a split."""
+    theirs, mark, ours = text.partition("=")
+    if not mark or not theirs.strip():
+        raise UsageError(f"--split-map {text!r} is not of the form THEIRS=OURS.")
+    return theirs.strip(), split_name(ours) if ours.strip() else ""
+
+
 def parse_fractions(text: str) -> dict[str, float]:
     """`train=0.7,val=0.1,test=0.2` -> dict. Raises UsageError unless they are positive and sum to 1."""
     try:
@@ -178,7 +241,7 @@ def run_build(args: argparse.Namespace) -> int:
     """Builds the set, prints its counts and what was left out. Returns the exit code."""
     if "downloads" in args.source_options:
         args.downloads = _downloads(args)
-    source = make_source(args.source, **{name: getattr(args, name) for name in args.source_options})
+    made = make_source(args.source, **{name: getattr(args, name) for name in args.source_options})
     options = BuildOptions(
         target_mb=args.target_mb,
         min_shards=args.min_shards,
@@ -189,7 +252,7 @@ def run_build(args: argparse.Namespace) -> int:
         tokenizer_vocab=args.tokenizer_vocab,
         images=ImageOptions(check=not args.no_check_images, resize_to_px=args.resize_to_px),
     )
-    manifest = build_shards(source, args.out, options)
+    manifest = build_shards(made, args.out, options)
     print(f"{'split':8}{'objects':>10}{'images':>10}{'captions':>10}{'shards':>8}{'MB':>9}")
     for split, entry in manifest["splits"].items():
         size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6

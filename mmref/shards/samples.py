@@ -44,7 +44,8 @@ class Source(Protocol):
     # with a folder for what is kept until the set is complete.
     # Optional are `published`, what the set's publication counts (see `count_warnings`); `warnings`, lines for the
     # manifest; and `extras` of the class, the names that `write_extras` writes, so that a set of another source in its
-    # place leaves none of them.
+    # place leaves none of them. A source that has `scratch` is given the path of a folder there, for what it keeps while the
+    # set is built.
 
     def objects(self) -> Iterable[SourceObject]:
         """Each object once. Raises SourceError when the layout is not the expected one."""

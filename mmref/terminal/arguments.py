@@ -20,6 +20,13 @@ def source(given: str) -> str:
     return absolute(expanded(given))
 
 
+def images(given: str) -> str:
+    """As `source`; what can be a name on a hub, and is no path here, as it is. Raises PathError."""
+    found = expanded(given)
+    named = not is_url(found) and not os.path.lexists(found) and hub_id(found) is not None
+    return found if named else absolute(found)
+
+
 def model(given: str) -> str:
     """A run, an export or a pretrained model: a path, made absolute, or a URL or a name on a hub as it is. Raises PathError."""
     found = expanded(given)

@@ -16,7 +16,7 @@ def terminal_bar(total: int, unit: str, done: int = 0, what: str | None = None) 
         return None
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, unit=unit, desc=what, dynamic_ncols=True)
+    return tqdm(total=total or None, initial=done, unit=unit, desc=what, dynamic_ncols=True)
 
 
 def clock(seconds: float) -> str:
@@ -36,6 +36,7 @@ class Counter:
 
     Args:
         what: is being done, as "encoding".
+        total: 0 where nobody knows.
         unit: what is counted, in the singular.
         done: how many were done before.
     """
@@ -64,5 +65,6 @@ class Counter:
 
     def _line(self, seconds: float) -> str:
         speed = (self.done - self._before) / seconds
-        left = f", eta {clock((self.total - self.done) / speed)}" if speed else ""
-        return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {speed:.1f} {self.unit}s/s{left}"
+        left = f", eta {clock((self.total - self.done) / speed)}" if speed and self.total else ""
+        of = f" of {self.total:,}" if self.total else ""
+        return f"{self.what}: {self.done:,}{of} {self.unit}s, {speed:.1f} {self.unit}s/s{left}"

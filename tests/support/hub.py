@@ -1,4 +1,5 @@
-"""A hub of models on the loopback: as much of its HTTP interface as huggingface_hub uses to make, write and read a repository."""
+"""A hub on the loopback: as much of its HTTP interface as huggingface_hub uses to make, write and read a repository of a model,
+and `datasets` to read one of a dataset, which is called `datasets/USER/NAME` here."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_of-the-stand-in"
+ASKED = "revision|tree|paths-info|preupload|commit"
 
 
 class Hub:
@@ -34,11 +41,11 @@ class Hub:
             return commits[-1]
         return next((files for i, files in enumerate(commits) if sha(repo, i) == revision), None)
 
-    def add(self, root: Path) -> None:
-        """Repositories of the folders `root/USER/NAME`."""
+    def add(self, root: Path, kind: str = "") -> None:
+        """Repositories of the folders `root/USER/NAME`; `kind` is `datasets/` for those of datasets."""
         for folder in root.glob("*/*"):
             files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-            self.repos[folder.relative_to(root).as_posix()] = [files]
+            self.repos[f"{kind}{folder.relative_to(root).as_posix()}"] = [files]
 
     def head(self, repo: str, revision: str = "main") -> str:
         return sha(repo, len(self.repos[repo]) - 1) if revision == "main" else revision
@@ -78,11 +85,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(503, {"error": "broken"})
         elif path == "/api/repos/create":
             self._create(json.loads(body))
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|preupload|commit)/([^/]+).*)?", path):
-            self._of_repository(found[1], found[2] or "revision", found[3] or "main", body)
+        elif found := re.fullmatch(rf"/api/(models/|datasets/)([^/]+/[^/]+)(?:/({ASKED})/([^/]+).*)?", path):
+            name = found[1].replace("models/", "") + found[2]
+            self._of_repository(name, found[3] or "revision", found[4] or "main", body)
         elif path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(*found.groups())
         else:
             self._refuse(404, "EntryNotFound")
@@ -117,14 +125,22 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if what == "commit":
             return self._commit(repo, body)
+        if what == "paths-info":
+            return self._paths_info(files, body)
         if what == "tree":
             below = unquote(urlsplit(self.path).path).partition(f"/tree/{revision}")[2].strip("/")
             found = {p: d for p, d in sorted(files.items()) if not below or p.startswith(f"{below}/")}
             if below and not found:
                 return self._refuse(404, "EntryNotFound")
-            return self._answer(200, [{"type": "file", "path": p, "size": len(d), "oid": _blob(d)} for p, d in found.items()])
+            return self._answer(200, _tree(found, below, "recursive=true" in urlsplit(self.path).query.lower()))
         siblings = [{"rfilename": name} for name in sorted(files)]
-        self._answer(200, {"id": repo, "sha": hub.head(repo, revision), "private": repo in hub.private, "siblings": siblings})
+        told = {"id": repo, "sha": hub.head(repo, revision), "private": repo in hub.private, "siblings": siblings}
+        front = re.match(r"---\n(.*?)\n---", files.get("README.md", b"").decode(), re.DOTALL)
+        self._answer(200, {**told, "cardData": yaml.safe_load(front[1])} if front else told)
+
+    def _paths_info(self, files: dict[str, bytes], body: bytes) -> None:
+        found = [entry for entry in _tree(files, "", True) if entry["path"] in json.loads(body)["paths"]]
+        self._answer(200, found)
 
     def _commit(self, repo: str, body: bytes) -> None:
         files = dict(self.hub.files(repo) or {})
@@ -144,7 +160,22 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.hub.files(repo, revision) or {}
         if name not in files:
             return self._refuse(404, "EntryNotFound")
-        self._answer(200, files[name], ETag=f'"{_blob(files[name])}"', X_Repo_Commit=self.hub.head(repo, revision))
+        told = {"ETag": f'"{_blob(files[name])}"', "X_Repo_Commit": self.hub.head(repo, revision), "Accept_Ranges": "bytes"}
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if span is None:
+            return self._answer(200, files[name], **told)
+        first, last = int(span[1]), min(int(span[2] or len(files[name])), len(files[name]) - 1)
+        told["Content_Range"] = f"bytes {first}-{last}/{len(files[name])}"
+        self._answer(206, files[name][first : last + 1], **told)
+
+
+def _tree(files: dict[str, bytes], below: str, recursive: bool) -> list[dict[str, Any]]:
+    """Files and folders as the hub lists them."""
+    entries = [{"type": "file", "path": p, "size": len(d), "oid": _blob(d)} for p, d in files.items()]
+    folders = {p.rsplit("/", i)[0] for p in files for i in range(1, p.count("/") + 1)}
+    entries += [{"type": "directory", "path": p, "size": 0, "oid": _blob(p.encode())} for p in sorted(folders)]
+    depth = below.count("/") + 1 if below else 0
+    return [e for e in entries if e["path"] != below and (recursive or str(e["path"]).count("/") == depth)]
 
 
 def _blob(data: bytes) -> str:
@@ -167,6 +198,19 @@ def running_hub() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def run_commands(folder: Path, endpoint: str, *commands: str, **env: str) -> tuple[int, str]:
+    """What commands of mmref in a fresh process end with, and what they say; the hub's cache is below `folder`."""
+    given = {
+        **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "0",
+    }  # fmt: skip
+    program = "import sys\nfrom mmref.cli import main\nsys.exit(max(main(words.split()) for words in sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *commands], env={**given, **env}, cwd=folder, text=True, capture_output=True, timeout=300
+    )
+    return done.returncode, done.stdout + done.stderr
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,3 +16,10 @@ def write_images(root: Path, numbers: Iterable[int]) -> None:
     for number in numbers:
         pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 300, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / ("deep" if number % 2 else "") / f"{number:02d}.png")
+
+
+def encoded(number: int) -> bytes:
+    """PNG of 30 x 24 px, another for each number."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (24, 30, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()

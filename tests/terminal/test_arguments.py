@@ -9,7 +9,7 @@ import pytest
 from mmref.config import config_hash, dump_yaml, from_dict, load_config, to_dict, with_absolute_paths
 from mmref.errors import ConfigError, PathError, TextError
 from mmref.storage.locations import cache_folder, expanded
-from mmref.terminal.arguments import local_path, model, place, source, text
+from mmref.terminal.arguments import images, local_path, model, place, source, text
 from mmref.terminal.parser import Parser
 
 DUAL = ["--model.dual", "x"]
@@ -91,7 +91,7 @@ def test_every_option_that_takes_a_place_expands_it(monkeypatch):
     places = {"FILE", "FILE|NAME", "DIR", "RUN", "SHARDS", "INDEX", "PNG", "MODEL", "IMAGES"}
     found = [a for p in parsers for a in options(p) if a.metavar in places or a.dest in ("path", "root")]
     assert len(found) > 50
-    assert [a.option_strings or a.dest for a in found if a.type not in (place, local_path, source, expanded, model)] == []
+    assert [a.option_strings or a.dest for a in found if a.type not in (place, local_path, source, expanded, model, images)] == []
     texts = [a for p in parsers for a in options(p) if a.metavar in ("ID", "TEXT", "COLUMN=VALUE")]
     assert len(texts) > 8 and [a.option_strings or a.dest for a in texts if a.type is not text] == []
 

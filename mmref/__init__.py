@@ -59,6 +59,8 @@ def build_index(
     image_root: str | os.PathLike[str] | None = None,
     id_column: str | None = None,
     allow_outside: bool = False,
+    config: str | None = None,
+    folders: Literal["auto", "objects", "plain"] = "auto",
     kind: Literal["auto", "flat", "ivf", "hnsw"] = "auto",
     recall: float = 0.95,
     workers: int | None = 0,
@@ -67,15 +69,18 @@ def build_index(
     """Make a search index of images, for `mmref.Searcher`: what `mmref index` does. The same call again goes on after a kill.
 
     Args:
-        images: a folder with all below it, a shard set, a table (CSV, JSONL, Parquet), or a URL prefix of any of them.
+        images: a folder with all below it, a shard set, a table (CSV, JSONL, Parquet), or a URL prefix of any of them; Parquet
+            files that hold images; a dataset of Hugging Face's `datasets`, its folder or `user/name`.
         model: a pretrained model by hub id or folder, a run of `mmref train`, or a folder of `mmref export`.
         out: the index directory; must not exist yet, or be empty.
-        split: of a shard set; by default all of it.
+        split: of a shard set or dataset; by default all of it.
         image_column: of a table, the column with paths or URLs of images.
         object_column: of a table, the column with object ids, where there is one.
         image_root: of a table, what its paths are relative to; by default its own folder.
         id_column: of a table, the column with the items' ids; by default they are relative paths.
         allow_outside: of a table, take images that lie elsewhere than below `image_root`.
+        config: of a dataset that has several.
+        folders: what the folders in a folder are: objects; plain: nothing; auto: objects where every image lies in object/image.
         kind: exact search (flat) or approximate (ivf, hnsw); auto: exact up to a million images.
         recall: share of the ten nearest, 0 to 1, that an approximate search must find.
         workers: Ray actors that embed, None: one a core. 0, the default: in this process, quickest for a few thousand images.
@@ -96,11 +101,11 @@ def build_index(
 
     root = None if image_root is None else arguments.place(os.fspath(image_root))
     return index.create(
-        arguments.source(os.fspath(images)),
+        arguments.images(os.fspath(images)),
         arguments.model(os.fspath(model)),
         arguments.local_path(os.fspath(out)),
         split,
-        TableColumns(image_column, object_column, root, id_column, allow_outside),
+        TableColumns(image_column, object_column, root, id_column, allow_outside, config, folders),
         kind,
         workers_that_fit(workers),
         recall,

@@ -9,6 +9,7 @@ as they were keep their features, wherever they lie now.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ import pyarrow as pa
 from mmref.errors import SampleError
 from mmref.retrieval.images import Listing, read_image_bytes
 from mmref.storage.fetch import unsigned
+from mmref.storage.files import is_glob
+from mmref.storage.image_places import file_of
 from mmref.storage.locations import from_text, is_url, join, to_text
 from mmref.terminal.output import printable
 
@@ -203,7 +206,10 @@ def _scope(source: str, split: str | None) -> str:
 
 
 def _is_below(path: str, folder: str) -> bool:
-    return path.startswith(f"{folder.rstrip('/')}/")
+    """Whether a place's path lies in a folder, or in the file or one of the files that a source names itself."""
+    if path.startswith((f"{folder.rstrip('/')}/", f"{folder}::")):
+        return True
+    return is_glob(folder) and fnmatch.fnmatchcase(file_of(path), folder)
 
 
 def _places(items: pa.Table) -> list[Place]:
@@ -223,15 +229,18 @@ def _has_moved(old: Place, new: Place, scope: str, stamp: str | None, old_stamp:
     """
     if _is_below(old[0], scope) or (is_url(old[0]) and unsigned(old[0]) == unsigned(new[0])):
         return True
-    return stamp is not None and stamp == old_stamp and not is_url(old[0]) and not os.path.exists(from_text(old[0]))
+    return stamp is not None and stamp == old_stamp and not is_url(old[0]) and not os.path.exists(file_of(from_text(old[0])))
 
 
 def _same_file(one: Place, other: Place) -> bool:
     """Whether two places are one, reached through links."""
-    if one[1:] != other[1:] or is_url(one[0]) or is_url(other[0]):
+    paths = from_text(one[0]), from_text(other[0])
+    files = file_of(paths[0]), file_of(paths[1])
+    columns = [path.removeprefix(file) for path, file in zip(paths, files)]
+    if one[1:] != other[1:] or columns[0] != columns[1] or is_url(one[0]) or is_url(other[0]):
         return False
     try:
-        return os.path.samefile(from_text(one[0]), from_text(other[0]))
+        return os.path.samefile(*files)
     except OSError:
         return False
 

@@ -14,11 +14,12 @@ from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
 from mmref.storage.locations import expanded
 from mmref.storage.texts import read_lines
 from mmref.storage.whole_folder import check_output, write_output
-from mmref.terminal.arguments import count, local_path, model, place, positive, share, source, text
+from mmref.terminal.arguments import count, images, local_path, model, place, positive, share, text
 from mmref.terminal.output import printable, to_json
 from mmref.terminal.parser import Parser
 from mmref.terminal.progress import say
 
+FOLDERS = ("auto", "objects", "plain")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -33,11 +34,18 @@ def index_main(argv: Sequence[str]) -> int:
 def _source_options(parser: argparse.ArgumentParser, needed: bool = True) -> None:
     """IMAGES, as the next positional argument, and how they are read."""
     parser.add_argument(
-        "images", nargs=None if needed else "?", type=source, metavar="IMAGES",
-        help=f"folder (recursive), shard set, table, or URL prefix{'' if needed else ' (default: all that the index is of)'}",
+        "images", nargs=None if needed else "?", type=images, metavar="IMAGES",
+        help="folder (recursive), shard set, table, Parquet files that hold images (also a glob), URL prefix, or dataset of "
+        f"Hugging Face's `datasets`: its folder, or user/name{'' if needed else ' (default: all that the index is of)'}",
     )  # fmt: skip
-    parser.add_argument("--split", help="split of a shard set (default: all of them)")
-    parser.add_argument("--image-column", default="image", help="column of a table with paths or URLs (default: image)")
+    parser.add_argument("--split", help="split of a shard set or dataset (default: all of them)")
+    parser.add_argument("--config", help="of a dataset that has several")
+    parser.add_argument(
+        "--folders", choices=FOLDERS, default="auto",
+        help="what the folders in a folder are: objects; plain: nothing; auto: objects where every picture lies in "
+        "object/picture (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--image-column", default="image", help="column of a table with paths, URLs or images (default: image)")
     parser.add_argument("--object-column", default="object_id", help="column with object ids, where there is one")
     parser.add_argument(
         "--image-root", type=place, metavar="DIR", help="what a table's paths are relative to; else the table's folder"
@@ -62,7 +70,9 @@ def _device_option(parser: argparse.ArgumentParser) -> None:
 def _columns(args: argparse.Namespace) -> Any:
     from mmref.retrieval.images import TableColumns
 
-    return TableColumns(args.image_column, args.object_column, args.image_root, args.id_column, args.allow_outside)
+    return TableColumns(
+        args.image_column, args.object_column, args.image_root, args.id_column, args.allow_outside, args.config, args.folders
+    )
 
 
 def _create(argv: Sequence[str]) -> int:
@@ -183,6 +193,7 @@ def _chosen(args: argparse.Namespace, known: list[Any]) -> list[Any]:
     """All sources of an index, or those that IMAGES names: as the index knows them, unless options say how to read them."""
     from mmref.retrieval.images import DEFAULT_COLUMNS
     from mmref.retrieval.index import Source
+    from mmref.retrieval.sources import images_place
 
     columns = _columns(args)
     if args.images is None:
@@ -191,7 +202,7 @@ def _chosen(args: argparse.Namespace, known: list[Any]) -> list[Any]:
         if args.split is not None or columns != DEFAULT_COLUMNS:
             raise UsageError("options that say how images are read need IMAGES: without it every source is read as before.")
         return known
-    given = Source(args.images, args.split, columns)
+    given = Source(images_place(args.images), args.split, columns)
     found = [one for one in known if one.images == given.images and args.split in (None, one.split)]
     return found if found and columns == DEFAULT_COLUMNS else [given]
 

@@ -1,7 +1,8 @@
-"""Which images an index holds: a folder, a shard set, a table, or a URL prefix, listed as rows of one table.
+"""Which images an index holds: a folder, a shard set, a table, a dataset, or a URL prefix, listed as rows of one table.
 
-Every image is a byte range of a file or URL (`path`, `offset`, `length`; length 0 is the whole file), so that all kinds
-of source are read alike, by the workers that embed and by the service that shows an image.
+Every image has a place (`path`, `offset`, `length`: a file or URL, a part of one, or a row of a Parquet file; see
+`mmref.storage.image_places`), so that all kinds of source are read alike, by the workers that embed and by the service
+that shows an image.
 """
 
 from __future__ import annotations
@@ -15,13 +16,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmref.data.folder import describe, look_into, stamp_of
+from mmref.data.folder import describe, stamp_of
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.errors import EmptySourceError, OutsideError, SampleError, SearchIndexError, StorageError
+from mmref.retrieval.sources import TARS, images_place, parquet_in, refuse_tars, shared_source
+from mmref.shards.sources.folders import FolderSource
+from mmref.shards.sources.hub_dataset import SCHEME
+from mmref.shards.sources.listed import ListedImage, ListedSource, split_name
 from mmref.storage.cells import Row
-from mmref.storage.fetch import id_of, locate, locate_inside, outside_most, read_location, unsigned
-from mmref.storage.locations import absolute, from_text, is_url, join, read_bytes, size_of, to_text
+from mmref.storage.fetch import id_of, locate, locate_inside, outside_most, unsigned
+from mmref.storage.files import matching_files
+from mmref.storage.image_places import Place, file_of, read_place
+from mmref.storage.locations import absolute, from_text, is_url, join, size_of, to_text
 from mmref.storage.tables import TABLE_ENDINGS, Table, read_table
 
 COLUMNS = {  # of every listing, before metadata columns
@@ -47,6 +54,7 @@ class Listing:
     closed: list[str] = field(default_factory=list)  # folders that could not be looked into
     columns_left: dict[str, str] = field(default_factory=dict)  # columns of a table that are no metadata, and why
     cells_left: dict[str, int] = field(default_factory=dict)  # infinite numbers of each column, which are kept as missing
+    notes: list[str] = field(default_factory=list)  # what a user should hear of the source
 
 
 @dataclass(frozen=True)
@@ -58,26 +66,31 @@ class TableColumns:
     image_root: str | None = None
     item_id: str | None = None  # None: the image's own, see `mmref.storage.fetch.id_of`
     allow_outside: bool = False  # of the image root
+    config: str | None = None  # of a dataset
+    folders: str = "auto"  # whether the folders of a folder are objects: auto, objects or plain
 
 
 DEFAULT_COLUMNS = TableColumns()
 
 
 def list_images(source: str, split: str | None = None, columns: TableColumns = DEFAULT_COLUMNS) -> Listing:
-    """Every image of a folder (recursive), shard set (of `split`, by default all splits), table, or URL prefix.
+    """Every image of a folder (recursive), shard set or dataset (of `split`, by default all splits), table, or URL prefix.
 
     Raises:
         EmptySourceError: there is nothing there, or no image in it. SearchIndexError: it cannot be listed.
-        ShardSetError, SourceError: a damaged shard set or table.
+        ShardSetError, SourceError: a damaged shard set, dataset or table.
     """
-    source = absolute(source)
-    if source.lower().endswith(TABLE_ENDINGS):
+    source = images_place(source)
+    shared = shared_source(source, columns)
+    if shared is not None:
+        listing = _list_shared(shared, split, columns)
+    elif source.lower().endswith(TABLE_ENDINGS):
         listing = _list_table(source, columns)
         listing = replace(listing, items=_stamped(listing.items))
     elif size_of(join(source, "manifest.json")) is not None:
         listing = _list_shards(ShardSet.open(source), split)
     else:
-        listing = _list_folder(source)
+        listing = _list_folder(source, split, columns)
     if not len(listing.items):
         found = describe(listing.passed_over) or "nothing else"
         if left := [f"{what}: {why}" for what, why in listing.skipped]:
@@ -90,14 +103,11 @@ def read_image_bytes(path: str, offset: int = 0, length: int = 0) -> bytes:
     """Encoded bytes of one image of a listing. Raises SampleError, or StorageError where storage does not answer."""
     path = from_text(path)
     try:
-        data = read_bytes(path, offset, length) if length else read_location(path)
+        return read_place(Place(path, offset, length))
     except StorageError:  # says nothing of the image: leaving it out would be wrong
         raise
     except Exception as error:  # every file system has its own
         raise SampleError(f"{to_text(path)} cannot be read: {error}.") from None
-    if length and len(data) != length:
-        raise SampleError(f"{to_text(path)}: short at byte {offset}: {len(data)} of {length} bytes.")
-    return data
 
 
 def no_items() -> pa.Table:
@@ -122,13 +132,8 @@ def _as_table(rows: list[dict[str, Any]], extra: list[str]) -> pa.Table:
 def _stamped(items: pa.Table) -> pa.Table:
     """Whole files of this machine with their stamps; one that is not there is found out when it is read."""
 
-    def stamp(path: str) -> str | None:
-        try:
-            return None if is_url(path) else stamp_of(os.stat(from_text(path)))
-        except OSError:
-            return None
-
-    stamps = pa.array([stamp(path) for path in items["path"].to_pylist()], pa.string())
+    places = [from_text(path) for path in items["path"].to_pylist()]
+    stamps = pa.array([None if is_url(path) else _stamp(path) for path in places], pa.string())
     return items.set_column(items.column_names.index("file_stamp"), "file_stamp", stamps)
 
 
@@ -159,13 +164,77 @@ def _sample(captions: list[str]) -> list[str]:
 # -- kinds of source -------------------------------------------------------------------------------------------------
 
 
-def _list_folder(source: str) -> Listing:
-    """Pictures below a folder or URL prefix; ids are paths relative to it."""
+def _list_folder(source: str, split: str | None, columns: TableColumns) -> Listing:
+    """Pictures below a folder or URL prefix; ids are paths relative to it. Where there is none, images of Parquet files."""
     if not is_url(source) and not os.path.isdir(source):
-        raise EmptySourceError(f"{source} is no folder, shard set or table ({', '.join(TABLE_ENDINGS)}).")
-    found = look_into(source, SearchIndexError)
-    rows = [_row(name, path, 0, 0, None, {}, stamp) for name, path, stamp in found.pictures]
-    return Listing(_as_table(rows, []), [], found.skipped, dict(found.passed_over), found.closed)
+        raise EmptySourceError(
+            f"{source} is no folder, shard set or table ({', '.join(TABLE_ENDINGS)}). A dataset of a hub is {SCHEME}USER/NAME."
+        )
+    found = FolderSource(source, strict=False, wrong=SearchIndexError)
+    listing = _list_shared(found, split, columns)
+    if len(listing.items):
+        return listing
+    if inside := parquet_in(source, columns):
+        return _list_shared(inside, split, columns)
+    refuse_tars(source, matching_files(source, TARS))
+    return listing
+
+
+def _list_shared(source: ListedSource, split: str | None, columns: TableColumns) -> Listing:
+    """Images of a source that shard sets are built from too. Raises SearchIndexError for a split that it has not."""
+    images = list(source.images())
+    if split is not None and images:
+        splits = list(dict.fromkeys(image.split for image in images if image.split is not None))
+        if split_name(split) not in splits:
+            raise SearchIndexError(f"{source.origin} has no split {split!r}, only {', '.join(splits) or 'images without any'}.")
+        images = [image for image in images if image.split == split_name(split)]
+    of_folder = isinstance(source, FolderSource)
+    with_objects = not of_folder or columns.folders == "objects" or (columns.folders == "auto" and source.regular)
+    stamps, rows, left = _Stamps(source), [], dict(source.columns_left)
+    for image in images:
+        fields: dict[str, Any] = {"split": image.split} if image.split is not None else {}
+        fields |= {"caption": image.captions[0]} if image.captions else {}
+        for name, value in image.extra.items():
+            if name in RESERVED:
+                left[name] = "the index has its own"
+            elif value is not None and name not in fields:
+                fields[name] = value if _is_scalar(value) else str(value)
+        object_id = image.object_id if with_objects or image.object_id in source.told_objects else None
+        rows.append(_row(from_text(image.image_id), *image.place, object_id, fields, stamps.of(image)))
+    extra = list(dict.fromkeys(name for row in rows for name in row["extra"]))
+    captions = [text for image in images for text in image.captions]
+    notes = _said_of_folders(rows) if of_folder and with_objects and rows else []
+    passed, cells = dict(source.passed_over), dict(source.infinite)
+    return Listing(_as_table(rows, extra), _sample(captions), source.left_out, passed, source.closed, left, cells, notes)
+
+
+def _said_of_folders(rows: list[dict[str, Any]]) -> list[str]:
+    count = len({row["object_id"] for row in rows})
+    return [f"{count:,} folders taken as objects (--folders plain: they mean nothing)"]
+
+
+class _Stamps:
+    """What changes with the file of an image; a file is looked at once."""
+
+    def __init__(self, source: ListedSource) -> None:
+        self._known = source.stamps
+        self._files: dict[str, str | None] = {}
+
+    def of(self, image: ListedImage) -> str | None:
+        """None where it is not known."""
+        if (stamp := self._known.get(image.image_id)) is not None:
+            return stamp
+        file = file_of(image.place.path)
+        if file not in self._files:
+            self._files[file] = None if is_url(file) else _stamp(file)
+        return self._files[file]
+
+
+def _stamp(path: str) -> str | None:
+    try:
+        return stamp_of(os.stat(path))
+    except OSError:  # it is found out when it is read
+        return None
 
 
 def _list_shards(shards: ShardSet, split: str | None) -> Listing:

@@ -35,9 +35,10 @@ from mmref.retrieval.chunks import JOURNAL, PLACE, Chunks, embed, identity
 from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, list_images, no_items
 from mmref.retrieval.journal import KILLED
 from mmref.retrieval.segment import Segment, copy_rows, write_segment
+from mmref.retrieval.sources import images_place
 from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
 from mmref.storage.disk import sync_files, told_when_full
-from mmref.storage.locations import absolute, below, endless, sha256_of, to_text
+from mmref.storage.locations import below, endless, sha256_of, to_text
 from mmref.storage.locks import held
 from mmref.storage.whole_folder import held_folder, write_whole
 from mmref.terminal.output import printable
@@ -169,11 +170,11 @@ def create(
     """Make an index of images.
 
     Args:
-        images: folder, shard set, table, or URL prefix of any of them.
+        images: folder, shard set, table, or URL prefix of any of them; dataset on this machine or by its name on a hub.
         model: run directory of `mmref train` (or its URL), folder of `mmref export`, or pretrained model by hub id or folder.
         out: the index directory; must not exist, or be empty. The same call again goes on after a kill.
-        split: of a shard set; by default all of it.
-        columns: names of a table's columns.
+        split: of a shard set or dataset; by default all of it.
+        columns: names of a table's columns, and how other sources are read.
         kind: search exactly (flat) or approximately; auto: exactly up to a million images.
         workers: Ray actors; 0: in this process.
         recall: share of the ten nearest that an approximate search must find.
@@ -184,7 +185,7 @@ def create(
     """
     if "://" in out:
         raise SearchIndexError(f"{out} is a URL, and an index is a local folder: give one with --out.")
-    images, target = absolute(images), Path(os.path.realpath(os.path.expanduser(out)))
+    images, target = images_place(images), Path(os.path.realpath(os.path.expanduser(out)))
     _check_free(target)
     work = target.with_name(f"{target.name}.partial")
     with told_when_full(target), held_folder(work, target, SearchIndexError), _kept_if_begun(work):
@@ -248,7 +249,7 @@ def add(
     Raises:
         ModelMismatchError: `model` is another one. SearchIndexError and others as in `create`.
     """
-    return _take_in(index, Source(absolute(images), split, columns), model, workers, device, None)
+    return _take_in(index, Source(images_place(images), split, columns), model, workers, device, None)
 
 
 def sync(
@@ -610,7 +611,8 @@ def _not_taken(source: str, listing: Listing) -> list[dict[str, Any]]:
 def _passed_over(listing: Listing) -> list[str]:
     """What lies beside the images of a listing, in words."""
     count = sum(listing.passed_over.values())
-    lines = [f"{count:,} files passed over: {describe(listing.passed_over)}"] if count else []
+    lines = list(listing.notes)
+    lines += [f"{count:,} files passed over: {describe(listing.passed_over)}"] if count else []
     if left := [f"{printable(name)} ({why})" for name, why in listing.columns_left.items()]:
         lines.append(f"columns of the table that were not taken: {', '.join(left)}")
     if infinite := [f"{printable(name)} ({count:,})" for name, count in listing.cells_left.items()]:

@@ -14,7 +14,7 @@ from mmref.retrieval import images, index
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.searcher import Searcher
 from mmref.shards.build import BuildOptions, build_shards, make_source
-from mmref.storage import retries
+from mmref.storage import image_places, retries
 
 
 def ids(path: Path) -> list[str]:
@@ -64,7 +64,9 @@ def test_ids_of_a_column(folder, run, tmp_path):
 
 
 def test_the_same_urls_with_other_signatures(folder, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "read_location", lambda place: (folder / place.split("/")[-1].partition("?")[0]).read_bytes())
+    monkeypatch.setattr(
+        image_places, "read_location", lambda place: (folder / place.split("/")[-1].partition("?")[0]).read_bytes()
+    )
     urls = [f"https://a.b/{name}.png?Expires=1&Signature=" for name in ("00", "02")]
     for signature in ("k1", "k2"):
         rows = "".join(f"{url}{signature}\n" for url in [*urls, urls[0] + "again"])

@@ -1,8 +1,20 @@
-"""manifest.json of a shard set, read as somebody else may have written it: it names files, and they stay inside the set."""
+"""manifest.json of a shard set, read as somebody else may have written it: it names files, and they stay inside the set.
+
+The exception are tars that a set has not written but indexed where they lie. Such a shard has `in_place`, and its `file` is a
+whole path or URL of a tar:
+
+    stamp       size and time of the tar, or its tag on a storage, as `mmref.storage.tars.tar_stamp` gives it
+    headers     hash of the headers of its members
+    json        the file of the set that holds the json of each of its samples
+    json_bytes, json_sha256
+
+Its `sha256` is that of what the split takes from it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from mmref.errors import ShardSetError
@@ -12,7 +24,9 @@ VERSION = 1
 BUNDLED = "data_shards/emoji"
 AGAIN = "Build the shard set again."
 SHARD_FIELDS: dict[str, type] = {"file": str, "samples": int, "bytes": int, "sha256": str}
+IN_PLACE_FIELDS: dict[str, type] = {"stamp": str, "headers": str, "json": str, "json_bytes": int, "json_sha256": str}
 COUNTS = ("objects", "images", "captions")
+STORAGES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs")  # URLs of tars that are indexed in place
 
 
 def read_manifest(root: str) -> dict[str, Any]:
@@ -52,6 +66,32 @@ def read_manifest(root: str) -> dict[str, Any]:
     return manifest
 
 
+def tar_of(root: str, shard: dict[str, Any]) -> str:
+    """Path or URL of the tar that a manifest's entry names."""
+    return str(shard["file"]) if "in_place" in shard else join(root, shard["file"])
+
+
+def json_of(root: str, shard: dict[str, Any]) -> str:
+    """Path or URL of the file with the json of a tar that was indexed in place; "" where it lies in the tar."""
+    return join(root, shard["in_place"]["json"]) if "in_place" in shard else ""
+
+
+def outside(place: str) -> str:
+    """Why a manifest may not name this place as that of a tar outside of its set; "" where it may.
+
+    Whoever wrote it may want another file of this machine read: it must be called a tar, and whoever opens it holds size and
+    time of it against the manifest.
+    """
+    if not place.partition("?")[0].endswith(".tar"):
+        return f"{place!r:.200} is not called a tar"
+    if is_url(place):
+        scheme = place.partition("://")[0].lower()
+        return "" if scheme in STORAGES and "::" not in place else f"tars are not read from {scheme}:// ({place!r:.200})"
+    if not os.path.isabs(place) or os.path.normpath(place) != place or "\0" in place:
+        return f"{place!r:.200} is no whole path"
+    return endless(place)
+
+
 def _how_to_get_it(root: str) -> str:
     if root.endswith(BUNDLED):  # as configs of ours name it, which a wheel has, and the set it has not
         return (
@@ -78,12 +118,27 @@ def _problem(root: str, split: str, entry: Any) -> str:
             for name, kind in SHARD_FIELDS.items():
                 if not (_is_count(shard.get(name)) if kind is int else isinstance(shard.get(name), str)):
                     return f"`{name}` of a shard is {shard.get(name)!r:.100}"
+            if "in_place" in shard:
+                if problem := _problem_in_place(root, shard):
+                    return problem
+                continue
             below(root, shard["file"])
             if "packed" in shard:
                 below(root, shard["packed"])
     except ValueError as error:
         return str(error)
     return ""
+
+
+def _problem_in_place(root: str, shard: dict[str, Any]) -> str:
+    found = shard["in_place"]
+    if not isinstance(found, dict) or "packed" in shard:
+        return f"`in_place` of a shard is {found!r:.100}"
+    for name, kind in IN_PLACE_FIELDS.items():
+        if not (_is_count(found.get(name)) if kind is int else isinstance(found.get(name), str)):
+            return f"`in_place.{name}` of a shard is {found.get(name)!r:.100}"
+    below(root, found["json"])
+    return outside(shard["file"])
 
 
 def _is_count(value: Any) -> bool:

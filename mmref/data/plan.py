@@ -78,9 +78,10 @@ class WindowedOrder:
     that it does not ask for shards of the start again.
     """
 
-    def __init__(self, shard_start: Ints, window: int, seed: int) -> None:
-        """`shard_start` (S + 1,): first object of each shard, and the number of objects."""
-        self.shard_start, self.window, self.seed = shard_start, window, seed
+    def __init__(self, shard_start: Ints, window: int, seed: int, by_shard: NDArray[np.int32] | None = None) -> None:
+        """`shard_start` (S + 1,): the place of each shard's first object, and the number of objects; `by_shard` (m,): the object
+        at each place, None where rows of objects are their places."""
+        self.shard_start, self.window, self.seed, self.by_shard = shard_start, window, seed, by_shard
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
 
     def __call__(self, epoch: int, first: int, count: int) -> Ints:
@@ -93,7 +94,8 @@ class WindowedOrder:
         inside = permute(places - window_at[window], size, draw(RandomStream.OBJECT_ORDER, self.seed, epoch, window))
         place = window_at[window] + inside  # among the epoch's objects, shard after shard
         shard = np.searchsorted(shard_at, place, side="right") - 1
-        return self.shard_start[shards[shard]] + place - shard_at[shard]
+        found = self.shard_start[shards[shard]] + place - shard_at[shard]
+        return found if self.by_shard is None else self.by_shard[found].astype(np.int64)
 
     def near(self, epoch: int, first: int, count: int) -> tuple[int, int]:
         window_at, first = self._epoch(epoch)[2], self._within(first, count)
@@ -256,6 +258,20 @@ class MixedPlan:
             yield images + self.first_image[part]
 
 
+def windowed_order(shard: NDArray[np.int32], window: int, seed: int) -> WindowedOrder:
+    """The order of objects (m,) in windows of shards, of which `shard` is the one that holds the first image of each.
+
+    In a set that was built objects lie shard after shard. In one whose tars were indexed in place they do not, and the order of
+    its objects by shard takes four bytes of memory for each.
+    """
+    by_shard = None
+    if (np.diff(shard) < 0).any():
+        by_shard = np.argsort(shard, kind="stable").astype(np.int32)
+        shard = shard[by_shard]
+    shard_start = np.append(np.flatnonzero(np.diff(shard, prepend=-1)), len(shard))
+    return WindowedOrder(shard_start, window, seed, by_shard)
+
+
 def build_plan(config: Config, index: SplitIndex) -> Plan | MixedPlan:
     """The plan of a run over its training index (`train_index`). Raises TooFewObjectsError, NeighborsError."""
     data, seed = config.data, config.train.seed
@@ -267,9 +283,7 @@ def build_plan(config: Config, index: SplitIndex) -> Plan | MixedPlan:
         start = index.object_start[first : last + 1]
         order: Order | None = None
         if data.window_shards:
-            shard = index.shard[start[:-1]]  # of each object
-            shard_start = np.append(np.flatnonzero(np.diff(shard, prepend=-1)), len(shard))
-            order = WindowedOrder(shard_start, data.window_shards, seed)
+            order = windowed_order(index.shard[start[:-1]], data.window_shards, seed)
         if hard is not None:
             rows = hard[first:last]
             rows = np.where(rows < 0, rows, rows - first).astype(np.int32)

@@ -1,11 +1,16 @@
-"""Where every image of a split lies in its tars, and the reader that takes one of them by its byte range."""
+"""Where every image of a split lies in its tars, and the reader that takes one of them by its byte range.
+
+The json of a sample lies beside its image, or, where tars are indexed in place, in a file of the set.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -13,16 +18,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from mmref.data.columns import Strings, read_columns
+from mmref.data.columns import read_columns
 from mmref.errors import SampleError, ShardSetError, StorageError
 from mmref.storage.cache import ShardCache
 from mmref.storage.locations import file_system, is_url, read_bytes
 from mmref.storage.retries import retry
+from mmref.storage.tars import size_in, stamp_of
 
 MAX_OPEN_FILES = 64  # a process may hold readers of several splits; stay far below the usual limit of 1024
 OPEN_ATTEMPTS = 3  # of a cached shard
+SMALLEST_SAMPLE = 1024  # bytes in a tar: a header and what it is of
 INDEX_ARRAYS = {  # column of <split>.index.parquet -> dtype in SplitIndex
     "object_row": np.int32,
     "shard": np.int32,
@@ -32,7 +38,7 @@ INDEX_ARRAYS = {  # column of <split>.index.parquet -> dtype in SplitIndex
     "json_size": np.int64,
     "n_captions": np.int32,
 }
-_known_digests: dict[str, tuple[tuple[int, int, int], dict[str, str]]] = {}  # manifest -> its stamp, and what it says
+_known_digests: dict[tuple[str, str], tuple[tuple[int, int, int], dict[str, str]]] = {}  # manifest, split -> stamp, what it says
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,38 @@ class RawSample:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """How many bytes the shards of a split have, and the files with their json: an index that points behind them is damaged."""
+
+    of_images: np.ndarray | None = None  # (shards,) int64; None: nothing is checked
+    of_json: np.ndarray | None = None  # (shards,) int64
+
+    @property
+    def rows(self) -> int | None:
+        """The most images for which there is room."""
+        return None if self.of_images is None else int(self.of_images.sum()) // SMALLEST_SAMPLE
+
+    @property
+    def digest(self) -> str:
+        """Changes when they do."""
+        return hashlib.sha256(b"".join(ends.tobytes() for ends in (self.of_images, self.of_json) if ends is not None)).hexdigest()
+
+    def check(self, path: str, rows: dict[str, np.ndarray]) -> None:
+        """Raise ShardSetError for rows of an index that point elsewhere."""
+        shard = rows["shard"]
+        for what, ends in (("image", self.of_images), ("json", self.of_json)):
+            if ends is None:
+                continue
+            start, size = rows[f"{what}_offset"], rows[f"{what}_size"]
+            inside = (shard >= 0) & (shard < len(ends))
+            if not np.all(inside & (start >= 0) & (size >= 0) & (size <= ends[shard * inside] - start)):
+                raise ShardSetError(f"{path} points outside its shards. Build the set again.")
+
+
+@dataclass(frozen=True)
 class SplitIndex:
-    """Where every image of a split lies. Arrays have one entry per image, in tar order, an object's images adjacent.
+    """Where every image of a split lies. Arrays have one entry per image, an object's images adjacent: in the order of the tars
+    where the set was built, in any order where tars were indexed in place.
 
     `object_start` has n_objects + 1 entries: the images of object row r are object_start[r] .. object_start[r + 1] - 1.
     `object_ids` has one entry per object row; `shard_paths` one per shard; `shard` indexes it.
@@ -68,6 +104,8 @@ class SplitIndex:
     object_start: np.ndarray = field(repr=False)  # (objects + 1,) int64
     first_objects: tuple[int, ...] = (0,)  # first object row of each shard set; more than one after `merge`
     shard_sha256: tuple[str, ...] = ()  # of each shard, as the manifests have it
+    json_paths: tuple[str, ...] = ()  # of each shard the file with its samples' json; "" (or no entry) where that is the tar
+    stamps: tuple[str, ...] = ()  # of each shard that lies outside of its set, as `storage.tars.tar_stamp`; else "" (or no entry)
 
     def __len__(self) -> int:
         return len(self.object_row)
@@ -76,31 +114,37 @@ class SplitIndex:
     def n_objects(self) -> int:
         return len(self.object_ids)
 
+    def json_path(self, shard: int) -> str:
+        """Where the json of a shard's samples lies."""
+        return (self.json_paths[shard] if self.json_paths else "") or self.shard_paths[shard]
+
+    def stamp(self, shard: int) -> str:
+        """What a shard must still be, where it lies outside of its set; else ""."""
+        return self.stamps[shard] if self.stamps else ""
+
     @classmethod
-    def from_parquet(cls, path: str, split: str, shard_paths: list[str], most_rows: int | None = None) -> SplitIndex:
-        """Raises ShardSetError when columns are missing or object rows are not 0..n-1 in order, OSError or ValueError for a file
-        that is no parquet or has more than `most_rows`."""
+    def from_parquet(cls, path: str, split: str, shard_paths: list[str], ends: Ends | None = None, **fields: Any) -> SplitIndex:
+        """Raises ShardSetError when columns are missing, object rows are not 0..n-1 in order or an entry points outside of
+        `ends`, OSError or ValueError for a file that is no parquet or has more rows than there is room for."""
+        ends = ends or Ends()
         try:
             with _open(path) as file:
-                strings = ["object_id", "image_id", "key", "image_ext"]
-                columns = read_columns(file, _stamp(path), INDEX_ARRAYS, strings, most_rows)
+                columns = read_columns(
+                    file, path, f"{_stamp(path)} {ends.digest}", INDEX_ARRAYS, ["image_id", "key", "image_ext"],
+                    lambda rows: ends.check(path, rows), ends.rows,
+                )  # fmt: skip
         except KeyError as error:
             raise ShardSetError(f"{path}: {error.args[0]}. Build the shard set again.") from None
-        rows = columns["object_row"]
-        steps = np.diff(rows)
-        # An object's images are adjacent and rows are contiguous exactly when rows start at 0 and rise by 0 or 1.
-        if len(rows) and (rows[0] != 0 or steps.min(initial=0) < 0 or steps.max(initial=0) > 1):
-            raise ShardSetError(f"{path}: object rows are not 0, 1, 2, ... in order. Build the shard set again.")
-        first = np.append(0, np.flatnonzero(steps) + 1) if len(rows) else np.zeros(0, np.int64)
         return cls(
             split=split,
             shard_paths=shard_paths,
-            object_ids=Strings(columns.pop("object_id").column.take(pa.array(first))),
-            image_ids=columns.pop("image_id"),
-            keys=columns.pop("key"),
-            image_ext=columns.pop("image_ext"),
-            object_start=np.append(first, len(rows)).astype(np.int64),
-            **columns,
+            object_ids=columns.object_ids,
+            image_ids=columns.strings["image_id"],
+            keys=columns.strings["key"],
+            image_ext=columns.strings["image_ext"],
+            object_start=columns.object_start,
+            **columns.numbers,
+            **fields,
         )
 
     @staticmethod
@@ -140,6 +184,8 @@ class SplitIndex:
             object_start=np.concatenate([*(p.object_start[:-1] + i for p, i in zip(parts, images)), images[-1:]]),
             first_objects=tuple(objects[:-1].tolist()),
             shard_sha256=tuple(digest for p in parts for digest in p.shard_sha256),
+            json_paths=tuple(p.json_path(shard) for p in parts for shard in range(len(p.shard_paths))),
+            stamps=tuple(p.stamp(shard) for p in parts for shard in range(len(p.shard_paths))),
         )
 
 
@@ -151,7 +197,7 @@ class SampleReader:
 
     def __init__(self, index: SplitIndex, cache: ShardCache | None = None) -> None:
         self.index, self.cache = index, cache
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        self._files: OrderedDict[str, int] = OrderedDict()  # path -> file descriptor, least recently used first
         self._lock = threading.Lock()  # of _files: evaluation reads with several threads
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -166,26 +212,26 @@ class SampleReader:
             os.close(self._files.popitem()[1])
 
     @contextlib.contextmanager
-    def _opened(self, shard: int) -> Iterator[int]:
+    def _opened(self, shard: int, path: str) -> Iterator[int]:
         """A descriptor of the caller's own: another thread may close the one that is held."""
-        if shard not in self._files:
-            self._local_path(shard)  # threads fetch side by side
+        if path not in self._files:
+            self._local_path(shard, path)  # threads fetch side by side
         with self._lock:
-            own = os.dup(self._held(shard))
+            own = os.dup(self._held(shard, path))
         try:
             yield own
         finally:
             os.close(own)
 
-    def _held(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
+    def _held(self, shard: int, path: str) -> int:
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
         if len(self._files) >= MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         for attempt in range(OPEN_ATTEMPTS):
             try:
-                file = os.open(self._local_path(shard), os.O_RDONLY)
+                file = os.open(self._local_path(shard, path), os.O_RDONLY)
                 break
             except FileNotFoundError:  # another process of the node may make room in the cache between the two
                 if self.cache is None or attempt == OPEN_ATTEMPTS - 1:
@@ -193,53 +239,72 @@ class SampleReader:
                     raise
         try:
             self._check_unreplaced(shard)
+            if path == self.index.shard_paths[shard]:
+                self._check_in_place(shard, os.fstat(file))
         except ShardSetError:
             os.close(file)
             raise
-        self._files[shard] = file
+        self._files[path] = file
         return file
 
     def _check_unreplaced(self, shard: int, found: bool = True) -> None:
         """Raise ShardSetError where another set has taken the place of this one since its index was read: offsets of the one say
         nothing of the other. To be called when a file is open: the manifest goes first and comes last."""
-        path, digests = self.index.shard_paths[shard], self.index.shard_sha256
-        if not digests or is_url(path):
+        index, path, digests = self.index, self.index.shard_paths[shard], self.index.shard_sha256
+        own = index.json_path(shard)  # lies in the set wherever the tar lies
+        if not digests or is_url(own):
             return
-        root, name = os.path.dirname(os.path.dirname(path)), "/".join(path.split(os.sep)[-2:])
-        listed = _digests(os.path.join(root, "manifest.json"))
+        root = os.path.dirname(os.path.dirname(own))
+        name = path if index.stamp(shard) else "/".join(path.split(os.sep)[-2:])
+        listed = _digests(os.path.join(root, "manifest.json"), index.split)
         if (listed or found) and listed.get(name) != digests[shard]:
             raise ShardSetError(
                 f"{root} was replaced by another shard set while it was read: {name} is no longer what it was. Start the same "
                 "command again; a run takes the set that it began with alone."
             )
 
-    def _local_path(self, shard: int) -> str:
-        """Where a shard lies on this node, fetched into the cache where it lies on object storage."""
-        path, digests = self.index.shard_paths[shard], self.index.shard_sha256
+    def _check_in_place(self, shard: int, found: os.stat_result) -> None:
+        """Raise ShardSetError where a tar outside of its set is no longer the one that was indexed. Of one in the cache only the
+        size is known: its tag is part of its name there."""
+        path, stamp = self.index.shard_paths[shard], self.index.stamp(shard)
+        same = str(found.st_size) == size_in(stamp) if is_url(path) else stamp_of(found) == stamp
+        if stamp and not (same and stat.S_ISREG(found.st_mode)):
+            raise changed_in_place(path, stamp_of(found), stamp)
+
+    def _local_path(self, shard: int, path: str) -> str:
+        """Where a file of a shard lies on this node, fetched into the cache where it lies on object storage."""
+        index = self.index
         if self.cache is None or not is_url(path):
             return path
-        return self.cache.path(path, digests[shard] if digests else "")
+        content = index.shard_sha256[shard] if index.shard_sha256 else ""
+        if path == index.shard_paths[shard]:
+            content = index.stamp(shard) or content  # splits share a tar that was indexed in place
+        return self.cache.path(path, content)
 
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
+    def _pread(self, shard: int, path: str, offset: int, size: int) -> bytes:
         try:
-            with self._opened(shard) as file:
+            with self._opened(shard, path) as file:
                 return os.pread(file, size, offset)
         except OSError:  # what is held may be what has gone stale, or what there is too much of
             with self._lock:
                 self.close()
             raise
 
-    def _range(self, shard: int, offset: int, size: int, what: str) -> bytes:
-        """Bytes of a shard. Raises SampleError, or StorageError where storage does not answer or permit it: that says nothing
-        of the sample, and another in its place would change the run."""
-        path = self.index.shard_paths[shard]
+    def _range(self, shard: int, path: str, offset: int, size: int, what: str) -> bytes:
+        """Bytes of a file of a shard. Raises SampleError, or StorageError where storage does not answer or permit it: that says
+        nothing of the sample, and another in its place would change the run."""
         try:
             if is_url(path) and self.cache is None:
                 data = read_bytes(path, offset, size)
             else:
-                data = retry(f"read {path}", lambda: self._pread(shard, offset, size))
+                data = retry(f"read {path}", lambda: self._pread(shard, path, offset, size))
         except OSError as error:  # no such file any more, no permission: so do credentials that have run out
             raise StorageError(f"cannot read {path}: {error}. Mend it, then start the same command: it resumes.") from error
+        if len(data) > size:
+            raise StorageError(
+                f"{path} is only given as a whole, {len(data):,} bytes where {size:,} were asked for: set `data.cache_gb`, so "
+                "that each node keeps it."
+            )
         if len(data) != size:
             raise SampleError(f"{path}: {what} at byte {offset} is short: {len(data)} of {size} bytes.")
         return data
@@ -247,22 +312,23 @@ class SampleReader:
     def read_meta(self, i: int) -> dict[str, Any]:
         """The json of image i: captions and ids, without reading the image. Raises SampleError, StorageError, ShardSetError."""
         index, shard = self.index, int(self.index.shard[i])
-        data = self._range(shard, int(index.json_offset[i]), int(index.json_size[i]), "json")
+        path = index.json_path(shard)
+        where = f"{path}: json of {index.keys[i]!r} at byte {index.json_offset[i]}"
+        data = self._range(shard, path, int(index.json_offset[i]), int(index.json_size[i]), "json")
         try:
             meta = json.loads(data)
         except ValueError as error:  # covers broken UTF-8 as well
-            where = f"{index.shard_paths[shard]}: json of {index.keys[i]!r} at byte {index.json_offset[i]}"
             raise SampleError(f"{where} is broken: {error}") from error
         if not isinstance(meta, dict) or not isinstance(meta.get("captions"), list):
-            where = f"{index.shard_paths[shard]}: json of {index.keys[i]!r} at byte {index.json_offset[i]}"
             raise SampleError(f"{where} has no list `captions`.")
         return meta
 
     def read(self, i: int) -> RawSample:
         """Image i of the split. Raises SampleError (file, offset, what) when bytes are short or the json is broken, StorageError
         when storage does not answer, ShardSetError when another set has taken the place of this one."""
-        index = self.index
-        image = self._range(int(index.shard[i]), int(index.image_offset[i]), int(index.image_size[i]), "image")
+        index, shard = self.index, int(self.index.shard[i])
+        path = index.shard_paths[shard]
+        image = self._range(shard, path, int(index.image_offset[i]), int(index.image_size[i]), "image")
         return RawSample(image, index.image_ext[i], self.read_meta(i))
 
 
@@ -276,20 +342,27 @@ def _stamp(path: str) -> str:
     if is_url(path):
         fs, inner = file_system(path)
         return f"{path} {fs.ukey(inner)}"
-    stat = os.stat(path)
-    return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    found = os.stat(path)
+    return f"{os.path.abspath(path)} {found.st_size} {found.st_mtime_ns}"
 
 
-def _digests(manifest: str) -> dict[str, str]:
-    """SHA-256 of the shards that a local manifest names now; {} where there is none."""
+def changed_in_place(path: str, found: str, expected: str) -> ShardSetError:
+    """The error for a tar outside of its set that is no longer the one that was indexed."""
+    return ShardSetError(
+        f"{path} is not the tar that was indexed: size and time (or tag) are {found}, they were {expected}. Index the tars again "
+        "with `mmref shards index`, or put the old one back."
+    )
+
+
+def _digests(manifest: str, split: str) -> dict[str, str]:
+    """SHA-256 of the shards that a local manifest names now for a split; {} where there is none."""
     try:
-        stat = os.stat(manifest)
-        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        known = _known_digests.get(manifest)
+        found = os.stat(manifest)
+        stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
+        known = _known_digests.get((manifest, split))
         if known is None or known[0] != stamp:
-            splits = json.loads(read_bytes(manifest))["splits"]
-            found = {shard["file"]: shard["sha256"] for split in splits.values() for shard in split["shards"]}
-            _known_digests[manifest] = known = stamp, found
+            shards = json.loads(read_bytes(manifest))["splits"].get(split, {"shards": []})["shards"]
+            _known_digests[manifest, split] = known = stamp, {shard["file"]: shard["sha256"] for shard in shards}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
     return known[1]

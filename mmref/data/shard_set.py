@@ -1,8 +1,9 @@
-"""Shard sets: WebDataset tars with an index of byte offsets beside them, so that any sample can be read alone.
+"""Shard sets: WebDataset tars with an index of byte offsets, so that any sample can be read alone.
 
 Layout (written by `mmref/shards/build.py`): `manifest.json` last, so a set with a manifest is complete;
 `objects.parquet` (train objects and their rows); per split the tars and `<split>.index.parquet`, one row per image, an
-object's images side by side. A set may travel packed (`.tar.gz` for every tar): `ShardSet.open` unpacks it once.
+object's images side by side. A set may travel packed (`.tar.gz` for every tar): `ShardSet.open` unpacks it once. A set that
+`mmref/shards/in_place.py` wrote has no tars of its own: its manifest names them where they lie.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import tarfile
 import tempfile
 import zlib
 from dataclasses import replace
@@ -20,25 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmref.data.manifest import read_manifest
-from mmref.data.sample_reader import SampleReader, SplitIndex
+from mmref.data.columns import Strings, texts
+from mmref.data.manifest import json_of, read_manifest, tar_of
+from mmref.data.sample_reader import Ends, SampleReader, SplitIndex
+from mmref.data.shard_checks import check_shards, verify_shard
 from mmref.errors import NeighborsError, ShardSetError
 from mmref.storage.cache import ShardCache
-from mmref.storage.locations import absolute, cache_folder, file_system, folder_name, is_url, join, read_bytes, sha256_of, size_of
+from mmref.storage.locations import absolute, cache_folder, folder_name, is_url, join, read_bytes, sha256_of
 from mmref.storage.parquet import read_parquet
-from mmref.storage.retries import retry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mmref.config import Config
-
-SMALLEST_SAMPLE = 1024  # bytes in a tar: the headers of an image and its json
-
-
-def _sizes(folder: str) -> dict[str, int]:
-    """Bytes of the files in a folder of object storage, by name."""
-    fs, inner = file_system(folder)
-    found = retry(f"list {folder}", lambda: fs.find(inner, detail=True))
-    return {name.rsplit("/", 1)[-1]: int(entry["size"]) for name, entry in found.items()}
 
 
 class ShardSet:
@@ -105,23 +99,13 @@ class ShardSet:
         return self.manifest["splits"][split]
 
     def shard_paths(self, split: str) -> list[str]:
-        return [join(self.root, shard["file"]) for shard in self._split(split)["shards"]]
+        return [tar_of(self.root, shard) for shard in self._split(split)["shards"]]
 
     def index(self, split: str) -> SplitIndex:
         """Loads the index of a split. Raises ShardSetError for an unknown split, or shards unlike the manifest."""
         entry = self._split(split)
-        sizes = _sizes(join(self.root, split)) if is_url(self.root) else None  # one listing, not a request a shard
-        for path, shard in zip(self.shard_paths(split), entry["shards"], strict=True):
-            size = size_of(path) if sizes is None else sizes.get(path.rsplit("/", 1)[-1])
-            if problem := _size_problem(path, size, shard["bytes"]):
-                raise ShardSetError(f"{problem}. Copy or build the set again; `mmref shards verify` says more.")
+        check_shards(self.root, split, entry["shards"])
         index = self._load_index(split)
-        ends = np.array([shard["bytes"] for shard in entry["shards"]])
-        for what in ("image", "json"):
-            start, size = getattr(index, f"{what}_offset"), getattr(index, f"{what}_size")
-            inside = (index.shard >= 0) & (index.shard < len(ends))
-            if not np.all(inside & (start >= 0) & (size >= 0) & (size <= ends[index.shard * inside] - start)):
-                raise ShardSetError(f"{self.root}: the index of {split} points outside its shards. Build the set again.")
         if (len(index), index.n_objects) != (entry["images"], entry["objects"]):
             raise ShardSetError(
                 f"{self.root}: the index of {split} has {len(index)} images of {index.n_objects} objects, the manifest "
@@ -130,20 +114,19 @@ class ShardSet:
         return index
 
     def _load_index(self, split: str) -> SplitIndex:
-        path = join(self.root, split, f"{split}.index.parquet")
-        room = sum(shard["bytes"] for shard in self._split(split)["shards"]) // SMALLEST_SAMPLE
+        path, shards = join(self.root, split, f"{split}.index.parquet"), self._split(split)["shards"]
         try:
-            index = SplitIndex.from_parquet(path, split, self.shard_paths(split), room)
+            index = load_index(self.root, split, shards)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
             raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error
-        return replace(index, shard_sha256=tuple(shard["sha256"] for shard in self._split(split)["shards"]))
+        return replace(index, shard_sha256=tuple(shard["sha256"] for shard in shards))
 
-    def train_object_ids(self) -> list[str]:
+    def train_object_ids(self) -> Sequence[str]:
         """Ids of the training objects by row. Raises ShardSetError when objects.parquet is missing or out of order."""
         path = join(self.root, "objects.parquet")
         try:
             table = read_parquet(io.BytesIO(read_bytes(path)), ["object_id", "row"])
-            ids, rows = table["object_id"].to_pylist(), table["row"].to_numpy()
+            ids, rows = Strings(texts(table["object_id"])), table["row"].to_numpy()
         except (OSError, ValueError, KeyError) as error:
             raise ShardSetError(f"{path} cannot be read ({error}). Build the shard set again.") from error
         if not np.array_equal(rows, np.arange(len(rows))):
@@ -153,8 +136,9 @@ class ShardSet:
     def verify(self, checksums: bool = True) -> list[str]:
         """Every problem found, one line each, starting with its name; an empty list means the set is sound.
 
-        Names: missing_shard, wrong_size, wrong_checksum, broken_tar, wrong_count, wrong_offset, broken_index,
-        wrong_objects, split_overlap. `checksums=False` leaves out reading every byte for the sha256.
+        Names: missing_shard, wrong_size, changed_tar, wrong_checksum, broken_tar, wrong_count, wrong_offset, broken_index,
+        wrong_objects, split_overlap. `checksums=False` leaves out reading every byte for the sha256. Images in tars that were
+        indexed in place have none: of them size, time and headers are compared.
         """
         problems: list[str] = []
         owners: dict[str, str] = {}
@@ -166,7 +150,7 @@ class ShardSet:
                 continue
             problems += self._verify_counts(split, index)
             for number, shard in enumerate(self.manifest["splits"][split]["shards"]):
-                problems += self._verify_shard(index, number, shard, checksums)
+                problems += verify_shard(self.root, index, number, shard, checksums)
             shared = [i for i in index.object_ids if owners.setdefault(i, split) != split]
             if shared:
                 problems.append(f"split_overlap: {len(shared)} objects of {split} are elsewhere too, e.g. {shared[:3]}")
@@ -192,29 +176,24 @@ class ShardSet:
             return [f"wrong_objects: {error}"]
         return [] if same else ["wrong_objects: objects.parquet and the train index list different objects"]
 
-    def _verify_shard(self, index: SplitIndex, number: int, shard: dict[str, Any], checksums: bool) -> list[str]:
-        path = index.shard_paths[number]
-        problem = _size_problem(path, size_of(path), shard["bytes"])
-        problems = [problem] if problem else []
-        if problem and problem.startswith("missing_shard"):
-            return problems
-        if checksums and sha256_of(path) != shard["sha256"]:
-            problems.append(f"wrong_checksum: {path}: its sha256 is not the one in the manifest")
-        try:
-            with tarfile.open(fileobj=io.BytesIO(read_bytes(path)) if is_url(path) else open(path, "rb")) as tar:
-                members = {member.name: (member.offset_data, member.size) for member in tar}
-        except (tarfile.TarError, EOFError) as error:
-            return [*problems, f"broken_tar: {path}: {error}"]
-        rows = np.flatnonzero(index.shard == number)
-        if len(rows) != shard["samples"] or len(members) != 2 * shard["samples"]:
-            problems.append(
-                f"wrong_count: {path}: {len(members)} members and {len(rows)} index rows, "
-                f"the manifest says {shard['samples']} samples of 2 members"
-            )
-        wrong = [index.keys[i] for i in rows.tolist() if not _row_matches(index, i, members)]
-        if wrong:
-            problems.append(f"wrong_offset: {path}: {len(wrong)} index rows miss their members, e.g. {wrong[:3]}")
-        return problems
+
+def load_index(root: str, split: str, shards: list[dict[str, Any]]) -> SplitIndex:
+    """The index of a split whose manifest has these shards; the manifest need not be on the disk yet. Raises ShardSetError, and
+    OSError or ValueError for a file that is no index."""
+    in_place = [shard.get("in_place") for shard in shards]
+    image_ends = [shard["bytes"] for shard in shards]
+    json_ends = [found["json_bytes"] if found else size for found, size in zip(in_place, image_ends)]
+    outside: dict[str, tuple[str, ...]] = {}
+    if any(in_place):
+        outside["json_paths"] = tuple(json_of(root, shard) for shard in shards)
+        outside["stamps"] = tuple(found["stamp"] if found else "" for found in in_place)
+    return SplitIndex.from_parquet(
+        join(root, split, f"{split}.index.parquet"),
+        split,
+        [tar_of(root, shard) for shard in shards],
+        Ends(np.array(image_ends, np.int64), np.array(json_ends, np.int64)),
+        **outside,
+    )
 
 
 def train_index(config: Config) -> SplitIndex:
@@ -256,15 +235,3 @@ def open_reader(config: Config, index: SplitIndex) -> SampleReader:
     data = config.data
     folder = data.cache_dir or cache_folder("shards")
     return SampleReader(index, ShardCache(folder, int(data.cache_gb * 1e9)) if data.cache_gb else None)
-
-
-def _row_matches(index: SplitIndex, i: int, members: dict[str, tuple[int, int]]) -> bool:
-    image = members.get(f"{index.keys[i]}.{index.image_ext[i]}")
-    meta = members.get(f"{index.keys[i]}.json")
-    return image == (index.image_offset[i], index.image_size[i]) and meta == (index.json_offset[i], index.json_size[i])
-
-
-def _size_problem(path: str, size: int | None, expected: int) -> str | None:
-    if size is None:
-        return f"missing_shard: {path} does not exist"
-    return None if size == expected else f"wrong_size: {path} has {size} bytes, the manifest says {expected}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
-from mmref.data.sample_reader import SampleReader, SplitIndex
+from mmref.data.sample_reader import SampleReader
+from mmref.data.shard_set import load_index
 from mmref.errors import SourceError
 
 SPECIAL = {
@@ -18,9 +18,8 @@ CONTINUES = "##"  # marks a piece that does not start a word
 
 
 def train_captions(root: str, manifest: dict[str, Any]) -> Iterator[str]:
-    """Captions of the train split in tar order. The manifest may not be on disk yet."""
-    paths = [os.path.join(root, shard["file"]) for shard in manifest["splits"]["train"]["shards"]]
-    reader = SampleReader(SplitIndex.from_parquet(os.path.join(root, "train", "train.index.parquet"), "train", paths))
+    """Captions of the train split in the order of its index. The manifest may not be on disk yet."""
+    reader = SampleReader(load_index(root, "train", manifest["splits"]["train"]["shards"]))
     for i in range(len(reader.index)):
         yield from reader.read_meta(i)["captions"]
 

@@ -89,7 +89,7 @@ def build_shards(source: Source, out: str, options: BuildOptions = BuildOptions(
     extras: set[str] = set()
 
     def replaced(root: Path) -> set[str]:
-        return _files_of_set(root, options.overwrite, source.name, extras)
+        return files_of_set(root, options.overwrite, source.name, extras)
 
     with whole_folder(out, ShardSetError, "manifest.json", replaced) as work:
         if hasattr(source, "scratch"):
@@ -160,7 +160,7 @@ def _check_options(options: BuildOptions) -> None:
             raise ConfigError(f"{name} must be above 0, found {value}.")
 
 
-def _files_of_set(root: Path, overwrite: bool, source: str, extras: set[str]) -> set[str]:
+def files_of_set(root: Path, overwrite: bool, source: str, extras: set[str]) -> set[str]:
     """What a build wrote into a folder; `extras` are those of a source. Raises ShardSetError where the set is to stay, or the
     folder holds no set."""
     path = root / "manifest.json"
@@ -175,6 +175,7 @@ def _files_of_set(root: Path, overwrite: bool, source: str, extras: set[str]) ->
         manifest = json.loads(path.read_text(encoding="utf-8"))
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
         names = {shard[kind] for shard in shards for kind in ("file", "packed") if kind in shard}
+        names |= {shard["in_place"]["json"] for shard in shards if "in_place" in shard}
         names |= {f"{split}/{split}.index.parquet" for split in manifest["splits"]}
         names |= {*_extras_of(manifest["name"]), *(extras if manifest["name"] == source else ())}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -1,4 +1,4 @@
-"""`mmref shards build|inspect|verify`: parses options and prints tables; the work is in the modules beside it."""
+"""`mmref shards build|index|inspect|verify`: parses options and prints tables; the work is in the modules beside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from mmref.cluster.resources import workers_that_fit
 from mmref.data.shard_set import ShardSet
 from mmref.errors import UsageError
 from mmref.shards.build import SOURCES, BuildOptions, build_shards, make_source
+from mmref.shards.in_place import InPlaceOptions, index_tars
+from mmref.shards.reading import ReadingOptions
 from mmref.shards.sources.listed import split_name
 from mmref.shards.tar_writer import ImageOptions
 from mmref.storage.download import Terms
@@ -29,10 +31,11 @@ def main(argv: Sequence[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of `mmref shards`; the chosen command is left in `args.run`: args -> exit status."""
-    parser = Parser(prog="mmref shards", description="Build shard sets from a source, look into them, verify them.")
-    commands = parser.add_subparsers(dest="shards_command", required=True, metavar="build|inspect|verify")
+    parser = Parser(prog="mmref shards", description="Build, index, inspect and verify shard sets.")
+    commands = parser.add_subparsers(dest="shards_command", required=True, metavar="build|index|inspect|verify")
     build = commands.add_parser("build", help="build a shard set from a source")
     _add_sources(build.add_subparsers(dest="source", required=True, metavar="|".join(SOURCES)))
+    _add_index(commands)
     inspect = commands.add_parser("inspect", help="counts, caption kinds and samples of a set")
     inspect.add_argument("root", type=place, help="folder or URL of the set")
     inspect.add_argument("--samples", type=count, default=3, help="samples of a split to print (default: %(default)s)")
@@ -48,14 +51,62 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    """Options of whatever writes a set."""
+    parser.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder of the new set")
+    parser.add_argument("--overwrite", action="store_true", help="replace a complete set in --out when the new one is whole")
+    parser.add_argument(
+        "--workers", type=count, help="parallel Ray tasks; 0: in this process (default: one a core; 0 without Ray)",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer-vocab", type=positive, help="train a tokenizer of this size into DIR/tokenizer")
+
+
+def _add_fractions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fractions", type=parse_fractions, default="train=0.7,val=0.1,test=0.2",
+        help="of the objects in each split, where the data has no split (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _add_index(commands: Any) -> None:
+    text = "use WebDataset tars as they lie, img2dataset's among them: nothing is copied, each tar is scanned once"
+    index = commands.add_parser("index", help=text, description=text)
+    index.add_argument(
+        "tars", nargs="+", metavar="TARS", help="tars, folders of them, globs or ranges ('{00000..00999}.tar'); paths or URLs"
+    )
+    _add_output(index)
+    objects = index.add_mutually_exclusive_group()
+    objects.add_argument(
+        "--object-id", metavar="FIELD",
+        help="field of the samples' .json with the object's id, or .cls (default: `object_id`, else the .cls, where samples have "
+        "one; else each image is an object)",
+    )  # fmt: skip
+    objects.add_argument(
+        "--ids", choices=("image", "duplicate"),
+        help="an object is: an image, or all images of equal bytes, for which all of them are read",
+    )  # fmt: skip
+    index.add_argument(
+        "--captions", nargs="+", default=[], metavar="FIELD",
+        help="fields with captions (texts or lists), .txt for that member (default: `captions`, else `caption`, else .txt)",
+    )  # fmt: skip
+    index.add_argument("--split", metavar="FIELD", help="field with the split; else `split`, else a fixed hash of the object id")
+    index.add_argument("--join", type=place, metavar="TABLE", help="a table with more fields: CSV, TSV, JSONL or Parquet")
+    index.add_argument(
+        "--on",
+        metavar="COLUMN",
+        help="column of the table, and field of samples that it belongs to: COLUMN, or COLUMN=FIELD, which may be __key__",
+    )
+    index.add_argument("--keep", nargs="*", default=[], metavar="FIELD", help="further fields to keep in the set")
+    index.add_argument("--classes", type=place, metavar="FILE", help="names of the classes in .cls, one a line, as captions")
+    index.add_argument("--licence", default="not stated", help="licence of the data, for the manifest")
+    _add_fractions(index)
+    index.set_defaults(run=run_index)
+
+
 def _common_options() -> argparse.ArgumentParser:
     """Options of every source. A new parser each time: `parents` share their actions, so a default would leak."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder of the new set")
-    common.add_argument("--overwrite", action="store_true", help="replace a complete set in --out when the new one is whole")
-    common.add_argument(
-        "--workers", type=count, help="parallel Ray tasks; 0: in this process (default: one a core; 0 without Ray)",
-    )  # fmt: skip
+    _add_output(common)
     common.add_argument("--target-mb", type=float, default=128, help="size of a shard in MB (default: %(default)s)")
     common.add_argument(
         "--min-shards", type=positive, default=4, help="shards of a split, however small it is (default: %(default)s)"
@@ -63,7 +114,6 @@ def _common_options() -> argparse.ArgumentParser:
     common.add_argument("--samples-per-shard", type=positive, help="images in a shard, in place of --target-mb")
     common.add_argument("--no-check-images", action="store_true", help="do not decode every image once")
     common.add_argument("--resize-to-px", type=positive, help="re-encode images whose shorter side is longer than this")
-    common.add_argument("--tokenizer-vocab", type=positive, help="train a tokenizer of this size into DIR/tokenizer")
     common.add_argument("--pack", action="store_true", help="write .tar.gz beside each tar, for sets that travel")
     return common
 
@@ -139,10 +189,7 @@ def _add_sources(sources: Any) -> None:
     table.set_defaults(source_options=(*options, "fractions", "allow_outside", "downloads"))
     dataset, folder = _add_dataset(add), _add_folder(add)
     for parser in (cub, flowers, table, dataset, folder):
-        parser.add_argument(
-            "--fractions", type=parse_fractions, default="train=0.7,val=0.1,test=0.2",
-            help="of the objects in each split, where the data has no split (default: %(default)s)",
-        )  # fmt: skip
+        _add_fractions(parser)
 
 
 def _add_downloads(source: argparse.ArgumentParser) -> None:
@@ -252,7 +299,32 @@ def run_build(args: argparse.Namespace) -> int:
         tokenizer_vocab=args.tokenizer_vocab,
         images=ImageOptions(check=not args.no_check_images, resize_to_px=args.resize_to_px),
     )
-    manifest = build_shards(made, args.out, options)
+    _print_written(build_shards(made, args.out, options), args.out)
+    return 0
+
+
+def run_index(args: argparse.Namespace) -> int:
+    """Indexes tars, says how they were understood and prints as `run_build`. Returns the exit code."""
+    reading = ReadingOptions(
+        object_id=args.object_id,
+        ids=args.ids,
+        captions=tuple(args.captions),
+        split=args.split,
+        join=args.join,
+        on=args.on,
+        keep=tuple(args.keep),
+        classes=args.classes,
+        fractions=args.fractions,
+    )
+    options = InPlaceOptions(reading, args.licence, workers_that_fit(args.workers), args.overwrite, args.tokenizer_vocab)
+    manifest = index_tars(args.tars, args.out, options)
+    for name, words in manifest["reading"].items():
+        print(f"{name + ':':10}{printable(words)}")
+    _print_written(manifest, args.out)
+    return 0
+
+
+def _print_written(manifest: dict[str, Any], out: str) -> None:
     print(f"{'split':8}{'objects':>10}{'images':>10}{'captions':>10}{'shards':>8}{'MB':>9}")
     for split, entry in manifest["splits"].items():
         size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
@@ -265,8 +337,7 @@ def run_build(args: argparse.Namespace) -> int:
         kinds = ", ".join(f"{kind} {number:,}" for kind, number in skipped["kinds"].items())
         print(f"{skipped['count']:,} left out ({printable(kinds)}); all are named in left_out.jsonl, the first:")
         print("\n".join(f"  {printable(line)}" for line in skipped["first"][:5]))
-    print(f"Written to {args.out}")
-    return 0
+    print(f"Written to {out}")
 
 
 def run_inspect(args: argparse.Namespace) -> int:

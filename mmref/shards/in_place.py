@@ -1,0 +1,314 @@
+"""Makes a shard set of WebDataset tars that stay as and where they are: `mmref shards index`.
+
+Each tar is scanned once, by one task. What it says of its samples goes into the set: their json in mmref's form, a line each,
+and where their images lie. The rows of all tars are then brought into the order of a hash of the object id, as
+`mmref/shards/build.py` orders them: what was indexed and what was built of the same samples trains alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from mmref.cluster.connection import connect
+from mmref.data.manifest import VERSION
+from mmref.data.shard_checks import remember
+from mmref.errors import SampleError, ShardSetError, SourceError
+from mmref.shards.build import NAMED_SKIPS, SPLIT_ORDER, files_of_set
+from mmref.shards.in_place_rows import PART_SCHEMA, write_indexes
+from mmref.shards.reading import ReadingOptions, choose_reading
+from mmref.shards.samples import hash_fraction
+from mmref.shards.tar_places import find_tars, labels
+from mmref.shards.tar_samples import Reading, interpret, read_tar
+from mmref.shards.tokenizer import train_captions, train_tokenizer
+from mmref.storage.locations import file_system, folder_name, is_url, size_of
+from mmref.storage.parquet import read_parquet
+from mmref.storage.tars import Tar
+from mmref.storage.whole_folder import whole_folder, write_whole
+
+JSON_FOLDER, PARTS = "samples", ".parts"
+SUCCESS = "success"  # of img2dataset's column `status`
+TARS_A_TASK = 16  # tars of a thousand small images take less time than a task costs
+
+Job = tuple[str, str, int, str]  # path or URL of a tar, its label and number, the folder of the set
+
+
+@dataclass(frozen=True)
+class InPlaceOptions:
+    """How tars are indexed."""
+
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+    licence: str = "not stated"
+    workers: int = 0  # parallel Ray tasks; 0 scans in this process
+    overwrite: bool = False  # replace a complete set
+    tokenizer_vocab: int | None = None  # train a WordPiece tokenizer of this size on the train captions
+    progress: bool = True  # show a progress bar when standard error is a terminal
+
+
+@dataclass
+class SplitPart:
+    """What a split takes from a tar."""
+
+    samples: int = 0
+    captions: int = 0
+    sha256: str = ""
+
+
+@dataclass
+class ScannedTar:
+    """What a scan says of a tar; its rows and json lie in files."""
+
+    place: str
+    stamp: str
+    size: int
+    headers: str
+    ranges: bool  # whether parts of it can be read
+    json_bytes: int = 0
+    json_sha256: str = ""
+    splits: dict[str, SplitPart] = field(default_factory=dict)
+    left_out: int = 0
+    skipped: list[str] = field(default_factory=list)  # the first of those
+    passed_over: Counter[str] = field(default_factory=Counter)
+    several_images: int = 0  # samples of which one image was taken
+    failed: Counter[str] = field(default_factory=Counter)  # downloads that img2dataset has no image of, by status
+
+
+def index_tars(given: Sequence[str], out: str, options: InPlaceOptions = InPlaceOptions()) -> dict[str, Any]:
+    """Writes the set of some tars into folder `out` and returns its manifest. The folder appears, or is replaced, when the set is
+    complete; the tars are only read.
+
+    Args:
+        given: paths, URLs, globs, ranges in braces or folders, see `tar_places`.
+
+    Raises ShardSetError as `build_shards`, SourceError for what cannot be indexed or is not understood, StorageError.
+    """
+    tars = find_tars(given)
+    names = labels(tars)
+    reading, joined, said = choose_reading(tars, options.reading)
+
+    def replaced(root: Path) -> set[str]:
+        return files_of_set(root, options.overwrite, "", set())
+
+    with whole_folder(out, ShardSetError, "manifest.json", replaced) as work:
+        for folder in (JSON_FOLDER, PARTS):
+            (work / folder).mkdir()
+        jobs = [(tar, name, number, str(work)) for number, (tar, name) in enumerate(zip(tars, names, strict=True))]
+        scanned = _scan_all(jobs, reading, joined, options)
+        manifest = _manifest(folder_name(str(out)), scanned, names, options, said)
+        write_indexes(
+            work, [work / PARTS / _file(number, "arrow") for number in range(len(tars))], _shard_numbers(scanned), manifest
+        )
+        shutil.rmtree(work / PARTS)
+        for left in work.rglob("*.tmp"):  # by a worker that was killed, and whose task Ray ran again
+            left.unlink()
+        if options.tokenizer_vocab:
+            if "train" not in manifest["splits"]:
+                raise SourceError(f"--tokenizer-vocab trains on train, and there is none, only {', '.join(manifest['splits'])}.")
+            train_tokenizer(train_captions(str(work), manifest), str(work / "tokenizer"), options.tokenizer_vocab)
+        write_whole(work / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    for split, entry in manifest["splits"].items():  # they were all looked at just now
+        remember(os.path.abspath(out), split, entry["shards"])
+    return manifest
+
+
+def _file(number: int, ending: str) -> str:
+    return f"{number:06d}.{ending}"
+
+
+# -- one tar ---------------------------------------------------------------------------------------------------------
+
+
+def scan_tar(
+    place: str, label: str, number: int, work: str, reading: Reading, joined: Mapping[str, Mapping[str, Any]] | None
+) -> ScannedTar:
+    """Scans a tar and writes its samples' json and rows into the folder `work`.
+
+    Raises SourceError for a tar that is not there, packed or of archives, StorageError.
+    """
+    try:
+        with Tar(place) as tar:
+            contents = read_tar(tar, hashed=reading.ids == "duplicate")
+            found = ScannedTar(place, tar.stamp, tar.size, tar.headers, tar.ranges)
+            broken = tar.broken
+    except OSError as error:
+        raise SourceError(f"{place} cannot be read: {error}. Leave it out, or mend it; then start the same command.") from None
+    found.passed_over = contents.passed_over
+    found.skipped += [f"{label}.tar: {line}" for line in contents.skipped]
+    if broken:
+        found.skipped.append(f"{label}.tar is broken, {broken}: what lies before is used")
+    rows: dict[str, list[Any]] = {name: [] for name in PART_SCHEMA.names}
+    digests: dict[str, Any] = {}
+    lines = bytearray()
+    for sample in contents.samples.values():
+        try:
+            meta, split = interpret(sample, label, reading, joined)
+            line = json.dumps(meta, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+        except (SampleError, UnicodeEncodeError) as error:
+            found.skipped.append(f"{label}/{sample.key}: {error}".encode(errors="backslashreplace").decode())
+            continue
+        assert sample.image is not None
+        span = sample.image.offset, sample.image.size
+        key, ext, count = sample.key, sample.ext, len(meta["captions"])
+        texts = split, hash_fraction(meta["object_id"]), meta["object_id"], meta["image_id"], key, ext
+        for column, value in zip(rows.values(), (*texts, *span, len(lines), len(line), count)):
+            column.append(value)
+        part = found.splits.setdefault(split, SplitPart())
+        part.samples, part.captions = part.samples + 1, part.captions + count
+        digests.setdefault(split, hashlib.sha256(found.headers.encode())).update(b"%d %d " % span + line)
+        lines += line + b"\n"
+        found.several_images += sample.images > 1
+    for split, digest in digests.items():
+        found.splits[split].sha256 = digest.hexdigest()
+    found.left_out, found.skipped = len(found.skipped), found.skipped[:NAMED_SKIPS]
+    found.json_bytes, found.json_sha256 = len(lines), hashlib.sha256(lines).hexdigest()
+    found.failed = _failed_downloads(place)
+    _write_files(work, number, bytes(lines), rows)
+    return found
+
+
+def _write_files(work: str, number: int, lines: bytes, rows: dict[str, list[Any]]) -> None:
+    table = pa.table(rows, schema=PART_SCHEMA).sort_by("fraction")
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, PART_SCHEMA) as writer:
+        writer.write_table(table.combine_chunks())
+    for folder, ending, data in ((JSON_FOLDER, "jsonl", lines), (PARTS, "arrow", sink.getvalue())):
+        path = os.path.join(work, folder, _file(number, ending))
+        temporary = f"{path}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+
+
+def _failed_downloads(place: str) -> Counter[str]:
+    """Downloads that img2dataset counts as failed in its table beside a tar."""
+    base, mark, query = place.partition("?")
+    beside = base.removesuffix(".tar") + ".parquet" + mark + query
+    if size_of(beside) is None:
+        return Counter()
+    try:
+        fs, inner = file_system(beside) if is_url(beside) else (None, beside)
+        with fs.open(inner, "rb") if fs else open(inner, "rb") as file:
+            status = read_parquet(file, ["status"])["status"].to_pylist()
+    except (OSError, ValueError, KeyError):  # a table of somebody else: it only tells numbers
+        return Counter()
+    return Counter(str(each) for each in status if each != SUCCESS)
+
+
+# -- all tars --------------------------------------------------------------------------------------------------------
+
+
+def _scan_all(
+    jobs: list[Job], reading: Reading, joined: Mapping[str, Mapping[str, Any]] | None, options: InPlaceOptions
+) -> list[ScannedTar]:
+    """Results in the order of the jobs."""
+    with tqdm(total=len(jobs), unit="tar", disable=None if options.progress else True, file=sys.stderr) as bar:
+        if options.workers > 0:
+            return _scan_with_ray(jobs, reading, joined, options.workers, bar.update)
+        found = []
+        for job in jobs:
+            found.append(scan_tar(*job, reading, joined))
+            bar.update()
+        return found
+
+
+def _scan_with_ray(jobs: list[Job], reading: Reading, joined: Any, workers: int, tick: Callable[[], Any]) -> list[ScannedTar]:
+    """At most `workers` tasks at a time, on the cluster that is there or on a local one that is stopped afterwards."""
+    import ray
+
+    with connect(storage_gb=0.13):
+        task = ray.remote(max_retries=2)(_scan_batch)
+        shared = ray.put((reading, joined))
+        size = max(1, min(TARS_A_TASK, math.ceil(len(jobs) / (4 * workers))))
+        waiting = [jobs[at : at + size] for at in range(0, len(jobs), size)][::-1]
+        running: dict[Any, list[Job]] = {}
+        found: dict[int, ScannedTar] = {}
+        while waiting or running:
+            while waiting and len(running) < workers:
+                batch = waiting.pop()
+                running[task.remote(shared, batch)] = batch
+            for done in ray.wait(list(running), num_returns=1)[0]:
+                try:
+                    results = ray.get(done)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.as_instanceof_cause() from error
+                for (_, _, number, _), result in zip(running.pop(done), results, strict=True):
+                    found[number] = result
+                    tick()
+        return [found[number] for number in range(len(jobs))]
+
+
+def _scan_batch(shared: tuple[Reading, Any], jobs: list[Job]) -> list[ScannedTar]:
+    return [scan_tar(*job, *shared) for job in jobs]
+
+
+def _splits(scanned: Sequence[ScannedTar]) -> list[str]:
+    found = {split for tar in scanned for split in tar.splits}
+    return [split for split in SPLIT_ORDER if split in found] + sorted(found - set(SPLIT_ORDER))
+
+
+def _shard_numbers(scanned: Sequence[ScannedTar]) -> dict[str, list[int]]:
+    """By split the number of each tar among those that have samples of it, -1 for the others."""
+    numbers = {}
+    for split in _splits(scanned):
+        counter = iter(range(len(scanned)))
+        numbers[split] = [next(counter) if split in tar.splits else -1 for tar in scanned]
+    return numbers
+
+
+def _manifest(
+    name: str, scanned: Sequence[ScannedTar], names: Sequence[str], options: InPlaceOptions, said: dict[str, str]
+) -> dict[str, Any]:
+    """The manifest, without the numbers of objects."""
+    skipped = [line for tar in scanned for line in tar.skipped]
+    if not any(tar.splits for tar in scanned):
+        raise SourceError(f"No usable sample in {len(scanned)} tars. The first that were left out: {skipped[:3]}")
+    origin = f"{len(names)} tars in place: {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
+    splits = {}
+    for split in _splits(scanned):
+        parts = [(number, tar, tar.splits[split]) for number, tar in enumerate(scanned) if split in tar.splits]
+        splits[split] = {
+            "objects": 0,
+            "images": sum(part.samples for _, _, part in parts),
+            "captions": sum(part.captions for _, _, part in parts),
+            "shards": [_entry(number, tar, part) for number, tar, part in parts],
+        }
+    return {
+        "version": VERSION, "name": name, "licence": options.licence, "source": origin, "splits": splits,
+        "reading": said, "warnings": list(_warnings(scanned)),
+        "skipped": {"count": sum(tar.left_out for tar in scanned), "first": skipped[:NAMED_SKIPS]},
+    }  # fmt: skip
+
+
+def _entry(number: int, tar: ScannedTar, part: SplitPart) -> dict[str, Any]:
+    in_place = {
+        "stamp": tar.stamp, "headers": tar.headers, "json": f"{JSON_FOLDER}/{_file(number, 'jsonl')}",
+        "json_bytes": tar.json_bytes, "json_sha256": tar.json_sha256,
+    }  # fmt: skip
+    return {"file": tar.place, "samples": part.samples, "bytes": tar.size, "sha256": part.sha256, "in_place": in_place}
+
+
+def _warnings(scanned: Sequence[ScannedTar]) -> Iterator[str]:
+    failed = sum((tar.failed for tar in scanned), Counter())
+    if failed:
+        kinds = ", ".join(f"{status[:60]} {count:,}" for status, count in failed.most_common(3))
+        yield f"img2dataset's tables count {failed.total():,} failed downloads, which are not in the tars: {kinds}"
+    if several := sum(tar.several_images for tar in scanned):
+        yield f"{several:,} samples have several images; of each one was taken, .jpg before .png before .webp"
+    if passed := sum((tar.passed_over for tar in scanned), Counter()):
+        yield "members that are neither images nor texts were passed over: " + ", ".join(
+            f"{count:,} {ending[:40]}" for ending, count in passed.most_common(5)
+        )
+    if whole := [tar.place for tar in scanned if not tar.ranges]:
+        yield f"{len(whole):,} tars are only given as a whole, as {whole[0]}: train with `data.cache_gb`"

@@ -1,0 +1,123 @@
+"""The indexes of a set whose tars lie elsewhere, out of the rows that each scan of a tar left.
+
+Rows of one object may come from any tar. They are ordered by a hash of the object's id, which is spread evenly: so a range of
+hashes is a share of the rows, and one share after the other is sorted in memory, however many rows there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mmref.errors import SourceError
+
+SHARE_ROWS = 4_000_000  # sorted at a time, about a gigabyte
+ROW_GROUP = 1_000_000
+PART_SCHEMA = pa.schema([
+    ("split", pa.large_string()), ("fraction", pa.float64()), ("object_id", pa.large_string()), ("image_id", pa.large_string()),
+    ("key", pa.large_string()), ("image_ext", pa.large_string()), ("image_offset", pa.int64()), ("image_size", pa.int64()),
+    ("json_offset", pa.int64()), ("json_size", pa.int64()), ("n_captions", pa.int32()),
+])  # fmt: skip
+INDEX_SCHEMA = pa.schema([
+    ("object_row", pa.int32()), ("object_id", pa.large_string()), ("image_id", pa.large_string()), ("key", pa.large_string()),
+    ("shard", pa.int32()), ("image_offset", pa.int64()), ("image_size", pa.int64()), ("image_ext", pa.large_string()),
+    ("json_offset", pa.int64()), ("json_size", pa.int64()), ("n_captions", pa.int32()),
+])  # fmt: skip
+OBJECTS_SCHEMA = pa.schema([("object_id", pa.large_string()), ("row", pa.int32())])
+ORDER = [(name, "ascending") for name in ("fraction", "object_id", "tar", "image_offset")]
+
+
+@dataclass
+class _Split:
+    """The files of a split that are being written."""
+
+    shards: NDArray[np.int32]  # of each tar, its number in the split
+    index: pq.ParquetWriter
+    objects: pq.ParquetWriter | None  # of train
+    count: int = 0  # objects so far
+
+
+def write_indexes(root: Path, parts: Sequence[Path], shards: Mapping[str, Sequence[int]], manifest: dict[str, Any]) -> None:
+    """Writes `<split>/<split>.index.parquet` and objects.parquet, and the number of objects into the manifest.
+
+    Args:
+        parts: a file for each tar, rows of PART_SCHEMA by `fraction`.
+        shards: by split the number of each tar in it.
+
+    Raises SourceError for an object of two splits.
+    """
+    tables = [_mapped(path) for path in parts]
+    fractions = [np.concatenate([chunk.to_numpy() for chunk in table["fraction"].chunks] or [[]]) for table in tables]
+    count = max(1, -(-sum(len(table) for table in tables) // SHARE_ROWS))
+    edges = np.append(np.linspace(0, 1, count + 1)[:-1], np.inf)
+    bounds = [np.searchsorted(each, edges) for each in fractions]
+    with contextlib.ExitStack() as stack:
+        splits = {name: _open(stack, root, name, numbers) for name, numbers in shards.items()}
+        for share in range(count):
+            pieces = [
+                table.slice(bound[share], bound[share + 1] - bound[share]).append_column("tar", _constant(number, bound, share))
+                for number, (table, bound) in enumerate(zip(tables, bounds))
+                if bound[share + 1] > bound[share]
+            ]
+            if pieces:
+                _write_share(pa.concat_tables(pieces).combine_chunks().sort_by(ORDER), splits)
+    for name, split in splits.items():
+        manifest["splits"][name]["objects"] = split.count
+
+
+def _mapped(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _constant(number: int, bound: NDArray[Any], share: int) -> pa.Array:
+    return pa.array(np.full(bound[share + 1] - bound[share], number, np.int32))
+
+
+def _open(stack: contextlib.ExitStack, root: Path, name: str, numbers: Sequence[int]) -> _Split:
+    (root / name).mkdir()
+    index = stack.enter_context(pq.ParquetWriter(root / name / f"{name}.index.parquet", INDEX_SCHEMA, compression="zstd"))
+    objects = None
+    if name == "train":
+        objects = stack.enter_context(pq.ParquetWriter(root / "objects.parquet", OBJECTS_SCHEMA, compression="zstd"))
+    return _Split(np.array(numbers, np.int32), index, objects)
+
+
+def _write_share(rows: pa.Table, splits: Mapping[str, _Split]) -> None:
+    """Write sorted rows; those of one object are all among them."""
+    ids, names = rows["object_id"].combine_chunks(), rows["split"].combine_chunks()
+    new = _changes(ids)
+    if (both := np.flatnonzero(~new & _changes(names))).size:
+        at = int(both[0])
+        raise SourceError(
+            f"Object {ids[at].as_py()!r} is in {names[at - 1].as_py()!r} ({rows['image_id'][at - 1]}) and in "
+            f"{names[at].as_py()!r} ({rows['image_id'][at]}). Splits are by object: give all of its samples one, or name another "
+            "field with --split."
+        )
+    for name, split in splits.items():
+        mask = pc.equal(names, name)
+        own, begins = rows.filter(mask), new[mask.to_numpy(zero_copy_only=False)]
+        object_row = (split.count + np.cumsum(begins) - 1).astype(np.int32)
+        columns = {**{each: own[each] for each in own.column_names}, "object_row": object_row}
+        columns["shard"] = split.shards[own["tar"].to_numpy()]
+        split.index.write_table(pa.table([columns[each] for each in INDEX_SCHEMA.names], INDEX_SCHEMA), ROW_GROUP)
+        if split.objects is not None:
+            first = pa.array(np.flatnonzero(begins))
+            split.objects.write_table(pa.table([own["object_id"].take(first), object_row[begins]], OBJECTS_SCHEMA), ROW_GROUP)
+        split.count += int(begins.sum())
+
+
+def _changes(column: Any) -> NDArray[np.bool_]:
+    """Where a value differs from the one before it; the first does."""
+    if not len(column):
+        return np.zeros(0, bool)
+    return np.append(True, pc.not_equal(column[1:], column[:-1]).to_numpy(zero_copy_only=False)).astype(bool)

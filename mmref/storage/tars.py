@@ -186,6 +186,8 @@ class Tar:
             return
         else:
             end = min(offset + wanted, self.size)
+            if offset == 0 and BLOCK < end == self.size:  # less than all of it, to see whether parts are given
+                end -= BLOCK
             data = retry(f"read {self.place}", lambda: self._fs.cat_file(self._inner, start=offset, end=end))
             if len(data) > end - offset:
                 self._take_whole(data)

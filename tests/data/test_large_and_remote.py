@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,16 +11,20 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.s3 import s3_server
 from support.tiny_set import SPLITS, TinySource, build_tiny_set
 
 from mmref.config import Config
-from mmref.data import columns
+from mmref.data import columns, shard_checks
 from mmref.data.reader import Batch, StepReader, concatenate
+from mmref.data.sample_reader import INDEX_ARRAYS, Ends, SplitIndex
 from mmref.data.shard_set import ShardSet, train_index
 from mmref.errors import ConfigError, ShardSetError
 from mmref.storage.cache import ShardCache
+from mmref.storage.parquet import parquet_batches
 from mmref.train.trainer import check_inputs
 
 MakeConfig = Callable[..., Config]
@@ -45,6 +51,95 @@ def test_a_mapped_index_is_the_one_in_memory(
         assert mapped.image_ids[-1] == plain.image_ids[-1] and mapped.keys[2:4] == plain.keys[2:4]
     assert same(StepReader(make_config()).read_step(3), batch)
     assert len([p for p in (tmp_path / "indexes").iterdir() if not p.name.startswith(".")]) == 1
+
+
+OPENING = """
+import os, sys
+from mmref.data import columns, shard_checks
+from mmref.data.shard_set import ShardSet
+columns.IN_MEMORY_ROWS = 5
+write_out = columns._write_out
+def counted(*args):
+    os.write(2, b"written ")  # one call, so that lines of several processes do not mix
+    write_out(*args)
+columns._write_out = counted
+index = ShardSet.open(sys.argv[1]).index("train")
+print(len(index), index.object_ids[0], index.keys[len(index) - 1])
+"""
+
+
+def test_one_process_of_a_node_writes_its_copy_of_an_index(tiny_set: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "indexes"
+    cache.mkdir()
+    root, path = str(tiny_set), f"{tiny_set}/train/train.index.parquet"
+    own = hashlib.sha256(path.encode()).hexdigest()[:16]
+    (cache / f"{own}-0123456789abcdef").mkdir()  # of what lay there before
+    (cache / f".{own}-torn").mkdir()  # of a process that was killed
+    (cache / "0123456789abcdef-0123456789abcdef").mkdir()  # of another set
+    environment = {"MMREF_CACHE": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", OPENING, root]
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    done = [process.communicate() for process in running]
+    assert len({out for out, _ in done}) == 1 and done[0][0].split(), done
+    assert sum(error.count("written") for _, error in done) == 1
+    folders = sorted(p.name for p in cache.iterdir() if p.is_dir())
+    assert len(folders) == 2 and "0123456789abcdef-0123456789abcdef" in folders
+
+
+def test_shards_of_a_large_set_are_looked_at_once_a_node(
+    own_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig
+) -> None:
+    looked: list[str] = []
+    size_of = shard_checks.size_of
+
+    def counted(place: str) -> int | None:
+        looked.append(place)
+        return size_of(place)
+
+    monkeypatch.setattr(shard_checks, "size_of", counted)
+    monkeypatch.setattr(shard_checks, "MANY", 1)
+    monkeypatch.setenv("MMREF_CACHE", str(tmp_path / "cache"))
+    shards = ShardSet.open(str(own_set))
+    paths = shards.shard_paths("train")
+    for _ in range(3):
+        ShardSet.open(str(own_set)).index("train")
+    assert sorted(looked) == sorted(paths)
+    manifest = json.loads((own_set / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["bytes"] += 512  # another set
+    (own_set / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ShardSetError, match="wrong_size"):
+        ShardSet.open(str(own_set)).index("train")
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 2], [1, 1, 2], [0, 1, 0], [-1, 0, 1]])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_rows_out_of_order_and_outside_of_shards_are_found(
+    rows: list[int], mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "IN_MEMORY_ROWS", 0 if mapped else 5)
+    monkeypatch.setattr(columns, "parquet_batches", lambda file, names: parquet_batches(file, names, 1))  # across batches
+    monkeypatch.setenv("MMREF_CACHE", str(tmp_path / "cache"))
+    text, number = pa.array(["a", "b", "c"]), np.array([0, 10, 20])
+
+    def write(object_row: list[int], image_offset: np.ndarray) -> str:
+        names = dict.fromkeys(("object_id", "image_id", "key", "image_ext"), text)
+        numbers = dict.fromkeys(INDEX_ARRAYS, number * 0) | {"object_row": object_row, "image_offset": image_offset}
+        pq.write_table(pa.table({**names, **numbers}), tmp_path / "i.parquet")
+        return str(tmp_path / "i.parquet")
+
+    ends = Ends(np.array([10_000]), np.array([10_000]))
+    index = SplitIndex.from_parquet(write([0, 0, 1], number), "train", ["x.tar"], ends)
+    assert index.object_start.tolist() == [0, 2, 3] and list(index.object_ids) == ["a", "c"]
+    with pytest.raises(ShardSetError, match="object rows are not 0, 1, 2"):
+        SplitIndex.from_parquet(write(rows, number), "train", ["x.tar"], ends)
+    for offset in (-1, 10_001):
+        with pytest.raises(ShardSetError, match="points outside its shards"):
+            SplitIndex.from_parquet(write([0, 1, 1], np.array([0, 0, offset])), "train", ["x.tar"], ends)
+    with pytest.raises(ValueError, match="no room"):
+        SplitIndex.from_parquet(write([0, 1, 1], number), "train", ["x.tar"], Ends(np.array([2048]), np.array([2048])))
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_dir() and p.name.startswith(".")], "what failed is cleared"
 
 
 def test_sets_take_turns(tiny_set: Path, tmp_path: Path, make_config: MakeConfig) -> None:
@@ -135,9 +230,6 @@ assert grown < 400, grown
 @pytest.mark.slow
 def test_ten_million_samples_open_at_any_step(tmp_path: Path) -> None:
     """Private memory of a process stays far below the gigabyte of the index, and any step is there at once."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     schema = pa.schema([
         ("object_row", pa.int32()), ("object_id", pa.string()), ("image_id", pa.string()), ("key", pa.string()),
         ("shard", pa.int32()), ("image_offset", pa.int64()), ("image_size", pa.int64()), ("image_ext", pa.string()),

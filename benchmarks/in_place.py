@@ -29,6 +29,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmref.shards.in_place import InPlaceOptions, index_tars
@@ -126,8 +127,7 @@ def write_large_set(folder: Path, images: int) -> None:
         for first in range(0, images, step):
             number = np.arange(first, first + step)
             within, row = number % per_tar, (number // IMAGES_AN_OBJECT).astype(np.int32)
-            ids = pa.array(number // IMAGES_AN_OBJECT).cast(pa.string()).cast(pa.large_string())
-            names = pa.array(number).cast(pa.string()).cast(pa.large_string())
+            ids, names = _names(number // IMAGES_AN_OBJECT), _names(number)
             columns = {
                 "object_row": row, "object_id": ids, "image_id": names, "key": names, "image_ext": ["jpg"] * step,
                 "shard": (number // per_tar).astype(np.int32), "image_offset": image[within, 0], "image_size": image[within, 1],
@@ -141,6 +141,11 @@ def write_large_set(folder: Path, images: int) -> None:
     entry = {"objects": images // IMAGES_AN_OBJECT, "images": images, "captions": images, "shards": shards}
     manifest = {"version": 1, "name": "large", "licence": "CC0-1.0", "source": "links", "splits": {"train": entry}}
     (root / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _names(numbers: np.ndarray) -> pa.Array:
+    """Ids of 24 characters: those of 100 million images are longer than the two gigabytes that offsets of 32 bits reach."""
+    return pc.utf8_lpad(pa.array(numbers).cast(pa.large_string()), 24, "0")
 
 
 def open_large_set(root: str, barrier: Any, results: Any) -> None:

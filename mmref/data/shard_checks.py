@@ -24,7 +24,7 @@ import numpy as np
 from mmref.data.manifest import json_of, tar_of
 from mmref.data.sample_reader import SplitIndex, changed_in_place
 from mmref.errors import ShardSetError, SourceError
-from mmref.storage.locations import cache_folder, file_system, is_url, read_bytes, sha256_of, size_of
+from mmref.storage.locations import cache_folder, file_system, is_url, read_bytes, sha256_of, size_of, to_text
 from mmref.storage.retries import retry
 from mmref.storage.tars import Tar, tar_stamp
 from mmref.storage.whole_folder import write_whole
@@ -168,7 +168,7 @@ def _members_in_place(path: str) -> tuple[dict[str, tuple[int, int]], str]:
     found: dict[str, tuple[int, int]] = {}
     with Tar(path) as tar:
         for member in tar.members():
-            found.setdefault(member.name, (member.offset, member.size))
+            found.setdefault(to_text(member.name), (member.offset, member.size))
         return found, tar.headers
 
 

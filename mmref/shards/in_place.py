@@ -33,7 +33,7 @@ from mmref.shards.samples import hash_fraction
 from mmref.shards.tar_places import find_tars, labels
 from mmref.shards.tar_samples import Reading, interpret, read_tar
 from mmref.shards.tokenizer import train_captions, train_tokenizer
-from mmref.storage.locations import file_system, folder_name, is_url, size_of
+from mmref.storage.locations import file_system, folder_name, is_url, size_of, to_text
 from mmref.storage.parquet import read_parquet
 from mmref.storage.tars import Tar
 from mmref.storage.whole_folder import whole_folder, write_whole
@@ -155,12 +155,12 @@ def scan_tar(
         try:
             meta, split = interpret(sample, label, reading, joined)
             line = json.dumps(meta, ensure_ascii=False, separators=(",", ":"), default=str).encode()
-        except (SampleError, UnicodeEncodeError) as error:
-            found.skipped.append(f"{label}/{sample.key}: {error}".encode(errors="backslashreplace").decode())
+        except (SampleError, ValueError) as error:
+            found.skipped.append(f"{to_text(f'{label}/{sample.key}')}: {error}")
             continue
         assert sample.image is not None
         span = sample.image.offset, sample.image.size
-        key, ext, count = sample.key, sample.ext, len(meta["captions"])
+        key, ext, count = to_text(sample.key), to_text(sample.ext), len(meta["captions"])
         texts = split, hash_fraction(meta["object_id"]), meta["object_id"], meta["image_id"], key, ext
         for column, value in zip(rows.values(), (*texts, *span, len(lines), len(line), count)):
             column.append(value)
@@ -173,7 +173,7 @@ def scan_tar(
         found.splits[split].sha256 = digest.hexdigest()
     found.left_out, found.skipped = len(found.skipped), found.skipped[:NAMED_SKIPS]
     found.json_bytes, found.json_sha256 = len(lines), hashlib.sha256(lines).hexdigest()
-    found.failed = _failed_downloads(place)
+    found.failed = _failed_downloads(place) if reading.img2dataset else Counter()
     _write_files(work, number, bytes(lines), rows)
     return found
 
@@ -195,9 +195,9 @@ def _failed_downloads(place: str) -> Counter[str]:
     """Downloads that img2dataset counts as failed in its table beside a tar."""
     base, mark, query = place.partition("?")
     beside = base.removesuffix(".tar") + ".parquet" + mark + query
-    if size_of(beside) is None:
-        return Counter()
     try:
+        if size_of(beside) is None:
+            return Counter()
         fs, inner = file_system(beside) if is_url(beside) else (None, beside)
         with fs.open(inner, "rb") if fs else open(inner, "rb") as file:
             status = read_parquet(file, ["status"])["status"].to_pylist()

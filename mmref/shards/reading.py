@@ -69,7 +69,7 @@ def choose_reading(tars: Sequence[str], options: ReadingOptions) -> tuple[Readin
         raise _unknown(place, split, "--split", known)
     classes = tuple(_without_end(read_lines(options.classes, SourceError))) if options.classes else ()
     _check_captions(options, known, classes, place)
-    reading = Reading(ids, object_id, options.captions, split, options.keep, classes, on, options.fractions)
+    reading = Reading(ids, object_id, options.captions, split, options.keep, classes, on, known >= IMG2DATASET, options.fractions)
     return reading, joined, _words(reading, known)
 
 
@@ -156,5 +156,5 @@ def _words(reading: Reading, known: set[str]) -> dict[str, str]:
     captions = ", ".join(reading.captions) or ", else ".join([*in_turn, *(["the class's name"] if reading.classes else [])])
     shares = ", ".join(f"{name} {share:g}" for name, share in reading.fractions.items())
     split = f"field {reading.split!r}" if reading.split else f"by a hash of the object's id: {shares}"
-    layout = "img2dataset" if known >= IMG2DATASET else "WebDataset"
+    layout = "img2dataset" if reading.img2dataset else "WebDataset"
     return {"layout": layout, "objects": ids, "captions": captions, "splits": split}

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from mmref.data.manifest import STORAGES, outside
 from mmref.errors import SourceError
-from mmref.storage.locations import absolute, expanded, file_system, is_url
+from mmref.storage.locations import absolute, expanded, file_system, in_utf8, is_url
 from mmref.storage.retries import retry
 
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -23,13 +23,15 @@ def find_tars(given: Sequence[str]) -> list[str]:
     """Paths (whole) and URLs of the tars that are meant, each once, in the order in which they are given; those of one glob or
     folder by name.
 
-    Raises SourceError for what names no tar, a packed one, or a folder that holds its tars in folders.
+    Raises SourceError for what names no tar, a packed one, or a folder that holds its tars in folders; PathError for a name that
+    is no UTF-8.
     """
     found: dict[str, None] = {}
     for text in given:
         for place in _expand_braces(text):
             found |= dict.fromkeys(_tars_of(place))
     for place in found:
+        in_utf8(place)
         if is_url(place) and (why := outside(place)):
             raise SourceError(f"{why}: name a .tar on {', '.join(STORAGES)}.")
     return list(found)

@@ -41,6 +41,7 @@ class Reading:
     keep: tuple[str, ...] = ()  # fields that go into the set
     classes: tuple[str, ...] = ()  # names of the classes, by number
     on: str = ""  # field by whose value a row of the joined table belongs to a sample
+    img2dataset: bool = False  # whether the tars are of its layout
     fractions: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_FRACTIONS))
 
 

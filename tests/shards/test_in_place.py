@@ -127,12 +127,13 @@ def test_members_as_people_write_them(tmp_path: Path, index: Index) -> None:
         {"__key__": "two", "mask.png": picture(3, "PNG"), "png": picture(4, "PNG"), "jpg": picture(5), "txt": "two images"},
         {"__key__": "webp", "webp": picture(6, "WEBP"), "json": {"captions": ["a", "", "b"]}, "txt": "not this"},
         {"__key__": "gif", "gif": picture(7, "GIF"), "txt": "decoded as any other", "npy": b"0"},
+        {"__key__": "caf\udce9", "jpg": picture(8), "txt": "of an old zip"},
     ])  # fmt: skip
     shards = index(tmp_path / "a.tar")
     found = metas(shards)
     assert {name: meta["captions"] for name, meta in found.items()} == {
         "a/x/1": ["first", "second"], "a/y/1": ["with a mark"], "a/two": ["two images"], "a/webp": ["a", "b"],
-        "a/gif": ["decoded as any other"],
+        "a/gif": ["decoded as any other"], "a/caf\\xe9": ["of an old zip"],
     }  # fmt: skip
     train = shards.index("train")
     by_id = {train.image_ids[i]: SampleReader(train).read(i).image_bytes for i in range(len(train))}

@@ -5,7 +5,8 @@
 
 `index` has webdataset's own writer make tars of tiny images in img2dataset's layout, once for all rounds. In each round mmref
 indexes them, and webdataset with torch's DataLoader reads every sample of them as it lies, with as many processes. Neither
-decodes. Both are started anew, and their start counts.
+decodes. Both are started anew, and their start counts. `--workers 0` has both work in one process, and gives the time of its
+CPU too, which other programs on the machine hardly change.
 
 `open` makes an index that claims so many images: of 10,000 tars, which are links to one real tar. Readers of one node then open
 it at the same moment, plan a step far into the training and read its batch: at first without the node's copy of the index, then
@@ -87,9 +88,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     folder, total = Path(args.folder), args.tars * args.images
     write_tars(folder, args.tars, args.images)
     rates: dict[str, list[float]] = {"mmref": [], "webdataset": []}
+    cpu: dict[str, list[float]] = {"mmref": [], "webdataset": []}  # microseconds an image, of this process
     for number in range(args.rounds):
         for name in ("mmref", "webdataset") if number % 2 == 0 else ("webdataset", "mmref"):
-            began = time.perf_counter()
+            began, computed = time.perf_counter(), time.process_time()
             if name == "mmref":
                 options = InPlaceOptions(workers=args.workers, overwrite=True, progress=False)
                 entries = index_tars([str(folder)], args.folder + ".set", options)["splits"].values()
@@ -97,10 +99,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             else:
                 found = read_by_webdataset(folder, args.workers)
             rates[name].append(total / (time.perf_counter() - began))
+            cpu[name].append(1e6 * (time.process_time() - computed) / total)
             assert found == total, (name, found)
-            print(f"round {number}: {name} {rates[name][-1]:,.0f} images/s", flush=True)
+            print(f"round {number}: {name} {rates[name][-1]:,.0f} images/s, {cpu[name][-1]:.0f} us of CPU", flush=True)
     best = {name: max(values) for name, values in rates.items()}
-    return {"images": total, "workers": args.workers, "images_per_second": rates, "ratio": best["mmref"] / best["webdataset"]}
+    found = {"images": total, "workers": args.workers, "images_per_second": rates, "ratio": best["mmref"] / best["webdataset"]}
+    return found if args.workers else {**found, "cpu_us": cpu, "cpu_ratio": min(cpu["webdataset"]) / min(cpu["mmref"])}
 
 
 def write_large_set(folder: Path, images: int) -> None:

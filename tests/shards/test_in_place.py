@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.ranges import range_server
+from support.tiny_set import tiny_config
 from support.web_tars import downloaded, picture, write_downloads, write_tar
 
 from mmref.cli import main
 from mmref.data.plan import Plan, windowed_order
+from mmref.data.reader import StepReader, concatenate
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.errors import ConfigError, ShardSetError, SourceError, StorageError
@@ -111,6 +113,37 @@ def test_what_is_indexed_is_what_would_be_built(tmp_path: Path, index: Index, mo
     counts = ("objects", "images", "captions")
     for split, entry in built.manifest["splits"].items():
         assert {n: found.manifest["splits"][split][n] for n in counts} == {n: entry[n] for n in counts}
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_training_sees_the_samples_of_a_set_that_was_built(tmp_path: Path, index: Index, window: int) -> None:
+    """Steps of the plan, pixels, words and all, on one rank and on two. Windows are of tars, which a build cuts elsewhere."""
+    rows = []
+    for tar in range(4):
+        samples = [downloaded(tar * 10 + i, sku=(tar * 10 + i) * 7 % 15) for i in range(10)]
+        write_tar(tmp_path / "tars" / f"{tar}.tar", samples)
+        (tmp_path / str(tar)).mkdir()
+        for sample in samples:
+            (tmp_path / str(tar) / sample["__key__"]).write_bytes(sample["jpg"])
+            told = sample["json"]
+            rows.append({"image": f"{tar}/{sample['__key__']}", "object_id": told["sku"], "caption": told["caption"]})
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = TableSource(str(tmp_path / "t.jsonl"), fractions=ALL)
+    build_shards(source, str(tmp_path / "built"), BuildOptions(progress=False, tokenizer_vocab=60))
+    index(tmp_path / "tars", object_id="sku")
+    shutil.copytree(tmp_path / "built" / "tokenizer", tmp_path / "set" / "tokenizer")
+    overrides = {"data.window_shards": window}
+    built, found = (StepReader(tiny_config(tmp_path / name, overrides)) for name in ("built", "set"))
+    halves = [StepReader(tiny_config(tmp_path / "set", overrides), rank, 2) for rank in (0, 1)]
+    seen = set()
+    for step in range(12):
+        batch, two = found.read_step(step), concatenate([half.read_step(step) for half in halves])
+        assert all(np.array_equal(batch[name], two[name]) for name in batch)
+        seen |= set(batch["object"].tolist())
+        if not window:
+            expected = built.read_step(step)
+            assert all(np.array_equal(batch[name], expected[name]) for name in batch), step
+    assert seen == set(range(15)) and not any(batch["bad"])
 
 
 @pytest.mark.ray

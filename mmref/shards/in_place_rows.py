@@ -84,7 +84,7 @@ def _constant(number: int, bound: NDArray[Any], share: int) -> pa.Array:
 
 
 def _open(stack: contextlib.ExitStack, root: Path, name: str, numbers: Sequence[int]) -> _Split:
-    (root / name).mkdir()
+    (root / name).mkdir(exist_ok=True)  # a split may be called as the folder of the json
     index = stack.enter_context(pq.ParquetWriter(root / name / f"{name}.index.parquet", INDEX_SCHEMA, compression="zstd"))
     objects = None
     if name == "train":

@@ -17,7 +17,7 @@ from mmref.run.checkpoints import latest_checkpoint
 from mmref.run.directory import RunDir
 from mmref.train.ledger import audit_run
 
-STEPS, EVERY, TARS, IMAGES, OBJECTS = 20, 8, 20, 50, 300
+STEPS, EVERY, TARS, IMAGES, OBJECTS = 20, 4, 20, 50, 300
 
 
 def write_samples(folder: Path) -> None:
@@ -65,6 +65,3 @@ def test_trained_on_two_workers_resumed_on_one(tmp_path: Path) -> None:
     for step, value in expected.items():
         assert resumed[step] == pytest.approx(value, rel=1e-4), step
     assert audit_run(run.path).sound
-    both = [json.loads((tmp_path / f"run-{name}" / "metrics.json").read_text()) for name in ("built", "found")]
-    for metric, score in both[0]["refined"].items():
-        assert both[1]["refined"][metric] == pytest.approx(score, abs=0.05), metric

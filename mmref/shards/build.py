@@ -12,16 +12,11 @@ import json
 import math
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from tqdm import tqdm
-
-from mmref.cluster.connection import connect
-from mmref.data.decode import calm_opencv
 from mmref.data.manifest import VERSION
 from mmref.errors import ConfigError, ShardSetError, SourceError
 from mmref.shards.index_parts import IndexWriter, Written, write_part
@@ -30,6 +25,7 @@ from mmref.shards.rows import RowSource, source_rows
 from mmref.shards.samples import Source, count_warnings
 from mmref.shards.spool import Span, Spool, read_objects
 from mmref.shards.tar_writer import ImageOptions, loaded, write_shard
+from mmref.shards.tasks import run_jobs
 from mmref.shards.tokenizer import check_vocab, train_captions, train_tokenizer
 from mmref.storage.downloads import forget
 from mmref.storage.parquet import read_parquet
@@ -67,6 +63,18 @@ class BuildOptions:
     tokenizer_vocab: int | None = None  # train a WordPiece tokenizer of this size on the train captions
     images: ImageOptions = field(default_factory=ImageOptions)
     progress: bool = True  # show a progress bar when standard error is a terminal
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to be written."""
+
+    spans: list[Span]  # of the spool: its objects
+    root: str  # of the set
+    file: str  # below it
+    images: ImageOptions
+    pack: bool
+    part: str  # where what goes into the index is left, see `write_part`
 
 
 def make_source(name: str, **options: Any) -> Source:
@@ -133,10 +141,11 @@ def _write_shards(source: Source, spool: Spool, out: str, options: BuildOptions,
         os.makedirs(os.path.join(out, split), exist_ok=True)
     written: dict[str, list[Written]] = {split: [] for split in plan}
     jobs = [
-        (source, spans, out, file, options.images, options.pack, os.path.join(out, SPOOL, f"index-{number:06d}"))
+        Job(spans, out, file, options.images, options.pack, os.path.join(out, SPOOL, f"index-{number:06d}"))
         for number, (_, file, spans) in enumerate(tasks)
     ]
-    for (split, _, _), result in zip(tasks, _run(jobs, options), strict=True):
+    made = run_jobs(_make_shard, source, jobs, options.workers, "shard", options.progress)
+    for (split, _, _), result in zip(tasks, made, strict=True):
         written[split].append(result)
     for left in Path(out).rglob("*.tmp"):  # by a worker that was killed, and whose task Ray ran again
         left.unlink()
@@ -264,49 +273,9 @@ def _mean_bytes(source: Source, spool: Spool, split: str) -> float:
     return HEADER_BYTES + sum(sizes) / max(len(sizes), 1)
 
 
-def _run(jobs: list[tuple], options: BuildOptions) -> Iterator[Written]:
-    """Results in the order of the jobs, with a bar that moves as shards finish."""
-    bar = tqdm(total=len(jobs), unit="shard", disable=None if options.progress else True, file=sys.stderr)
-    with bar:
-        if options.workers <= 0:
-            for job in jobs:
-                yield _make_shard(*job)
-                bar.update()
-            return
-        yield from _run_ray(jobs, options.workers, bar.update)
-
-
-def _make_shard(source: Source, spans: list[Span], root: str, file: str, images: ImageOptions, pack: bool, part: str) -> Written:
+def _make_shard(source: Source, job: Job) -> Written:
     """Writes a tar, and beside the rows of the set what goes into its index: what returns is small."""
-    return write_part(write_shard(source, read_objects(spans), root, file, images, pack), part)
-
-
-def _in_task(*job: Any) -> Written:
-    calm_opencv()
-    return _make_shard(*job)
-
-
-def _run_ray(jobs: list[tuple], workers: int, tick: Callable[[], Any]) -> Iterable[Written]:
-    """At most `workers` tasks at a time, on the cluster that is there or on a local one that is stopped afterwards."""
-    import ray
-
-    with connect(storage_gb=0.13):
-        task = ray.remote(max_retries=2)(_in_task)
-        source = ray.put(jobs[0][0])
-        waiting = list(enumerate(jobs))[::-1]
-        running: dict[Any, int] = {}
-        results: dict[int, Written] = {}
-        while waiting or running:
-            while waiting and len(running) < workers:
-                number, job = waiting.pop()
-                running[task.remote(source, *job[1:])] = number
-            for done in ray.wait(list(running), num_returns=1)[0]:
-                try:
-                    results[running.pop(done)] = ray.get(done)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.as_instanceof_cause() from error
-                tick()
-        return [results[number] for number in range(len(jobs))]
+    return write_part(write_shard(source, read_objects(job.spans), job.root, job.file, job.images, job.pack), job.part)
 
 
 def _finish(source: Source, out: str, written: dict[str, list[Written]], left_out: LeftOut) -> dict[str, Any]:

@@ -7,31 +7,31 @@ and where their images lie. The rows of all tars are then brought into the order
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from tqdm import tqdm
 
-from mmref.cluster.connection import connect
 from mmref.data.manifest import VERSION
 from mmref.data.shard_checks import remember
 from mmref.errors import SampleError, ShardSetError, SourceError
-from mmref.shards.build import NAMED_SKIPS, SPLIT_ORDER, files_of_set
+from mmref.shards.build import SPLIT_ORDER, files_of_set
 from mmref.shards.in_place_rows import PART_SCHEMA, write_indexes
+from mmref.shards.left_out import LEFT_OUT, LeftOut
 from mmref.shards.reading import ReadingOptions, choose_reading
 from mmref.shards.samples import hash_fraction
 from mmref.shards.tar_places import find_tars, labels
 from mmref.shards.tar_samples import Reading, interpret, read_tar
+from mmref.shards.tasks import run_jobs
 from mmref.shards.tokenizer import train_captions, train_tokenizer
 from mmref.storage.locations import file_system, folder_name, is_url, size_of, to_text
 from mmref.storage.parquet import read_parquet
@@ -42,6 +42,7 @@ JSON_FOLDER, PARTS = "samples", ".parts"
 SUCCESS = "success"  # of img2dataset's column `status`
 TARS_A_TASK = 16  # tars of a thousand small images take less time than a task costs
 
+Joined = Mapping[str, Mapping[str, Any]]  # value of the column that is joined on -> row of the table
 Job = tuple[str, str, int, str]  # path or URL of a tar, its label and number, the folder of the set
 
 
@@ -78,8 +79,6 @@ class ScannedTar:
     json_bytes: int = 0
     json_sha256: str = ""
     splits: dict[str, SplitPart] = field(default_factory=dict)
-    left_out: int = 0
-    skipped: list[str] = field(default_factory=list)  # the first of those
     passed_over: Counter[str] = field(default_factory=Counter)
     several_images: int = 0  # samples of which one image was taken
     failed: Counter[str] = field(default_factory=Counter)  # downloads that img2dataset has no image of, by status
@@ -105,8 +104,12 @@ def index_tars(given: Sequence[str], out: str, options: InPlaceOptions = InPlace
         for folder in (JSON_FOLDER, PARTS):
             (work / folder).mkdir()
         jobs = [(tar, name, number, str(work)) for number, (tar, name) in enumerate(zip(tars, names, strict=True))]
-        scanned = _scan_all(jobs, reading, joined, options)
-        manifest = _manifest(folder_name(str(out)), scanned, names, options, said)
+        size = max(1, min(TARS_A_TASK, math.ceil(len(jobs) / (4 * max(1, options.workers)))))
+        scanned = run_jobs(scan_tar, (reading, joined), jobs, options.workers, "tar", options.progress, size)
+        with contextlib.closing(LeftOut(work / LEFT_OUT)) as left_out:
+            for number in range(len(tars)):
+                left_out.join(str(work / PARTS / _file(number, "left_out")))
+        manifest = _manifest(folder_name(str(out)), scanned, names, options, said, left_out)
         write_indexes(
             work, [work / PARTS / _file(number, "arrow") for number in range(len(tars))], _shard_numbers(scanned), manifest
         )
@@ -130,13 +133,15 @@ def _file(number: int, ending: str) -> str:
 # -- one tar ---------------------------------------------------------------------------------------------------------
 
 
-def scan_tar(
-    place: str, label: str, number: int, work: str, reading: Reading, joined: Mapping[str, Mapping[str, Any]] | None
-) -> ScannedTar:
-    """Scans a tar and writes its samples' json and rows into the folder `work`.
+def scan_tar(shared: tuple[Reading, Joined | None], job: Job) -> ScannedTar:
+    """Scans a tar and writes its samples' json and rows into the folder of the set.
+
+    Args:
+        shared: how samples are understood, and the table that they are joined with.
 
     Raises SourceError for a tar that is not there, packed or of archives, StorageError.
     """
+    (reading, joined), (place, label, number, work) = shared, job
     try:
         with Tar(place) as tar:
             contents = read_tar(tar, hashed=reading.ids == "duplicate")
@@ -145,9 +150,9 @@ def scan_tar(
     except OSError as error:
         raise SourceError(f"{place} cannot be read: {error}. Leave it out, or mend it; then start the same command.") from None
     found.passed_over = contents.passed_over
-    found.skipped += [f"{label}.tar: {line}" for line in contents.skipped]
+    skipped = [f"{label}.tar: {line}" for line in contents.skipped]
     if broken:
-        found.skipped.append(f"{label}.tar is broken, {broken}: what lies before is used")
+        skipped.append(f"{label}.tar is broken, {broken}: what lies before is used")
     rows: dict[str, list[Any]] = {name: [] for name in PART_SCHEMA.names}
     digests: dict[str, Any] = {}
     lines = bytearray()
@@ -156,7 +161,7 @@ def scan_tar(
             meta, split = interpret(sample, label, reading, joined)
             line = json.dumps(meta, ensure_ascii=False, separators=(",", ":"), default=str).encode()
         except (SampleError, ValueError) as error:
-            found.skipped.append(f"{to_text(f'{label}/{sample.key}')}: {error}")
+            skipped.append(f"{to_text(f'{label}/{sample.key}')}: {error}")
             continue
         assert sample.image is not None
         span = sample.image.offset, sample.image.size
@@ -171,7 +176,8 @@ def scan_tar(
         found.several_images += sample.images > 1
     for split, digest in digests.items():
         found.splits[split].sha256 = digest.hexdigest()
-    found.left_out, found.skipped = len(found.skipped), found.skipped[:NAMED_SKIPS]
+    with contextlib.closing(LeftOut(os.path.join(work, PARTS, _file(number, "left_out")))) as left_out:
+        left_out.take(skipped)
     found.json_bytes, found.json_sha256 = len(lines), hashlib.sha256(lines).hexdigest()
     found.failed = _failed_downloads(place) if reading.img2dataset else Counter()
     _write_files(work, number, bytes(lines), rows)
@@ -209,50 +215,6 @@ def _failed_downloads(place: str) -> Counter[str]:
 # -- all tars --------------------------------------------------------------------------------------------------------
 
 
-def _scan_all(
-    jobs: list[Job], reading: Reading, joined: Mapping[str, Mapping[str, Any]] | None, options: InPlaceOptions
-) -> list[ScannedTar]:
-    """Results in the order of the jobs."""
-    with tqdm(total=len(jobs), unit="tar", disable=None if options.progress else True, file=sys.stderr) as bar:
-        if options.workers > 0:
-            return _scan_with_ray(jobs, reading, joined, options.workers, bar.update)
-        found = []
-        for job in jobs:
-            found.append(scan_tar(*job, reading, joined))
-            bar.update()
-        return found
-
-
-def _scan_with_ray(jobs: list[Job], reading: Reading, joined: Any, workers: int, tick: Callable[[], Any]) -> list[ScannedTar]:
-    """At most `workers` tasks at a time, on the cluster that is there or on a local one that is stopped afterwards."""
-    import ray
-
-    with connect(storage_gb=0.13):
-        task = ray.remote(max_retries=2)(_scan_batch)
-        shared = ray.put((reading, joined))
-        size = max(1, min(TARS_A_TASK, math.ceil(len(jobs) / (4 * workers))))
-        waiting = [jobs[at : at + size] for at in range(0, len(jobs), size)][::-1]
-        running: dict[Any, list[Job]] = {}
-        found: dict[int, ScannedTar] = {}
-        while waiting or running:
-            while waiting and len(running) < workers:
-                batch = waiting.pop()
-                running[task.remote(shared, batch)] = batch
-            for done in ray.wait(list(running), num_returns=1)[0]:
-                try:
-                    results = ray.get(done)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.as_instanceof_cause() from error
-                for (_, _, number, _), result in zip(running.pop(done), results, strict=True):
-                    found[number] = result
-                    tick()
-        return [found[number] for number in range(len(jobs))]
-
-
-def _scan_batch(shared: tuple[Reading, Any], jobs: list[Job]) -> list[ScannedTar]:
-    return [scan_tar(*job, *shared) for job in jobs]
-
-
 def _splits(scanned: Sequence[ScannedTar]) -> list[str]:
     found = {split for tar in scanned for split in tar.splits}
     return [split for split in SPLIT_ORDER if split in found] + sorted(found - set(SPLIT_ORDER))
@@ -268,12 +230,16 @@ def _shard_numbers(scanned: Sequence[ScannedTar]) -> dict[str, list[int]]:
 
 
 def _manifest(
-    name: str, scanned: Sequence[ScannedTar], names: Sequence[str], options: InPlaceOptions, said: dict[str, str]
+    name: str,
+    scanned: Sequence[ScannedTar],
+    names: Sequence[str],
+    options: InPlaceOptions,
+    said: dict[str, str],
+    left_out: LeftOut,
 ) -> dict[str, Any]:
     """The manifest, without the numbers of objects."""
-    skipped = [line for tar in scanned for line in tar.skipped]
     if not any(tar.splits for tar in scanned):
-        raise SourceError(f"No usable sample in {len(scanned)} tars. The first that were left out: {skipped[:3]}")
+        raise SourceError(f"No usable sample in {len(scanned)} tars. The first that were left out: {left_out.first[:3]}")
     origin = f"{len(names)} tars in place: {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
     splits = {}
     for split in _splits(scanned):
@@ -287,7 +253,7 @@ def _manifest(
     return {
         "version": VERSION, "name": name, "licence": options.licence, "source": origin, "splits": splits,
         "reading": said, "warnings": list(_warnings(scanned)),
-        "skipped": {"count": sum(tar.left_out for tar in scanned), "first": skipped[:NAMED_SKIPS]},
+        "skipped": left_out.summary(),
     }  # fmt: skip
 
 

@@ -19,20 +19,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmref.errors import SourceError
+from mmref.shards.index_parts import INDEX_SCHEMA, OBJECTS_SCHEMA
 
 SHARE_ROWS = 4_000_000  # sorted at a time, about a gigabyte
 ROW_GROUP = 1_000_000
 PART_SCHEMA = pa.schema([
-    ("split", pa.large_string()), ("fraction", pa.float64()), ("object_id", pa.large_string()), ("image_id", pa.large_string()),
-    ("key", pa.large_string()), ("image_ext", pa.large_string()), ("image_offset", pa.int64()), ("image_size", pa.int64()),
-    ("json_offset", pa.int64()), ("json_size", pa.int64()), ("n_captions", pa.int32()),
+    ("split", pa.large_string()), ("fraction", pa.float64()),
+    *(INDEX_SCHEMA.field(name) for name in ("object_id", "image_id", "key", "image_ext", "image_offset", "image_size")),
+    *(INDEX_SCHEMA.field(name) for name in ("json_offset", "json_size", "n_captions")),
 ])  # fmt: skip
-INDEX_SCHEMA = pa.schema([
-    ("object_row", pa.int32()), ("object_id", pa.large_string()), ("image_id", pa.large_string()), ("key", pa.large_string()),
-    ("shard", pa.int32()), ("image_offset", pa.int64()), ("image_size", pa.int64()), ("image_ext", pa.large_string()),
-    ("json_offset", pa.int64()), ("json_size", pa.int64()), ("n_captions", pa.int32()),
-])  # fmt: skip
-OBJECTS_SCHEMA = pa.schema([("object_id", pa.large_string()), ("row", pa.int32())])
 ORDER = [(name, "ascending") for name in ("fraction", "object_id", "tar", "image_offset")]
 
 

@@ -15,12 +15,13 @@ from mmref.shards.left_out import LeftOut
 from mmref.shards.rows import in_groups
 from mmref.shards.tar_writer import ShardResult
 
+# Texts of all rows together may have more bytes than the offsets of `string` count.
 INDEX_SCHEMA = pa.schema([
-    ("object_row", pa.int32()), ("object_id", pa.string()), ("image_id", pa.string()), ("key", pa.string()),
-    ("shard", pa.int32()), ("image_offset", pa.int64()), ("image_size", pa.int64()), ("image_ext", pa.string()),
+    ("object_row", pa.int32()), ("object_id", pa.large_string()), ("image_id", pa.large_string()), ("key", pa.large_string()),
+    ("shard", pa.int32()), ("image_offset", pa.int64()), ("image_size", pa.int64()), ("image_ext", pa.large_string()),
     ("json_offset", pa.int64()), ("json_size", pa.int64()), ("n_captions", pa.int32()),
 ])  # fmt: skip
-OBJECTS_SCHEMA = pa.schema([("object_id", pa.string()), ("row", pa.int32())])
+OBJECTS_SCHEMA = pa.schema([("object_id", pa.large_string()), ("row", pa.int32())])
 PART_SCHEMA = pa.schema([field for field in INDEX_SCHEMA if field.name not in ("object_row", "shard")])
 GROUP_ROWS = 1 << 18  # rows of an index that are held and written together
 

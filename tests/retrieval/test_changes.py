@@ -21,6 +21,8 @@ from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.index import Source
 from mmref.retrieval.searcher import Searcher
 
+OF_FOLDERS = "2 folders taken as objects (--folders plain: they mean nothing)"  # of `photos`
+
 
 def write(path: Path, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -293,7 +295,7 @@ def test_what_was_only_touched_is_not_embedded(photos, monkeypatch):
     monkeypatch.setattr(chunks, "embed_chunk", None)
     manifest = synced(out, root)
     assert manifest.notes == [
-        "0 images added", "16 have another place or time of change and the same content, and keep their features"
+        "0 images added", "16 have another place or time of change and the same content, and keep their features", OF_FOLDERS
     ]  # fmt: skip
     searcher = Searcher(str(out))
     assert searcher.items["file_stamp"].to_pylist() == [
@@ -395,7 +397,7 @@ def test_what_was_removed_for_good_stays_out_until_it_is_another_image(photos):
     os.utime(root / "1" / "1.png", (1, 1))
     write(root / "0" / "2.png", 70)
     manifest = synced(out, root)
-    assert manifest.notes == ["1 images added", "2 stay out, since they were removed for good (left_out.jsonl)"]
+    assert manifest.notes == ["1 images added", "2 stay out, since they were removed for good (left_out.jsonl)", OF_FOLDERS]
     assert {"0/0.png", "1/1.png"}.isdisjoint(paths(out)) and "0/2.png" in paths(out)
     (out / "left_out.jsonl").unlink()
     assert index.add(str(out), str(root), workers=0).items == 16
@@ -406,6 +408,6 @@ def test_an_index_without_hashes_embeds_what_was_touched(photos):
     items = out / "segments" / "000000" / "items.parquet"
     pq.write_table(pq.read_table(items).drop_columns(["file_sha256"]), items)
     os.utime(root / "1" / "1.png", (1, 1))
-    assert synced(out, root).notes == ["0 images added", "1 have changed since and were embedded again"]
+    assert synced(out, root).notes == ["0 images added", "1 have changed since and were embedded again", OF_FOLDERS]
     os.utime(root / "1" / "1.png", (2, 2))
     assert "keep their features" in synced(out, root).notes[1], "from then on it has one"

@@ -73,8 +73,9 @@ def test_rows_of_parquet_files(run, tmp_path, given):
     rows = rows_of(8)
     rows[0]["image"]["bytes"] = encoded(77)
     write_table(tmp_path / "p" / "data" / "train-0.parquet", rows)
-    changed = index.add(out, str(tmp_path / given), columns=LABELS, workers=0, remove_missing=True)
-    assert changed.items == count - 1 and changed.notes[0] == "0 images added"
+    changed = index.sync(out, index.Source(str(tmp_path / given), columns=LABELS), workers=0)
+    assert changed.items == count - 1
+    assert changed.notes[:2] == ["0 images added", "1 have changed since and were embedded again"]
     assert any("1 items are not in" in line and line.endswith("and were removed: 8.png") for line in changed.notes)
     searcher = Searcher(out)
     assert searcher.image_bytes("0.png") == encoded(77) and searcher.image_bytes("7.png") == encoded(7)

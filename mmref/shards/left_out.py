@@ -21,6 +21,8 @@ KINDS = (  # what a reason says: its kind. The first that fits
     (re.compile(r"outside of"), "outside of the root"),
     (re.compile(r": no image$"), "no image"),
     (re.compile(r"\.tar is broken, "), "broken tar"),
+    (re.compile(r"not read here: "), "a format that is not read"),
+    (re.compile(r": a folder without pictures$"), "empty folder"),
     (re.compile(r"the table has no row for it"), "not in the table"),
     (re.compile(r"no caption with text"), "no caption"),
     (re.compile(r"does not decode|is empty \(0 bytes\)"), "does not decode"),

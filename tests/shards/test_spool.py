@@ -160,6 +160,10 @@ def test_object_rows_go_on_from_shard_to_shard(tmp_path: Path) -> None:
         ("a.png: no caption with text", "no caption"),
         ("row 7: no object_id", "row that cannot be used"),
         ("row 7: '/x' leads to /x, outside of /y: --allow-outside allows it", "outside of the root"),
+        ("birds/1.CR2: not read here: a camera's raw file: export it as JPEG, PNG or TIFF", "a format that is not read"),
+        ("birds/: a folder without pictures", "empty folder"),
+        ("00001/0002: no image", "no image"),
+        ("00001.tar is broken, it ends early at byte 512: what lies before is used", "broken tar"),
         ("what: ever", "other"),
     ],
 )

@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmref.shards.in_place import InPlaceOptions, index_tars
-from mmref.shards.in_place_rows import INDEX_SCHEMA, OBJECTS_SCHEMA
+from mmref.shards.index_parts import INDEX_SCHEMA, OBJECTS_SCHEMA
 
 SIDE, KINDS = 16, 500  # pixels of an image, different ones
 TARS_OF_LARGE_SET, IMAGES_AN_OBJECT = 10_000, 10

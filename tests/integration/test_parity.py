@@ -143,7 +143,7 @@ def test_a_checkpoint_of_parameters_that_are_partitioned(
 def test_irra_s_objective(tmp_path: Path, tiny_set: Path) -> None:
     """The classifier over objects is a plain parameter: sharded, accumulated and saved by name as every other."""
     irra = {  # a sharper SDM has gradients of 80 from random weights, whose parts cancel out to what rounding leaves
-        "loss__align": "sdm", "loss__tau": 0.3, "loss__w_guide": 0.0, "loss__w_fuse": 0.0, "loss__w_rec": 0.0, "loss__w_id": 1.0,
+        "loss__align": "sdm", "loss__tau": 1.0, "loss__w_guide": 0.0, "loss__w_fuse": 0.0, "loss__w_rec": 0.0, "loss__w_id": 1.0,
         "loss__w_mlm": 1.0, "loss__mlm_layers": 1,
     }  # fmt: skip
     expected = run(tmp_path / "1", tiny(tiny_set, **irra), 1)

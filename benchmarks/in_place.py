@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -114,10 +116,10 @@ def write_large_set(folder: Path, images: int) -> None:
 
     per_tar = images // TARS_OF_LARGE_SET
     source = folder / "source"
-    write_tars(source, 1, per_tar)
+    write_built_tar(source / "00000.tar", per_tar)
     with Tar(str(source / "00000.tar")) as tar:
         found = [(m.offset, m.size) for m in tar.members()]
-    image, text = (np.array(found[begin::3]) for begin in (0, 1))
+    image, text = (np.array(found[begin::2]) for begin in (0, 1))
     root = folder / "set"
     (root / "train").mkdir(parents=True)
     files = [f"train/train-{number:06d}.tar" for number in range(TARS_OF_LARGE_SET)]
@@ -145,6 +147,18 @@ def write_large_set(folder: Path, images: int) -> None:
     entry = {"objects": images // IMAGES_AN_OBJECT, "images": images, "captions": images, "shards": shards}
     manifest = {"version": 1, "name": "large", "licence": "CC0-1.0", "source": "links", "splits": {"train": entry}}
     (root / "manifest.json").write_text(json.dumps(manifest))
+
+
+def write_built_tar(path: Path, images: int) -> None:
+    """A tar as a built set has it: an image and its json, one after the other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = json.dumps({"object_id": "0", "image_id": "0", "captions": ["a picture"]}).encode()
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for number in range(images):
+            for ending, data in (("jpg", _encoded(number % KINDS)), ("json", meta)):
+                member = tarfile.TarInfo(f"{number:09d}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def _names(numbers: np.ndarray) -> pa.Array:

@@ -279,7 +279,10 @@ def sync(
 
 def sources_of(index: str) -> list[Source]:
     """What an index was made of and what was added, and how it was read. Raises SearchIndexError."""
-    manifest = Manifest.read(Path(index).expanduser().absolute())
+    return _sources(Manifest.read(Path(index).expanduser().absolute()))
+
+
+def _sources(manifest: Manifest) -> list[Source]:
     listed = [Source.of(options) for options in manifest.listed]
     # Indexes of older versions do not tell how their sources were read.
     return listed + [Source(images) for images in manifest.sources if images not in {source.images for source in listed}]
@@ -302,7 +305,7 @@ def _take_in(
         check_model(folder, manifest)
         segments = open_segments(folder, manifest)
         listing = _listed_or_gone(source, remove_up_to)
-        alone = [(s.images, s.split) for s in sources_of(index)] == [(images, split)]
+        alone = [(s.images, s.split) for s in _sources(manifest)] == [(images, split)]
         found = leave_out(compare(listing, [s.items for s in segments], images, split, alone), read_left_out(folder))
         _check_missing(found, images, remove_up_to)
         removing = remove_up_to is not None

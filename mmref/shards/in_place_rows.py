@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mmref.errors import SourceError
 from mmref.shards.index_parts import INDEX_SCHEMA, OBJECTS_SCHEMA
+from mmref.shards.rows import in_groups
 
 SHARE_ROWS = 4_000_000  # sorted at a time, about a gigabyte
 ROW_GROUP = 1_000_000
@@ -90,8 +91,8 @@ def _open(stack: contextlib.ExitStack, root: Path, name: str, numbers: Sequence[
 def _write_share(rows: pa.Table, splits: Mapping[str, _Split]) -> None:
     """Write sorted rows; those of one object are all among them."""
     ids, names = rows["object_id"].combine_chunks(), rows["split"].combine_chunks()
-    new = _changes(ids)
-    if (both := np.flatnonzero(~new & _changes(names))).size:
+    new, other = (np.diff(in_groups(rows, column), prepend=-1) > 0 for column in ("object_id", "split"))
+    if (both := np.flatnonzero(~new & other)).size:
         at = int(both[0])
         raise SourceError(
             f"Object {ids[at].as_py()!r} is in {names[at - 1].as_py()!r} ({rows['image_id'][at - 1]}) and in "
@@ -109,10 +110,3 @@ def _write_share(rows: pa.Table, splits: Mapping[str, _Split]) -> None:
             first = pa.array(np.flatnonzero(begins))
             split.objects.write_table(pa.table([own["object_id"].take(first), object_row[begins]], OBJECTS_SCHEMA), ROW_GROUP)
         split.count += int(begins.sum())
-
-
-def _changes(column: Any) -> NDArray[np.bool_]:
-    """Where a value differs from the one before it; the first does."""
-    if not len(column):
-        return np.zeros(0, bool)
-    return np.append(True, pc.not_equal(column[1:], column[:-1]).to_numpy(zero_copy_only=False)).astype(bool)

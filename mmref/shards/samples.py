@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
+SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 DEFAULT_FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the objects, where a source does not split itself
 
 
@@ -55,6 +56,17 @@ class Source(Protocol):
 
     def write_extras(self, root: str) -> None:
         """Writes files that belong to the set (licences, read-me) before its manifest."""
+
+
+def common_split(given: str) -> str:
+    """The name that a split has here: `Validation` is val."""
+    name = given.lower()
+    return SPLIT_NAMES.get(name, name)
+
+
+def can_name_split(name: str) -> bool:
+    """Whether a name can be that of a split, which becomes a folder."""
+    return name.replace("_", "").replace("-", "").isalnum()
 
 
 def escape_key(text: str) -> str:

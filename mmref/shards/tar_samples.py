@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from mmref.data.kinds import kind_of
 from mmref.errors import SampleError, SourceError
-from mmref.shards.samples import DEFAULT_FRACTIONS, hash_split
-from mmref.shards.sources.table import SPLIT_NAMES
+from mmref.shards.samples import DEFAULT_FRACTIONS, can_name_split, common_split, hash_split
 from mmref.storage.locations import to_text
 from mmref.storage.tables import Row
 from mmref.storage.tars import Member, Tar
@@ -210,9 +209,8 @@ def _class_of(sample: TarSample) -> str:
 def _split_of(record: Row, reading: Reading, object_id: str) -> str:
     if not reading.split:
         return hash_split(object_id, reading.fractions)
-    name = record.needed(reading.split).lower()
-    name = SPLIT_NAMES.get(name, name)
-    if not name.replace("_", "").replace("-", "").isalnum():  # it becomes a folder
+    name = common_split(record.needed(reading.split))
+    if not can_name_split(name):
         raise SampleError(f"{name!r:.80} ({reading.split}) cannot name a split")
     return name
 

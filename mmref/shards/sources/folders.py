@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mmref.data.folder import Found, describe, look_into
 from mmref.errors import MMRefError, SampleError, SourceError
-from mmref.shards.samples import DEFAULT_FRACTIONS
+from mmref.shards.samples import DEFAULT_FRACTIONS, SPLIT_NAMES
 from mmref.shards.sources.image_columns import CAPTION_NAMES
 from mmref.shards.sources.listed import ListedImage, ListedSource
-from mmref.shards.sources.table import SPLIT_NAMES
 from mmref.storage.image_places import Place
 from mmref.storage.locations import folder_name, is_url, to_text
 from mmref.storage.tables import Table, read_table

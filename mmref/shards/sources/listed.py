@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmref.errors import SourceError
-from mmref.shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, hash_split
-from mmref.shards.sources.table import SPLIT_NAMES
+from mmref.shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, can_name_split, common_split, hash_split
 from mmref.storage.image_places import Place, read_place
 
 
@@ -104,7 +103,7 @@ class ListedSource(ABC):
 
 def split_name(given: str) -> str:
     """The name of a split as it is here: `validation` is val. Raises SourceError for what cannot be a folder."""
-    name = SPLIT_NAMES.get(given.strip().lower(), given.strip().lower())
-    if not name.replace("_", "").replace("-", "").isalnum():
+    name = common_split(given.strip())
+    if not can_name_split(name):
         raise SourceError(f"{given!r} cannot name a split: letters, digits, - and _ can.")
     return name

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmref.errors import SourceError
-from mmref.shards.samples import DEFAULT_FRACTIONS, Source
+from mmref.shards.samples import DEFAULT_FRACTIONS, SPLIT_NAMES, Source
 from mmref.shards.sources.image_columns import (
     ImageColumns,
     captions_if_plain,
@@ -21,7 +21,7 @@ from mmref.shards.sources.image_columns import (
 )
 from mmref.shards.sources.image_rows import Locate, ParquetPart, first_value, list_rows
 from mmref.shards.sources.listed import ListedImage, ListedSource, split_name
-from mmref.shards.sources.table import RESERVED, SPLIT_NAMES, TableSource
+from mmref.shards.sources.table import RESERVED, TableSource
 from mmref.storage.fetch import locate, locate_inside
 from mmref.storage.files import is_glob, matching_files
 from mmref.storage.locations import absolute, folder_name

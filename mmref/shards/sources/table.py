@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from mmref.errors import OutsideError, SampleError, SourceError
 from mmref.shards.rows import ROWS, TEXTS, Conflict, as_lists, image_conflict, merge_images, objects_of, split_conflict
-from mmref.shards.samples import DEFAULT_FRACTIONS, SourceObject, hash_split
+from mmref.shards.samples import DEFAULT_FRACTIONS, SourceObject, can_name_split, common_split, hash_split
 from mmref.storage.cells import Batch
 from mmref.storage.downloads import DEFAULT, Downloads
 from mmref.storage.fetch import is_web, locate, locate_inside, outside_most, read_location
@@ -26,7 +26,6 @@ from mmref.storage.locations import absolute, is_url, join
 from mmref.storage.tables import Table, read_table
 
 RESERVED = ("object_id", "image_id", "captions", "caption_kinds")  # fields that a set writes itself
-SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 LOOKED_AT = 10_000  # rows of which links are followed before anything is begun: it takes a look at the disk for each
 WEB = r"(?i)^https?://"
 ODD = r"^[~/]|(^|/)\.{1,2}(/|$)|://|\\"  # names that may lie outside of the root, or have another spelling
@@ -207,12 +206,12 @@ class TableSource:
         if column is None:
             texts, name_of = object_id, lambda text: hash_split(text, self.fractions)
         else:
-            texts, name_of = self._needed(batch, column, faults), _split_name
+            texts, name_of = self._needed(batch, column, faults), common_split
         found = texts.dictionary_encode()
         names = [name_of(text) for text in found.dictionary.to_pylist()]
-        wrong = [i for i, name in enumerate(names) if column is not None and not name.replace("_", "").replace("-", "").isalnum()]
+        wrong = [i for i, name in enumerate(names) if column is not None and not can_name_split(name)]
         for i in np.flatnonzero(np.isin(found.indices.to_numpy(zero_copy_only=False), wrong)).tolist():
-            if i not in faults:  # it becomes a folder
+            if i not in faults:
                 name = names[found.indices[i].as_py()]
                 raise SourceError(f"{self.path}, row {batch.numbers[i]}: {name!r} (column {column!r}) cannot name a split.")
         return pa.array(names, pa.string()).take(found.indices)
@@ -239,10 +238,6 @@ class TableSource:
 
     def write_extras(self, root: str) -> None:
         """Nothing to add."""
-
-
-def _split_name(text: str) -> str:
-    return SPLIT_NAMES.get(text.lower(), text.lower())
 
 
 def _add(faults: dict[int, str], more: dict[int, str]) -> None:

@@ -37,10 +37,7 @@ def shared_source(place: str, columns: Any) -> ListedSource | None:
         return _dataset(place, columns)
     single = place.lower().endswith(".parquet") or is_glob(place)
     if single and (files := parquet_files(place)) and embedded_column(files[0], columns.image):
-        return ParquetImages(
-            place, columns.image, columns.object_id, image_root=columns.image_root, allow_outside=columns.allow_outside,
-            strict=False, item_id=columns.item_id,
-        )  # fmt: skip
+        return _parquet(place, columns)
     if is_glob(place) or place.lower().endswith(TARS):
         refuse_tars(place, matching_files(place, TARS))
         if is_glob(place):
@@ -53,9 +50,14 @@ def parquet_in(folder: str, columns: Any) -> ListedSource | None:
     files = parquet_files(folder)
     if not files or not embedded_column(files[0], columns.image):
         return None
+    return _parquet(folder, columns)
+
+
+def _parquet(place: str, columns: Any) -> ListedSource:
     return ParquetImages(
-        folder, columns.image, columns.object_id, allow_outside=columns.allow_outside, strict=False, item_id=columns.item_id
-    )
+        place, columns.image, columns.object_id, image_root=columns.image_root, allow_outside=columns.allow_outside,
+        strict=False, item_id=columns.item_id,
+    )  # fmt: skip
 
 
 def refuse_tars(place: str, files: Sequence[str]) -> None:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmref.errors import ConfigError, SampleError, SourceError
-from mmref.shards.samples import DEFAULT_FRACTIONS
-from mmref.shards.sources.table import RESERVED
+from mmref.shards.samples import DEFAULT_FRACTIONS, check_kept
 from mmref.shards.tar_samples import (
     CAPTION_FIELDS,
     CLS,
@@ -61,8 +60,7 @@ def choose_reading(tars: Sequence[str], options: ReadingOptions) -> tuple[Readin
         for name in names:
             if name not in known or name in (KEY, CLS):
                 raise _unknown(place, name, option, known)
-    if lost := [name for name in options.keep if name in RESERVED]:
-        raise SourceError(f"--keep {lost[0]}: a sample has a field of that name already, of the set's own.")
+    check_kept(options.keep)
     ids, object_id = _ids(options, known, place)
     split = options.split or ("split" if "split" in known else "")
     if split and split not in known:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
+from mmref.errors import SourceError
+
+RESERVED = ("object_id", "image_id", "captions", "caption_kinds")  # fields of a sample that a set writes itself
 SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 DEFAULT_FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the objects, where a source does not split itself
 
@@ -56,6 +59,15 @@ class Source(Protocol):
 
     def write_extras(self, root: str) -> None:
         """Writes files that belong to the set (licences, read-me) before its manifest."""
+
+
+def check_kept(keep: Iterable[str], object_id: str = "") -> None:
+    """Raise SourceError for a column to keep whose name a sample has for a field of the set's own; the objects' column may be
+    kept, as what it is."""
+    if lost := [name for name in keep if name in RESERVED and name != object_id]:
+        raise SourceError(
+            f"--keep {lost[0]}: a sample has a field of that name already, of the set's own: rename the column to keep it."
+        )
 
 
 def common_split(given: str) -> str:

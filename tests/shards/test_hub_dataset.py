@@ -144,6 +144,7 @@ def test_a_saved_row_may_name_no_file_outside(tmp_path):
         ({"text": "text", "other": "image"}, {}, "2 columns of images, image, other: name one with --image"),
         ({"text": "text"}, {"object_id": "sku"}, "no column 'sku', only image, text.*--object-id"),
         ({"text": "text"}, {"keep": ["sku"]}, "no column 'sku'.*--keep"),
+        ({"text": "text", "image_id": "number"}, {"keep": ["image_id"]}, "--keep image_id: a sample has a field of that name"),
         ({"text": "text"}, {"image": "text"}, "the column 'text' holds no images"),
     ],
 )

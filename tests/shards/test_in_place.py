@@ -258,6 +258,7 @@ def test_wrong_names_are_told_before_all_tars_are_scanned(tmp_path: Path, index:
         ({"captions": ("captoin",)}, "--captions captoin.*Did you mean 'caption'"),
         ({"split": "fold"}, "--split fold"),
         ({"keep": ("nothing",)}, "--keep nothing"),
+        ({"keep": ("captions",)}, "--keep captions"),
     ):
         with pytest.raises(SourceError, match=said):
             index(tmp_path / "tars", **reading)

@@ -99,16 +99,21 @@ def test_bytes_that_are_a_path_are_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, r"no column 'object_id', only image, text, more, label, weight. Name yours with --object-id.*build dataset"),
+        (
+            {},
+            r"no column 'object_id', only image, text, more, label, weight, image_id. Name yours.*build dataset",
+        ),
         ({"object_id": "label"}, None),
         ({"object_id": "label", "captions": ["txt"]}, "no column 'txt'.*--captions"),
         ({"object_id": "label", "captions": ["weight"]}, r"'weight' holds neither texts nor lists of texts \(double\)"),
         ({"object_id": "label", "split": "fold"}, "no column 'fold'.*--split"),
         ({"object_id": "label", "keep": ["shop"]}, "no column 'shop'.*--keep"),
+        ({"object_id": "label", "keep": ["image_id"]}, "--keep image_id: a sample has a field of that name already"),
     ],
 )
 def test_columns_that_are_not_there(tmp_path, options, words):
-    source = make_source("table", path=str(write_table(tmp_path / "t.parquet", rows_of(3))), **options)
+    file = write_table(tmp_path / "t.parquet", [{**row, "image_id": "1"} for row in rows_of(3)])
+    source = make_source("table", path=str(file), **options)
     if words is None:
         assert [image.captions for image in source.images()] == [["thing 0"], ["thing 1"], ["thing 2"]]
         return

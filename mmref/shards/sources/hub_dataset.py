@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from mmref.errors import HubTokenError, HubUnreachableError, MMRefError, SampleError, SourceError
 from mmref.extras import need
-from mmref.shards.samples import DEFAULT_FRACTIONS
+from mmref.shards.samples import DEFAULT_FRACTIONS, check_kept
 from mmref.shards.sources.image_columns import (
     ImageColumns,
     captions_if_plain,
@@ -108,6 +108,7 @@ class DatasetSource(ListedSource):
             self.object_id = OBJECT_COLUMN
         named = [] if self.object_id is None else [self.object_id]
         require_columns(self.dataset, schema, dict.fromkeys(named, "--object-id") | dict.fromkeys(self.keep or (), "--keep"))
+        check_kept(self.keep or (), self.object_id or "")
         needed = self.strict or self.captions
         captions = choose_captions(self.dataset, schema, self.captions) if needed else captions_if_plain(schema)
         found = ImageColumns(image, captions, self.object_id, None, self.keep, infinite=self.infinite)

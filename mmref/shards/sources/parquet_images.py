@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmref.errors import SourceError
-from mmref.shards.samples import DEFAULT_FRACTIONS, SPLIT_NAMES, Source
+from mmref.shards.samples import DEFAULT_FRACTIONS, SPLIT_NAMES, Source, check_kept
 from mmref.shards.sources.image_columns import (
     ImageColumns,
     captions_if_plain,
@@ -21,7 +21,7 @@ from mmref.shards.sources.image_columns import (
 )
 from mmref.shards.sources.image_rows import Locate, ParquetPart, first_value, list_rows
 from mmref.shards.sources.listed import ListedImage, ListedSource, split_name
-from mmref.shards.sources.table import RESERVED, TableSource
+from mmref.shards.sources.table import TableSource
 from mmref.storage.fetch import locate, locate_inside
 from mmref.storage.files import is_glob, matching_files
 from mmref.storage.locations import absolute, folder_name
@@ -67,20 +67,25 @@ def _is_text(value: bytes | None) -> bool:
 
 
 def open_parts(
-    files: list[str], root: str, where: Locate, splits_by_name: bool = False, scratch: str | None = None
+    files: list[str],
+    folder: str,
+    where: Locate,
+    splits_by_name: bool = False,
+    scratch: str | None = None,
+    image_root: str | None = None,
 ) -> list[ParquetPart]:
-    """Files of one kind of rows, whose ids begin with their paths below `root`. Raises SourceError where their columns differ.
+    """Files of one kind of rows, whose ids begin with their paths below `folder`. Raises SourceError where their columns differ.
 
     Args:
         scratch: a folder for images that could only be read slowly one by one.
+        image_root: what the paths of images are relative to that are not inside; else `folder`.
     """
     parts: list[ParquetPart] = []
     for file in files:
-        name = file.removeprefix(f"{root.rstrip('/')}/").removesuffix(".parquet")
+        name = file.removeprefix(f"{folder.rstrip('/')}/").removesuffix(".parquet")
         told = SPLIT.search(name.lower()) if splits_by_name else None
-        parts.append(
-            ParquetPart(file, name, split_name(told[1]) if told else None, root, where, pack_name(scratch, f"{len(parts)}"))
-        )
+        split, pack = split_name(told[1]) if told else None, pack_name(scratch, f"{len(parts)}")
+        parts.append(ParquetPart(file, name, split, image_root or folder, where, pack))
     check_same_columns(parts)
     return parts
 
@@ -135,7 +140,7 @@ class ParquetImages(ListedSource):
         files = parquet_files(self.path)
         folder = self.path if self.path not in files and not is_glob(self.path) else os.path.dirname(files[0])
         where = locate if self.allow_outside else locate_inside
-        parts = open_parts(files, self.image_root or folder, where, not self.strict, self.scratch)
+        parts = open_parts(files, folder, where, not self.strict, self.scratch, self.image_root)
         image = embedded_column(files[0], self.image) or choose_image(self.path, parts[0].schema, self.image)
         columns = self._strict(image, parts[0].schema) if self.strict else self._lenient(image, parts[0].schema)
         return list_rows(parts, columns, self.leave_out, self.strict)
@@ -150,10 +155,7 @@ class ParquetImages(ListedSource):
         require_columns(
             self.path, schema, dict.fromkeys([split] if split else [], "--split") | dict.fromkeys(self.keep, "--keep")
         )
-        if lost := [name for name in self.keep if name in RESERVED and name != self.object_id]:
-            raise SourceError(
-                f"--keep {lost[0]}: a sample has a field of that name already, of the set's own: rename the column."
-            )
+        check_kept(self.keep, self.object_id)
         return ImageColumns(image, choose_captions(self.path, schema, self.captions), self.object_id, split, self.keep)
 
     def _lenient(self, image: str, schema: pa.Schema) -> ImageColumns:

@@ -18,14 +18,13 @@ import pyarrow.compute as pc
 
 from mmref.errors import OutsideError, SampleError, SourceError
 from mmref.shards.rows import ROWS, TEXTS, Conflict, as_lists, image_conflict, merge_images, objects_of, split_conflict
-from mmref.shards.samples import DEFAULT_FRACTIONS, SourceObject, can_name_split, common_split, hash_split
+from mmref.shards.samples import DEFAULT_FRACTIONS, SourceObject, can_name_split, check_kept, common_split, hash_split
 from mmref.storage.cells import Batch
 from mmref.storage.downloads import DEFAULT, Downloads
 from mmref.storage.fetch import is_web, locate, locate_inside, outside_most, read_location
 from mmref.storage.locations import absolute, is_url, join
 from mmref.storage.tables import Table, read_table
 
-RESERVED = ("object_id", "image_id", "captions", "caption_kinds")  # fields that a set writes itself
 LOOKED_AT = 10_000  # rows of which links are followed before anything is begun: it takes a look at the disk for each
 WEB = r"(?i)^https?://"
 ODD = r"^[~/]|(^|/)\.{1,2}(/|$)|://|\\"  # names that may lie outside of the root, or have another spelling
@@ -181,10 +180,7 @@ class TableSource:
         options = {self.image: "--image", self.object_id: "--object-id", **dict.fromkeys(captions, "--captions")}
         options.update(dict.fromkeys([split] if split else [], "--split") | dict.fromkeys(self.keep, "--keep"))
         table.require(options)
-        if lost := [name for name in self.keep if name in RESERVED and name != self.object_id]:
-            raise SourceError(
-                f"--keep {lost[0]}: a sample has a field of that name already, of the set's own: rename the column to keep it."
-            )
+        check_kept(self.keep, self.object_id)
         return captions, split
 
     def _refusal(self, image: str) -> SampleError | None:

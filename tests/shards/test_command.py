@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from mmref.errors import StorageError, UsageError
-from mmref.shards.command import build_parser, main, parse_fractions
+from mmref.shards.command import build_parser, main
+from mmref.shards.source_options import parse_fractions
 
 
 @pytest.fixture

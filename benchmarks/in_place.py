@@ -1,12 +1,18 @@
-"""Images per second of `mmref shards index` against webdataset reading the same tars once, and how a set of 100 million opens.
+"""Images per second of `mmref shards index` against webdataset reading the same tars once, whether a training on the tars is
+that on a built set, and how a set of 100 million opens.
 
     python benchmarks/in_place.py index --tars 1000 --images 1000 --workers 2 --rounds 2 --folder /tmp/tars --out in_place.json
+    python benchmarks/in_place.py train --tars 1000 --images 1000 --folder /tmp/tars --out train.json
     python benchmarks/in_place.py open --images 100000000 --readers 4 --folder /tmp/large --out open.json
 
 `index` has webdataset's own writer make tars of tiny images in img2dataset's layout, once for all rounds. In each round mmref
 indexes them, and webdataset with torch's DataLoader reads every sample of them as it lies, with as many processes. Neither
 decodes. Both are started anew, and their start counts. `--workers 0` has both work in one process, and gives the time of its
 CPU too, which other programs on the machine hardly change.
+
+`train` indexes the same tars, and builds a set of a Parquet file with the same samples. A tiny model is trained on the built set
+on two workers, 20 steps without a stop; and on the tars on two workers, stopped in its first steps, and resumed on one.
+The losses are compared step by step.
 
 `open` makes an index that claims so many images: of 10,000 tars, which are links to one real tar. Readers of one node then open
 it at the same moment, plan a step far into the training and read its batch: at first without the node's copy of the index, then
@@ -26,6 +32,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +46,8 @@ from mmref.shards.in_place import InPlaceOptions, index_tars
 from mmref.shards.index_parts import INDEX_SCHEMA, OBJECTS_SCHEMA
 
 SIDE, KINDS = 16, 500  # pixels of an image, different ones
+IMAGES_A_SKU = 3  # which do not lie side by side
+STEPS, CHECKPOINT_EVERY = 20, 5
 TARS_OF_LARGE_SET, IMAGES_AN_OBJECT = 10_000, 10
 STEP = 123_456
 
@@ -61,12 +70,22 @@ def _write_tar(path: Path, tar: int, images: int) -> None:
     import webdataset
 
     with webdataset.TarWriter(f"{path}.part") as writer:
-        for i in range(images):
-            key, caption = f"{tar:05d}{i:04d}", f"picture {i} of tar {tar}, of {SIDE} pixels"
-            told = {"url": f"https://example.org/{key}.jpg", "key": key, "status": "success", "error_message": None}
-            told |= {"caption": caption, "width": SIDE, "height": SIDE, "exif": "{}", "sha256": "0" * 64}
-            writer.write({"__key__": key, "jpg": _encoded((tar * images + i) % KINDS), "txt": caption, "json": told})
+        for key, data, told in _samples(tar, images):
+            writer.write({"__key__": key, "jpg": data, "txt": told["caption"], "json": told})
     os.replace(f"{path}.part", path)
+
+
+def _samples(tar: int, images: int) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    """Key, image and json of the samples of a tar."""
+    for i in range(images):
+        key, number = f"{tar:05d}{i:04d}", tar * images + i
+        told = {"url": f"https://example.org/{key}.jpg", "key": key, "status": "success", "error_message": None}
+        told |= {"caption": f"picture {i} of tar {tar}, of {SIDE} pixels", "width": SIDE, "height": SIDE, "exif": "{}"}
+        yield (
+            key,
+            _encoded(number % KINDS),
+            {**told, "sha256": "0" * 64, "sku": f"sku {number // 2 // IMAGES_A_SKU}.{number % 2}"},
+        )
 
 
 def read_by_webdataset(folder: Path, workers: int) -> int:
@@ -107,6 +126,70 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     best = {name: max(values) for name, values in rates.items()}
     found = {"images": total, "workers": args.workers, "images_per_second": rates, "ratio": best["mmref"] / best["webdataset"]}
     return found if args.workers else {**found, "cpu_us": cpu, "cpu_ratio": min(cpu["webdataset"]) / min(cpu["mmref"])}
+
+
+def measure_training(args: argparse.Namespace) -> dict[str, Any]:
+    """The largest difference of the losses of the two trainings, relative, and seconds of what led to it."""
+    folder, work = Path(args.folder), Path(args.folder + ".train")
+    write_tars(folder, args.tars, args.images)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, *argv: str) -> None:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "mmref.cli", *argv], check=True)
+        seconds[name] = round(time.perf_counter() - began, 1)
+        print(f"{name}: {seconds[name]} s", flush=True)
+
+    write_parquet(work / "samples.parquet", args.tars, args.images)
+    made = ["--tokenizer-vocab", "200", "--workers", str(args.workers), "--fractions", "train=1"]
+    timed("index", "shards", "index", str(folder), "--object-id", "sku", "--out", str(work / "in_place"), *made)
+    columns = ["--object-id", "sku", "--captions", "caption"]
+    timed("build", "shards", "build", "table", str(work / "samples.parquet"), "--out", str(work / "built"), *columns, *made)
+
+    def training(name: str, workers: int) -> list[str]:
+        options = ["--data.root", str(work / name), "--run_dir", str(work / f"run-{name}"), "--train.workers", str(workers)]
+        return ["train", "--config", "configs/smoke.yaml", "--train.eval_every", str(CHECKPOINT_EVERY), *options]
+
+    timed("train, built", *training("built", 2))
+    _train_a_little(training("in_place", 2), work / "run-in_place")
+    timed("train, in place, resumed", *training("in_place", 1))
+    expected, resumed = (_losses(work / f"run-{name}") for name in ("built", "in_place"))
+    began_at = [record["step"] for record in _records(work / "run-in_place") if "started" in record]
+    assert len(began_at) == 2 and 0 < began_at[1] < STEPS, began_at
+    assert list(expected) == list(resumed) == list(range(1, STEPS + 1)), (expected, resumed)
+    difference = max(abs(resumed[step] / expected[step] - 1) for step in expected)
+    found = {"images": args.tars * args.images, "steps": STEPS, "resumed_at": began_at[1], "largest_difference": difference}
+    return {**found, "seconds": seconds}
+
+
+def write_parquet(path: Path, tars: int, images: int) -> None:
+    """The samples of the tars, with their images inside, a row group a tar."""
+    schema = pa.schema({"id": pa.string(), "image": pa.binary(), "sku": pa.string(), "caption": pa.string()})
+    with pq.ParquetWriter(path, schema) as writer:
+        for tar in range(tars):
+            rows = [(key, data, told["sku"], told["caption"]) for key, data, told in _samples(tar, images)]
+            writer.write_table(pa.table(list(map(list, zip(*rows))), schema))
+
+
+def _train_a_little(argv: list[str], run: Path) -> None:
+    """Ask a training to stop in its first steps."""
+    process = subprocess.Popen([sys.executable, "-m", "mmref.cli", *argv])
+    while not _records(run):
+        time.sleep(0.1)
+        assert process.poll() is None, "the training ended without a step"
+    process.terminate()
+    process.wait()
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _losses(run: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in _records(run) if "loss" in record}
 
 
 def write_large_set(folder: Path, images: int) -> None:
@@ -221,16 +304,16 @@ def measure_opening(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("index", "open"))
+    parser.add_argument("what", choices=("index", "train", "open"))
     parser.add_argument("--tars", type=int, default=1000)
-    parser.add_argument("--images", type=int, default=1000, help="of a tar (index), of the set (open)")
+    parser.add_argument("--images", type=int, default=1000, help="of a tar (index, train), of the set (open)")
     parser.add_argument("--workers", type=int, default=2, help="processes of either side")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--readers", type=int, default=4)
     parser.add_argument("--folder", required=True, help="where tars are made, and kept")
     parser.add_argument("--out", required=True, help="JSON")
     args = parser.parse_args()
-    found = (compare if args.what == "index" else measure_opening)(args)
+    found = {"index": compare, "train": measure_training, "open": measure_opening}[args.what](args)
     Path(args.out).write_text(json.dumps({"argv": sys.argv[1:], **found}, indent=1) + "\n")
     print(json.dumps(found))
 

@@ -45,7 +45,7 @@ from attacks import TRAP, Target, attack, head, make_trap, server_errors, slow_h
 from output import write_figures
 from PIL import Image
 
-from mmref.retrieval.index import Manifest
+from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.limits import raise_file_limit
 from mmref.storage.array_file import ArrayFile

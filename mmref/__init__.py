@@ -22,7 +22,7 @@ from mmref.version import __version__ as __version__
 if TYPE_CHECKING:
     from mmref.evaluate import Evaluate
     from mmref.export.model import Model
-    from mmref.retrieval.index import Manifest
+    from mmref.retrieval.manifest import Manifest
     from mmref.retrieval.searcher import Searcher as Searcher
     from mmref.train import Train
 

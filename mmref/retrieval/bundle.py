@@ -12,7 +12,7 @@ from pathlib import Path
 from mmref.config import Config
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
-from mmref.errors import ModelError, SampleError, ShardSetError
+from mmref.errors import ModelError, ModelMismatchError, SampleError, ShardSetError
 from mmref.storage.disk import is_full, sync_files
 from mmref.storage.locations import sha256_of
 
@@ -109,3 +109,13 @@ def read_reference_captions(model: Path) -> dict[str, str]:
     """Object id -> a caption of it, {} where none were kept."""
     path = model / CAPTIONS
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def check_model(index: Path, wanted: str) -> None:
+    """Raise ModelMismatchError when an index's `model/` has not the fingerprint of what its features were made with."""
+    if not is_of(index / "model", wanted):
+        found = fingerprint(index / "model")
+        raise ModelMismatchError(
+            f"{index / 'model'} has fingerprint {found[:12]}, the features were made with {wanted[:12]}: the model "
+            "was replaced. Make the index again with the new one."
+        )

@@ -162,11 +162,18 @@ def skipped_elsewhere(skipped: list[dict[str, Any]], listing: Listing, source: s
     return [s for s in skipped if s["path"] not in its and not _is_below(s["path"], scope)]
 
 
-def list_changes(found: Changes, removed: bool) -> Iterator[str]:
-    """A line for each item that would change: + new, ~ embedded again, = same content at another place or time, - removed."""
-    again = set(found.replaced)
+def unread_before(found: Changes, skipped: list[dict[str, Any]]) -> set[str]:
+    """Ids of the items to embed that could not be read the last time."""
+    lines = {(s["id"], s["path"]) for s in skipped}
+    return {name for name, path in zip(found.items["id"].to_pylist(), found.items["path"].to_pylist()) if (name, path) in lines}
+
+
+def list_changes(found: Changes, removed: bool, unread: set[str]) -> Iterator[str]:
+    """A line for each item that would change: + new, ~ embedded again, ? tried again since it could not be read (`unread`),
+    = same content at another place or time, - removed."""
+    marks = dict.fromkeys(found.replaced, "~") | dict.fromkeys(unread, "?")
     rows = zip(found.items["id"].to_pylist(), found.items["path"].to_pylist())
-    yield from (f"{'~' if name in again else '+'} {printable(name)}  {printable(path)}" for name, path in rows)
+    yield from (f"{marks.get(name, '+')} {printable(name)}  {printable(path)}" for name, path in rows)
     yield from (f"= {printable(name)}" for name in found.same["id"].to_pylist())
     yield from (f"- {printable(name)}" for name in (found.missing if removed else ()))
 

@@ -133,22 +133,18 @@ def _add(argv: Sequence[str]) -> int:
         prog="mmref index add",
         description="Have an index hold what a source holds now: new images are added, changed ones embedded again, those "
         "that are gone named (`mmref index sync` removes them). An image from elsewhere whose id an item has already gets its "
-        "folder's name before it.",
+        "folder's name before it. A source that the index is of already is read as before, unless options say otherwise.",
     )
     parser.add_argument("index", type=local_path, metavar="INDEX")
     parser.add_argument("--model", type=model, metavar="MODEL", help="checked to be the index's own, which is used")
     _source_options(parser)
     args = parser.parse_args(argv)
-    manifest = index.add(
-        args.index,
-        args.images,
-        args.model,
-        args.split,
-        _columns(args),
-        workers_that_fit(args.workers),
-        args.device,
-    )
-    _tell(args.index, manifest)
+    workers = workers_that_fit(args.workers)
+    for one in _chosen(args, index.sources_of(args.index)):
+        manifest = index.add(args.index, one.images, args.model, one.split, one.columns, workers, args.device)
+        for line in manifest.notes:
+            print(line)
+    _report(args.index, manifest)
     return 0
 
 
@@ -192,7 +188,7 @@ def _sync(argv: Sequence[str]) -> int:
 def _chosen(args: argparse.Namespace, known: list[Any]) -> list[Any]:
     """All sources of an index, or those that IMAGES names: as the index knows them, unless options say how to read them."""
     from mmref.retrieval.images import DEFAULT_COLUMNS
-    from mmref.retrieval.index import Source
+    from mmref.retrieval.manifest import Source
     from mmref.retrieval.sources import images_place
 
     columns = _columns(args)
@@ -224,21 +220,22 @@ def _remove(argv: Sequence[str]) -> int:
 
 
 def _info(argv: Sequence[str]) -> int:
-    from mmref.retrieval import index
-    from mmref.retrieval.segment import Segment
+    from mmref.retrieval import bundle
+    from mmref.retrieval.manifest import Manifest
+    from mmref.retrieval.segment import open_segments
 
     parser = Parser(prog="mmref index info", description="What an index holds.")
     parser.add_argument("index", type=local_path, metavar="INDEX")
     parser.add_argument("--json", action="store_true", help="print the manifest")
     args = parser.parse_args(argv)
     folder = Path(args.index)
-    manifest = index.Manifest.read(folder)
-    index.check_model(folder, manifest)
+    manifest = Manifest.read(folder)
+    bundle.check_model(folder, manifest.model)
     if args.json:
         print(to_json(asdict(manifest), indent=1))
         return 0
     _report(args.index, manifest)
-    segments: list[Segment] = index.open_segments(folder, manifest)
+    segments = open_segments(folder, manifest)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(printable(f"columns: {', '.join(segments[0].items.column_names)}"))
     print(f"model {manifest.model[:12]}, generation {manifest.generation}, {size / 1e6:,.1f} MB on disk")

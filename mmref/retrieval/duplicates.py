@@ -25,9 +25,10 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from mmref.errors import QueryError, SampleError
-from mmref.retrieval import index as directory
 from mmref.retrieval.images import read_image_bytes
-from mmref.retrieval.segment import Segment, join_items
+from mmref.retrieval.manifest import Manifest
+from mmref.retrieval.segment import Segment, join_items, open_segments
+from mmref.retrieval.vector_file import open_vectors
 from mmref.retrieval.vectors import Approximate, Floats, Rows, gather
 from mmref.storage.tables import TABLE_ENDINGS, read_table
 from mmref.storage.texts import read_lines
@@ -124,14 +125,14 @@ def find_duplicates(index: str, above: float = ABOVE, keep: Keep = "first") -> F
     if not 0 < above <= 1:
         raise QueryError(f"--above {above:g}: a cosine above 0 and up to 1 is needed. 0.97 is a start.")
     folder = Path(index).expanduser().absolute()
-    manifest = directory.Manifest.read(folder)
-    segments = directory.open_segments(folder, manifest)
+    manifest = Manifest.read(folder)
+    segments = open_segments(folder, manifest)
     columns = join_items([_columns(s.items) for s in segments])
     matrices = [s.features for s in segments]
     groups, hashes = Components(manifest.items), columns["file_sha256"].to_pylist()
     approximate = None
     if above < 1:
-        approximate = directory.open_vectors(folder, manifest)
+        approximate = open_vectors(folder, manifest)
         uids = np.concatenate([s.uids for s in segments])
         join_near(groups, matrices, above, approximate, uids)
     else:

@@ -17,9 +17,8 @@ import json
 import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,122 +26,35 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmref.data.folder import describe
 from mmref.errors import EmptySourceError, ManyMissingError, ModelMismatchError, SearchIndexError
 from mmref.retrieval import bundle
-from mmref.retrieval.changes import Changes, compare, describe_changes, leave_out, list_changes, skipped_elsewhere, some
+from mmref.retrieval.changes import (
+    Changes,
+    compare,
+    describe_changes,
+    leave_out,
+    list_changes,
+    skipped_elsewhere,
+    some,
+    unread_before,
+)
 from mmref.retrieval.chunks import JOURNAL, PLACE, Chunks, embed, identity
 from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, list_images, no_items
 from mmref.retrieval.journal import KILLED
-from mmref.retrieval.segment import Segment, copy_rows, write_segment
+from mmref.retrieval.manifest import Manifest, Source
+from mmref.retrieval.segment import Segment, copy_rows, open_segments, write_segment
+from mmref.retrieval.set_aside import add_left_out, not_taken, passed_over, read_left_out, read_skipped, write_skipped
 from mmref.retrieval.sources import images_place
-from mmref.retrieval.vectors import FLAT_UP_TO, Approximate, Floats, Kind
+from mmref.retrieval.vector_file import build_vectors, changed_vectors
+from mmref.retrieval.vectors import FLAT_UP_TO, Kind
 from mmref.storage.disk import sync_files, told_when_full
-from mmref.storage.locations import below, endless, sha256_of, to_text
 from mmref.storage.locks import held
 from mmref.storage.whole_folder import held_folder, write_whole
 from mmref.terminal.output import printable
 
-VERSION = 1
-LEFT_OUT = "left_out.jsonl"
 MOST_SEGMENTS = 8  # more are joined: every search looks into each
-REBUILD_SHARE = 0.1  # of an approximate index that may be items removed since
 REMOVED_AT_ONCE = 0.2  # of a source's items: more that are gone at once may be a disk that is not there
 ALWAYS_REMOVED = 10  # items, where a source is not empty: of a small one they are soon more than that share
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images of an index, and how they are listed."""
-
-    images: str  # absolute path or URL
-    split: str | None = None
-    columns: TableColumns = DEFAULT_COLUMNS
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the manifest, and to tell one command from another."""
-        return {"images": self.images, "split": self.split, **asdict(self.columns)}
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Source:
-        """Of `to_dict`. Raises TypeError or KeyError for what is none."""
-        columns = {name: value for name, value in options.items() if name not in ("images", "split")}
-        return cls(str(options["images"]), options["split"], TableColumns(**columns))
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an index holds. `generation` rises with every change."""
-
-    generation: int
-    items: int
-    dim: int
-    next_uid: int
-    segments: list[str]
-    model: str  # fingerprint
-    kind: str  # flat, ivf or hnsw
-    vectors: dict[str, Any] = field(default_factory=dict)  # file, setting, recall and how it was measured
-    sources: list[str] = field(default_factory=list)
-    skipped: int = 0
-    notes: list[str] = field(default_factory=list)  # what the last change passed over, renamed, found missing
-    listed: list[dict[str, Any]] = field(default_factory=list)  # each `Source.to_dict`; of older versions none
-    version: int = VERSION
-
-    @classmethod
-    def read(cls, index: Path) -> Manifest:
-        """Raises SearchIndexError where there is no complete index of this version."""
-        path = index / "manifest.json"
-        if why := endless(str(path)):
-            raise SearchIndexError(f"{why}: make the index again.")
-        try:
-            values = json.loads(path.read_text())
-        except OSError:
-            begun = Path(f"{index}.partial").exists()
-            hint = "was begun and is not finished: run the same `mmref index` again" if begun else "is no index"
-            raise SearchIndexError(f"{index} {hint}. Make one with `mmref index IMAGES --model RUN --out DIR`.") from None
-        except ValueError as error:
-            raise SearchIndexError(f"{path} is damaged ({error}): make the index again.") from None
-        if not isinstance(values, dict) or "items" not in values or "splits" in values:
-            raise SearchIndexError(f"{index} is no index, its manifest.json is of something else; give one of `mmref index`.")
-        if (version := values.get("version")) != VERSION:
-            raise SearchIndexError(f"{path} has version {version}, this program reads {VERSION}: make the index again.")
-        try:
-            found = cls(**values)
-            found._check(str(index))
-        except (TypeError, ValueError, KeyError) as error:
-            raise SearchIndexError(f"{path} is damaged ({error}): make the index again.") from None
-        return found
-
-    def _check(self, index: str) -> None:
-        """Raise what a manifest that no index of ours has leads to; whoever wrote it may not be a friend."""
-        for name in ("generation", "items", "dim", "next_uid", "skipped"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r:.100}")
-        if not self.segments:
-            raise ValueError("it names no segments")
-        folder = below(index, "segments")
-        for segment in self.segments:
-            below(folder, segment)
-        if not isinstance(self.vectors, dict):
-            raise ValueError(f"vectors is {self.vectors!r:.100}")
-        for options in self.listed:
-            Source.of(options)
-        if self.kind != "flat":
-            below(index, self.vectors["file"])
-            int(self.vectors["setting"]), int(self.vectors.get("bytes", 0))
-
-    def write(self, index: Path) -> None:
-        """Replace the manifest as a whole."""
-        write_whole(index / "manifest.json", _encoded(json.dumps(asdict(self), indent=1, ensure_ascii=False)))
-
-
-def stamp(index: Path) -> tuple[int, int]:
-    """What changes with every manifest, and with another index in the same place; zeros where there is none."""
-    try:
-        found = (index / "manifest.json").stat()
-    except OSError:
-        return 0, 0
-    return found.st_ino, found.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -200,27 +112,9 @@ def create(
         if len(skipped) == len(listing.items):
             _discard(work / "chunks")  # the next start looks again
             raise SearchIndexError(f"none of {len(skipped)} images can be read, the first: {skipped[0]['problem']}")
-        skipped += _not_taken(images, listing)
-        _write_skipped(work, skipped)
-        segment = Segment(work / "segments" / "000000")
-        loaded = _load(work / "model")
-        bundle.write_reference_captions(work / "model", loaded.config, loaded.object_ids)
-        chosen = ("flat" if len(segment) <= FLAT_UP_TO else "ivf") if kind == "auto" else kind
-        queries = loaded.encode_text(listing.captions) if listing.captions else None
-        manifest = Manifest(
-            generation=1,
-            items=len(segment),
-            dim=segment.features.shape[1],
-            next_uid=len(segment),
-            segments=["000000"],
-            model=bundle.fingerprint(work / "model"),
-            kind=chosen,
-            vectors=_build_vectors(work, chosen, 1, [segment], queries, recall),
-            sources=[images],
-            skipped=len(skipped),
-            notes=_passed_over(listing),
-            listed=[source.to_dict()],
-        )
+        skipped += not_taken(images, listing)
+        write_skipped(work, skipped)
+        manifest = _first_manifest(work, source, listing, kind, recall, len(skipped))
         manifest.write(work)
         sync_files(work)
         if target.exists():
@@ -302,7 +196,7 @@ def _take_in(
     Manifest.read(folder)
     with told_when_full(folder), locked(folder), contextlib.ExitStack() as stack:
         manifest = Manifest.read(folder)
-        check_model(folder, manifest)
+        bundle.check_model(folder, manifest.model)
         segments = open_segments(folder, manifest)
         listing = _listed_or_gone(source, remove_up_to)
         alone = [(s.images, s.split) for s in _sources(manifest)] == [(images, split)]
@@ -310,9 +204,13 @@ def _take_in(
         _check_missing(found, images, remove_up_to)
         removing = remove_up_to is not None
         if dry_run is not None:
-            for line in list_changes(found, removing):
+            again = unread_before(found, read_skipped(folder))
+            for line in list_changes(found, removing, again):
                 dry_run(line)
-            return replace(manifest, notes=describe_changes(found, set(), images, removing) + _passed_over(listing))
+            notes = describe_changes(found, again, images, removing) + passed_over(listing)
+            if again:
+                notes.append(f"{len(again):,} could not be read the last time and are tried again: {some(sorted(again))}")
+            return replace(manifest, notes=notes)
         work = folder / ".adding"
         stack.enter_context(_kept_if_begun(work))
         work.mkdir(exist_ok=True)
@@ -323,8 +221,8 @@ def _take_in(
         before = read_skipped(folder)
         killers = {identity(s) for s in before if s["problem"] == KILLED}
         unread = _embed(work, found.items, work / name, workers, manifest.next_uid, folder / "model", killers, device)
-        skipped = [*skipped_elsewhere(before, listing, images, split), *_not_taken(images, listing), *unread]
-        notes = describe_changes(found, {s["id"] for s in unread}, images, removing) + _passed_over(listing)
+        skipped = [*skipped_elsewhere(before, listing, images, split), *not_taken(images, listing), *unread]
+        notes = describe_changes(found, {s["id"] for s in unread}, images, removing) + passed_over(listing)
         gone = {*found.replaced, *(found.missing if removing else ())}
         changed = _with_changes(folder, manifest, segments, gone, found.same, work / name)
         listed = _listed_too(manifest.listed, source)
@@ -333,7 +231,7 @@ def _take_in(
             return replace(manifest, notes=notes)
         sources = list(dict.fromkeys([*manifest.sources, images]))
         changed = replace(changed, generation=manifest.generation + 1, sources=sources, listed=listed)
-        _write_skipped(folder, skipped)
+        write_skipped(folder, skipped)
         changed = replace(changed, skipped=len(skipped), notes=notes)
         _commit(folder, changed)
         shutil.rmtree(work)
@@ -358,7 +256,7 @@ def _with_changes(
         names.append(new.name)
     items, next_uid = manifest.items - len(gone) + embedded, manifest.next_uid + embedded
     changed = _next(manifest, items=items, next_uid=next_uid, segments=names)
-    changed = replace(changed, vectors=_changed_vectors(folder, manifest, changed, added))
+    changed = replace(changed, vectors=changed_vectors(folder, manifest, changed, added))
     if len(names) > MOST_SEGMENTS:
         joined = f"{new.name}-joined"
         _discard(folder / "segments" / joined)
@@ -389,47 +287,11 @@ def remove(index: str, ids: Sequence[str], for_good: bool = False) -> Manifest:
             raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
         names = _rewritten(folder, manifest, segments, found)
         changed = _next(manifest, items=manifest.items - len(found), segments=names, notes=[])
-        changed = replace(changed, vectors=_changed_vectors(folder, manifest, changed, None))
+        changed = replace(changed, vectors=changed_vectors(folder, manifest, changed, None))
         if for_good:
-            _add_left_out(folder, segments, found)
+            add_left_out(folder, segments, found)
         _commit(folder, changed)
     return changed
-
-
-def check_model(index: Path, manifest: Manifest) -> None:
-    """Raise ModelMismatchError when `model/` is not what the features were made with."""
-    if not bundle.is_of(index / "model", manifest.model):
-        found = bundle.fingerprint(index / "model")
-        raise ModelMismatchError(
-            f"{index / 'model'} has fingerprint {found[:12]}, the features were made with {manifest.model[:12]}: the model "
-            "was replaced. Make the index again with the new one."
-        )
-
-
-def open_segments(index: Path, manifest: Manifest) -> list[Segment]:
-    """The segments in force. Raises SearchIndexError."""
-    return [Segment(index / "segments" / name) for name in manifest.segments]
-
-
-def open_vectors(index: Path, manifest: Manifest) -> Approximate | None:
-    """The approximate index, None for an exact search. Raises SearchIndexError."""
-    if manifest.kind == "flat":
-        return None
-    path, told = index / manifest.vectors["file"], manifest.vectors
-    # A file that is not whole may make faiss end the process, so it is looked at first. The earliest indexes tell
-    # neither number.
-    try:
-        size = path.stat().st_size
-        if size != (wanted := int(told.get("bytes", size))):
-            raise SearchIndexError(f"{path} has {size:,} bytes of {wanted:,}: the index is damaged; make it again.")
-        if "sha256" in told and sha256_of(str(path)) != told["sha256"]:
-            raise SearchIndexError(f"{path} is not what was written: the index is damaged; make it again.")
-    except OSError as error:
-        raise SearchIndexError(f"{path} cannot be read ({error}): the index is damaged; make it again.") from None
-    found = Approximate.open(path, manifest.kind, int(told["setting"]), manifest.dim)
-    if not manifest.items <= len(found) <= manifest.next_uid:
-        raise SearchIndexError(f"{path} holds {len(found):,} items of {manifest.items:,}: make the index again.")
-    return found
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -445,6 +307,29 @@ def _check_free(target: Path) -> None:
         raise SearchIndexError(
             f"{target} exists already and is not empty: `mmref index add` adds to an index; else give another --out."
         )
+
+
+def _first_manifest(work: Path, source: Source, listing: Listing, kind: Kind, recall: float, skipped: int) -> Manifest:
+    """Of a new index whose one segment is written; the approximate index is built."""
+    segment = Segment(work / "segments" / "000000")
+    loaded = _load(work / "model")
+    bundle.write_reference_captions(work / "model", loaded.config, loaded.object_ids)
+    chosen = ("flat" if len(segment) <= FLAT_UP_TO else "ivf") if kind == "auto" else kind
+    queries = loaded.encode_text(listing.captions) if listing.captions else None
+    return Manifest(
+        generation=1,
+        items=len(segment),
+        dim=segment.features.shape[1],
+        next_uid=len(segment),
+        segments=["000000"],
+        model=bundle.fingerprint(work / "model"),
+        kind=chosen,
+        vectors=build_vectors(work, chosen, 1, [segment], queries, recall),
+        sources=[source.images],
+        skipped=skipped,
+        notes=passed_over(listing),
+        listed=[source.to_dict()],
+    )
 
 
 @contextlib.contextmanager
@@ -530,20 +415,6 @@ def _listed_too(listed: list[dict[str, Any]], source: Source) -> list[dict[str, 
     return listed if source in of else [*others, source.to_dict()]
 
 
-def _changed_vectors(folder: Path, before: Manifest, after: Manifest, added: Segment | None) -> dict[str, Any]:
-    """The approximate index with a segment added, built again when much of it has gone; {} for flat."""
-    approximate = open_vectors(folder, before)
-    if approximate is None:
-        return {}
-    if after.items < (1 - REBUILD_SHARE) * (len(approximate) + (0 if added is None else len(added))):
-        kept, recall = open_segments(folder, after), float(before.vectors["wanted"])
-        return _build_vectors(folder, before.kind, after.generation, kept, None, recall)
-    if added is None:
-        return before.vectors
-    approximate.add(added.features, added.uids)
-    return before.vectors | _write_vectors(approximate, folder, after.generation)
-
-
 def _embed(
     work: Path,
     items: pa.Table,
@@ -571,91 +442,6 @@ def _embed(
     if count:
         write_segment(target, chunks.read(), first_uid, count, dim)
     return skipped
-
-
-def read_skipped(index: Path) -> list[dict[str, Any]]:
-    """Images that could not be read or taken: id, path (of what could not be taken: its source), problem; of one that ended
-    processes, all of its place (see `embed.identity`)."""
-    # `splitlines` would also break where a name has one of Unicode's own line ends.
-    return [json.loads(line) for line in (index / "skipped.jsonl").read_text(encoding="utf-8").split("\n") if line]
-
-
-def read_left_out(index: Path) -> list[dict[str, Any]]:
-    """Items that were removed for good: id, path, offset, length, file_stamp and file_sha256 (in hex) of each."""
-    path = index / LEFT_OUT
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
-
-
-def _add_left_out(index: Path, segments: list[Segment], ids: set[str]) -> None:
-    """Note items that are removed for good. Written before the removal is in force: what is in the index is never looked up."""
-    lines = read_left_out(index)
-    for segment in segments:
-        items = segment.items.filter(pc.is_in(segment.items["id"], value_set=pa.array(sorted(ids), pa.string())))
-        for row in items.select([name for name in ("id", *PLACE, "file_sha256") if name in items.column_names]).to_pylist():
-            content = row.get("file_sha256")
-            lines.append({**dict.fromkeys(PLACE), **row, "file_sha256": content.hex() if content else None})
-    write_whole(index / LEFT_OUT, _encoded("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)))
-
-
-def _write_skipped(index: Path, skipped: list[dict[str, Any]]) -> None:
-    lines = (json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
-    write_whole(index / "skipped.jsonl", _encoded("".join(lines)))
-
-
-def _encoded(text: str) -> bytes:
-    """JSON as UTF-8; of a path that is none JSON keeps \\udcNN."""
-    return text.encode("utf-8", "backslashreplace")
-
-
-def _not_taken(source: str, listing: Listing) -> list[dict[str, Any]]:
-    return [{"id": what, "path": to_text(source), "problem": why} for what, why in listing.skipped]
-
-
-def _passed_over(listing: Listing) -> list[str]:
-    """What lies beside the images of a listing, in words."""
-    count = sum(listing.passed_over.values())
-    lines = list(listing.notes)
-    lines += [f"{count:,} files passed over: {describe(listing.passed_over)}"] if count else []
-    if left := [f"{printable(name)} ({why})" for name, why in listing.columns_left.items()]:
-        lines.append(f"columns of the table that were not taken: {', '.join(left)}")
-    if infinite := [f"{printable(name)} ({count:,})" for name, count in listing.cells_left.items()]:
-        lines.append(f"infinite numbers of the table that are kept as missing: {', '.join(infinite)}")
-    return lines
-
-
-def _build_vectors(
-    index: Path, kind: str, generation: int, segments: list[Segment], queries: Floats | None, recall: float
-) -> dict[str, Any]:
-    """Build, tune and write an approximate index; {} for flat.
-
-    Recall is measured with captions of the source where it has any, else with the features of items.
-    """
-    if kind == "flat":
-        return {}
-    matrices, uids = [s.features for s in segments], np.concatenate([s.uids for s in segments])
-    began = time.perf_counter()
-    approximate = Approximate.build(kind, matrices, uids)
-    measured_on = "captions"
-    if queries is None:
-        measured_on = "items"
-        queries = np.ascontiguousarray(matrices[0][:: max(1, len(matrices[0]) // 256)][:256])
-    reached = approximate.tune(queries, matrices, uids, recall)
-    return {
-        **_write_vectors(approximate, index, generation),
-        "setting": approximate.setting,
-        "recall@10": round(reached, 4),
-        "wanted": recall,
-        "measured_on": measured_on,
-        "queries": len(queries),
-        "build_seconds": round(time.perf_counter() - began, 1),
-    }
-
-
-def _write_vectors(approximate: Approximate, index: Path, generation: int) -> dict[str, Any]:
-    """Its name below the index, and what tells later whether it is whole."""
-    path = index / f"vectors-{generation:06d}"
-    approximate.write(path)
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(str(path))}
 
 
 def _next(manifest: Manifest, **changes: Any) -> Manifest:

@@ -28,13 +28,14 @@ from mmref.evaluate.refinement import ReferenceSpace
 from mmref.export.model import ImageLike, Model, load
 from mmref.model.device import chosen_device
 from mmref.retrieval import bundle
-from mmref.retrieval import index as directory
 from mmref.retrieval.heat_maps import GRID, Explanation, heat_maps, hidden, nearest
 from mmref.retrieval.images import read_image_bytes
+from mmref.retrieval.manifest import Manifest, stamp
 from mmref.retrieval.notebook import Results
 from mmref.retrieval.objects import Objects, RankedObject, rank_objects
 from mmref.retrieval.ranking import Encoded, Ranker
-from mmref.retrieval.segment import join_items
+from mmref.retrieval.segment import join_items, open_segments
+from mmref.retrieval.vector_file import open_vectors
 from mmref.retrieval.vectors import Approximate, Floats, Rows
 
 DEFAULT_TOP = 10
@@ -140,18 +141,18 @@ class Searcher:
         """Open the files of one manifest; a writer may replace it meanwhile. A model whose files are those that `previous` has
         checked is not read again."""
         for attempt in range(OPEN_ATTEMPTS):
-            self._stamp = directory.stamp(self.index)
-            self.manifest = directory.Manifest.read(self.index)
+            self._stamp = stamp(self.index)
+            self.manifest = Manifest.read(self.index)
             self._model_stamp = bundle.stamp(self.index / "model")
             checked = previous and (previous.manifest.model, previous._model_stamp)
             if checked != (self.manifest.model, self._model_stamp):
-                directory.check_model(self.index, self.manifest)
+                bundle.check_model(self.index, self.manifest.model)
             try:
-                self.segments = directory.open_segments(self.index, self.manifest)
-                approximate = directory.open_vectors(self.index, self.manifest)
+                self.segments = open_segments(self.index, self.manifest)
+                approximate = open_vectors(self.index, self.manifest)
                 break
             except SearchIndexError:
-                unchanged = directory.Manifest.read(self.index).generation == self.manifest.generation
+                unchanged = Manifest.read(self.index).generation == self.manifest.generation
                 if unchanged or attempt == OPEN_ATTEMPTS - 1:
                     raise
         self._starts = np.cumsum([0, *(len(s) for s in self.segments)])
@@ -164,7 +165,7 @@ class Searcher:
     @property
     def outdated(self) -> bool:
         """Whether the index on disk has changed, or another lies in its place, since it was opened."""
-        return directory.stamp(self.index) != self._stamp
+        return stamp(self.index) != self._stamp
 
     @property
     def metadata_columns(self) -> list[str]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from mmref.errors import SearchIndexError
 from mmref.retrieval.chunks import Arrays
+from mmref.retrieval.manifest import Manifest
 from mmref.storage.array_file import ArrayFile, save_array
 from mmref.storage.disk import sync_files
 from mmref.storage.parquet import read_parquet
@@ -65,6 +66,11 @@ class Segment:
     @cached_property
     def thumbnail_file_bytes(self) -> int:
         return os.fstat(self._thumbnails).st_size
+
+
+def open_segments(index: Path, manifest: Manifest) -> list[Segment]:
+    """The segments in force. Raises SearchIndexError."""
+    return [Segment(index / "segments" / name) for name in manifest.segments]
 
 
 def write_segment(folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first_uid: int, count: int, dim: int) -> None:

@@ -18,8 +18,9 @@ from mmref.data.decode import decode_rgb
 from mmref.errors import ManyMissingError, SearchIndexError
 from mmref.retrieval import chunks, index
 from mmref.retrieval.images import read_image_bytes
-from mmref.retrieval.index import Source
+from mmref.retrieval.manifest import Manifest, Source
 from mmref.retrieval.searcher import Searcher
+from mmref.retrieval.set_aside import read_skipped
 
 OF_FOLDERS = "2 folders taken as objects (--folders plain: they mean nothing)"  # of `photos`
 
@@ -135,7 +136,7 @@ def test_what_cannot_be_looked_into_is_not_gone(places, monkeypatch):
     monkeypatch.setattr(os, "scandir", scan)
     manifest = index.sync(str(out), Source(str(first)), workers=0)
     assert "deep/d.png" in paths(out) and manifest.items == 3
-    assert index.read_skipped(out) == [
+    assert read_skipped(out) == [
         {"id": "deep/", "path": str(first), "problem": "a folder that cannot be listed: Permission denied"}
     ]
 
@@ -248,7 +249,7 @@ def photos(tmp_path: Path, run: Path) -> tuple[Path, Path]:
     return tmp_path / "photos", tmp_path / "out"
 
 
-def synced(out: Path, root: Path, **how) -> index.Manifest:
+def synced(out: Path, root: Path, **how) -> Manifest:
     return index.sync(str(out), Source(str(root)), workers=0, **how)
 
 
@@ -336,7 +337,7 @@ def test_what_is_there_but_cannot_be_looked_at_is_not_gone(photos, tmp_path):
     assert synced(out, root).items == 17
     (tmp_path / "disk" / "linked.png").unlink()
     assert synced(out, root).items == 17 and "linked.png" in paths(out)
-    assert index.read_skipped(out)[0]["problem"] == "a link to nothing"
+    assert read_skipped(out)[0]["problem"] == "a link to nothing"
     (root / "linked.png").unlink()
     assert synced(out, root).items == 16
 

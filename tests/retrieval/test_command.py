@@ -16,6 +16,7 @@ from support.images import write_images
 from mmref.cli import main
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
+from mmref.retrieval.set_aside import read_skipped
 
 
 def test_from_a_folder_to_an_answer(folder, run, tmp_path, capsys):
@@ -44,9 +45,11 @@ def test_a_folder_is_followed(folder, run, tmp_path, capsys):
     (more / "02.png").unlink()
     capsys.readouterr()
     assert main(["index", "sync", out, "--dry-run"]) == 0
-    assert capsys.readouterr().out.splitlines()[:4] == [
-        f"{folder}:", f"+ deep/broken.jpg  {folder}/deep/broken.jpg", "- 00.png", "dry run: 1 images added",
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        f"{folder}:", f"? deep/broken.jpg  {folder}/deep/broken.jpg", "- 00.png", "dry run: 0 images added",
     ]  # fmt: skip
+    assert "dry run: 1 could not be read the last time and are tried again: deep/broken.jpg" in lines
     assert main(["index", "sync", out, str(more), "--workers", "0"]) == 0
     said = capsys.readouterr().out
     assert f"1 items are not in {more} any more and were removed: more/02.png" in said and "13 images" in said
@@ -62,6 +65,21 @@ def test_a_folder_is_followed(folder, run, tmp_path, capsys):
     assert main(["index", "sync", out, str(tmp_path / "empty")]) == 1
     said = capsys.readouterr().err
     assert "ManyMissingError" in said and "Nothing was removed" in said
+
+
+def test_a_table_is_read_as_it_was_the_first_time(run, tmp_path, capsys):
+    write_images(tmp_path, range(4))
+    table, out = tmp_path / "t.csv", str(tmp_path / "out")
+    table.write_text("file,sku\n00.png,a\n")
+    named = ["--image-column", "file", "--object-column", "sku", "--workers", "0"]
+    assert main(["index", str(table), "--model", str(run), "--out", out, *named]) == 0
+    table.write_text("file,sku\n00.png,a\n02.png,c\n")
+    capsys.readouterr()
+    assert main(["index", "add", out, str(table), "--workers", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "1 images added"
+    assert Searcher(out).item("02.png")["object_id"] == "c"
+    assert main(["index", "add", out, str(table), "--image-column", "sku", "--workers", "0"]) == 0
+    assert "2 items are not in" in capsys.readouterr().out, "options that are given count"
 
 
 def test_json_batches_filters_and_images(split_index, tmp_path, capsys):
@@ -179,7 +197,7 @@ def test_columns_that_are_no_metadata(run, tmp_path, capsys):
     assert main(["index", str(tmp_path / "t.parquet"), "--model", str(run), "--out", out, "--workers", "0"]) == 0
     said = capsys.readouterr().out
     assert "not taken: id (the index has its own), thumb (no single values), tags (no single values)\n" in said
-    assert Searcher(out).items["kind"].to_pylist() == ["bird", "cat"] and not index.read_skipped(tmp_path / "out")
+    assert Searcher(out).items["kind"].to_pylist() == ["bird", "cat"] and not read_skipped(tmp_path / "out")
     assert index.add(out, str(tmp_path), workers=0).items == 2, "./b.png is the b.png of the folder"
 
 
@@ -198,7 +216,7 @@ def test_an_infinite_number_costs_no_image(run, tmp_path, capsys, ending):
     assert "infinite numbers of the table that are kept as missing: price (2)\n" in capsys.readouterr().out
     items = Searcher(out).items
     assert items["price"].to_pylist() == [1.5, None, None] and items["size"].to_pylist() == [1, 2, 3]
-    assert not index.read_skipped(tmp_path / "out")
+    assert not read_skipped(tmp_path / "out")
 
 
 def test_the_image_of_a_query_is_found_as_those_of_a_table(split_index, tmp_path, capsys):

@@ -13,6 +13,7 @@ from mmref.errors import SearchIndexError, StorageError
 from mmref.retrieval import images, index
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.searcher import Searcher
+from mmref.retrieval.set_aside import read_skipped
 from mmref.shards.build import BuildOptions, build_shards, make_source
 from mmref.storage import image_places, retries
 
@@ -28,7 +29,7 @@ def test_a_table_brings_images_from_outside_with_a_flag(folder, run, tmp_path):
     index.create(str(folder / "t.csv"), str(run), str(tmp_path / "out"), workers=0)
     (short,) = set(ids(tmp_path / "out")) - {"02.png"}
     assert re.fullmatch(r"04-[0-9a-f]{12}\.png", short)
-    (skipped,) = index.read_skipped(tmp_path / "out")
+    (skipped,) = read_skipped(tmp_path / "out")
     assert skipped["id"] == "row 3" and "--allow-outside" in skipped["problem"]
     columns = TableColumns(allow_outside=True)
     index.add(str(tmp_path / "out"), str(folder / "t.csv"), columns=columns, workers=0)
@@ -56,7 +57,7 @@ def test_ids_of_a_column(folder, run, tmp_path):
     index.create(str(folder / "t.csv"), str(run), str(tmp_path / "out"), columns=columns, workers=0)
     assert ids(tmp_path / "out") == ["7", "8", "a b"]
     assert Searcher(str(tmp_path / "out")).metadata_columns == ["caption"]
-    said = {s["id"]: s["problem"] for s in index.read_skipped(tmp_path / "out")}
+    said = {s["id"]: s["problem"] for s in read_skipped(tmp_path / "out")}
     assert list(said) == ["row 5", "row 6", "row 7"] and said["row 7"] == "no sku"
     assert "has the id '8' in an earlier row, here '9'" in said["row 5"] and "is that of the image '00.png'" in said["row 6"]
     with pytest.raises(SearchIndexError, match=r"no column 'nr'.*--id-column"):

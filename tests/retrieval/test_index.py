@@ -18,7 +18,10 @@ from mmref.errors import ModelError, ModelMismatchError, SearchIndexError, Stora
 from mmref.retrieval import bundle, chunks, index, vectors
 from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.journal import Watch
+from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.searcher import Searcher
+from mmref.retrieval.set_aside import read_skipped
+from mmref.retrieval.vector_file import open_vectors
 
 
 def ids(path: Path) -> list[str]:
@@ -188,7 +191,7 @@ def test_approximate_indexes_write_down_their_recall(folder, run, tmp_path, kind
     more = [r.id for r in Searcher(str(out)).search("red", top=20)]
     for path in (out, exact):
         index.remove(str(path), more)
-    rebuilt = index.open_vectors(out, index.Manifest.read(out))
+    rebuilt = open_vectors(out, Manifest.read(out))
     assert rebuilt is not None and len(rebuilt) == 61, "built again without what was removed"
     assert agree() >= 0.8
 
@@ -214,14 +217,14 @@ def test_columns_of_two_sources_may_have_other_types(folder, run, tmp_path, monk
 
 def test_a_source_of_broken_images_is_listed(own_index, tmp_path):
     """Names may hold what Unicode takes for the end of a line."""
-    before, name = index.Manifest.read(own_index), "line\u2028end.png"
+    before, name = Manifest.read(own_index), "line\u2028end.png"
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / name).write_bytes(b"no image")
     for _ in range(2):
         manifest = index.add(str(own_index), str(tmp_path / "broken"), workers=0)
         assert (manifest.items, manifest.skipped) == (before.items, before.skipped + 1)
-        assert manifest.generation == before.generation + 1 == index.Manifest.read(own_index).generation
-        assert [s["id"] for s in index.read_skipped(own_index)] == [name]
+        assert manifest.generation == before.generation + 1 == Manifest.read(own_index).generation
+        assert [s["id"] for s in read_skipped(own_index)] == [name]
     assert len(Searcher(str(own_index))) == before.items
 
 
@@ -367,7 +370,7 @@ def test_an_index_of_before_tokenizers_counted_opens(own_index):
 def test_a_folder_of_something_else_is_no_index(text, tmp_path):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(SearchIndexError, match=r"is no index, its manifest\.json is of something else"):
-        index.Manifest.read(tmp_path)
+        Manifest.read(tmp_path)
 
 
 def test_an_index_whose_manifest_is_a_pipe_keeps_nobody_waiting(tmp_path):
@@ -469,7 +472,7 @@ def test_any_name_is_held_shown_and_opened(run, tmp_path, capsys):
     searcher = Searcher(str(index_dir))
     assert len(searcher) == len(ODD_NAMES)
     assert {r"caf\xe9.png", r"caf\\xe9.png", "line\nend.png", r"\xff/\xfe.png"} <= set(ids(index_dir))
-    assert [s["id"] for s in index.read_skipped(index_dir)] == [r"broken\xe9.png"]
+    assert [s["id"] for s in read_skipped(index_dir)] == [r"broken\xe9.png"]
     held = {searcher.image_bytes(item) for item in ids(index_dir)}
     assert len(held) == len(ODD_NAMES), "each opens its own file"
     capsys.readouterr()
@@ -504,7 +507,7 @@ def test_whatever_an_image_raises_costs_that_one(folder, run, tmp_path, monkeypa
     monkeypatch.setattr(chunks, "decoded", failing)
     manifest = index.create(str(folder), str(run), str(tmp_path / "out"), workers=0)
     assert (manifest.items, manifest.skipped) == (10, 2)
-    assert [s["id"] for s in index.read_skipped(tmp_path / "out")] == ["02.png", "deep/broken.jpg"]
+    assert [s["id"] for s in read_skipped(tmp_path / "out")] == ["02.png", "deep/broken.jpg"]
 
 
 def test_storage_that_does_not_answer_is_no_broken_image(folder, run, tmp_path, monkeypatch):
@@ -525,13 +528,13 @@ def test_a_pipe_in_a_table_is_not_waited_for(folder, run, tmp_path):
     (folder / "t.csv").write_text("image\n00.png\npipe.png\n")
     manifest = index.create(str(folder / "t.csv"), str(run), str(tmp_path / "out"), workers=0)
     assert (manifest.items, manifest.skipped) == (1, 1)
-    assert "is no file" in index.read_skipped(tmp_path / "out")[0]["problem"]
+    assert "is no file" in read_skipped(tmp_path / "out")[0]["problem"]
 
 
 def test_a_full_disk_is_told_and_leaves_the_index_whole(folder, run, tmp_path):
     out = tmp_path / "out"
     index.create(str(folder), str(run), str(out), workers=0)
-    before, items = index.Manifest.read(out), ids(out)
+    before, items = Manifest.read(out), ids(out)
     write_images(folder, range(20, 90))
     told = set()
     for limit in (0, 500, 3_000, 20_000, 60_000, 150_000):
@@ -541,7 +544,7 @@ def test_a_full_disk_is_told_and_leaves_the_index_whole(folder, run, tmp_path):
         except StorageError as error:
             assert "no space left for" in str(error) and "bytes are free" in str(error)
             told.add(limit)
-            assert index.Manifest.read(out) == before and ids(out) == items
+            assert Manifest.read(out) == before and ids(out) == items
     assert {0, 500, 3_000, 20_000} <= told
     assert index.add(str(out), str(folder), workers=0).items == 81
     assert len(ids(out)) == 81
@@ -560,7 +563,7 @@ def test_a_full_disk_does_not_blame_the_model(folder, run, tmp_path, limit):
 
 def test_segments_are_on_the_disk_before_the_manifest_names_them(folder, run, tmp_path, monkeypatch):
     synced: list[str] = []
-    sync, write = os.fsync, index.Manifest.write
+    sync, write = os.fsync, Manifest.write
 
     def noted(handle):
         synced.append(os.readlink(f"/proc/self/fd/{handle}"))
@@ -573,6 +576,6 @@ def test_segments_are_on_the_disk_before_the_manifest_names_them(folder, run, tm
         write(manifest, path)
 
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(index.Manifest, "write", written)
+    monkeypatch.setattr(Manifest, "write", written)
     index.create(str(folder), str(run), str(tmp_path / "out"), workers=0)
     index.remove(str(tmp_path / "out"), ["00.png"])

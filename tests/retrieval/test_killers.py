@@ -15,6 +15,7 @@ from mmref.errors import StorageError
 from mmref.retrieval import chunks, index
 from mmref.retrieval.journal import KILLED, Journal
 from mmref.retrieval.searcher import Searcher
+from mmref.retrieval.set_aside import read_skipped
 
 KILLER = "02.png"
 # SIGKILL is what the system sends where memory runs out
@@ -32,7 +33,7 @@ index.create(*sys.argv[1:4], workers=0)
 
 
 def listed(out: Path) -> dict[str, str]:
-    return {s["id"]: s["problem"] for s in index.read_skipped(out)}
+    return {s["id"]: s["problem"] for s in read_skipped(out)}
 
 
 def test_an_image_that_kills_the_process_twice_is_passed_over(folder, run, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from support.services import LIMITS, TOKEN, client_of, listening, png
 from mmref.data.decode import decode_rgb
 from mmref.errors import ModelMismatchError, SearchIndexError, ServeError
 from mmref.retrieval import bundle, index
+from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service import command, server
 from mmref.retrieval.service.access import Access, Rates
@@ -540,7 +541,7 @@ def test_a_model_that_was_checked_is_read_again_only_when_its_files_change(own_i
     with open(weights, "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"?")
-    manifest = index.Manifest.read(own_index)
+    manifest = Manifest.read(own_index)
     replace(manifest, generation=manifest.generation + 1).write(own_index)
     with pytest.raises(ModelMismatchError):
         engine.refresh()

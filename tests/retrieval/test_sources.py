@@ -14,7 +14,9 @@ from support.images import encoded
 from mmref.errors import SearchIndexError, SourceError
 from mmref.retrieval import index
 from mmref.retrieval.images import TableColumns, list_images
+from mmref.retrieval.manifest import Source
 from mmref.retrieval.searcher import Query, Searcher
+from mmref.retrieval.set_aside import read_skipped
 
 LABELS = TableColumns(object_id="label")
 
@@ -73,12 +75,24 @@ def test_rows_of_parquet_files(run, tmp_path, given):
     rows = rows_of(8)
     rows[0]["image"]["bytes"] = encoded(77)
     write_table(tmp_path / "p" / "data" / "train-0.parquet", rows)
-    changed = index.sync(out, index.Source(str(tmp_path / given), columns=LABELS), workers=0)
+    changed = index.sync(out, Source(str(tmp_path / given), columns=LABELS), workers=0)
     assert changed.items == count - 1
     assert changed.notes[:2] == ["0 images added", "1 have changed since and were embedded again"]
     assert any("1 items are not in" in line and line.endswith("and were removed: 8.png") for line in changed.notes)
     searcher = Searcher(out)
     assert searcher.image_bytes("0.png") == encoded(77) and searcher.image_bytes("7.png") == encoded(7)
+
+
+@pytest.mark.parametrize("given", ["p/t.parquet", "p"])
+def test_files_that_rows_name_lie_below_the_image_root(tmp_path, given):
+    rows = rows_of(3)
+    rows[1]["image"] = {"bytes": None, "path": "1.png"}
+    write_table(tmp_path / "p" / "t.parquet", rows)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.png").write_bytes(encoded(1))
+    listing = list_images(str(tmp_path / given), columns=TableColumns(image_root=str(tmp_path / "pictures")))
+    assert listing.items["id"].to_pylist() == ["0.png", "1.png", "2.png"] and not listing.skipped
+    assert listing.items["path"][1].as_py() == str(tmp_path / "pictures" / "1.png")
 
 
 def test_a_row_without_a_picture_costs_itself_alone(run, tmp_path):
@@ -88,7 +102,7 @@ def test_a_row_without_a_picture_costs_itself_alone(run, tmp_path):
     file = write_table(tmp_path / "t.parquet", rows)
     manifest = index.create(str(file), str(run), str(tmp_path / "out"), workers=0)
     assert (manifest.items, manifest.skipped) == (2, 2)
-    assert {s["id"] for s in index.read_skipped(tmp_path / "out")} == {"t, row 2", "2.png"}
+    assert {s["id"] for s in read_skipped(tmp_path / "out")} == {"t, row 2", "2.png"}
     assert any("infinite numbers of the table that are kept as missing: weight (1)" in line for line in manifest.notes)
 
 

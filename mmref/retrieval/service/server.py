@@ -47,7 +47,7 @@ def serve(
     Raises:
         ServeError: no token, a port in use, two indexes of one name. SearchIndexError: no complete index.
     """
-    from mmref.retrieval.index import Manifest
+    from mmref.retrieval.manifest import Manifest
 
     access = _access(host, token, proxies)
     limits = replace(limits, connections=min(limits.connections, room_for_connections()))

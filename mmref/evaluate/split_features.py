@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmref.cluster.answers import answer_of
 from mmref.cluster.connection import connect
 from mmref.cluster.resources import has_gpu, torch_threads, use_threads, workers_that_fit
 from mmref.config import Config
@@ -20,7 +21,7 @@ from mmref.data.decode import calm_opencv
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
-from mmref.errors import MMRefError, WorkerDiedError
+from mmref.errors import WorkerDiedError
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.extras import missing
 from mmref.model.device import chosen_device
@@ -183,11 +184,7 @@ def _encoded_by_actors(
         (done, *_), _ = ray.wait(list(working), num_returns=1)
         worker, portion = working.pop(done)
         try:
-            answer = ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, MMRefError):
-                raise error.cause from None
-            raise
+            answer = answer_of(done)
         except ray.exceptions.RayActorError as error:
             what = "before it has loaded the model" if portion is None else f"of {portion}"
             raise WorkerDiedError(

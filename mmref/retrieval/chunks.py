@@ -138,13 +138,6 @@ class ImageEmbedder:
         np.savez(file, allow_pickle=False, **embed_chunk(self.model, locations, watch))
         return file.getvalue()
 
-    def try_embed(self, locations: list[Location], watch: Watch) -> tuple[bytes, str]:
-        """The same for Ray, and why storage did not answer: an error of ours would come out of Ray as one of Ray's."""
-        try:
-            return self.embed(locations, watch), ""
-        except StorageError as error:
-            return b"", str(error)
-
     def look_at(self, location: Location) -> None:
         """Decode an image, and do nothing with it: whether the process outlives that is what is to be known."""
         with contextlib.suppress(Exception), decoded(read_image_bytes(*location), location[0]) as rgb:

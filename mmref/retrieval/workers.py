@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mmref.errors import StorageError, WorkerDiedError
+from mmref.cluster.answers import answer_of
+from mmref.errors import WorkerDiedError
 from mmref.retrieval.journal import DEATHS, Watch
 
 log = logging.getLogger(__name__)
@@ -45,14 +46,14 @@ class Workers:
         class Actor:
             """Calls of one come one after the other."""
 
-            def __init__(self) -> None:
-                self.embedder = embedder()
+            embedder: Any
 
             def ready(self) -> None:
-                """Answers once the model is loaded."""
+                """Answers once the model is loaded. An error in `__init__` would be a death, whose cause Ray does not give."""
+                self.embedder = embedder()
 
-            def embed(self, *args: Any) -> tuple[bytes, str]:
-                return self.embedder.try_embed(*args)
+            def embed(self, *args: Any) -> bytes:
+                return self.embedder.embed(*args)
 
             def look_at(self, location: tuple[str, int, int]) -> None:
                 self.embedder.look_at(location)
@@ -61,7 +62,7 @@ class Workers:
         self.count = count
 
     def answers(self, jobs: list[Job]) -> Iterator[tuple[int, bytes]]:
-        """(number, arrays) of each chunk, as they are done. Raises StorageError, WorkerDiedError."""
+        """(number, arrays) of each chunk, as they are done. Raises WorkerDiedError, and what an embedder raises."""
         import ray
 
         waiting, suspects, failed_starts = deque(jobs), list[Job](), 0
@@ -74,7 +75,7 @@ class Workers:
             (done, *_), _ = ray.wait(list(working), num_returns=1)
             actor, job = working.pop(done)
             try:
-                answer = ray.get(done)
+                answer = answer_of(done)
             except _deaths() as error:
                 if job is None:
                     failed_starts += 1
@@ -88,7 +89,7 @@ class Workers:
                     working[actor.ready.remote()] = actor, None
                 continue
             if job is not None:
-                yield job.number, _arrays(answer)
+                yield job.number, answer
             if waiting:
                 job = waiting.popleft()
                 working[actor.embed.remote(job.locations, Watch(job.passed_over))] = actor, job
@@ -115,7 +116,7 @@ class Workers:
                         job.passed_over.append(position)
         actor = actor or self._started()
         try:
-            return _arrays(ray.get(actor.embed.remote(job.locations, Watch(job.passed_over))))
+            return answer_of(actor.embed.remote(job.locations, Watch(job.passed_over)))
         except _deaths() as error:
             raise WorkerDiedError(
                 f"a worker dies of a chunk of images though it decodes each of them, beginning with {job.locations[0][0]} "
@@ -123,12 +124,11 @@ class Workers:
             ) from None
 
     def _started(self) -> Any:
-        import ray
 
         for attempt in range(STARTS):
             actor = self._actor.remote()
             try:
-                ray.get(actor.ready.remote())
+                answer_of(actor.ready.remote())
                 return actor
             except _deaths() as error:
                 if attempt == STARTS - 1:
@@ -151,10 +151,3 @@ def _no_start(error: Exception) -> WorkerDiedError:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
-
-
-def _arrays(answer: tuple[bytes, str]) -> bytes:
-    data, failure = answer
-    if failure:
-        raise StorageError(failure)
-    return data

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from mmref.cluster.answers import answer_of
 from mmref.cluster.connection import connect
 from mmref.data.decode import calm_opencv
 
@@ -59,10 +60,7 @@ def _in_tasks(
                 first = waiting.pop()
                 running[task.remote(work, sent, jobs[first : first + each])] = first
             for done in ray.wait(list(running), num_returns=1)[0]:
-                try:
-                    results[first := running.pop(done)] = ray.get(done)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.as_instanceof_cause() from error
+                results[first := running.pop(done)] = answer_of(done)
                 tick(len(results[first]))
         return [result for first in sorted(results) for result in results[first]]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.tiny_run import UNSEEN, make_run
 from support.tiny_set import BERT, VIT
 from transformers import AutoModel, AutoTokenizer
@@ -220,6 +220,17 @@ def test_heads_of_training_stay_behind(make_config, tmp_path, learned):
     loaded = mmref.load(folder)
     assert loaded.module.image_words is None and loaded.module.reconstruct is None and loaded.module.classify is None
     assert loaded.encode_text(["red"]).shape == (1, loaded.dim)
+
+
+def test_a_tower_whose_batch_norms_count_no_batches(make_config, foreign_towers, tmp_path):
+    """torch adds the counts to a state that it loads, and then knows nothing of them."""
+    vision = {**foreign_towers["model.vision_config"], "counts": False}
+    make_run(make_config({**foreign_towers, "model.vision_config": vision}), str(tmp_path / "run"), {})
+    folder = exporting.export_run(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert mmref.load(folder).encode_text(["red"]).any()
+    save_file({**load_file(folder / "model.safetensors"), "stray": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"unknown \['stray'\]"):
+        mmref.load(folder)
 
 
 def test_an_export_is_whole_or_absent(make_config, tmp_path, monkeypatch):

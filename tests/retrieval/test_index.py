@@ -17,7 +17,6 @@ from support.images import write_images
 from mmref.errors import ModelError, ModelMismatchError, SearchIndexError, StorageError
 from mmref.retrieval import bundle, chunks, index, vectors
 from mmref.retrieval.images import TableColumns, list_images
-from mmref.retrieval.journal import Watch
 from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.set_aside import read_skipped
@@ -517,10 +516,6 @@ def test_storage_that_does_not_answer_is_no_broken_image(folder, run, tmp_path, 
     monkeypatch.setattr(chunks, "read_image_bytes", failing)
     with pytest.raises(StorageError, match="the share is away"):
         index.create(str(folder), str(run), str(tmp_path / "out"), workers=0)
-    actor = chunks.ImageEmbedder.__new__(chunks.ImageEmbedder)
-    actor.model = Searcher.__new__(Searcher)
-    monkeypatch.setattr(chunks, "embed_chunk", failing)
-    assert actor.try_embed([], Watch()) == (b"", "the share is away"), "an actor's error would come as one of Ray's"
 
 
 def test_a_pipe_in_a_table_is_not_waited_for(folder, run, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmref.errors import StorageError
+from mmref.errors import ModelError, StorageError
 from mmref.retrieval import chunks, index
 from mmref.retrieval.journal import KILLED, Journal
 from mmref.retrieval.searcher import Searcher
@@ -114,6 +114,19 @@ def test_ray_workers_die_of_it_twice_at_a_time_and_the_rest_is_embedded(folder, 
 
             chunks.decoded = deadly
 
+    class Unfit:
+        def __init__(self, *args):
+            raise ModelError("these weights are of another model")
+
+    class Away(chunks.ImageEmbedder):
+        def embed(self, *args):
+            raise StorageError("the share is away")
+
+    away, unfit = (Away, StorageError, "the share is away"), (Unfit, ModelError, "these weights are of another model")
+    for embedder, error, said in (away, unfit):
+        monkeypatch.setattr(chunks, "ImageEmbedder", embedder)
+        with pytest.raises(error, match=f"^{said}$"):
+            index.create(str(folder), str(run), str(tmp_path / "out"), workers=2)
     monkeypatch.setattr(chunks, "ImageEmbedder", Deadly)
     index.create(str(folder), str(run), str(tmp_path / "out"), workers=2)
     monkeypatch.undo()

@@ -99,3 +99,13 @@ def test_duplicates(tiny_set: Path, tmp_path: Path) -> None:
     assert rows[0]["above"] == 1 and rows[0]["groups"] == 0 and rows[0]["copies"] is None
     assert [row["not_kept"] for row in rows] == sorted(row["not_kept"] for row in rows), "a lower threshold joins more"
     assert all(row["not_kept"] == row["images"] - row["groups"] for row in rows)
+
+
+@pytest.mark.slow
+def test_in_place(tmp_path: Path) -> None:
+    size = ("--tars", "3", "--images", "40", "--workers", "0", "--folder", str(tmp_path / "tars"))
+    found = run(tmp_path, "in_place.py", "index", *size, "--rounds", "1")
+    best = {name: max(rates) for name, rates in found["images_per_second"].items()}
+    assert found["images"] == 120 and found["ratio"] == pytest.approx(best["mmref"] / best["webdataset"])
+    found = run(tmp_path, "in_place.py", "train", *size)
+    assert found["largest_difference"] < 1e-5 and 0 < found["resumed_at"] < found["steps"] == 20

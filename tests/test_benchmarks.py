@@ -91,6 +91,13 @@ def test_decode(tmp_path: Path) -> None:
     assert found["512 to 300"]["largest difference"] == 0, "not small enough"
 
 
+def test_window(tmp_path: Path) -> None:
+    small = ("--nodes", "2", "4", "--shards", "64", "--objects-per-shard", "20", "--node-batch", "64", "--steps-per-window", "5")
+    rows = run(tmp_path, "window.py", *small, "--cache-gb", "5")["rows"]
+    assert [(row["nodes"], row["window_shards"]) for row in rows] == [(2, 16), (4, 32)]
+    assert all(0.5 < row["reads_per_epoch"] < row["reads_per_epoch_drawn"] <= row["nodes"] for row in rows), rows
+
+
 def test_duplicates(tiny_set: Path, tmp_path: Path) -> None:
     model = run_of(tiny_set, tmp_path / "run")
     index.create(str(tiny_set), str(model), str(tmp_path / "index"), split="train", workers=0)

@@ -34,7 +34,9 @@ NAMES = {
     "ray.train.v2._internal.execution.scaling_policy:NoopDecision": "leave a running group of workers as it is",
     "ray.train.v2._internal.execution.scaling_policy:ResizeDecision": "see that Ray Train would add workers",
     "ray.data._internal.execution.execution_callback:ExecutionCallback": "keep Ray Data's loop from taking half of the cores",
-    "ray.data._internal.datasource.range_datasource:RangeDatasource": "list a run's steps without waiting for a free CPU",
+    "ray.data._internal.execution.backpressure_policy:BackpressurePolicy": "list a run's steps no further than readers need",
+    "ray.data._internal.execution.backpressure_policy:ENABLED_BACKPRESSURE_POLICIES": "keep Ray Data's own limits beside ours",
+    "ray.data._internal.execution.backpressure_policy:ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY": "add a limit to them",
 }
 MODULES = {path.partition(":")[2]: path.partition(":")[0] for path in NAMES}
 
@@ -128,6 +130,17 @@ def list_notes(prefix: str) -> list[str]:
 def draining_nodes() -> set[str]:
     """Ids of nodes that are being taken away."""
     return set(_private("state").get_draining_nodes())
+
+
+def preferably_here() -> Any:
+    """The scheduling strategy of what is to run on this process's node where it has room, and on another one where it has not.
+
+    The public strategy waits for room. That argument of the class is private.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True, _spill_on_unavailable=True)
 
 
 def node_is_drained() -> bool:

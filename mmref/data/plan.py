@@ -45,7 +45,8 @@ class Order(Protocol):
     """The order in which an epoch visits the objects."""
 
     def __call__(self, epoch: int, first: int, count: int) -> Ints:
-        """Objects (count,) at places first, first + 1, ... of an epoch, all different. The last step asks beyond its end."""
+        """Objects (count,) at places first, first + 1, ... of an epoch, all different, in any order that is always the same. The
+        last step asks beyond its end."""
 
     def at(self, epoch: int, places: Ints) -> Ints:
         """Objects at some places of an epoch."""
@@ -76,6 +77,9 @@ class WindowedOrder:
 
     A step reads from one window, or from two where one ends. A step beyond the end of the epoch is moved back to it, so
     that it does not ask for shards of the start again.
+
+    Which objects a step has is drawn from all of the window. In the step they lie as they do in the window, shard after
+    shard: so the same part of every step comes from the same shards, and a node, which has one part of it, fetches those.
     """
 
     def __init__(self, shard_start: Ints, window: int, seed: int, by_shard: NDArray[np.int32] | None = None) -> None:
@@ -85,13 +89,27 @@ class WindowedOrder:
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
 
     def __call__(self, epoch: int, first: int, count: int) -> Ints:
-        return self.at(epoch, self._within(first, count) + np.arange(count))
+        window, inside, size = self._permuted(epoch, self._within(first, count) + np.arange(count))
+        # By the share of their window that lies before them: so where a step has the end of one window and the beginning of the
+        # next, either is spread over all of the step.
+        by_place = np.argsort(inside / size, kind="stable")
+        return self._objects(epoch, window[by_place], inside[by_place])
 
     def at(self, epoch: int, places: Ints) -> Ints:
-        shards, shard_at, window_at = self._epoch(epoch)
+        window, inside, _ = self._permuted(epoch, places)
+        return self._objects(epoch, window, inside)
+
+    def _permuted(self, epoch: int, places: Ints) -> tuple[Ints, Ints, Ints]:
+        """For places of an epoch: the window, the place in it of the object that comes there, and the window's size."""
+        window_at = self._epoch(epoch)[2]
         window = np.searchsorted(window_at, places, side="right") - 1
         size = window_at[window + 1] - window_at[window]
-        inside = permute(places - window_at[window], size, draw(RandomStream.OBJECT_ORDER, self.seed, epoch, window))
+        key = draw(RandomStream.OBJECT_ORDER, self.seed, epoch, window)
+        return window, permute(places - window_at[window], size, key), size
+
+    def _objects(self, epoch: int, window: Ints, inside: Ints) -> Ints:
+        """The objects at places of windows, in which shard follows shard."""
+        shards, shard_at, window_at = self._epoch(epoch)
         place = window_at[window] + inside  # among the epoch's objects, shard after shard
         shard = np.searchsorted(shard_at, place, side="right") - 1
         found = self.shard_start[shards[shard]] + place - shard_at[shard]

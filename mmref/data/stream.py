@@ -11,13 +11,24 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from mmref.cluster.ray_private import ExecutionCallback, RangeDatasource
+import numpy as np
+from numpy.typing import NDArray
+
+from mmref.cluster.ray_private import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+    ExecutionCallback,
+    preferably_here,
+)
 from mmref.cluster.reservations import take_reader_place
 from mmref.config import Config
 from mmref.data.reader import Batch, TaskReader
 from mmref.errors import ShardSetError
 
 SCHEDULING_PAUSE_S = 0.02
+PIECE = 256  # tasks that Ray Data is handed as one object: at 240,000 steps of four a task that makes 235 objects, not 60,000
+AHEAD = 16  # tasks that wait for a reader: more of them would only cost memory
 
 
 class Breathe(ExecutionCallback):
@@ -31,6 +42,22 @@ class Breathe(ExecutionCallback):
         time.sleep(SCHEDULING_PAUSE_S)
 
 
+class StayClose(BackpressurePolicy):
+    """Keeps the source of tasks a little ahead of the readers, where Ray Data would run through all of them.
+
+    It counts bytes, and a task is a number.
+    """
+
+    def can_add_input(self, op: Any) -> bool:
+        return not self._far_ahead(op)
+
+    def max_task_output_bytes_to_read(self, op: Any) -> int | None:
+        return 0 if self._far_ahead(op) else None
+
+    def _far_ahead(self, op: Any) -> bool:
+        return sum(self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies) >= AHEAD
+
+
 def quiet_ray_data() -> Any:
     """Ray Data's context without its bars and notices, which would flood the log of a run; errors stay."""
     import ray.data
@@ -42,7 +69,30 @@ def quiet_ray_data() -> Any:
     context.raise_original_map_exception = True  # Ray Data's own around it would hide a named error
     if Breathe not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(Breathe)
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, StayClose])
     return context
+
+
+def tasks_source(tasks: int) -> Any:
+    """The ray.data.Datasource of the numbers 0 .. tasks - 1, which lists them PIECE at a time as they are asked for."""
+    import pyarrow as pa
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    class Tasks(Datasource):
+        def estimate_inmemory_data_size(self) -> int:
+            return 8 * tasks
+
+        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+            """As many whatever `parallelism` is, by which Ray Data then cuts what each gives."""
+            pieces = [np.arange(first, min(first + PIECE, tasks)) for first in range(0, tasks, PIECE)]
+            return [task(ids) for ids in pieces]
+
+    def task(ids: NDArray[np.int64]) -> ReadTask:
+        found = BlockMetadata(num_rows=len(ids), size_bytes=ids.nbytes, input_files=None, exec_stats=None)
+        return ReadTask(lambda: [pa.table({"id": ids})], found)
+
+    return Tasks()
 
 
 def build_dataset(config: Config, rank: int, world: int, start: int) -> Any:
@@ -53,9 +103,12 @@ def build_dataset(config: Config, rank: int, world: int, start: int) -> Any:
     context.execution_options.preserve_order = True
     steps = config.train.max_steps - start
     tasks = -(-steps // config.data.steps_per_task)
-    # This stands for ray.data.range, whose tasks would wait for ever for a CPU where workers and readers have them all.
-    numbers = RangeDatasource(n=tasks, block_format="arrow", column_name="id")
-    return ray.data.read_datasource(numbers, num_cpus=0, concurrency=2, override_num_blocks=tasks).map_batches(
+    blocks = -(-tasks // PIECE) * PIECE  # PIECE of each piece: so each task is a block of its own, and any free reader takes it
+    # Without a CPU: where workers and readers have them all, what needed one more would wait for ever.
+    source = ray.data.read_datasource(tasks_source(tasks), num_cpus=0, concurrency=1, override_num_blocks=blocks)
+    # Each rank reads the same part of a window's shards at every step: on the node of its rank they are fetched once.
+    place = {"scheduling_strategy": preferably_here()} if config.data.window_shards and config.data.cache_gb else {}
+    return source.map_batches(
         TaskReader,
         batch_size=1,
         fn_constructor_args=(config, rank, world, start),
@@ -63,6 +116,7 @@ def build_dataset(config: Config, rank: int, world: int, start: int) -> Any:
         num_cpus=1,
         max_restarts=-1,
         max_task_retries=-1,
+        **place,
     )
 
 

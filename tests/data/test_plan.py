@@ -216,6 +216,22 @@ def test_windows_mix_and_differ_between_epochs():
     assert (first == again).mean() < 0.05
 
 
+def test_a_part_of_every_step_comes_from_the_same_shards_of_the_window():
+    order, parts = WindowedOrder(starts([50] * 40), 20, 3), 4
+    needed = [set() for _ in range(parts)]  # of each part of the steps of the first window
+    for first in range(0, 800, 200):
+        objects = order(0, first, 200)
+        drawn = order.at(0, first + np.arange(200))
+        assert sorted(objects) == sorted(drawn) and objects.tolist() != drawn.tolist(), "the step has the same objects"
+        for part, own in zip(needed, np.split(objects, parts)):
+            part.update((own // 50).tolist())
+    assert sum(map(len, needed)) < 2 * 20, [len(part) for part in needed]
+    across = order(0, 900, 200)  # half of it is of the second window
+    place = {shard: at % 20 for at, shard in enumerate(order.shards(0).tolist())}
+    early, late = ([place[shard] for shard in (half // 50).tolist()] for half in np.split(across, 2))
+    assert np.mean(early) < 7 and np.mean(late) > 12, "both windows from their beginning to their end"
+
+
 def test_objects_of_the_same_window_stand_in_first():
     shard_start = starts([10] * 12)
     order = WindowedOrder(shard_start, 3, 4)

@@ -18,6 +18,7 @@ from mmref.data.captions import CaptionNoise, usable_captions
 from mmref.data.decode import calm_opencv
 from mmref.data.fit import Fit
 from mmref.data.plan import Step, build_plan
+from mmref.data.sample_reader import RawSample, sound
 from mmref.data.shard_set import open_reader, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import SampleError
@@ -47,8 +48,9 @@ class StepReader:
         bad (n,) the description of a broken sample that was replaced, or ""."""
         planned = self.plan(step)
         images, captions, used, bad = [], [], [], []
-        for position in self.positions:
-            index, pixels, caption, problem = self._read(planned, step, position)
+        first = self.samples.read_all(planned.images[self.positions.start : self.positions.stop].tolist())
+        for position, raw in zip(self.positions, first):
+            index, pixels, caption, problem = self._read(planned, step, position, raw)
             images.append(pixels)
             captions.append(caption)
             used.append(index)
@@ -66,12 +68,14 @@ class StepReader:
             "bad": np.array(bad, dtype=object),
         }
 
-    def _read(self, planned: Step, step: int, position: int) -> Sample:
+    def _read(self, planned: Step, step: int, position: int, raw: RawSample | SampleError) -> Sample:
+        """A sample of a step, of what was read of the planned image; of another image where that one is broken."""
         problems: list[str] = []
         index, attempt = int(planned.images[position]), 0
         while True:
             try:
-                return self._sample(planned, position, index, *self.read_image(index), problems)
+                found = self.read_image(index) if attempt else self._decoded(index, sound(raw))
+                return self._sample(planned, position, index, *found, problems)
             except SampleError as error:
                 problems.append(str(error))
                 other = self.plan.substitute(step, position, attempt)
@@ -119,7 +123,9 @@ class StepReader:
 
     def read_image(self, index: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Pixels and usable captions of one image of the index. Raises SampleError."""
-        raw = self.samples.read(index)
+        return self._decoded(index, self.samples.read(index))
+
+    def _decoded(self, index: int, raw: RawSample) -> tuple[NDArray[np.uint8], list[str]]:
         name = f"{self.index.shard_paths[int(self.index.shard[index])]}:{raw.meta.get('image_id', index)}"
         captions = [c for c, _ in usable_captions(raw.meta, name)]
         return self.fit.decode(raw.image_bytes, name), captions

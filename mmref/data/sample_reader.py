@@ -1,4 +1,4 @@
-"""Where every image of a split lies in its tars, and the reader that takes one of them by its byte range.
+"""Where every image of a split lies in its tars, and the reader that takes some of them by their byte ranges.
 
 The json of a sample lies beside its image, or, where tars are indexed in place, in a file of the set.
 """
@@ -14,8 +14,9 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,9 +24,16 @@ from mmref.data.columns import read_columns
 from mmref.errors import SampleError, ShardSetError, StorageError
 from mmref.storage.cache import ShardCache
 from mmref.storage.locations import file_system, is_url, read_bytes
+from mmref.storage.ranges import Range, Request, requests
 from mmref.storage.retries import retry
 from mmref.storage.tars import size_in, stamp_of
 
+T = TypeVar("T")
+# Bytes between two ranges that are read as well: behind a URL they come sooner than another answer, elsewhere they are the
+# headers between an image and its json.
+FAR_GAP, NEAR_GAP = 128 << 10, 4 << 10
+AT_ONCE = 16  # requests of this process over the network
+METAS_AT_ONCE = 1024  # records that are asked for together, with up to FAR_GAP of each one's image
 MAX_OPEN_FILES = 64  # a process may hold readers of several splits; stay far below the usual limit of 1024
 OPEN_ATTEMPTS = 3  # of a cached shard
 SMALLEST_SAMPLE = 1024  # bytes in a tar: a header and what it is of
@@ -38,6 +46,7 @@ INDEX_ARRAYS = {  # column of <split>.index.parquet -> dtype in SplitIndex
     "json_size": np.int64,
     "n_captions": np.int32,
 }
+_network = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="mmref-read")  # its threads start when they are needed
 _known_digests: dict[tuple[str, str], tuple[tuple[int, int, int], dict[str, str]]] = {}  # manifest, split -> stamp, what it says
 
 
@@ -190,7 +199,7 @@ class SplitIndex:
 
 
 class SampleReader:
-    """Reads single samples of a split by byte range, out of the node's cache for shards of object storage where there is one.
+    """Reads samples of a split by byte range, out of the node's cache for shards of object storage where there is one.
 
     Picklable: open files stay behind and are opened again on use.
     """
@@ -290,14 +299,15 @@ class SampleReader:
                 self.close()
             raise
 
-    def _range(self, shard: int, path: str, offset: int, size: int, what: str) -> bytes:
-        """Bytes of a file of a shard. Raises SampleError, or StorageError where storage does not answer or permit it: that says
-        nothing of the sample, and another in its place would change the run."""
+    def _bytes(self, shard: int, wanted: Range) -> bytes:
+        """Bytes of a file of a shard, fewer where it ends before. Raises StorageError where storage does not answer or permit it:
+        that says nothing of the sample, and another in its place would change the run."""
+        path, size = wanted.place, wanted.size
         try:
             if is_url(path) and self.cache is None:
-                data = read_bytes(path, offset, size)
+                data = read_bytes(path, wanted.start, size)
             else:
-                data = retry(f"read {path}", lambda: self._pread(shard, path, offset, size))
+                data = retry(f"read {path}", lambda: self._pread(shard, path, wanted.start, size))
         except OSError as error:  # no such file any more, no permission: so do credentials that have run out
             raise StorageError(f"cannot read {path}: {error}. Mend it, then start the same command: it resumes.") from error
         if len(data) > size:
@@ -305,31 +315,91 @@ class SampleReader:
                 f"{path} is only given as a whole, {len(data):,} bytes where {size:,} were asked for: set `data.cache_gb`, so "
                 "that each node keeps it."
             )
-        if len(data) != size:
-            raise SampleError(f"{path}: {what} at byte {offset} is short: {len(data)} of {size} bytes.")
         return data
 
-    def read_meta(self, i: int) -> dict[str, Any]:
-        """The json of image i: captions and ids, without reading the image. Raises SampleError, StorageError, ShardSetError."""
+    def _gap(self, path: str) -> int:
+        return FAR_GAP if is_url(path) and self.cache is None else NEAR_GAP
+
+    def _waits(self, path: str) -> bool:
+        """Whether what is read of a file has to come over the network first."""
+        return is_url(path) and path not in self._files
+
+    def _read(self, wanted: Sequence[tuple[int, str, Range]]) -> list[bytes | SampleError]:
+        """The bytes of each (shard, what it is, range), or why they are not whole. Near ranges come in one request, and requests
+        that go over the network side by side. Raises StorageError, ShardSetError."""
+        asked = requests([part[2] for part in wanted], self._gap)
+
+        def bring(request: Request) -> bytes:
+            return self._bytes(wanted[request.wanted[0]][0], request.whole)
+
+        side_by_side = sum(self._waits(request.whole.place) for request in asked) > 1
+        brought = _network.map(bring, asked) if side_by_side else map(bring, asked)
+        found: list[bytes | SampleError] = [b""] * len(wanted)
+        for request, data in zip(asked, brought):
+            for number in request.wanted:
+                _, what, part = wanted[number]
+                own = data[part.start - request.whole.start :][: part.size]
+                whole = len(own) == part.size
+                found[number] = own if whole else SampleError(
+                    f"{part.place}: {what} at byte {part.start} is short: {len(own)} of {part.size} bytes."
+                )  # fmt: skip
+        return found
+
+    def _image(self, i: int) -> tuple[int, str, Range]:
         index, shard = self.index, int(self.index.shard[i])
-        path = index.json_path(shard)
-        where = f"{path}: json of {index.keys[i]!r} at byte {index.json_offset[i]}"
-        data = self._range(shard, path, int(index.json_offset[i]), int(index.json_size[i]), "json")
+        return shard, "image", Range(index.shard_paths[shard], int(index.image_offset[i]), int(index.image_size[i]))
+
+    def _json(self, i: int) -> tuple[int, str, Range]:
+        index, shard = self.index, int(self.index.shard[i])
+        return shard, "json", Range(index.json_path(shard), int(index.json_offset[i]), int(index.json_size[i]))
+
+    def _meta(self, i: int, data: bytes | SampleError) -> dict[str, Any] | SampleError:
+        """The json of image i, or what is wrong with it."""
+        if isinstance(data, SampleError):
+            return data
+        index = self.index
+        where = f"{index.json_path(int(index.shard[i]))}: json of {index.keys[i]!r} at byte {index.json_offset[i]}"
         try:
             meta = json.loads(data)
         except ValueError as error:  # covers broken UTF-8 as well
-            raise SampleError(f"{where} is broken: {error}") from error
+            return SampleError(f"{where} is broken: {error}")
         if not isinstance(meta, dict) or not isinstance(meta.get("captions"), list):
-            raise SampleError(f"{where} has no list `captions`.")
+            return SampleError(f"{where} has no list `captions`.")
         return meta
 
+    def read_metas(self, rows: Sequence[int]) -> Iterator[dict[str, Any] | SampleError]:
+        """The json of images: captions and ids; or what is wrong with it. Raises StorageError, ShardSetError."""
+        for at in range(0, len(rows), METAS_AT_ONCE):
+            some = rows[at : at + METAS_AT_ONCE]
+            yield from map(self._meta, some, self._read([self._json(i) for i in some]))
+
+    def read_all(self, rows: Sequence[int]) -> list[RawSample | SampleError]:
+        """Images of the split with their json, or what is wrong with each: bytes are short or the json is broken. Raises
+        StorageError when storage does not answer, ShardSetError when another set has taken the place of this one."""
+        data = self._read([part for i in rows for part in (self._image(i), self._json(i))])
+        found: list[RawSample | SampleError] = []
+        for i, image, text in zip(rows, data[::2], data[1::2]):
+            meta = self._meta(i, text)
+            if isinstance(image, SampleError):
+                found.append(image)
+            else:
+                found.append(meta if isinstance(meta, SampleError) else RawSample(image, self.index.image_ext[i], meta))
+        return found
+
+    def read_meta(self, i: int) -> dict[str, Any]:
+        """As `read_metas`, of one image. Raises SampleError too."""
+        return sound(next(self.read_metas([i])))
+
     def read(self, i: int) -> RawSample:
-        """Image i of the split. Raises SampleError (file, offset, what) when bytes are short or the json is broken, StorageError
-        when storage does not answer, ShardSetError when another set has taken the place of this one."""
-        index, shard = self.index, int(self.index.shard[i])
-        path = index.shard_paths[shard]
-        image = self._range(shard, path, int(index.image_offset[i]), int(index.image_size[i]), "image")
-        return RawSample(image, index.image_ext[i], self.read_meta(i))
+        """As `read_all`, of one image. Raises SampleError too."""
+        return sound(self.read_all([i])[0])
+
+
+def sound(found: T | SampleError) -> T:
+    """What was read. Raises the SampleError that was found in its place."""
+    if isinstance(found, SampleError):
+        raise found
+    return found
 
 
 def _open(path: str) -> Any:

@@ -14,7 +14,7 @@ from mmref.config import DataConfig
 from mmref.data.augment import normalize
 from mmref.data.captions import shortest, usable_captions
 from mmref.data.fit import Fit
-from mmref.data.sample_reader import SampleReader, SplitIndex
+from mmref.data.sample_reader import RawSample, SampleReader, SplitIndex, sound
 from mmref.data.tokens import Tokens
 from mmref.errors import SampleError
 
@@ -46,9 +46,9 @@ def read_queries(index: SplitIndex, reader: SampleReader | None = None) -> Queri
     kinds: list[str] = []
     images: list[int] = []
     skipped: list[str] = []
-    for i in range(len(index)):
+    for i, meta in enumerate(reader.read_metas(range(len(index)))):
         try:
-            usable = usable_captions(reader.read_meta(i), f"image {index.image_ids[i]}")
+            usable = usable_captions(sound(meta), f"image {index.image_ids[i]}")
         except SampleError as error:
             skipped.append(str(error))
             continue
@@ -65,15 +65,21 @@ def read_pixels(reader: SampleReader, rows: Sequence[int], data: DataConfig) -> 
 
     fit = Fit.of(data)
 
-    def one(i: int) -> tuple[NDArray[np.uint8], str]:
+    def one(i: int, found: RawSample | SampleError) -> tuple[NDArray[np.uint8], str]:
         try:
-            raw = reader.read(int(i))
+            raw = sound(found)
             return fit.decode(raw.image_bytes, f"image {raw.meta.get('image_id', i)}"), ""
         except SampleError as error:
             return np.zeros((fit.height, fit.width, 3), np.uint8), str(error)
 
+    def some(part: list[int]) -> list[tuple[NDArray[np.uint8], str]]:
+        return list(map(one, part, reader.read_all(part)))
+
+    rows = [int(i) for i in rows]
+    share = max(1, -(-len(rows) // DECODE_THREADS))  # side by side: what lies together comes in one request
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        done = list(pool.map(one, rows))
+        parts = pool.map(some, [rows[at : at + share] for at in range(0, len(rows), share)])
+        done = [found for part in parts for found in part]
     return np.stack([pixels for pixels, _ in done]), [problem for _, problem in done]
 
 

@@ -19,7 +19,7 @@ from mmref.config import Config
 from mmref.config.packages import trust_own
 from mmref.data.decode import calm_opencv
 from mmref.data.sample_reader import SampleReader, SplitIndex
-from mmref.data.shard_set import ShardSet
+from mmref.data.shard_set import ShardSet, open_reader
 from mmref.data.tokens import load_tokens
 from mmref.errors import WorkerDiedError
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
@@ -108,7 +108,7 @@ class Embedder:
             if portion.kind == "text":
                 return encoder.texts(portion.texts), [""] * len(portion)
             if portion.split not in self.readers:
-                self.readers[portion.split] = SampleReader(ShardSet.open(self.root).index(portion.split))
+                self.readers[portion.split] = open_reader(self.config, ShardSet.open(self.root).index(portion.split))
             pixels, bad = read_pixels(self.readers[portion.split], list(range(portion.start, portion.stop)), self.config.data)
             return encoder.images(pixels), bad
 
@@ -123,7 +123,7 @@ def embed_splits(
     config.eval.workers = 0 if missing("train", "ray") else workers_that_fit(config.eval.workers)
     shards = ShardSet.open(root)
     indices = {s: shards.index(s) for s in splits}
-    queries = {s: read_queries(indices[s]) for s in splits}
+    queries = {s: read_queries(indices[s], open_reader(config, indices[s])) for s in splits}
     portions: list[Portion] = []
     for s in splits:
         for kind, count in (("image", len(indices[s])), ("text", len(queries[s].texts))):

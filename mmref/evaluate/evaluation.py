@@ -14,7 +14,7 @@ import numpy as np
 from mmref.cluster.resources import workers_that_fit
 from mmref.config import Config, config_hash, to_dict
 from mmref.config.packages import check_imports
-from mmref.data.sample_reader import SampleReader
+from mmref.data.sample_reader import SampleReader, sound
 from mmref.data.shard_set import ShardSet
 from mmref.errors import RunDirectoryError, ShardSetError, StorageError
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
@@ -420,9 +420,10 @@ class Evaluation:
 
     def _results(self, reader: SampleReader, scores: np.ndarray, target: int, shown: int) -> list[dict[str, Any]]:
         f, results = self.features, []
-        for at in np.argsort(-scores, kind="stable")[:shown]:
-            row = int(f.image_rows[at])
-            raw, found = reader.read(row), int(f.image_objects[at])
+        first = np.argsort(-scores, kind="stable")[:shown]
+        rows = f.image_rows[first].tolist()
+        for at, row, record in zip(first, rows, reader.read_all(rows)):
+            raw, found = sound(record), int(f.image_objects[at])
             results.append(
                 {
                     "image": raw.image_bytes,

@@ -158,11 +158,8 @@ def _read_field(index: SplitIndex, rows: np.ndarray, name: str) -> list[str | No
     """A field of the samples' json as text, None where a sample has none. Raises EvaluationError where none has it."""
     reader, known = SampleReader(index), dict[str, None]()
     found: list[str | None] = []
-    for row in rows.tolist():
-        try:
-            meta = reader.read_meta(row)
-        except SampleError:  # the image may be sound
-            meta = {}
+    for record in reader.read_metas(rows.tolist()):
+        meta = {} if isinstance(record, SampleError) else record  # the image may be sound
         value = meta.get(name)
         found.append(None if value is None or isinstance(value, list | dict) else str(value))
         if value is None and len(known) < SHOWN_FIELDS:

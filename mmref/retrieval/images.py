@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmref.data.folder import describe, stamp_of
-from mmref.data.sample_reader import SampleReader
+from mmref.data.sample_reader import SampleReader, sound
 from mmref.data.shard_set import ShardSet
 from mmref.errors import EmptySourceError, OutsideError, SampleError, SearchIndexError, StorageError
 from mmref.retrieval.sources import TARS, images_place, parquet_in, refuse_tars, shared_source
@@ -244,10 +244,10 @@ def _list_shards(shards: ShardSet, split: str | None) -> Listing:
     for name in [split] if split else shards.splits:
         index = shards.index(name)
         reader, stamps = SampleReader(index), index.shard_sha256 or [None] * len(index.shard_paths)
-        for i in range(len(index)):
+        for i, record in enumerate(reader.read_metas(range(len(index)))):
             fields: dict[str, Any] = {"split": name}
             try:
-                meta = reader.read_meta(i)
+                meta = sound(record)
                 texts = [text for text in meta["captions"] if isinstance(text, str) and text.strip()]
                 captions += texts
                 fields["caption"] = texts[0] if texts else None

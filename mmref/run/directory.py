@@ -9,6 +9,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import yaml
@@ -30,7 +31,8 @@ OBJECT_STORES = {
     "abfss",
 }  # have no folders to create; a wrong bucket is not created
 PATTERN = "*?["
-UPLOAD_EVERY_S = 5.0
+UPLOAD_EVERY_S = 5.0  # at least, between two uploads of a file that grows
+UPLOAD_BYTES_PER_S = 100_000  # that its uploads take at most in the mean: of 10 MB there is one in 100 s
 BAD_SAMPLES = "bad_samples.json"  # of a run: the broken training images that it met
 
 
@@ -225,10 +227,12 @@ class RunDir:
 
         return retry(f"read {self.join(name)}", attempt)
 
-    def put(self, folder: str, name: str) -> None:
-        """Copy a local folder to `name` inside the run."""
+    def put(self, folder: str, name: str) -> int:
+        """Copy a local folder to `name` inside the run; its bytes."""
         files = sorted(os.listdir(folder))
+        size = sum(os.path.getsize(f"{folder}/{file}") for file in files)
         retry(f"write {self.join(name)}", lambda: [self.fs.put_file(f"{folder}/{f}", self.inner(name, f)) for f in files])
+        return size
 
     def remove(self, name: str) -> None:
         def remove() -> None:
@@ -236,6 +240,42 @@ class RunDir:
                 self.fs.rm(self.inner(name), recursive=True)
 
         retry(f"remove {self.join(name)}", remove)
+
+
+class Uploads:
+    """Brings something that grows to the storage from a thread of its own, as a whole each time, and rarer as it gets larger.
+
+    What an upload raised is raised by the next call.
+    """
+
+    def __init__(self, upload: Callable[[], int]) -> None:
+        """`upload` brings the present state there, and gives its bytes."""
+        self._upload = upload
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmref-upload")
+        self._last: Future[None] | None = None
+        self._error: Exception | None = None
+        self._next = time.monotonic() + UPLOAD_EVERY_S
+
+    def ask(self, at_once: bool = False) -> None:
+        """Begin an upload, unless one is under way or it is too early for the next; `at_once` after the one under way."""
+        if self._error:
+            raise self._error
+        if at_once or (time.monotonic() >= self._next and (self._last is None or self._last.done())):
+            self._last = self._thread.submit(self._once)
+
+    def _once(self) -> None:
+        try:
+            size = self._upload()
+        except Exception as error:
+            self._error = error
+        else:
+            self._error, self._next = None, time.monotonic() + max(UPLOAD_EVERY_S, size / UPLOAD_BYTES_PER_S)
+
+    def finish(self) -> None:
+        """Return when all that is there by now has arrived. What went wrong before may be mended: this brings it too."""
+        self._thread.submit(self._once).result()
+        if self._error:
+            raise self._error
 
 
 class JsonLines:
@@ -247,26 +287,37 @@ class JsonLines:
         kept = read_jsonl(run, name)
         if keep_below_step is not None:
             kept = [r for r in kept if r["step"] < keep_below_step]
-        self.text = "".join(json.dumps(r) + "\n" for r in kept)
-        run.write_text(name, self.text)
-        self._end = len(self.text.encode())  # of the local file
-        self._uploaded = time.monotonic()
+        self._lines = [json.dumps(r) + "\n" for r in kept]  # behind a URL all, else none
+        self._end = self._write()  # of the local file
+        if run.local:
+            self._lines = []
+        self._uploads = Uploads(self._write)
+
+    def _write(self) -> int:
+        """Replace the file by the lines; its bytes."""
+        data = "".join(self._lines).encode()
+        self.run.write_bytes(self.name, data)
+        return len(data)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line. Behind a URL it may wait in memory for UPLOAD_EVERY_S, since an object is replaced as a whole."""
+        """Add a line. Behind a URL, where an object is replaced as a whole, it waits in memory for the next upload. Raises
+        StorageError, there of an upload before."""
         line = json.dumps(record) + "\n"
         if self.run.local:
             retry(f"write {self.run.join(self.name)}", lambda: self._append_local(line.encode()))
             return
-        self.text += line
-        if time.monotonic() - self._uploaded >= UPLOAD_EVERY_S:
-            self.flush()
+        self._lines.append(line)
+        self._uploads.ask()
+
+    def upload(self) -> None:
+        """Begin to upload what waits. Raises as `append`."""
+        if not self.run.local:
+            self._uploads.ask(at_once=True)
 
     def flush(self) -> None:
-        """Upload what waits."""
+        """Upload what waits, and return when it has arrived. Raises StorageError."""
         if not self.run.local:
-            self.run.write_text(self.name, self.text)
-            self._uploaded = time.monotonic()
+            self._uploads.finish()
 
     def _append_local(self, line: bytes) -> None:
         descriptor = os.open(self.run.inner(self.name), os.O_WRONLY | os.O_CREAT, 0o644)

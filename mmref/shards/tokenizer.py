@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
-from mmref.data.sample_reader import SampleReader
+from mmref.data.sample_reader import SampleReader, sound
 from mmref.data.shard_set import load_index
 from mmref.errors import SourceError
 
@@ -20,8 +20,8 @@ CONTINUES = "##"  # marks a piece that does not start a word
 def train_captions(root: str, manifest: dict[str, Any]) -> Iterator[str]:
     """Captions of the train split in the order of its index. The manifest may not be on disk yet."""
     reader = SampleReader(load_index(root, "train", manifest["splits"]["train"]["shards"]))
-    for i in range(len(reader.index)):
-        yield from reader.read_meta(i)["captions"]
+    for record in reader.read_metas(range(len(reader.index))):
+        yield from sound(record)["captions"]
 
 
 def characters(word: str) -> list[str]:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from typing import Any
 
-from mmref.run.directory import JsonLines, RunDir
+from mmref.run.directory import JsonLines, RunDir, Uploads
 from mmref.storage.retries import retry
 from mmref.train.sinks import Sinks
 
@@ -17,8 +17,9 @@ FOLDER = "tensorboard"
 class RunLog:
     """Appends records to metrics.jsonl and to TensorBoard, and hands their numbers to the sinks of `train.sinks`.
 
-    TensorBoard cannot append to an object: behind a URL its events are written to a local folder, and `flush` copies it.
-    Its thread gives up at the first full disk; what it had not written then is in metrics.jsonl only.
+    TensorBoard cannot append to an object: behind a URL its events are written to a local folder, which is copied there. Both
+    are uploaded beside training; `close` returns when all has arrived.
+    TensorBoard's thread gives up at the first full disk; what it had not written then is in metrics.jsonl only.
     """
 
     def __init__(self, run: RunDir, start: int, sinks: Sinks | None = None) -> None:
@@ -27,6 +28,7 @@ class RunLog:
         self.lines = JsonLines(run, keep_below_step=start + 1)
         self.folder = run.inner(FOLDER) if run.local else tempfile.mkdtemp(prefix="mmref-tensorboard-")
         self._open_board(start)
+        self._boards = Uploads(self._upload_board)
 
     def _open_board(self, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -42,6 +44,8 @@ class RunLog:
         except OSError:
             self._open_board(record["step"])  # a file of its own, which TensorBoard shows as the same run
             self._add_to_board(record)
+        if not self.run.local:
+            self._boards.ask()
         if self.sinks and (values := curves(record)):
             self.sinks.put(record["step"], values)
         self._say_failures()
@@ -54,19 +58,25 @@ class RunLog:
         for failure in self.sinks.failures(self._step) if self.sinks else []:
             self.lines.append(failure)
 
-    def flush(self) -> None:
-        """Bring everything written so far to the storage."""
-        self.lines.flush()
+    def upload(self) -> None:
+        """Begin to bring everything written so far to the storage. Raises StorageError of an upload before."""
+        self.lines.upload()
         if not self.run.local:
-            with contextlib.suppress(OSError):  # the next record opens another file
-                self.board.flush()
-            self.run.put(self.folder, FOLDER)
+            self._boards.ask(at_once=True)
+
+    def _upload_board(self) -> int:
+        with contextlib.suppress(OSError):  # the next record opens another file
+            self.board.flush()
+        return self.run.put(self.folder, FOLDER)
 
     def close(self) -> None:
+        """Bring everything to the storage. Raises StorageError where that fails."""
         if self.sinks:
             self.sinks.close()
             self._say_failures()
-        self.flush()
+        self.lines.flush()
+        if not self.run.local:
+            self._boards.finish()
         with contextlib.suppress(OSError):
             self.board.close()
         if not self.run.local:

@@ -225,8 +225,8 @@ class Worker:
         finished = saver.take_finished()
         for line in [*([record] if record else []), *finished]:
             self.log(line)
-        if finished:
-            self.log.flush()
+        if finished:  # a run that goes on from there finds the lines before it
+            self.log.upload()
 
     def _check(self, window: Window) -> None:
         """Raise, on every rank alike, for a loss or gradient that is not finite or too many broken samples."""

@@ -141,34 +141,40 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch,
         assert "cannot be locked" in caplog.text
 
 
+def append(lines, record):
+    """A line that is there on return, also behind a URL."""
+    lines.append(record)
+    lines.flush()
+
+
 def test_lines_are_appended_and_read_back(run):
     lines = JsonLines(run, keep_below_step=0)
     records = [{"step": s, "loss": 0.5 / (s + 1), "name": "é"} for s in range(3)]
     for record in records:
-        lines.append(record)
+        append(lines, record)
         assert read_jsonl(run)[-1] == record
     assert read_jsonl(run) == records and read_jsonl(run, "other.jsonl") == []
 
 
 def test_a_resumed_run_drops_the_steps_it_repeats(run):
     for step in range(6):
-        JsonLines(run, keep_below_step=step).append({"step": step, "try": 1})
+        append(JsonLines(run, keep_below_step=step), {"step": step, "try": 1})
     lines = JsonLines(run, keep_below_step=3)
     assert [r["step"] for r in read_jsonl(run)] == [0, 1, 2], "dropped at once, not at the next line"
-    lines.append({"step": 3, "try": 2})
+    append(lines, {"step": 3, "try": 2})
     assert [(r["step"], r["try"]) for r in read_jsonl(run)] == [(0, 1), (1, 1), (2, 1), (3, 2)]
 
 
 def test_without_a_step_everything_is_kept(run):
-    JsonLines(run).append({"step": 0})
-    JsonLines(run).append({"step": 1})
+    append(JsonLines(run), {"step": 0})
+    append(JsonLines(run), {"step": 1})
     assert [r["step"] for r in read_jsonl(run)] == [0, 1]
 
 
 def test_a_cut_last_line_is_left_out_and_repaired(run):
     run.write_text("metrics.jsonl", '{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert [r["step"] for r in read_jsonl(run)] == [1, 2]
-    JsonLines(run, keep_below_step=10).append({"step": 3})
+    append(JsonLines(run, keep_below_step=10), {"step": 3})
     assert [r["step"] for r in read_jsonl(run)] == [1, 2, 3]
     assert run.read_text("metrics.jsonl").count("\n") == 3
 
@@ -260,3 +266,52 @@ def test_damaged_files_are_named(run):
         run.read_json("metrics.json")
     with pytest.raises(FileNotFoundError):
         run.read_json("none.json")
+
+
+@pytest.fixture
+def memory_run(monkeypatch):
+    """A run behind a URL, whose every upload of metrics.jsonl is noted: the thread, and how many lines."""
+    run, seen = RunDir(f"memory://{uuid.uuid4().hex}"), []
+    write = run.write_bytes
+
+    def noted(name, data):
+        seen.append((threading.current_thread().name, data.count(b"\n")))
+        write(name, data)
+
+    monkeypatch.setattr(run, "write_bytes", noted)
+    return run, seen
+
+
+def test_behind_a_url_lines_are_uploaded_beside_the_one_who_writes_and_rarer_as_they_grow(memory_run, monkeypatch):
+    monkeypatch.setattr(directory, "UPLOAD_EVERY_S", 0.0)
+    monkeypatch.setattr(directory, "UPLOAD_BYTES_PER_S", 1e-3)  # after the first upload none is due for a day
+    run, seen = memory_run
+    lines = JsonLines(run)
+    for step in range(200):
+        lines.append({"step": step})
+    lines.upload()
+    lines.flush()
+    assert [r["step"] for r in read_jsonl(run)] == list(range(200))
+    assert len(seen) <= 4 and all(name.startswith("mmref-upload") for name, _ in seen[1:]), seen
+    assert seen[-1][1] == 200
+
+
+def test_an_upload_that_fails_is_told_to_who_writes_and_made_up_for(memory_run, monkeypatch):
+    monkeypatch.setattr(directory, "UPLOAD_EVERY_S", 0.0)
+    run, _ = memory_run
+    lines, write = JsonLines(run), run.write_bytes
+
+    def away(name, data):
+        raise StorageError("cannot write")
+
+    monkeypatch.setattr(run, "write_bytes", away)
+    lines.append({"step": 1})
+    with pytest.raises(StorageError, match="cannot write"):
+        while True:
+            lines.append({"step": 2})
+    with pytest.raises(StorageError, match="cannot write"):
+        lines.flush()
+    monkeypatch.setattr(run, "write_bytes", write)
+    lines.flush()
+    steps = [r["step"] for r in read_jsonl(run)]
+    assert steps[0] == 1 and set(steps[1:]) == {2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from types import SimpleNamespace
 
@@ -47,6 +48,7 @@ def test_files_of_a_run(url, monkeypatch):
     lines = JsonLines(run)
     lines.append({"step": 1})
     lines.append({"step": 2})
+    lines.flush()
     assert [r["step"] for r in read_jsonl(other)] == [1, 2]
     assert run.write_stream("big", lambda file: [file.write(bytes(1 << 20)) for _ in range(7)]) == [1 << 20] * 7
     assert other.size("big") == 7 << 20
@@ -106,7 +108,9 @@ def test_tensorboard_events_and_lines_arrive(url):
     run = RunDir(url)
     log = RunLog(run, 0)
     log({"step": 1, "loss": 2.0})
-    log.flush()
+    log.upload()
+    while not run.list("tensorboard") or not read_jsonl(run):  # they arrive beside training
+        time.sleep(0.01)
     assert len(run.list("tensorboard")) == 1 and [r["loss"] for r in read_jsonl(run)] == [2.0]
     log({"step": 2, "loss": 1.0})
     log.close()

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from mmref.config import Config
-from mmref.data.sample_reader import SampleReader
-from mmref.data.shard_set import ShardSet
+from mmref.data.shard_set import ShardSet, open_reader
 from mmref.data.tokens import Tokens
 from mmref.errors import ExportError
 from mmref.evaluate.choose import choose_on_val
@@ -114,7 +113,7 @@ def _mix(module: MMRef, start: dict[str, Tensor], tuned: dict[str, Tensor], shar
 def encode_split(encoder: Encoder, config: Config, shards: ShardSet, split: str) -> SplitFeatures:
     """Features of a split, encoded in this process."""
     index, batch = shards.index(split), config.eval.batch
-    reader = SampleReader(index)
+    reader = open_reader(config, index)
     queries = read_queries(index, reader)
     images: list[Any] = []
     texts: list[Any] = []

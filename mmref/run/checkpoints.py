@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in a file of the optimizer
 AVERAGE = "ema"  # of the weights: with `train.ema` a file of the model has it, and one of the optimizer the weights of training
 TRAINED = "weight"
 KINDS = ("model", "optimizer", "references")
+DOWNLOADS = 4  # files that a process downloads at a time
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def best_checkpoint(run: RunDir) -> CheckpointInfo:
 def fetched(run: RunDir, info: CheckpointInfo, *kinds: str) -> Iterator[str]:
     """A local folder with a checkpoint's files of some kinds, verified. Raises CheckpointError for a damaged one."""
     with local_folder(run, info) as folder:
-        if problems := bring(run, info, folder, kinds):
+        if problems := bring(run, info, folder, info.files(kinds)):
             raise CheckpointError(
                 f"{problems[0]} ({len(problems)} damaged files in {info.folder}). Remove that folder to use the "
                 "checkpoint before it."
@@ -139,19 +141,21 @@ def local_folder(run: RunDir, info: CheckpointInfo) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def bring(run: RunDir, info: CheckpointInfo, folder: str, kinds: tuple[str, ...], part: int = 0, parts: int = 1) -> list[str]:
-    """Verify files of a checkpoint (those at part, part + parts, ... of the list) and download them; what is wrong."""
-    problems = []
-    for name, expected in list(info.files(kinds).items())[part::parts]:
-        where = f"{info.folder}/{name}"
+def bring(run: RunDir, info: CheckpointInfo, folder: str, names: Iterable[str]) -> list[str]:
+    """Verify files of a checkpoint and, behind a URL, download them, some at a time; what is wrong."""
+
+    def one(name: str) -> str:
+        where, expected = f"{info.folder}/{name}", info.meta["files"][name]["sha256"]
         try:
             found = run.read_stream(where, sha256_of_rest if run.local else _downloader(f"{folder}/{name}"))
         except FileNotFoundError:
-            problems.append(f"{run.join(where)} is gone")
-            continue
-        if found != expected["sha256"]:
-            problems.append(f"{run.join(where)} is damaged: its SHA-256 is {found}, {expected['sha256']} was written")
-    return problems
+            return f"{run.join(where)} is gone"
+        return "" if found == expected else (
+            f"{run.join(where)} is damaged: its SHA-256 is {found}, {expected} was written"
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(1 if run.local else DOWNLOADS, thread_name_prefix="mmref-download") as pool:
+        return [problem for problem in pool.map(one, names) if problem]
 
 
 def _downloader(path: str) -> Callable[[Any], str]:

@@ -5,7 +5,7 @@ A checkpoint is a folder `checkpoints/step-<steps done>-<tag>/` into which every
     optimizer-<rank>.safetensors   Adam's moments of the same parameters; under `train.ema` also the weights that training goes on
                                    with: whatever evaluates or exports a checkpoint reads the averages, and need not know of it
     references-<rank>.safetensors  this rank's rows of the bank with their objects' ids; metadata: first global row
-    rank-<rank>.json               bytes and SHA-256 of the files above
+    rank-<rank>.json               bytes and SHA-256 of the files above; of references also which rows of the bank they are
 and rank 0 at last, when every rank's list is there, meta.json with all lists in it. A folder without meta.json, or in which
 a listed file is missing or has another size, is never loaded; content is compared with its SHA-256 when it is read.
 Parameters are shared out over writers by size, so no rank writes a whole model.
@@ -48,7 +48,7 @@ from mmref.run.directory import RunDir
 from mmref.run.row_file import CHUNK, pack_ids, row_files
 from mmref.run.tensor_files import write_file
 from mmref.train import collectives
-from mmref.train.bank import ReferenceBank
+from mmref.train.bank import ReferenceBank, rows_of
 from mmref.train.engine import iterate_state, load_state
 from mmref.version import __version__
 
@@ -99,6 +99,8 @@ def write(run: RunDir, folder: str, state: Snapshot, rank: int) -> None:
     for kind in KINDS:
         name = f"{kind}-{rank}.safetensors"
         files[name] = write_file(run, f"{folder}/{name}", state.tensors[kind], state.first)
+        if kind == "references":
+            files[name] |= {"first": state.first, "rows": len(state.tensors[kind]["rows"])}
     run.write_text(f"{folder}/rank-{rank}.json", json.dumps(files, indent=1))
 
 
@@ -135,11 +137,14 @@ def share_out(sizes: dict[str, int], writers: int) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def resume_point(run: RunDir) -> Iterator[ResumePoint]:
+def resume_point(run: RunDir, objects: int) -> Iterator[ResumePoint]:
     """Where training goes on: the latest sound checkpoint, verified, in a local folder (collective).
 
-    A damaged one is passed over with a warning. Behind a URL one rank of each node downloads for all of them; on a
-    shared file system every rank verifies a share of the files.
+    A damaged one is passed over with a warning. Behind a URL the ranks of a node download together what they need: weights and
+    moments, and of the references the files with rows of theirs. On a shared file system every rank verifies a share of them.
+
+    Args:
+        objects: of the bank. A run is resumed on the same objects alone, so rows are the same as when they were written.
 
     Raises:
         CheckpointError: there are checkpoints and none is sound. Training does not start again by itself.
@@ -153,19 +158,19 @@ def resume_point(run: RunDir) -> Iterator[ResumePoint]:
     for info, problems in reversed(candidates):
         with local_folder(run, info) as own:
             nodes = collectives.gather_objects((socket.gethostname(), own))
-            leader = next(r for r, (node, _) in enumerate(nodes) if node == nodes[rank][0])
+            mates = [r for r, (node, _) in enumerate(nodes) if node == nodes[rank][0]]
+            sharers = list(range(len(nodes))) if run.local else mates
+            folder, names = nodes[mates[0]][1], list(info.files()) if run.local else _needed(info, objects, mates)
             if not problems:
-                if run.local:
-                    problems = bring(run, info, own, KINDS, rank, len(nodes))
-                elif rank == leader:
-                    problems = bring(run, info, own, KINDS)
+                problems = bring(run, info, folder, names[sharers.index(rank) :: len(sharers)])
                 problems = sorted({p for part in collectives.gather_objects(problems) for p in part})
             if problems:
                 passed_over += problems
                 if rank == 0:
                     log.warning("checkpoint of step %d is not used: %s", info.step, "; ".join(problems))
                 continue
-            yield ResumePoint(info.step, nodes[leader][1], info.meta, passed_over)
+            there = {name: info.meta["files"][name] for name in names}
+            yield ResumePoint(info.step, folder, {**info.meta, "files": there}, passed_over)
             collectives.gather_objects(None)  # nobody removes what another one still reads
             return
     if candidates:
@@ -174,6 +179,20 @@ def resume_point(run: RunDir) -> Iterator[ResumePoint]:
             "Restore one from a backup, or remove the folder to train from the beginning."
         )
     yield ResumePoint(0, "", {}, [])
+
+
+def _needed(info: CheckpointInfo, objects: int, ranks: list[int]) -> list[str]:
+    """Files of a checkpoint that these ranks need. What does not say which rows it has (of an older version, or added by `mmref
+    references add`) is needed by all."""
+    own = [rows_of(objects, collectives.world_size(), rank) for rank in ranks]
+
+    def needed(found: dict[str, Any]) -> bool:
+        if "rows" not in found:
+            return True
+        end = found["first"] + found["rows"]
+        return any(found["first"] < first + count and first < end for first, count in own)
+
+    return [name for name, found in info.files().items() if needed(found)]
 
 
 @dataclass(frozen=True)

@@ -84,14 +84,14 @@ class Worker:
             torch.set_num_threads(torch_threads(config.train.threads, context.get_local_world_size()))
 
         self.run.check_shared("config.yaml")
-        with checkpoint_files.resume_point(run) as at:
+        index = train_index(config)
+        with checkpoint_files.resume_point(run, index.n_objects) as at:
             self.start, self.passed_over = at.step, at.passed_over
             # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built.
             more = self.start < config.train.max_steps
             self.stream = Stream(config, self.rank, self.world, self.start) if more else None
             self.tokens = load_tokens(config)
             shards = ShardSet.open(config.data.root)
-            index = train_index(config)
             model = build_model(config, self.tokens.vocab_size, index.n_objects).to(self.device)
             self.images = len(index)
             self.engine = build_engine(model, config, self.world)

@@ -74,14 +74,14 @@ def test_checkpoints_are_saved_listed_verified_and_loaded(url):
         checkpoint_files.commit(run, folder, state.meta)
     weight = model.weight.detach().clone()
     torch.nn.init.zeros_(model.weight)
-    with checkpoint_files.resume_point(run) as at:
+    with checkpoint_files.resume_point(run, 4) as at:
         assert at.step == 2
         at.load(engine, bank)
     assert torch.equal(model.weight, weight) and not os.path.exists(at.folder)
     data = bytearray(run.read_bytes(f"{folder}/model-0.safetensors"))
     data[-1] ^= 1
     run.write_bytes(f"{folder}/model-0.safetensors", bytes(data))
-    with checkpoint_files.resume_point(run) as at:
+    with checkpoint_files.resume_point(run, 4) as at:
         assert at.step == 1 and f"{url}/{folder}/model-0.safetensors is damaged" in at.passed_over[0]
     info = checkpoints.latest_checkpoint(run)
     with pytest.raises(CheckpointError, match=r"model-0.safetensors is damaged"):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.plain_training import PlainTraining
+from support.tiny_set import SPLITS
 
 from mmref.errors import CheckpointError
 from mmref.model.mmref import build_model
@@ -22,6 +23,7 @@ from mmref.run import checkpoints
 from mmref.run.directory import RunDir
 from mmref.train import checkpoint_files, collectives
 
+OBJECTS = SPLITS["train"]
 OVERRIDES = {"reference.update": "gradient", "reference.per_object": 2, "loss.w_rec": 0.3, "loss.learn_tau": True}
 
 
@@ -293,11 +295,37 @@ def two_checkpoints(request, trained, tmp_path, monkeypatch) -> RunDir:
 
 def test_resume_takes_the_latest_checkpoint(make_config, trained, two_checkpoints):
     other = Training(make_config({**OVERRIDES, "train.seed": 9}))
-    with checkpoint_files.resume_point(two_checkpoints) as at:
+    with checkpoint_files.resume_point(two_checkpoints, OBJECTS) as at:
         assert at.step == 4 and at.passed_over == []
         at.load(other.engine, other.bank)
     assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), trained.model.parameters(), strict=True))
     assert two_checkpoints.local == os.path.exists(at.folder), "a download is removed, the checkpoint itself is not"
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_node_downloads_what_it_needs_alone(make_config, trained, two_checkpoints, monkeypatch, older):
+    """Rank 1 of two, each on a node of its own. What an older version wrote does not say whose rows a file has."""
+    run, name = two_checkpoints, "checkpoints/step-00000004-a/meta.json"
+    if older:
+        meta = run.read_json(name)
+        for found in meta["files"].values():
+            found.pop("rows", None)
+        run.write_text(name, json.dumps(meta))
+    told = iter([[checkpoints.inspect_checkpoints(run), []]])
+    others = {tuple: ("another node", "/nowhere"), list: [], type(None): None}
+    monkeypatch.setattr(collectives, "rank", lambda: 1)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "gather_objects", lambda own: next(told, [others[type(own)], own]))
+    config = make_config({**OVERRIDES, "train.seed": 9})
+    bank = type(trained.bank)(OBJECTS, trained.bank.dim, config.reference, 0)
+    with checkpoint_files.resume_point(run, OBJECTS) as at:
+        if not run.local:
+            rows = ["references-0.safetensors"] * older + ["references-1.safetensors"]
+            both = [f"{kind}-{rank}.safetensors" for kind in ("model", "optimizer") for rank in (0, 1)]
+            assert sorted(os.listdir(at.folder)) == both + rows
+        at.load(Training(config).engine, bank)
+    assert bank.first == OBJECTS // 2
+    assert torch.equal(bank.rows, trained.bank.rows[bank.first :]), "its own rows, whoever wrote them"
 
 
 def test_resume_passes_a_damaged_checkpoint_over_and_says_so(two_checkpoints, caplog):
@@ -305,7 +333,7 @@ def test_resume_passes_a_damaged_checkpoint_over_and_says_so(two_checkpoints, ca
     data = bytearray(run.read_bytes(name))
     data[-1] ^= 1
     run.write_bytes(name, bytes(data))
-    with checkpoint_files.resume_point(run) as at:
+    with checkpoint_files.resume_point(run, OBJECTS) as at:
         assert at.step == 2 and len(at.passed_over) == 1
     assert f"{run.join(name)} is damaged" in caplog.text and "step 4 is not used" in caplog.text
 
@@ -315,7 +343,7 @@ def test_resume_names_every_file_that_is_gone_or_short(two_checkpoints):
     gone, short = (f"checkpoints/step-00000004-a/{name}" for name in ("model-0.safetensors", "optimizer-1.safetensors"))
     run.remove(gone)
     run.write_bytes(short, run.read_bytes(short)[:-1])
-    with checkpoint_files.resume_point(run) as at:
+    with checkpoint_files.resume_point(run, OBJECTS) as at:
         assert at.step == 2
         assert sorted(p.split(" ", 1)[0] for p in at.passed_over) == [run.join(gone), run.join(short)]
         assert {p.split(" ")[2].rstrip(":") for p in at.passed_over} == {"gone", "damaged"}
@@ -324,7 +352,7 @@ def test_resume_names_every_file_that_is_gone_or_short(two_checkpoints):
 def test_resume_names_a_list_of_files_that_cannot_be_read(two_checkpoints):
     where = "checkpoints/step-00000004-a/meta.json"
     two_checkpoints.write_text(where, "{")
-    with checkpoint_files.resume_point(two_checkpoints) as at:
+    with checkpoint_files.resume_point(two_checkpoints, OBJECTS) as at:
         assert at.step == 2 and at.passed_over[0].startswith(f"{two_checkpoints.join(where)} is damaged")
 
 
@@ -333,11 +361,11 @@ def test_without_a_sound_checkpoint_training_does_not_start_again(two_checkpoint
     for info in checkpoints.list_checkpoints(run):
         run.write_bytes(f"{info.folder}/model-0.safetensors", b"x" * info.files()["model-0.safetensors"]["bytes"])
     with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* is sound.*model-0.*from the beginning"):
-        checkpoint_files.resume_point(run).__enter__()
+        checkpoint_files.resume_point(run, OBJECTS).__enter__()
 
 
 def test_a_run_without_checkpoints_begins_at_the_beginning(trained, tmp_path):
-    with checkpoint_files.resume_point(RunDir(str(tmp_path))) as at:
+    with checkpoint_files.resume_point(RunDir(str(tmp_path)), OBJECTS) as at:
         before = [p.clone() for p in trained.model.parameters()]
         at.load(trained.engine, trained.bank)
     assert at.step == 0 and all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters()))

@@ -3,10 +3,16 @@
     python benchmarks/data.py --config configs/emoji.yaml --workers 2 --out data.json
     python benchmarks/data.py --images jpeg --workers 2 --data.image_height 224 --data.image_width 224 --out data.json
 
+    python benchmarks/data.py --config configs/smoke.yaml --first-batch 400 240000 --out first.json
+
 Both read the same tars and do the same work on a sample (json, caption, decoding, resizing, tokens), and both hand whole
 batches to `--workers` consumers in processes of their own, each with `data.readers` reading processes. A consumer only
 takes. The two alternate over the rounds; each is started anew in its round, and the clock starts when it has run warm.
 mmref also keeps the plan (P x Q, an exact order); webdataset shuffles within a buffer, from shards drawn with replacement.
+
+The last command measures one worker's stream at the beginning of trainings of so many steps, each in a new process: until its
+first batch, and what handing over a batch takes that is ready, after the `--pause-ms` that a step takes. The same loop
+without a stream tells what the machine does to it.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 import torch
 
 from mmref.cluster.connection import connect
@@ -121,6 +128,73 @@ class Consumer:
         return images
 
 
+class Opening:
+    """A training worker at its start."""
+
+    def __init__(self, values: dict[str, Any], steps: int) -> None:
+        torch.set_num_threads(1)
+        quiet_ray_data()
+        self.config = from_dict(values)
+        self.config.train.max_steps = steps
+
+    def first_batch(self) -> dict[str, float]:
+        """Seconds and MB of this process until the first batch is there."""
+        process = psutil.Process()
+        before, began = process.memory_info().rss, time.perf_counter()
+        self.stream = Stream(self.config, 0, 1, start=0)
+        next(self.stream)
+        return {"seconds": time.perf_counter() - began, "mb": (process.memory_info().rss - before) / 1e6}
+
+    def hand_over(self, batches: int, pause_s: float) -> dict[str, float]:
+        """Milliseconds of `next` for a batch that is ready, and of one piece of Python and torch with and without a stream."""
+        matrix = torch.ones(64, 64)
+
+        def launch() -> float:
+            began = time.perf_counter()
+            for _ in range(100):
+                matrix.add(1)
+            return 1e3 * (time.perf_counter() - began)
+
+        taken, beside = [], []
+        for _ in range(batches):
+            time.sleep(pause_s)
+            began = time.perf_counter()
+            next(self.stream)
+            taken.append(1e3 * (time.perf_counter() - began))
+            beside.append(launch())
+        del self.stream
+        alone = []
+        for _ in range(batches):
+            time.sleep(pause_s)
+            alone.append(launch())
+        return {
+            "hand_over_ms": float(np.median(taken)), "hand_over_ms_p99": float(np.percentile(taken, 99)),
+            "launches_ms": float(np.median(beside)), "launches_ms_p99": float(np.percentile(beside, 99)),
+            "launches_alone_ms": float(np.median(alone)), "launches_alone_ms_p99": float(np.percentile(alone, 99)),
+        }  # fmt: skip
+
+
+def openings(config: Config, args: argparse.Namespace) -> list[dict[str, float]]:
+    """A row for each length of training."""
+    import ray
+
+    rows = []
+    for steps in args.first_batch:
+        actor = ray.remote(num_cpus=1)(Opening).remote(to_dict(config), steps)
+        found = {"steps": steps, **ray.get(actor.first_batch.remote())}
+        found |= ray.get(actor.hand_over.remote(args.steps, args.pause_ms / 1e3))
+        ray.kill(actor)
+        rows.append(found)
+        print(
+            f"{steps:>9,} steps: first batch after {found['seconds']:.1f} s and {found['mb']:.0f} MB; a ready batch is handed "
+            f"over in {found['hand_over_ms']:.2f} ms (p99 {found['hand_over_ms_p99']:.1f}); 100 launches take "
+            f"{found['launches_ms']:.2f} ms (p99 {found['launches_ms_p99']:.1f}), without a stream "
+            f"{found['launches_alone_ms']:.2f} ms (p99 {found['launches_alone_ms_p99']:.1f})",
+            flush=True,
+        )
+    return rows
+
+
 def images_per_second(kind: str, config: Config, args: argparse.Namespace) -> float:
     """One round of one pipeline, from its start to its end."""
     import ray
@@ -147,6 +221,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="steps under the clock in a round")
     parser.add_argument("--warmup", type=int, default=20, help="steps before the clock starts")
+    parser.add_argument("--first-batch", type=int, nargs="+", metavar="STEPS", help="measure the start of such trainings")
+    parser.add_argument("--pause-ms", type=float, default=100, help="between two batches, of --first-batch")
     parser.add_argument("--out", help="JSON file")
     args, passed = parser.parse_known_args()
     config = settled(load_config(["--config", args.config, *passed]))
@@ -157,6 +233,10 @@ def main() -> None:
             build_shards(JpegSource(), folder, BuildOptions(tokenizer_vocab=200, overwrite=True, progress=False))
             config.data.root = folder
         config.data.root = ShardSet.open(config.data.root).root
+        if args.first_batch:
+            with connect(2 + config.data.readers, config.train.storage_gb):
+                write(args.out, {"rows": openings(config, args)})
+            return
         found: dict[str, list[float]] = {"mmref": [], "webdataset": []}
         with connect(args.workers * (1 + config.data.readers), config.train.storage_gb):
             for _ in range(args.rounds):
@@ -173,8 +253,13 @@ def main() -> None:
         "rounds": found,
     }  # fmt: skip
     print(f"ratio {result['ratio']:.2f}")
-    if args.out:
-        with open(args.out, "w") as file:
+    write(args.out, result)
+
+
+def write(path: str | None, result: dict[str, Any]) -> None:
+    """The JSON file, where one is asked for."""
+    if path:
+        with open(path, "w") as file:
             json.dump(result, file, indent=1)
 
 

@@ -91,6 +91,21 @@ def test_decode(tmp_path: Path) -> None:
     assert found["512 to 300"]["largest difference"] == 0, "not small enough"
 
 
+@pytest.mark.slow
+def test_first_batch(tmp_path: Path) -> None:
+    rows = run(tmp_path, "data.py", *SMOKE, "--first-batch", "40", "4000", "--steps", "5", "--pause-ms", "10")["rows"]
+    assert [row["steps"] for row in rows] == [40, 4000]
+    assert all(row["seconds"] > 0 and row["hand_over_ms_p99"] >= row["hand_over_ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_remote_evaluation(tmp_path: Path) -> None:
+    rows = run(tmp_path, "remote_evaluation.py", "--images", "64", "--sample", "4", "--delay-ms", "1")["rows"]
+    assert [row["how"] for row in rows] == ["one by one", "byte ranges", "cache"]
+    one, ranges, cache = (row["requests"] / row["images"] for row in rows)
+    assert one >= 3 and ranges < 0.5 and cache <= ranges
+
+
 def test_window(tmp_path: Path) -> None:
     small = ("--nodes", "2", "4", "--shards", "64", "--objects-per-shard", "20", "--node-batch", "64", "--steps-per-window", "5")
     rows = run(tmp_path, "window.py", *small, "--cache-gb", "5")["rows"]

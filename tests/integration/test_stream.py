@@ -15,6 +15,7 @@ from support.stream_ranks import Killer, ledger, planned, streamed
 
 from mmref.cluster.connection import SETTINGS, START_ATTEMPTS, connect
 from mmref.config import Config
+from mmref.data import stream
 from mmref.data.reader import concatenate
 from mmref.data.stream import Stream
 
@@ -38,6 +39,16 @@ def test_one_rank_stopped_and_resumed_on_two_gets_the_plan(make_config: Callable
             with pytest.raises(StopIteration):
                 next(stream)
     assert_same(concatenate([*before, *after]), planned(config, 0, 12))
+
+
+def test_pieces_follow_each_other_without_a_seam(make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 tasks in pieces of four, by two readers that race, listed no further than two tasks ahead."""
+    monkeypatch.setattr(stream, "PIECE", 4)
+    monkeypatch.setattr(stream, "AHEAD", 2)
+    config = make_config({"train.max_steps": 22, "data.steps_per_task": 2, "data.readers": 2})
+    with connect(4, storage_gb=0.2):
+        found = [ledger(batch) for batch in Stream(config, 0, 1, 0)]
+    assert_same(concatenate(found), planned(config, 0, 22))
 
 
 @pytest.fixture(scope="module")

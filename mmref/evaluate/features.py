@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,14 +40,22 @@ class Queries:
         return shortest(self.texts[i] for i in np.unique(self.text[self.objects == row]))
 
 
-def read_queries(index: SplitIndex, reader: SampleReader | None = None) -> Queries:
-    """Every usable caption of a split, in index order. `reader`: one of the split, such as with a cache."""
-    reader = reader or SampleReader(index)
+def read_queries(
+    index: SplitIndex, reader: SampleReader | None = None, records: Iterable[dict[str, Any] | SampleError] | None = None
+) -> Queries:
+    """Every usable caption of a split, in index order.
+
+    Args:
+        reader: one of the split, such as with a cache.
+        records: the json of all its samples, where they have been read.
+    """
+    if records is None:
+        records = (reader or SampleReader(index)).read_metas(range(len(index)))
     captions: list[str] = []
     kinds: list[str] = []
     images: list[int] = []
     skipped: list[str] = []
-    for i, meta in enumerate(reader.read_metas(range(len(index)))):
+    for i, meta in enumerate(records):
         try:
             usable = usable_captions(sound(meta), f"image {index.image_ids[i]}")
         except SampleError as error:

@@ -31,7 +31,10 @@ class Validation:
         index = ShardSet.open(config.data.root).index(split)
         self.objects = np.asarray(index.object_row).astype(np.int64)
         self.reader = open_reader(config, index)
-        self.queries = read_queries(index, self.reader)
+        # Each rank reads a share: they may lie on object storage, and images between them.
+        share = np.array_split(np.arange(len(index)), collectives.world_size())[collectives.rank()]
+        parts = collectives.gather_objects(list(self.reader.read_metas(share.tolist())))
+        self.queries = read_queries(index, records=(record for part in parts for record in part))
 
     def __call__(self, encoder: Encoder, bank: ReferenceBank) -> dict[str, Any]:
         """Metrics in percent, text to image, the same on every rank (collective).

@@ -225,7 +225,8 @@ class Worker:
         finished = saver.take_finished()
         for line in [*([record] if record else []), *finished]:
             self.log(line)
-        if finished:  # a run that goes on from there finds the lines before it
+        # A run that goes on from a checkpoint is to find the lines before it: they are on their way while it is written.
+        if finished or (record and "checkpoint_blocking_seconds" in record):
             self.log.upload()
 
     def _check(self, window: Window) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 import mmref
 from mmref.cli import main
+from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
 from mmref.errors import ExportError
@@ -46,7 +47,7 @@ def pretrained(make_config, tmp_path):
 def scores(folder, config, split):
     """Metrics of an exported model on a split, before refinement, from pixels on."""
     model, index = mmref.load(folder), ShardSet.open(config.data.root).index(split)
-    reader = mixing.SampleReader(index)
+    reader = SampleReader(index)
     pixels, _ = mixing.read_pixels(reader, range(len(index)), config.data)
     queries = read_queries(index)
     text, image = model.encode_text(queries.texts), model.encode_images(list(pixels))

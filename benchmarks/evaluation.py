@@ -1,15 +1,23 @@
 """Time and agreement of the ranking metrics against implementations a user would otherwise write or copy.
 
     python benchmarks/evaluation.py --out evaluation.json
+    python benchmarks/evaluation.py --large 19848 --before OTHER_CHECKOUT --out large.json
 
 All of them rank the same random scores, with ties, in one run: mmref.evaluate.metrics; a literal per-query Python loop
 (sort, then walk down the list); NumPy with a stable argsort per query; and the field's usual form, a full
 argsort and cumulative sums over the whole score matrix in torch. The last breaks ties as its sort happens to.
+
+`--large` does another thing: an evaluation of so many captions on as many images, two of an object, as training does it: on one
+process, and the share of one of four. With `--before` another checkout of mmref does the same, in turns. The seconds are the
+processor's.
 """
 
 import argparse
+import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +30,30 @@ from output import write_figures
 from mmref.evaluate.bootstrap import bootstrap_ci
 from mmref.evaluate.metrics import MAIN_METRICS, score_ranking, summarize
 from mmref.evaluate.refinement import ReferenceSpace, choose_refinement, refinement_grid
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = 3  # of the large case
+# What another checkout can run too: features by a seed, scored and ranked.
+IN_PROCESS = """
+import json, sys, time
+import numpy as np
+from mmref.evaluate.metrics import evaluate_features, summarize
+count, share = int(sys.argv[1]), json.loads(sys.argv[2])
+rng = np.random.default_rng(0)
+labels = rng.permutation(np.arange(count) // 2)
+centers = rng.standard_normal((count // 2 + 1, 512), dtype=np.float32)
+def near():
+    x = centers[labels] + 3 * rng.standard_normal((count, 512), dtype=np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+text, image = near(), near()
+extra = {}
+if share:
+    from mmref.evaluate.shares import QueryShare
+    extra = {"share": QueryShare(0, share, lambda rows: np.concatenate([rows] * share))}
+began = time.process_time()
+found = evaluate_features(text, image, labels, labels, 256, **extra)
+print(json.dumps({"seconds": time.process_time() - began, "metrics": summarize(found)}))
+"""
 
 
 def literal(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray) -> dict[str, float]:
@@ -122,13 +154,38 @@ def refinement_case(n_queries: int, n_gallery: int, n_references: int, dim: int,
     }
 
 
+def large_case(count: int, before: Path | None) -> dict[str, Any]:
+    """Least processor seconds of some rounds by variant, and how many times those of the first the others take."""
+    variants = {"now": (ROOT, 0), "one of four": (ROOT, 4), **({"before": (before.resolve(), 0)} if before else {})}
+    found: dict[str, list[Any]] = {name: [] for name in variants}
+    for _ in range(ROUNDS):
+        for name, (checkout, share) in variants.items():
+            command = [sys.executable, "-c", IN_PROCESS, str(count), str(share)]
+            environment = {**os.environ, "PYTHONPATH": str(checkout)}
+            done = subprocess.run(command, env=environment, cwd=checkout, check=True, capture_output=True, text=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    seconds = {name: min(one["seconds"] for one in runs) for name, runs in found.items()}
+    return {
+        "queries": count,
+        "gallery": count,
+        "seconds": seconds,
+        "ratio": {name: value / seconds["now"] for name, value in seconds.items()},
+        "metrics": {name: runs[0]["metrics"] for name, runs in found.items() if name != "one of four"},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--queries", type=int, default=6156)
     parser.add_argument("--gallery", type=int, default=3074)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--large", type=int, help="captions and images of an evaluation in training")
+    parser.add_argument("--before", type=Path, help="another checkout of mmref, for `--large`")
     options = parser.parse_args()
+    if options.large:
+        write_figures(large_case(options.large, options.before), options.out)
+        return
     report = {
         "few_hits": ranking_case(options.queries, options.gallery, options.gallery // 3, options.seed),
         "many_hits": ranking_case(options.queries, options.gallery // 2, max(2, options.gallery // 110), options.seed),

@@ -49,6 +49,19 @@ def test_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_evaluation(tmp_path: Path) -> None:
+    found = run(tmp_path, "evaluation.py", "--queries", "40", "--gallery", "60")
+    for case in ("few_hits", "many_hits"):
+        assert max(found[case]["largest_difference"][name] for name in ("literal", "argsort_per_query")) < 1e-9
+        assert found[case]["times_faster"]["literal"] == pytest.approx(
+            found[case]["seconds"]["literal"] / found[case]["seconds"]["mmref"]
+        )
+    large = run(tmp_path, "evaluation.py", "--large", "400", "--before", str(ROOT))
+    assert large["metrics"]["now"] == large["metrics"]["before"] and 0 < large["metrics"]["now"]["R@1"] < 100
+    assert set(large["ratio"]) == {"now", "before", "one of four"} and large["ratio"]["now"] == 1
+
+
+@pytest.mark.slow
 def test_scaling(tmp_path: Path) -> None:
     found = run(tmp_path, "scaling.py", *SMOKE, "--workers", "1", "2", "--batch", "16", "--windows", "1", "--steps", "2")
     one, two = found["rows"]

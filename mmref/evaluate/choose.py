@@ -9,6 +9,7 @@ import numpy as np
 from mmref.config import Config
 from mmref.evaluate.features import Floats, Queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, choose_refinement, refinement_grid
+from mmref.evaluate.shares import ALONE, QueryShare
 
 
 def trained_space(config: Config, references: Floats) -> ReferenceSpace | None:
@@ -44,13 +45,21 @@ def gain_by_value(tried: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def choose_on_val(
-    config: Config, space: ReferenceSpace | None, text: Floats, queries: Queries, image: Floats, objects: np.ndarray
+    config: Config,
+    space: ReferenceSpace | None,
+    text: Floats,
+    queries: Queries,
+    image: Floats,
+    objects: np.ndarray,
+    chunk: int = 512,
+    share: QueryShare = ALONE,
 ) -> tuple[RefinementSettings, list[dict[str, Any]]]:
     """The best refinement of the config's grid on val, and a row for each setting tried.
 
     Args:
         text: (t, d) features of the distinct texts `queries.texts`.
         image: (g, d) features of the gallery, with their `objects` (g,).
+        chunk, share: as in `choose_refinement`.
     """
     if space is None:
         return RefinementSettings(weight=0.0), []
@@ -58,5 +67,5 @@ def choose_on_val(
     pairs, counted = np.unique(np.stack([queries.text, queries.objects], 1), axis=0, return_inverse=True)
     return choose_refinement(
         space, text[pairs[:, 0]], image, pairs[:, 1], objects, config_grid(config), config.eval.metric,
-        counted=counted.reshape(-1),
+        chunk=chunk, counted=counted.reshape(-1), share=share,
     )  # fmt: skip

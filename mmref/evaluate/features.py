@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from mmref.data.tokens import Tokens
 from mmref.errors import SampleError
 
 Floats = NDArray[np.float32]
+Part = TypeVar("Part")
+Ready = TypeVar("Ready")
 DECODE_THREADS = 4
 LONG = 128  # tokens from which on padding that no feature sees is cut off: below, results stay what they were to the last bit
 
@@ -90,6 +92,19 @@ def read_pixels(reader: SampleReader, rows: Sequence[int], data: DataConfig) -> 
         parts = pool.map(some, [rows[at : at + share] for at in range(0, len(rows), share)])
         done = [found for part in parts for found in part]
     return np.stack([pixels for pixels, _ in done]), [problem for _, problem in done]
+
+
+def ahead(parts: Iterable[Part], prepare: Callable[[Part], Ready]) -> Iterator[Ready]:
+    """What `prepare` makes of each part, in order: a thread prepares the next one while the caller works with one."""
+    current: Future[Ready] | None = None
+    with ThreadPoolExecutor(1) as thread:
+        for part in parts:
+            following = thread.submit(prepare, part)
+            if current is not None:
+                yield current.result()
+            current = following
+        if current is not None:
+            yield current.result()
 
 
 class Encoder:

@@ -11,11 +11,14 @@ So trec_eval's ndcg_cut_10 counts it, the main metric of BEIR (Thakur et al., Ne
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
+from torch import Tensor
 
 from mmref.errors import EvaluationError
+from mmref.evaluate import on_device
+from mmref.evaluate.shares import ALONE, QueryShare
 
 RECALL_AT = (1, 5, 10)
 NDCG_AT = 10
@@ -25,9 +28,14 @@ METRIC_NAMES = (*MAIN_METRICS, *FURTHER_METRICS)
 
 # Rows ranked at a time: their sort keys (8 bytes a score) should stay in the CPU's cache.
 _BLOCK_SCORES = 1 << 19
+# The rank of one hit is counted in a pass over its row, which costs as much as to sort this many of the row's scores: measured on
+# rows of 500 to 60,000. With few hits in a row, counting is the faster way.
+_COUNT_COST = (384, 1 / 48)  # always, and for each score of the row
 
 ScoreFn = Callable[[slice, np.ndarray], np.ndarray]
 """(rows of the queries in this chunk, their initial scores (q, G)) -> final scores (q, G)."""
+Scores: TypeAlias = "np.ndarray | Tensor"
+"""In memory as NumPy has them, or on a device."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,16 @@ class PerQuery:
         parts = list(parts)
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
+    def table(self) -> np.ndarray:
+        """All fields as columns, (q, 5) float64, which holds a rank exactly."""
+        return np.stack([getattr(self, f.name) for f in fields(self)], axis=1).astype(np.float64)
+
+    @classmethod
+    def of_table(cls, table: np.ndarray) -> Self:
+        """What `table` was made of."""
+        first_rank, ap, inp, ndcg, valid = table.T
+        return cls(first_rank.astype(np.int64), ap, inp, ndcg, valid > 0)
+
     def values(self) -> np.ndarray:
         """Each query's contribution to each metric, (q, 7) float64 in percent, columns as METRIC_NAMES."""
         recalls = [(self.first_rank <= k) & self.valid for k in RECALL_AT]
@@ -65,11 +83,11 @@ class PerQuery:
         return 100.0 * np.stack([*recalls, self.ap, self.inp, self.ndcg, reciprocal], axis=1)
 
 
-def rank_positives(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rank_positives(scores: Scores, query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of every query's hits, exact under ties.
 
     Args:
-        scores: (q, G) float32, higher is better. Other types are cast to float32 first.
+        scores: (q, G) float32, higher is better. Other types of arrays are cast to float32 first.
         query_labels: (q,) object of each query; integers or strings.
         gallery_labels: (G,) object of each gallery item.
     Returns:
@@ -83,24 +101,43 @@ def rank_positives(scores: np.ndarray, query_labels: np.ndarray, gallery_labels:
     scores, query_labels, gallery_labels = _checked(scores, query_labels, gallery_labels)
     n_gallery = len(gallery_labels)
     offsets, columns = _hits(scores, query_labels, gallery_labels)
+    if isinstance(scores, Tensor):
+        return _ascending(on_device.count_ranks(scores, offsets, columns), offsets, n_gallery), offsets
     ranks = np.empty(len(columns), dtype=np.int64)
+    counts = np.diff(offsets)
+    few = counts * (_COUNT_COST[0] + _COUNT_COST[1] * n_gallery) <= n_gallery
+    for row in np.flatnonzero(few & (counts > 0)).tolist():
+        of_row = slice(offsets[row], offsets[row + 1])
+        ranks[of_row] = _counted(scores[row], columns[of_row])
+    many = np.flatnonzero(~few)
     block = max(1, _BLOCK_SCORES // max(1, n_gallery))
-    for start in range(0, len(scores), block):
-        stop = min(start + block, len(scores))
-        pairs = slice(offsets[start], offsets[stop])
-        rows = np.repeat(np.arange(stop - start), np.diff(offsets[start : stop + 1]))
-        keys = _sort_keys(scores[start:stop])
-        wanted = keys[rows, columns[pairs]]
+    for start in range(0, len(many), block):
+        rows = many[start : start + block]
+        at = np.repeat(np.arange(len(rows)), counts[rows])
+        pairs = np.repeat(offsets[rows] - np.cumsum(counts[rows]) + counts[rows], counts[rows]) + np.arange(len(at))
+        keys = _sort_keys(scores[rows])
+        wanted = keys[at, columns[pairs]]
         keys.sort(axis=1)
-        found = 1 + _positions(keys, rows, wanted)
-        # One sort orders the ranks within every query: the row is the key's upper part.
-        found += rows * (n_gallery + 1)
-        found.sort()
-        ranks[pairs] = found - rows * (n_gallery + 1)
-    return ranks, offsets
+        ranks[pairs] = 1 + _positions(keys, at, wanted)
+    return _ascending(ranks, offsets, n_gallery), offsets
 
 
-def score_ranking(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray) -> PerQuery:
+def _counted(scores: np.ndarray, columns: np.ndarray) -> list[int]:
+    """Ranks of the items `columns` in one row of scores (G,): those before an item win a tie with it, those behind it lose."""
+    found = []
+    for at, own in zip(columns.tolist(), scores[columns], strict=True):
+        before = np.count_nonzero(scores[:at] >= own) + np.count_nonzero(scores[at + 1 :] > own)
+        found.append(1 + int(before))
+    return found
+
+
+def _ascending(ranks: np.ndarray, offsets: np.ndarray, n_gallery: int) -> np.ndarray:
+    """Ranks in ascending order within every query: one sort, in which the query is the key's upper part."""
+    upper = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) * (n_gallery + 1)
+    return np.sort(ranks + upper) - upper
+
+
+def score_ranking(scores: Scores, query_labels: np.ndarray, gallery_labels: np.ndarray) -> PerQuery:
     """Per-query results of one block of scores; arguments and errors as in `rank_positives`."""
     ranks, offsets = rank_positives(scores, query_labels, gallery_labels)
     counts = np.diff(offsets)
@@ -142,6 +179,7 @@ def evaluate_features(
     chunk: int = 1024,
     score_fn: ScoreFn | None = None,
     leave_out: ScoreFn | None = None,
+    share: QueryShare = ALONE,
 ) -> PerQuery:
     """Rank a gallery for every query by the dot product of features, `chunk` queries at a time.
 
@@ -153,41 +191,50 @@ def evaluate_features(
         chunk: queries scored at a time; memory grows with chunk x Ng, never with Nq x Ng.
         score_fn: turns a chunk's initial scores into final ones, such as `refinement.refined_scores`.
         leave_out: gives initial scores back with minus infinity for what is not in a query's gallery; goes before `score_fn`.
+        share: the queries that this process ranks, and where; without the two functions above, which take NumPy's arrays.
+            Each part of a share gets the results of all.
     Raises:
         EvaluationError: a feature or score is NaN.
     """
+    if not len(queries):
+        raise EvaluationError("There is no query to evaluate: the split holds no captions or images.")
     parts = []
-    for start in range(0, len(queries), chunk):
-        rows = slice(start, min(start + chunk, len(queries)))
-        scores = queries[rows] @ gallery.T  # (chunk, Ng)
+    score = share.scorer(queries, gallery)
+    for rows in share.chunks(len(queries), chunk):
+        scores: Any = score(rows)  # (chunk, Ng)
         if leave_out is not None:
             scores = leave_out(rows, scores)
         if score_fn is not None:
             scores = score_fn(rows, scores)
-        parts.append(score_ranking(scores, query_labels[rows], gallery_labels))
-    if not parts:
-        raise EvaluationError("There is no query to evaluate: the split holds no captions or images.")
-    return PerQuery.concatenate(parts)
+        parts.append(score_ranking(scores, query_labels[rows], gallery_labels).table())
+    return PerQuery.of_table(share.together(parts, len(queries), chunk, len(fields(PerQuery))))
 
 
-def _checked(
-    scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    scores = np.asarray(scores, dtype=np.float32)
+def _checked(scores: Scores, query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[Scores, np.ndarray, np.ndarray]:
+    if not isinstance(scores, Tensor):
+        scores = np.asarray(scores, dtype=np.float32)
     query_labels, gallery_labels = np.asarray(query_labels), np.asarray(gallery_labels)
     if scores.shape != (len(query_labels), len(gallery_labels)):
         raise ValueError(
             f"scores have shape {scores.shape}, but there are {len(query_labels)} query labels and "
             f"{len(gallery_labels)} gallery labels"
         )
-    # `min` passes a NaN on, so one pass finds it without a temporary array.
-    if scores.size and np.isnan(scores.min()):
-        row, column = np.argwhere(np.isnan(scores))[0]
+    if found := on_device.first_nan(scores) if isinstance(scores, Tensor) else _first_nan(scores):
+        count, row, column = found
         raise EvaluationError(
-            f"{int(np.isnan(scores).sum())} of {scores.size} scores are NaN (the first: query {row} of this chunk, "
+            f"{count} of {scores.shape[0] * scores.shape[1]} scores are NaN (the first: query {row} of this chunk, "
             f"gallery item {column}). A feature is not finite: check the checkpoint and the precision it ran in."
         )
     return scores, query_labels, gallery_labels
+
+
+def _first_nan(scores: np.ndarray) -> tuple[int, int, int] | None:
+    """How many scores are NaN, and row and column of the first; None where none is."""
+    # `min` passes a NaN on, so one pass finds it without a temporary array.
+    if not scores.size or not np.isnan(scores.min()):
+        return None
+    row, column = np.argwhere(np.isnan(scores))[0].tolist()
+    return int(np.isnan(scores).sum()), row, column
 
 
 def same_object(query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -201,10 +248,12 @@ def same_object(query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[n
     return offsets, columns
 
 
-def _hits(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _hits(scores: Scores, query_labels: np.ndarray, gallery_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """As `same_object`, without those that are not in the query's gallery."""
     offsets, columns = same_object(query_labels, gallery_labels)
-    there = scores[np.repeat(np.arange(len(scores)), np.diff(offsets)), columns] > -np.inf
+    rows = np.repeat(np.arange(len(scores)), np.diff(offsets))
+    own = on_device.pick(scores, rows, columns) if isinstance(scores, Tensor) else scores[rows, columns]
+    there = own > -np.inf
     if there.all():
         return offsets, columns
     return np.concatenate([[0], np.cumsum(there)])[offsets], columns[there]

@@ -12,16 +12,19 @@ similarity exists, its form is ours.)
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import groupby, product
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from scipy import sparse
+from torch import Tensor
 
 from mmref.errors import ConfigError, EvaluationError
-from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, score_ranking, summarize
+from mmref.evaluate import on_device
+from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, Scores, score_ranking, summarize
+from mmref.evaluate.shares import ALONE, QueryShare
 
 Kind: TypeAlias = Literal["sparse", "dense", "expansion"]
 Codes: TypeAlias = "sparse.csr_matrix | np.ndarray"
@@ -33,6 +36,10 @@ _SHARD_ROWS = 1 << 20
 _BLOCK_VALUES = 1 << 24
 # A sparse multiply-add costs about as much as this many dense ones: above it, a dense product is faster.
 _SPARSE_COST = 100
+# Gallery items whose nearest references are found at a time.
+_CODED = 1024
+# Sparse codes over more objects than these are multiplied as they are, in memory.
+_DENSE_ON_DEVICE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,9 @@ class RefinementSettings:
             raise ConfigError(f"refinement top_r = {self.top_r}, tau = {self.tau}: top_r >= 1 and tau > 0 are needed.")
         if self.top_p is not None and self.top_p < 1:
             raise ConfigError(f"refinement top_p is {self.top_p}: use at least 1, or none to refine every candidate.")
+
+
+_DENSE = RefinementSettings(kind="dense")
 
 
 class ReferenceSpace:
@@ -151,6 +161,13 @@ class ReferenceSpace:
             return features @ self._factor.T
         return self.similarities(features)
 
+    def mean(self, features: np.ndarray) -> np.ndarray:
+        """(c,) mean coordinates of features (N, d), which centre the dense codes of their modality."""
+        total: Any = 0
+        for start in range(0, len(features), _CODED):
+            total = total + self.coordinates(features[start : start + _CODED]).sum(0, np.float64)
+        return np.asarray(total / len(features), np.float32)
+
     def similarities(self, features: np.ndarray) -> np.ndarray:
         """Cosines of features (N, d) with each object's best reference: (N, m)."""
         result = np.empty((len(features), self.n_objects), np.float32)
@@ -212,8 +229,10 @@ def reference_similarity(queries: Codes, gallery: Codes) -> np.ndarray:
     return np.clip(cosines, 0, 1, out=cosines)
 
 
-def candidates(initial: np.ndarray, top_p: int) -> np.ndarray:
+def candidates(initial: Scores, top_p: int) -> Any:
     """(q, G) bool, the top_p items of each row of scores; of equal scores the lower gallery index is in."""
+    if isinstance(initial, Tensor):
+        return on_device.candidates(initial, top_p)
     n_gallery = initial.shape[1]
     if top_p >= n_gallery:
         return np.ones(initial.shape, dtype=bool)
@@ -227,11 +246,11 @@ def candidates(initial: np.ndarray, top_p: int) -> np.ndarray:
     return inside
 
 
-def refine(initial: np.ndarray, similarity: np.ndarray, weight: float, inside: np.ndarray | None = None) -> np.ndarray:
-    """S = S_0 + weight * S_ref where `inside`, S_0 elsewhere; all arrays (q, G). Weight 0 returns S_0 itself."""
+def refine(initial: Any, similarity: Any, weight: float, inside: Any = None) -> Any:
+    """S = S_0 + weight * S_ref where `inside`, S_0 elsewhere; all (q, G), in memory or on a device. Weight 0 returns S_0."""
     if weight == 0:
         return initial
-    gain = similarity * np.float32(weight)
+    gain = similarity * weight  # in fp32, as the scores are
     if inside is not None:
         gain *= inside
     gain += initial
@@ -284,6 +303,7 @@ def choose_refinement(
     chunk: int = 512,
     counted: np.ndarray | None = None,
     leave_out: ScoreFn | None = None,
+    share: QueryShare = ALONE,
 ) -> tuple[RefinementSettings, list[dict[str, Any]]]:
     """The best settings on val features, and a table of everything tried.
 
@@ -295,7 +315,7 @@ def choose_refinement(
         metric: a metric of METRIC_NAMES, or several joined by "+": their sum is maximised.
         chunk: queries scored at a time.
         counted: (n,) rows of `queries` that the metrics are means over, repeats allowed; by default each row once.
-        leave_out: takes items out of a query's gallery, as in `evaluate_features`.
+        leave_out, share: as in `evaluate_features`.
     Returns:
         The best settings, and per settings tried {"kind", "weight", "top_r", "tau", "top_p", "R@1", ..., "objective"},
         the first without refinement.
@@ -306,7 +326,7 @@ def choose_refinement(
     terms = metric.split("+")
     if unknown := [term for term in terms if term not in METRIC_NAMES]:
         raise ConfigError(f"refinement is chosen by {metric!r}: {unknown[0]!r} is none of {', '.join(METRIC_NAMES)}.")
-    scored = score_refinements(space, queries, gallery, query_labels, gallery_labels, grid, chunk, leave_out)
+    scored = score_refinements(space, queries, gallery, query_labels, gallery_labels, grid, chunk, leave_out, share)
     results = {s: summarize(found if counted is None else found.take(counted)) for s, found in scored.items()}
     objective = {settings: sum(result[term] for term in terms) for settings, result in results.items()}
     best = max(objective, key=lambda s: objective[s])  # max keeps the first: no refinement wins a tie
@@ -322,6 +342,7 @@ def score_refinements(
     grid: Iterable[RefinementSettings] | None = None,
     chunk: int = 512,
     leave_out: ScoreFn | None = None,
+    share: QueryShare = ALONE,
 ) -> dict[RefinementSettings, PerQuery]:
     """What each query achieves without refinement (the first entry, weight 0) and under every setting of the grid.
 
@@ -332,21 +353,23 @@ def score_refinements(
     # Settings that share a code lie side by side: each S_ref is made once, and used for all its weights.
     code_of = partial(_code, n_objects=space.n_objects)
     shared = [(code, list(group)) for code, group in groupby(sorted(tried, key=code_of), key=code_of)]
-    encoded = _encode_all(space, queries, gallery, [code for code, _ in shared])
-    parts: dict[RefinementSettings, list[PerQuery]] = {settings: [] for settings in (declined, *tried)}
-    for start in range(0, len(queries), chunk):
-        rows = slice(start, min(start + chunk, len(queries)))
-        labels, initial = query_labels[rows], queries[rows] @ gallery.T
+    codes = _SharedCodes(space, queries, gallery, [code for code, _ in shared], share)
+    score, tables = share.scorer(queries, gallery), []
+    for rows in share.chunks(len(queries), chunk):
+        labels, initial = query_labels[rows], score(rows)
         if leave_out is not None:
             initial = leave_out(rows, initial)
-        parts[declined].append(score_ranking(initial, labels, gallery_labels))
+        found = {declined: score_ranking(initial, labels, gallery_labels)}
         insides = {p: None if p is None else candidates(initial, p) for p in {s.top_p for s in tried}}
-        for (_, group), (query_codes, gallery_codes) in zip(shared, encoded, strict=True):
-            similarity = reference_similarity(query_codes[rows], gallery_codes)
+        for (_, group), similarity in zip(shared, codes.similarities(rows), strict=True):
             for settings in group:
                 scores = refine(initial, similarity, settings.weight, insides[settings.top_p])
-                parts[settings].append(score_ranking(scores, labels, gallery_labels))
-    return {settings: PerQuery.concatenate(found) for settings, found in parts.items()}
+                found[settings] = score_ranking(scores, labels, gallery_labels)
+        tables.append(np.concatenate([found[settings].table() for settings in (declined, *tried)], axis=1))
+    width = len(fields(PerQuery))
+    table = share.together(tables, len(queries), chunk, width * (1 + len(tried)))
+    columns = np.split(table, 1 + len(tried), axis=1)
+    return {settings: PerQuery.of_table(part) for settings, part in zip((declined, *tried), columns, strict=True)}
 
 
 def _code(settings: RefinementSettings, n_objects: int) -> tuple[str, int, float]:
@@ -356,22 +379,67 @@ def _code(settings: RefinementSettings, n_objects: int) -> tuple[str, int, float
     return settings.kind, min(settings.top_r, n_objects), settings.tau
 
 
-def _encode_all(
-    space: ReferenceSpace, queries: np.ndarray, gallery: np.ndarray, codes: list[tuple[str, int, float]]
-) -> list[tuple[Codes, Codes]]:
-    """Query and gallery codes of each (kind, r, tau). The nearest references are found once, for the largest r."""
-    largest = {kind: max((r for k, r, _ in codes if k == kind), default=0) for kind in ("sparse", "expansion")}
-    wanted = (max(largest.values()), largest["sparse"])  # of queries and of gallery items
-    near = [space.nearest(x, r) for x, r in zip((queries, gallery), wanted, strict=True) if r]
-    result: list[tuple[Codes, Codes]] = []
-    for kind, r, tau in codes:
-        if kind == "dense":
-            dense = RefinementSettings(kind="dense")
-            result.append((space.encode(queries, dense), space.encode(gallery, dense)))
-            continue
-        query_codes, *gallery_codes = (space.sparse_codes(ids[:, :r], cosines[:, :r], tau) for ids, cosines in near)
-        result.append((query_codes, gallery_codes[0]) if kind == "sparse" else (space.expand(query_codes), gallery))
-    return result
+class _SharedCodes:
+    """Codes of all gallery items, and S_ref of a chunk of queries with them, for each of some (kind, r, tau).
+
+    The nearest references are found once, for the largest r, and those of gallery items by all parts of a share.
+    """
+
+    def __init__(
+        self, space: ReferenceSpace, queries: np.ndarray, gallery: np.ndarray, codes: list[tuple[str, int, float]],
+        share: QueryShare,
+    ) -> None:  # fmt: skip
+        self.space, self.queries, self.codes, self.share = space, queries, codes, share
+        self.nearest = max((r for kind, r, _ in codes if kind != "dense"), default=0)  # of a query
+        if r := max((r for kind, r, _ in codes if kind == "sparse"), default=0):
+            near = self._nearest(gallery, r)
+        self.gallery: list[Any] = []
+        self.mean: np.ndarray | None = None  # of the queries' coordinates
+        for kind, r, tau in codes:
+            if kind == "sparse":
+                of_gallery: Codes = space.sparse_codes(near[0][:, :r], near[1][:, :r], tau)
+            elif kind == "dense":
+                of_gallery, self.mean = space.encode(gallery, _DENSE), space.mean(queries)
+            else:
+                of_gallery = gallery
+            self.gallery.append(self._placed(of_gallery))
+
+    def _nearest(self, features: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
+        found = [self.space.nearest(features[rows], r) for rows in self.share.chunks(len(features), _CODED)]
+        ids, cosines = ([part[i] for part in found] for i in (0, 1))
+        together = partial(self.share.together, count=len(features), size=_CODED, width=r)
+        return together(ids, dtype=np.int32), together(cosines, dtype=np.float32)
+
+    def similarities(self, rows: slice) -> Iterable[Scores]:
+        """S_ref (n, G) of some queries under each code in turn."""
+        asked = self.queries[rows]
+        near = self.space.nearest(asked, self.nearest) if self.nearest else None
+        for (kind, r, tau), gallery in zip(self.codes, self.gallery, strict=True):
+            if kind == "dense":
+                codes: Codes = self.space.encode(asked, _DENSE, self.mean)
+            else:
+                assert near is not None
+                codes = self.space.sparse_codes(near[0][:, :r], near[1][:, :r], tau)
+                codes = codes if kind == "sparse" else self.space.expand(codes)
+            yield self._similarity(codes, gallery)
+
+    def _similarity(self, queries: Codes, gallery: Any) -> Scores:
+        if isinstance(gallery, Tensor | on_device.SparseCodes):
+            return on_device.similarity(self._placed(queries), gallery)
+        found = reference_similarity(queries, gallery)
+        return found if self.share.device is None else self.share.put(found)
+
+    def _placed(self, codes: Codes) -> Any:
+        """Codes where scores are made, but for sparse ones over more objects than a device should have dense."""
+        if self.share.device is None:
+            return codes
+        if isinstance(codes, np.ndarray):
+            return self.share.put(codes)
+        if self.space.n_objects > _DENSE_ON_DEVICE:
+            return codes
+        shape = codes.shape[0], int(codes.indptr[1])
+        objects, weights = codes.indices.reshape(shape).astype(np.int64), codes.data.reshape(shape)
+        return on_device.SparseCodes(self.share.put(objects), self.share.put(weights), self.space.n_objects)
 
 
 def _best_of_each(objects: np.ndarray, cosines: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,9 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -67,7 +69,7 @@ class Portion:
 
 
 class Embedder:
-    """A worker, which encodes portions of splits.
+    """A worker, which encodes portions of splits, and reads the images of the next one meanwhile.
 
     The model is loaded at the first call, not as the worker is made: what Ray raises of a constructor has lost its name.
     """
@@ -76,6 +78,8 @@ class Embedder:
         self.run_dir, self.checkpoint, self.config, self.root = run_dir, checkpoint, config, root
         self._encoder: Encoder | None = None
         self.readers: dict[str, SampleReader] = {}
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: tuple[Portion, Future[Any]] | None = None  # the portion that is being read
 
     def ready(self) -> None:
         """Answers once the model is loaded."""
@@ -102,15 +106,26 @@ class Embedder:
             load_model(folder, model)
         return Encoder(model.to(device), model, config.data, tokens, device)
 
-    def encode(self, portion: Portion) -> tuple[Floats, list[str]]:
-        """Features (n, d) and, for each image, why it cannot be read, "" where it can."""
+    def encode(self, portion: Portion, following: Portion | None = None) -> tuple[Floats, list[str]]:
+        """Features (n, d) and, for each image, why it cannot be read, "" where it can.
+
+        following: what the next call is about.
+        """
         with self._loaded() as encoder:
-            if portion.kind == "text":
+            read = self._ahead[1].result() if self._ahead and self._ahead[0] == portion else self._read(portion)
+            self._ahead = (following, self._thread.submit(self._read, following)) if following else None
+            if read is None:
                 return encoder.texts(portion.texts), [""] * len(portion)
-            if portion.split not in self.readers:
-                self.readers[portion.split] = open_reader(self.config, ShardSet.open(self.root).index(portion.split))
-            pixels, bad = read_pixels(self.readers[portion.split], list(range(portion.start, portion.stop)), self.config.data)
+            pixels, bad = read
             return encoder.images(pixels), bad
+
+    def _read(self, portion: Portion) -> tuple[Any, list[str]] | None:
+        """Pixels of a portion's images, and what is wrong with each; None for texts."""
+        if portion.kind == "text":
+            return None
+        if portion.split not in self.readers:
+            self.readers[portion.split] = open_reader(self.config, ShardSet.open(self.root).index(portion.split))
+        return read_pixels(self.readers[portion.split], list(range(portion.start, portion.stop)), self.config.data)
 
 
 def embed_splits(
@@ -146,7 +161,8 @@ def _encoded(
     """Each portion with what `Embedder.encode` says of it, as they are done."""
     if config.eval.workers == 0:
         embedder = Embedder(run.path, checkpoint, config, root)
-        yield from ((portion, *embedder.encode(portion)) for portion in portions)
+        for portion, following in zip_longest(portions, portions[1:]):
+            yield portion, *embedder.encode(portion, following)
         return
     yield from _encoded_by_actors(_starter(config, run, checkpoint, root), portions, config.eval.workers)
 
@@ -175,14 +191,15 @@ def _encoded_by_actors(
     import ray
 
     waiting, left = deque(portions), len(portions)
-    # By what a worker will answer: the worker and its portion, None while it starts. One that finds no place gets none.
-    working: dict[Any, tuple[Any, Portion | None]] = {}
+    # By what a worker will answer: the worker, its portion, and the one that it reads meanwhile. None while it starts: one that
+    # finds no place gets none.
+    working: dict[Any, tuple[Any, Portion | None, Portion | None]] = {}
     for _ in range(min(workers, left)):
         worker = start()
-        working[worker.ready.remote()] = worker, None
+        working[worker.ready.remote()] = worker, None, None
     while left:
         (done, *_), _ = ray.wait(list(working), num_returns=1)
-        worker, portion = working.pop(done)
+        worker, portion, following = working.pop(done)
         try:
             answer = answer_of(done)
         except ray.exceptions.RayActorError as error:
@@ -194,9 +211,11 @@ def _encoded_by_actors(
         if portion is not None:
             left -= 1
             yield portion, *answer
-        if waiting:
-            portion = waiting.popleft()
-            working[worker.encode.remote(portion)] = worker, portion
+        if following is None and waiting:
+            following = waiting.popleft()
+        if following is not None:
+            portion, following = following, waiting.popleft() if waiting else None
+            working[worker.encode.remote(portion, following)] = worker, portion, following
 
 
 def collect(index: SplitIndex, queries: Queries, images: list, texts: list) -> SplitFeatures:

@@ -18,9 +18,10 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
     """One line for one record: losses, speed, data wait and time left; or the val scores."""
     head = f"step {record['step']:>6}/{max_steps}"
     if "val_R@1" in record:
+        ranked = f", {record['eval_rank_seconds']:.1f} of them to rank" if "eval_rank_seconds" in record else ""
         return (
             f"{head}  val R@1 {record['val_R@1']:.1f}  mAP {record['val_mAP']:.1f}  "
-            f"(evaluated in {record['eval_seconds']:.1f} s, "
+            f"(evaluated in {record['eval_seconds']:.1f} s{ranked}, "
             f"stopped {record['checkpoint_blocking_seconds']:.2f} s for the checkpoint)"
         )
     if "started" in record:

@@ -206,6 +206,7 @@ class Worker:
             "seed": self.config.train.seed,
         }
         named = {f"val_{k}": v for k, v in metrics.items()}
+        scored = [one for one in (self.validation, self.testing) if one and evaluate]
         self.ledger.write(done)
         self._write_bad()
         blocked = saver.save(meta, {"step": done, "score": score, **named})
@@ -215,6 +216,8 @@ class Worker:
             **named,
             **tested,
             "eval_seconds": evaluated - began,
+            "eval_encode_seconds": sum(one.encode_seconds for one in scored),
+            "eval_rank_seconds": sum(one.rank_seconds for one in scored),
             "checkpoint_blocking_seconds": blocked,
         }
 

@@ -19,6 +19,7 @@ from mmref.config import Config
 from mmref.data.shard_set import ShardSet
 from mmref.evaluate import evaluation
 from mmref.evaluate.metrics import METRIC_NAMES
+from mmref.evaluate.shares import ALONE
 from mmref.losses.objective import LOSSES
 from mmref.references.bank_rows import remove_objects
 from mmref.run import checkpoints
@@ -86,6 +87,18 @@ def test_metrics_json(config: Config, tmp_path: Path, monkeypatch: pytest.Monkey
     assert written == documented("metrics.json")
 
 
+class Scored:
+    """A validation whose scores are given."""
+
+    encode_seconds, rank_seconds = 2.0, 1.0
+
+    def __init__(self, scores: dict[str, Any]) -> None:
+        self.scores = scores
+
+    def __call__(self, *_: Any) -> dict[str, Any]:
+        return self.scores
+
+
 class Saved:
     """A saver that keeps what it is given for meta.json."""
 
@@ -102,15 +115,16 @@ def evaluated(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str
         rng.normal(size=shape).astype(np.float32)
         for shape in ((14, 1, 8), (len(validation.queries.texts), 8), (len(validation.objects), 8))
     )
-    scores = SCORES | validation._refined(references, text, image, validation.objects)
+    scores = SCORES | validation._refined(references, text, image, validation.objects, ALONE)
     monkeypatch.setattr(training, "average_statistics", lambda module: None)
     saver, ledger = Saved(), SimpleNamespace(write=lambda done: None)
     worker: Any = SimpleNamespace(
         config=config, engine=SimpleNamespace(module=None), bank=None, encoder=None, ledger=ledger,
-        validation=lambda *_: scores, testing=lambda *_: SCORES,
+        validation=Scored(scores), testing=Scored(SCORES),
         _check_weights=lambda done: None, _write_bad=lambda: None,
     )  # fmt: skip
     record = training.Worker._evaluate_and_save(worker, 20, saver, evaluate=True)  # type: ignore[arg-type]
+    assert (record["eval_encode_seconds"], record["eval_rank_seconds"]) == (4.0, 2.0), "of val and test"
     return record, saver.meta
 
 

@@ -43,9 +43,11 @@ def random_case(rng, n_queries=70, n_gallery=90, n_objects=12, levels=None):
     return scores, rng.integers(0, n_objects + 2, n_queries), rng.integers(0, n_objects, n_gallery)
 
 
+@pytest.mark.parametrize("cost", [(0, 0), metrics._COUNT_COST, (100, 100)], ids=["counted", "both", "sorted"])
 @pytest.mark.parametrize("levels", [None, 4, 1])
 @pytest.mark.parametrize("n_objects", [2, 12, 60])
-def test_agrees_with_literal_twin(levels, n_objects):
+def test_agrees_with_literal_twin(levels, n_objects, cost, monkeypatch):
+    monkeypatch.setattr(metrics, "_COUNT_COST", cost)
     case = random_case(np.random.default_rng(n_objects), n_objects=n_objects, levels=levels)
     ranks, offsets = rank_positives(*case)
     assert [ranks[a:b].tolist() for a, b in pairwise(offsets)] == literal_ranks(*case)
@@ -89,10 +91,14 @@ def test_any_floats_and_labels(data):
     ranks, offsets = rank_positives(scores, query_labels, gallery_labels)
     found = [ranks[a:b].tolist() for a, b in pairwise(offsets)]
     assert found == literal_ranks(scores, query_labels, gallery_labels)
+    counted = [metrics._counted(row, np.flatnonzero(gallery_labels == label)) for row, label in zip(scores, query_labels)]
+    there = [row[gallery_labels == label] > -np.inf for row, label in zip(scores, query_labels)]
+    assert [sorted(r for r, is_hit in zip(*one) if is_hit) for one in zip(counted, there)] == found
 
 
 def test_several_blocks_give_the_same_ranks(monkeypatch):
     case = random_case(np.random.default_rng(5), levels=3)
+    monkeypatch.setattr(metrics, "_COUNT_COST", (12, 0))  # some rows are counted, some sorted
     whole = rank_positives(*case)
     monkeypatch.setattr(metrics, "_BLOCK_SCORES", 7 * 90)
     for one, other in zip(whole, rank_positives(*case), strict=True):

@@ -55,13 +55,13 @@ def test_a_worker_that_dies_is_replaced_and_a_named_error_keeps_its_name(run: Pa
     class Mortal(split_features.Embedder):
         """Dies once, and later meets a damaged set."""
 
-        def encode(self, portion):
+        def encode(self, portion, following=None):
             if not died.exists():
                 died.touch()
                 os._exit(1)
             if portion.split == "val":
                 raise ShardSetError("damaged")
-            return super().encode(portion)
+            return super().encode(portion, following)
 
     monkeypatch.setattr(split_features, "Embedder", Mortal)
     opened, config, checkpoint = open_run(str(run))
@@ -88,10 +88,10 @@ def test_a_portion_that_ends_every_worker_ends_the_evaluation_with_its_name(run:
     class Doomed(split_features.Embedder):
         """Dies whenever it is given images."""
 
-        def encode(self, portion):
+        def encode(self, portion, following=None):
             if portion.kind == "image":
                 os._exit(1)
-            return super().encode(portion)
+            return super().encode(portion, following)
 
     monkeypatch.setattr(split_features, "Embedder", Doomed)
     monkeypatch.setattr(split_features, "RETRIES", 1)

@@ -7,7 +7,7 @@ import pytest
 from mmref.config.tree import TrainConfig
 from mmref.model import mmref
 from mmref.run.directory import JsonLines, RunDir
-from mmref.run.progress import Progress
+from mmref.run.progress import Progress, log_line
 from mmref.train.loop import Pace
 
 LOSS = {"loss": 1.0, "images_per_second": 10.0, "data_wait": 0.0, "memory_gb": 1.0, "step_seconds": 1.0}
@@ -65,6 +65,13 @@ def test_threads_precision_and_pace_are_told_within_the_first_steps(tmp_path, ca
         "training on 2 workers of 4 threads in fp32 (this processor has no instructions for bf16), from the beginning",
         "step      4/800  about 48 images/s here, 26:32 to go",
     ]
+
+
+def test_an_evaluation_says_what_ranking_took():
+    record = {"step": 10, "val_R@1": 41.2, "val_mAP": 30.0, "eval_seconds": 12.3, "checkpoint_blocking_seconds": 0.5}
+    line = "step     10/40  val R@1 41.2  mAP 30.0  (evaluated in 12.3 s{}, stopped 0.50 s for the checkpoint)"
+    assert log_line(record, 40, None) == line.format(""), "of an older version"
+    assert log_line({**record, "eval_rank_seconds": 2.2}, 40, None) == line.format(", 2.2 of them to rank")
 
 
 @pytest.mark.parametrize("asked, native, expected", [

@@ -9,14 +9,16 @@ import datetime
 import os
 import sys
 import tempfile
+import zlib
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mmref.config import ReferenceConfig
-from mmref.train import collectives
+from mmref.train import collectives, validation
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import average_statistics
 from support.plain_training import ACCUMULATED, VARIANTS, train
@@ -83,11 +85,42 @@ def statistics(rank: int, world: int) -> dict[str, torch.Tensor]:
     }
 
 
+class Drawn:
+    """An encoder whose features are drawn, by what is in an image or a text."""
+
+    device = torch.device("cpu")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def images(self, pixels: np.ndarray) -> np.ndarray:
+        return self.drawn([int(image.astype(np.int64).sum()) for image in pixels])
+
+    def texts(self, texts: list[str]) -> np.ndarray:
+        return self.drawn([zlib.crc32(text.encode()) for text in texts])
+
+    def drawn(self, seeds: list[int]) -> np.ndarray:
+        x = np.stack([np.random.default_rng(seed).normal(size=DIM) for seed in seeds])
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def scores(root: str) -> dict[str, Any]:
+    """What an evaluation in training finds, with the search for the refinement. The small split is ranked in many chunks."""
+    config = tiny_config(root, {"eval.refine_in_training": True, "eval.refine_top_rs": [2, 4], "eval.batch": 5})
+    references = ReferenceBank(OBJECTS, DIM, ReferenceConfig(update="gradient"), seed=3)
+    validation.RANKED_AT_ONCE = 3
+    return validation.Validation(config)(Drawn(), references)  # type: ignore[arg-type]
+
+
 def one_rank(rank: int, world: int, root: str, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=300))
     found: dict[str, Any] = {"gather": gathered(rank, world), "statistics": statistics(rank, world)}
+    found["scores"] = scores(root)
     for update in ("moving_average", "gradient"):
         for per_object in (1, 2):
             found[f"bank {update} {per_object}"] = bank(rank, world, update, per_object)

@@ -102,13 +102,16 @@ def test_evaluations_in_training_see_the_average(make_config):
     run, seen = Training(make_config(EMA)), []
     before = run.train(0, 3)[-1]
 
-    def score(*_):
-        seen.append({n: p.detach().clone() for n, p in run.model.named_parameters()})
-        return dict.fromkeys(("R@1", "R@5", "R@10", "mAP", "mINP"), 1.0)
+    class Score:
+        encode_seconds = rank_seconds = 0.0
+
+        def __call__(self, *_):
+            seen.append({n: p.detach().clone() for n, p in run.model.named_parameters()})
+            return dict.fromkeys(("R@1", "R@5", "R@10", "mAP", "mINP"), 1.0)
 
     worker = SimpleNamespace(
         config=run.config, engine=run.engine, bank=None, encoder=None, ledger=SimpleNamespace(write=lambda done: None),
-        validation=score, testing=score, _check_weights=lambda done: None, _write_bad=lambda: None,
+        validation=Score(), testing=Score(), _check_weights=lambda done: None, _write_bad=lambda: None,
     )  # fmt: skip
     saver = SimpleNamespace(save=lambda meta, metrics: 0.0)
     for evaluate in (True, False):

@@ -41,6 +41,13 @@ def test_running_statistics_are_averaged(found, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_scores_of_an_evaluation_in_training_are_the_same_to_the_last_bit(found, world):
+    one = found[1]["scores"]
+    assert 0 < one["mAP"] <= one["refined_mAP"] and len(set(one["refine_gain"]["weight"].values())) > 2
+    assert found[world]["scores"] == one
+
+
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("update", ["moving_average", "gradient"])
 @pytest.mark.parametrize("per_object", [1, 2])
 def test_bank(found, world, update, per_object):

@@ -12,6 +12,7 @@ import torch
 from mmref.config import Config
 from mmref.evaluate.metrics import evaluate_features, summarize
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
+from mmref.evaluate.shares import ALONE
 from mmref.train import validation as module
 from mmref.train.validation import Validation, score_of
 
@@ -29,7 +30,7 @@ def test_the_search_is_every_setting_scored_on_its_own(make_config: Callable[...
     validation = Validation(config)
     references = unit(14, 1, 8, seed=0)
     text, image = unit(len(validation.queries.texts), 8, seed=1), unit(len(validation.objects), 8, seed=2)
-    found = validation._refined(references, text, image, validation.objects)
+    found = validation._refined(references, text, image, validation.objects, ALONE)
 
     queries = text[validation.queries.text]
 

@@ -61,6 +61,14 @@ def test_evaluation(tmp_path: Path) -> None:
     assert set(large["ratio"]) == {"now", "before", "one of four"} and large["ratio"]["now"] == 1
 
 
+def test_ledger(tmp_path: Path) -> None:
+    rows = run(tmp_path, "ledger.py", "--ranks", "8", "512", "--steps", "200", "--broken", "0.01")["rows"]
+    assert [row["ranks"] for row in rows] == [8, 512]
+    for row in rows:
+        assert row["every_sample_mb"] == 24 * row["ranks"] * 64 * 200 / 1e6
+        assert 0 < row["written_mb"] < row["gathered_mb"] < row["every_sample_mb"] / 10
+
+
 @pytest.mark.slow
 def test_scaling(tmp_path: Path) -> None:
     found = run(tmp_path, "scaling.py", *SMOKE, "--workers", "1", "2", "--batch", "16", "--windows", "1", "--steps", "2")

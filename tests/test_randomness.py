@@ -41,6 +41,7 @@ PINNED = {
     "INITIAL_WEIGHTS": "f4fcb2652433a66d",
     "DROPOUT": "147a2b366ba5f871",
     "HARD_GROUPS": "dd1199c45432d089",
+    "LEDGER": "fc48f5ebc4ceca25",
 }
 
 

@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Torch 2.13 has it by a new name, and warns of the old one.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -21,9 +24,9 @@ def gather(x: Tensor) -> Tensor:
     """Rows of every rank, in rank order, without gradient: (n, ...) -> (world n, ...)."""
     if world_size() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    everyone = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+    _gather_into(everyone, x.contiguous())
+    return everyone
 
 
 class _GatherWithGradient(torch.autograd.Function):

@@ -14,6 +14,7 @@ from mmref.cluster.resources import torch_threads
 from mmref.config import Config, check_batch, config_hash, from_dict
 from mmref.config.packages import trust_own
 from mmref.data.decode import calm_opencv
+from mmref.data.plan import build_plan
 from mmref.data.shard_set import ShardSet, train_index
 from mmref.data.stream import Stream
 from mmref.data.tokens import load_tokens
@@ -109,7 +110,9 @@ class Worker:
         self.encoder = Encoder(self.engine, self.engine.module, config.data, self.tokens, self.device)
         self.validation = Validation(config) if "val" in shards.splits else None
         self.testing = Validation(config, "test") if config.eval.test_in_training and "test" in shards.splits else None
-        self.ledger = Ledger(run, self.start, self.device)
+        share = config.train.global_batch // self.world
+        own = range(self.rank * share, (self.rank + 1) * share)
+        self.ledger = Ledger(run, self.start, own, self.device)
         self.notice = StopNotice(run)
         self.bad: set[str] = set()  # since this start: shards may have been mended before it
         self.bad_before: set[str] = set()
@@ -135,7 +138,7 @@ class Worker:
                 lr = set_learning_rate(self.engine, step, config)
                 losses = self.runner.run(step, batch)
                 window.add(step, losses, self.engine.get_global_grad_norm(), self.runner.reference_norm)
-                self.ledger.add(batch)
+                self.ledger.add(step, batch)
                 done = step + 1
                 if estimate := pace(done):
                     self._log(estimate, saver)
@@ -263,9 +266,10 @@ class Worker:
 
     def _stop(self, step: int, found: str, remedy: str) -> NoReturn:
         """Name the samples of a step in nonfinite.json and raise NonFiniteLossError (collective)."""
-        images = self.ledger.images(step)
+        index = train_index(self.config)
+        images = self.ledger.images(step, build_plan(self.config, index))
         if not self.rank:
-            image_ids = train_index(self.config).image_ids
+            image_ids = index.image_ids
             offenders = {"step": step, "image_ids": [image_ids[i] for i in images]}
             self.run.write_text("nonfinite.json", json.dumps(offenders, indent=1))
         collectives.gather_objects(None)  # the first that raises ends all workers: not before the file is there

@@ -186,7 +186,7 @@ def test_meta_json(config: Config, evaluated: tuple[dict[str, Any], dict[str, An
 
 def test_nonfinite_json(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     worker: Any = SimpleNamespace(
-        rank=0, run=RunDir(str(tmp_path)), config=config, ledger=SimpleNamespace(images=lambda step: [0, 1])
+        rank=0, run=RunDir(str(tmp_path)), config=config, ledger=SimpleNamespace(images=lambda step, plan: [0, 1])
     )
     with pytest.raises(training.NonFiniteLossError, match="step 7"):
         training.Worker._stop(worker, 7, "the loss of step {}", "Lower it.")

@@ -18,9 +18,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mmref.config import ReferenceConfig
+from mmref.data.plan import build_plan
+from mmref.data.shard_set import train_index
+from mmref.run.directory import RunDir
 from mmref.train import collectives, validation
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import average_statistics
+from mmref.train.ledger import Ledger, audit, read_ledger
 from support.plain_training import ACCUMULATED, VARIANTS, train
 from support.tiny_set import tiny_config
 
@@ -115,12 +119,35 @@ def scores(root: str) -> dict[str, Any]:
     return validation.Validation(config)(Drawn(), references)  # type: ignore[arg-type]
 
 
+def noted(rank: int, world: int, root: str, folder: str) -> list[Any]:
+    """The ledger of some steps, in which samples of several ranks were replaced and some lost."""
+    plan = build_plan(config := tiny_config(root, {}), train_index(config))
+    per_rank = plan.objects_per_step * plan.images_per_object // world
+    own = range(rank * per_rank, (rank + 1) * per_rank)
+    run = RunDir(f"{folder}/noted")
+    ledger = Ledger(run, 0, own)
+    for step in range(6):
+        images = plan(step).images[own.start : own.stop].copy()
+        broken = np.isin(np.array(own), [step, 7] if step % 2 else [])
+        images[broken] = step
+        kept = ~np.isin(np.array(own), [2, 6]) if step == 4 else np.full(per_rank, True)
+        batch = {"step": np.full(per_rank, step), "position": np.array(own), "image_index": images,
+                 "bad": np.where(broken, "broken", "")}  # fmt: skip
+        ledger.add(step, {name: column[kept] for name, column in batch.items()})
+        if step == 3:
+            named = ledger.images(3, plan)
+            ledger.write(4)
+    ledger.write(6)
+    dist.barrier()
+    return [named, [vars(seen) for seen in read_ledger(run, lambda: plan)], vars(audit(read_ledger(run, lambda: plan), plan, 6))]
+
+
 def one_rank(rank: int, world: int, root: str, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=300))
     found: dict[str, Any] = {"gather": gathered(rank, world), "statistics": statistics(rank, world)}
-    found["scores"] = scores(root)
+    found["scores"], found["ledger"] = scores(root), noted(rank, world, root, folder)
     for update in ("moving_average", "gradient"):
         for per_object in (1, 2):
             found[f"bank {update} {per_object}"] = bank(rank, world, update, per_object)

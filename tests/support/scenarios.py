@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from mmref.run.directory import RunDir
-from mmref.train.ledger import audit_run, read_ledger
+from mmref.train.ledger import Seen, audit_run, plan_of, read_ledger
 from support.jobs import Job, losses, records, wait_for, write_config
 from support.nodes import Nodes
 from support.tiny_set import damage_image, tiny_config
@@ -71,16 +71,19 @@ class Chaos:
     def outcome(self, fault: str, run: Path, seconds: float | None, remark: str) -> Outcome:
         """Compare a finished run with the undisturbed one."""
         audit = audit_run(str(run))
-        seen, expected = read_ledger(RunDir(str(run))), read_ledger(RunDir(str(self.undisturbed)))
-        same_samples = all(
-            len(seen[name]) == len(expected[name]) and bool((seen[name] == expected[name]).all()) for name in expected
-        )
+        same_samples = samples_of(run) == samples_of(self.undisturbed)
         mine, theirs = losses(run), losses(self.undisturbed)
         far = [s for s in theirs if s not in mine or abs(mine[s] - theirs[s]) > RELATIVE * abs(theirs[s])]
         passed = audit.sound and audit.steps == STEPS and same_samples and not far
         if far:
             remark += f"; {len(far)} steps have another loss, the first is {far[0]}"
         return Outcome(fault, seconds, audit.lost, audit.repeated, passed, remark)
+
+
+def samples_of(run: Path) -> list[Seen]:
+    """The ledger of a run."""
+    opened = RunDir(str(run))
+    return list(read_ledger(opened, lambda: plan_of(opened)))
 
 
 def last_step(run: Path) -> int:

@@ -48,6 +48,14 @@ def test_scores_of_an_evaluation_in_training_are_the_same_to_the_last_bit(found,
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_the_ledger_is_that_of_one_rank(found, world):
+    named, seen, audit = found[1]["ledger"]
+    assert named[3] == named[7] == 3 and seen[3]["replaced"] == {3: 3, 7: 3}
+    assert (audit["lost"], audit["repeated"], audit["replaced"], audit["other"]) == (2, 0, 6, 0)
+    assert found[world]["ledger"] == [named, seen, audit]
+
+
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("update", ["moving_average", "gradient"])
 @pytest.mark.parametrize("per_object", [1, 2])
 def test_bank(found, world, update, per_object):

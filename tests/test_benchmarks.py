@@ -61,6 +61,17 @@ def test_evaluation(tmp_path: Path) -> None:
     assert set(large["ratio"]) == {"now", "before", "one of four"} and large["ratio"]["now"] == 1
 
 
+@pytest.mark.slow
+def test_references(tmp_path: Path) -> None:
+    found = run(tmp_path, "references.py", "--objects", "50000", "--dim", "64", "--ranks", "1", "3", "--before", str(ROOT))
+    assert found["bank_gb"] == 4 * 50_000 * 4 * 64 / 1e9
+    assert [(row["ranks"], row["what"]) for row in found["rows"]] == [
+        (n, what) for n in (1, 3) for what in ("evaluate", "export")
+    ]
+    for row in found["rows"]:
+        assert 0.9 < row["now"]["anonymous"] <= row["now"]["resident"], "the space has a copy"
+
+
 def test_ledger(tmp_path: Path) -> None:
     rows = run(tmp_path, "ledger.py", "--ranks", "8", "512", "--steps", "200", "--broken", "0.01")["rows"]
     assert [row["ranks"] for row in rows] == [8, 512]

@@ -10,12 +10,15 @@ from mmref.config import Config
 from mmref.evaluate.features import Floats, Queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, choose_refinement, refinement_grid
 from mmref.evaluate.shares import ALONE, QueryShare
+from mmref.run.row_file import References, are_set
 
 
-def trained_space(config: Config, references: Floats) -> ReferenceSpace | None:
+def trained_space(config: Config, references: References) -> ReferenceSpace | None:
     """The references (m, K, d) that training has set, None for a run that trains none (align-only)."""
-    seen = np.abs(references).max((1, 2)) > 0
-    return ReferenceSpace(references[seen]) if config.loss.uses_references and seen.any() else None
+    if not config.loss.uses_references:
+        return None
+    seen = are_set(references)
+    return ReferenceSpace(references, seen) if seen.any() else None
 
 
 def settings_of(metrics: dict[str, Any]) -> RefinementSettings:

@@ -34,9 +34,10 @@ from mmref.evaluate.report import (
     with_section,
 )
 from mmref.evaluate.split_features import SplitFeatures, embed_splits
-from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_references
+from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched
 from mmref.run.directory import BAD_SAMPLES, RunDir, read_jsonl
 from mmref.run.models import START, as_run, start_of_training
+from mmref.run.row_file import StoredReferences
 from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.output import printable
 from mmref.terminal.progress import say
@@ -102,7 +103,7 @@ def run_features(
     """Features of splits of the shard set `root` by name, and the references of the checkpoint; None where it has none."""
     features = embed_splits(config, run, checkpoint, root, splits)
     with fetched(run, checkpoint, "references") as folder:
-        return features, trained_space(config, load_references(folder, checkpoint.meta).numpy())
+        return features, trained_space(config, StoredReferences(folder, checkpoint.meta))
 
 
 def chosen_evaluation(

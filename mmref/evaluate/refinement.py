@@ -25,6 +25,7 @@ from mmref.errors import ConfigError, EvaluationError
 from mmref.evaluate import on_device
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, Scores, score_ranking, summarize
 from mmref.evaluate.shares import ALONE, QueryShare
+from mmref.run.row_file import References, blocks
 
 Kind: TypeAlias = Literal["sparse", "dense", "expansion"]
 Codes: TypeAlias = "sparse.csr_matrix | np.ndarray"
@@ -80,28 +81,37 @@ class ReferenceSpace:
     """The references of m objects as a space of codes. An object's similarity is that of its best reference.
 
     Args:
-        references: (m, K, d) float32, or (m, d) for K = 1; rows are normalised here. A zero row was never set: it counts in
-            nothing, and an object that has no other has cosine 0 with everything.
+        references: (m, K, d), or an array (m, d) for K = 1; rows are normalised here, in the one copy that is made of them. A
+            zero row was never set: it counts in nothing, and an object that has no other has cosine 0 with everything.
+        kept: (n,) bool, which objects are taken; by default all.
     Raises:
         EvaluationError: a reference is not finite, or there are none.
     """
 
-    def __init__(self, references: np.ndarray) -> None:
-        references = np.asarray(references, dtype=np.float32)
-        if references.ndim == 2:
+    def __init__(self, references: References, kept: np.ndarray | None = None) -> None:
+        if isinstance(references, np.ndarray) and references.ndim == 2:
             references = references[:, None]
-        if references.ndim != 3 or references.shape[0] == 0:
+        if len(references.shape) != 3 or references.shape[0] == 0:
             raise EvaluationError(f"references have shape {references.shape}, expected (objects, references, features).")
-        if not np.isfinite(references).all():
-            raise EvaluationError("references are not finite: the checkpoint comes from a run that diverged.")
-        self.n_objects, self.per_object, self.dim = references.shape
-        rows: np.ndarray = _unit(references)
-        there = np.asarray(references.any(axis=2))
-        there |= ~there.any(axis=1, keepdims=True)
-        if not there.all():  # the object's first stands in: it changes no maximum over an object's references
-            rows = np.where(there[..., None], rows, rows[np.arange(len(rows)), there.argmax(axis=1)][:, None])
-        self._there = there  # (m, K)
-        self._rows = np.ascontiguousarray(rows.reshape(-1, self.dim))  # (m K, d)
+        self.per_object, self.dim = references.shape[1:]
+        self.n_objects = len(references) if kept is None else int(kept.sum())
+        self._there = np.empty((self.n_objects, self.per_object), bool)
+        self._rows = np.empty((self.n_objects * self.per_object, self.dim), np.float32)  # (m K, d)
+        first = 0
+        for at in blocks(references):
+            some = np.asarray(references[at], np.float32)
+            some = some if kept is None else some[kept[at]]
+            if not np.isfinite(some).all():
+                raise EvaluationError("references are not finite: the checkpoint comes from a run that diverged.")
+            rows: np.ndarray = _unit(some)
+            there = np.asarray(some.any(axis=2))
+            there |= ~there.any(axis=1, keepdims=True)
+            if not there.all():  # the object's first stands in: it changes no maximum over an object's references
+                rows = np.where(there[..., None], rows, rows[np.arange(len(rows)), there.argmax(axis=1)][:, None])
+            end = first + len(some)
+            self._there[first:end] = there
+            self._rows[first * self.per_object : end * self.per_object] = rows.reshape(-1, self.dim)
+            first = end
 
     def nearest(self, features: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
         """The r nearest objects of each feature row: ids (N, r) int32 and cosines (N, r), descending. r <= m."""
@@ -164,8 +174,9 @@ class ReferenceSpace:
     def mean(self, features: np.ndarray) -> np.ndarray:
         """(c,) mean coordinates of features (N, d), which centre the dense codes of their modality."""
         total: Any = 0
-        for start in range(0, len(features), _CODED):
-            total = total + self.coordinates(features[start : start + _CODED]).sum(0, np.float64)
+        block = max(1, _BLOCK_VALUES // (self.n_objects if self._factor is None else self.dim))
+        for start in range(0, len(features), block):
+            total = total + self.coordinates(features[start : start + block]).sum(0, np.float64)
         return np.asarray(total / len(features), np.float32)
 
     def similarities(self, features: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ from mmref.model.readout import read_captions, telling_words
 from mmref.model.reference_rows import warm_rows
 from mmref.retrieval.heat_maps import heat_maps, hidden
 from mmref.run.checkpoints import fetched, load_model, load_object_ids, load_references
+from mmref.run.row_file import are_set
 
 SHOWN = 3  # images of an object, results of a query (and the first right one)
 WORDS = 8  # telling words
@@ -126,9 +127,9 @@ class ExplainedRun:
             references, ids = load_references(folder, info.meta).numpy(), load_object_ids(folder, info.meta)
         self.model.to(self.device).eval()
         self.encoder = Encoder(self.model, self.model, self.config.data, self.tokens, self.device)
-        seen = np.abs(references).max((1, 2)) > 0
+        seen = are_set(references)
         self.space: ReferenceSpace | None = trained_space(self.config, references)
-        self.references = references[seen]  # (m, K, d)
+        self.references = references if seen.all() else references[seen]  # (m, K, d)
         self.reference_ids = [name for name, there in zip(ids, seen) if there]
         self.refinement = self._refinement()
 

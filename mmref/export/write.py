@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from transformers import AutoModel
 from transformers.utils.logging import disable_progress_bar
@@ -32,24 +31,26 @@ from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import Tokens, load_tokens
 from mmref.errors import ExportError
 from mmref.evaluate.choose import settings_of, trained_space
-from mmref.evaluate.features import Floats, read_queries
+from mmref.evaluate.features import Encoder, Floats, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.export.card import is_plain, model_card, pretrained_card
 from mmref.export.interpolate import interpolate
-from mmref.export.model import load
 from mmref.model.backbone import IMPORT, DualBackbone, PairBackbone, tower_config
 from mmref.model.lora import has_lora, merge_lora, write_lora
 from mmref.model.mmref import HEADS, TRAINING_ONLY, MMRef, build_model
-from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_model, load_object_ids, load_references
+from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_model, load_object_ids
 from mmref.run.directory import RunDir
 from mmref.run.exported import FORMAT
 from mmref.run.models import load_pretrained
+from mmref.run.row_file import StoredReferences, are_set, blocks
 from mmref.storage.packed_strings import NAMES as ID_TENSORS
 from mmref.storage.packed_strings import pack_strings
+from mmref.storage.tensor_file import Pieces, write_tensors
 from mmref.storage.whole_folder import whole_folder
 from mmref.version import __version__
 
 MEAN_TEXTS = 4096  # captions of val whose mean centres dense codes of single queries
+ENCODED = 128  # of them at a time
 
 
 def export_run(run_dir: str, out: str, data: str | None = None, interpolated: bool = False) -> Path:
@@ -110,7 +111,7 @@ def _write(run_dir: str, data: str | None, target: Path, name: str, interpolated
     with fetched(run, info, "model", "references") as folder:
         module = build_model(config, tokens.vocab_size).eval()
         load_model(folder, module)
-        references, object_ids = load_references(folder, info.meta).numpy(), load_object_ids(folder, info.meta)
+        references, object_ids = StoredReferences(folder, info.meta), load_object_ids(folder, info.meta)
     space = trained_space(config, references)
 
     _merge_adapters(target / "adapters", module)
@@ -123,7 +124,10 @@ def _write(run_dir: str, data: str | None, target: Path, name: str, interpolated
     settings = settings_of(metrics)
     portable = portable_config(config, module)
     _write_model(target, portable, module, tokens)
-    _write_references(target, references if space else None, object_ids)
+    text_mean = None
+    if space and settings.kind == "dense" and settings.weight > 0:
+        text_mean = _text_mean(Encoder(module, module, portable.data, tokens, torch.device("cpu")), space, shards)
+    _write_references(target, references if space else None, object_ids, text_mean)
     card = {
         "format": FORMAT,
         "mmref": __version__,
@@ -141,8 +145,6 @@ def _write(run_dir: str, data: str | None, target: Path, name: str, interpolated
         write_transformers(target / "transformers", config, module, tokens)
     share = extra.get("interpolation", {}).get("share")
     (target / "README.md").write_text(model_card(name, config, info, metrics, shards, share), "utf-8")
-    if space and settings.kind == "dense" and settings.weight > 0:
-        _add_text_mean(target, space, shards)
 
 
 def _metrics_of(run: RunDir, info: CheckpointInfo) -> dict[str, Any]:
@@ -195,28 +197,32 @@ def _write_model(folder: Path, config: Config, module: MMRef, tokens: Tokens) ->
     tokens.tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def _write_references(folder: Path, references: Floats | None, object_ids: list[str]) -> None:
-    """Trained rows with the ids of their objects; no rows where training set none."""
-    arrays: dict[str, Any] = {}
+def _write_references(
+    folder: Path, references: StoredReferences | None, object_ids: list[str], text_mean: Floats | None = None
+) -> None:
+    """Trained rows with the ids of their objects, written as they are read; no rows where training set none."""
+    tensors: dict[str, torch.Tensor | Pieces] = {}
     if references is not None:
-        seen = np.flatnonzero(np.abs(references).max((1, 2)) > 0)
-        arrays["rows"] = np.ascontiguousarray(references[seen])
-        object_ids = [object_ids[i] for i in seen]
+        kept = are_set(references)
+        rows = (torch.from_numpy(references[at][kept[at]]) for at in blocks(references))
+        tensors["rows"] = Pieces((int(kept.sum()), *references.shape[1:]), torch.float32, rows)
+        object_ids = [object_ids[i] for i in np.flatnonzero(kept)]
     else:
         object_ids = []
-    arrays |= zip(ID_TENSORS, pack_strings(object_ids))
-    save_arrays(arrays, folder / "references.safetensors")
+    tensors |= {name: torch.from_numpy(array) for name, array in zip(ID_TENSORS, pack_strings(object_ids))}
+    if text_mean is not None:
+        tensors["text_mean"] = torch.from_numpy(text_mean)
+    with open(folder / "references.safetensors", "wb") as file:
+        write_tensors(file, tensors)
 
 
-def _add_text_mean(folder: Path, space: ReferenceSpace, shards: ShardSet) -> None:
+def _text_mean(encoder: Encoder, space: ReferenceSpace, shards: ShardSet) -> Floats:
     """Mean code of val's captions: a search asks one sentence at a time, and one sentence has no mean to be centred by."""
-    from safetensors.numpy import load_file
-
     texts = read_queries(shards.index("val" if "val" in shards.splits else "train")).texts
-    chosen = np.random.default_rng(0).permutation(len(texts))[:MEAN_TEXTS]
-    features = load(folder).encode_text([texts[i] for i in chosen])
-    arrays = load_file(folder / "references.safetensors")
-    save_arrays({**arrays, "text_mean": space.coordinates(features).mean(0)}, folder / "references.safetensors")
+    chosen = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[:MEAN_TEXTS]]
+    with encoder:
+        features = [encoder.texts(chosen[start : start + ENCODED]) for start in range(0, len(chosen), ENCODED)]
+    return space.mean(np.concatenate(features))
 
 
 def write_transformers(folder: Path, config: Config, module: MMRef, tokens: Tokens) -> None:

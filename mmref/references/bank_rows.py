@@ -27,9 +27,9 @@ from mmref.evaluate.evaluation import open_run
 from mmref.evaluate.report import EXPLANATIONS
 from mmref.evaluate.split_features import SplitFeatures, embed_splits
 from mmref.model.reference_rows import warm_rows
-from mmref.run.checkpoints import FOLDER, CheckpointInfo, best_checkpoint, fetched, list_checkpoints, load_references
+from mmref.run.checkpoints import FOLDER, CheckpointInfo, best_checkpoint, fetched, list_checkpoints
 from mmref.run.directory import RunDir
-from mmref.run.row_file import RowFile, pack_ids, row_files
+from mmref.run.row_file import RowFile, StoredReferences, are_set, pack_ids, row_files
 from mmref.run.tensor_files import write_file
 
 REPORTS = (".json", ".html")
@@ -41,13 +41,13 @@ def describe(run_dir: str, object_ids: Iterable[str] = ()) -> list[str]:
     lines = []
     for info in list_checkpoints(run):
         with fetched(run, info, "references") as folder, row_files(folder, info.meta) as files:
-            seen = (load_references(folder, info.meta).abs().amax((1, 2)) > 0).tolist()
+            seen = are_set(StoredReferences(folder, info.meta))
             row_of = {name: row for row, name in enumerate(n for file in files for n in file.object_ids.to_pylist())}
         bank, size = info.meta["bank"], sum(file["bytes"] for file in info.files(("references",)).values())
         gone = f"; {info.meta['removed']} objects removed" if info.meta.get("removed") else ""
         lines.append(
             f"{info.folder}{' (best)' if info.folder == best.folder else ''}: {len(seen)} objects x {bank['per_object']} "
-            f"references of width {bank['dim']}, {sum(seen)} of them set, {size / 1e6:.1f} MB{gone}"
+            f"references of width {bank['dim']}, {seen.sum()} of them set, {size / 1e6:.1f} MB{gone}"
         )
         for name in object_ids:
             state = "not there" if name not in row_of else "set" if seen[row_of[name]] else "there, not set yet"

@@ -23,7 +23,7 @@ from mmref.errors import CheckpointError
 from mmref.model.lora import below_adapters
 from mmref.model.mmref import TRAINING_ONLY
 from mmref.run.directory import RunDir
-from mmref.run.row_file import row_files
+from mmref.run.row_file import StoredReferences, row_files
 from mmref.storage.tensor_file import Hashing, sha256_of_rest
 
 FOLDER = "checkpoints"
@@ -182,9 +182,8 @@ def load_model(folder: str, model: torch.nn.Module) -> None:
 
 
 def load_references(folder: str, meta: dict[str, Any]) -> Tensor:
-    """All references (m, K, d) of a checkpoint on this process, in fp32 however they were stored."""
-    with row_files(folder, meta) as files:
-        return torch.cat([file.read("rows") for file in files]).float()
+    """All references (m, K, d) of a checkpoint in fp32: mapped, or read once, as of `StoredReferences.array`."""
+    return torch.from_numpy(StoredReferences(folder, meta).array())
 
 
 def load_object_ids(folder: str, meta: dict[str, Any]) -> list[str]:

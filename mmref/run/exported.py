@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
 from mmref.config import Config, from_saved
@@ -51,7 +50,7 @@ def read_export(folder: Path) -> Exported:
             )
         config = from_saved(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), str(folder / "config.yaml"))
         weights = load_file(folder / "model.safetensors")
-        arrays = load_arrays(folder / "references.safetensors")
+        arrays = {name: tensor.numpy() for name, tensor in load_file(folder / "references.safetensors").items()}  # mapped
     except OSError as error:
         raise ModelError(f"{folder} is no exported model: {error}. Write one with `mmref export RUN --out DIR`.") from None
     if named := [n for n in (config.model.dual, config.model.vision, config.model.text) if n]:  # an export names none

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -36,21 +39,31 @@ class Hashing:
         return self._hash.hexdigest()
 
 
-def write_tensors(file: Any, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor that is made as it is written: its rows, some at a time."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: Iterable[Tensor]
+
+
+def write_tensors(file: Any, tensors: Mapping[str, Tensor | Pieces], metadata: dict[str, str] | None = None) -> None:
     """Write contiguous host tensors by name in the safetensors format."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     # The widest come first, so that every tensor starts at a multiple of its element size.
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        start, end = end, end + prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-        if tensor.numel():
-            file.write(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+        for piece in tensor.rows if isinstance(tensor, Pieces) else [tensor]:
+            if piece.numel():
+                file.write(piece.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def sha256_of_rest(file: Any) -> str:

@@ -28,6 +28,16 @@ def test_the_safetensors_library_reads_every_kind_of_tensor(tmp_path):
         assert file.metadata() == {"first": "7"}
 
 
+def test_a_tensor_may_come_in_pieces(tmp_path):
+    rows = torch.randn(5, 2, 3)
+    path = tmp_path / "a.safetensors"
+    pieces = tensor_file.Pieces(tuple(rows.shape), rows.dtype, iter([rows[:2], rows[2:2], rows[2:]]))
+    with open(path, "wb") as file:
+        tensor_file.write_tensors(file, {"ids": torch.arange(3), "rows": pieces})
+    found = load_file(path)
+    assert torch.equal(found["rows"], rows) and found["ids"].tolist() == [0, 1, 2]
+
+
 def test_bytes_and_hash_are_those_of_the_file(monkeypatch):
     monkeypatch.setattr(tensor_file, "PIECE", 64)
     file = io.BytesIO()

@@ -151,6 +151,10 @@ class EvaluationError(MMRefError):
     """Nothing can be measured: scores or features hold NaN, or no query has a match in the gallery."""
 
 
+class DenseCodesError(EvaluationError):
+    """Dense codes of refinement would take more memory than is allowed: a number for each item and each object."""
+
+
 class ExportError(MMRefError):
     """A run cannot be exported: not evaluated yet, or the target exists."""
 

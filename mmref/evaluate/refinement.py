@@ -21,7 +21,7 @@ import numpy as np
 from scipy import sparse
 from torch import Tensor
 
-from mmref.errors import ConfigError, EvaluationError
+from mmref.errors import ConfigError, DenseCodesError, EvaluationError
 from mmref.evaluate import on_device
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, Scores, score_ranking, summarize
 from mmref.evaluate.shares import ALONE, QueryShare
@@ -37,6 +37,8 @@ _SHARD_ROWS = 1 << 20
 _BLOCK_VALUES = 1 << 24
 # A sparse multiply-add costs about as much as this many dense ones: above it, a dense product is faster.
 _SPARSE_COST = 100
+# Dense codes of more bytes are refused, 8 GiB: other kinds of code need none of that.
+DENSE_BYTES = 1 << 33
 # Gallery items whose nearest references are found at a time.
 _CODED = 1024
 # Sparse codes over more objects than these are multiplied as they are, in memory.
@@ -75,6 +77,16 @@ class RefinementSettings:
 
 
 _DENSE = RefinementSettings(kind="dense")
+
+
+def check_dense(items: int, objects: int) -> None:
+    """Raise DenseCodesError where codes with a number for each of some items and objects are too large for the memory."""
+    if (size := 4 * items * objects) > DENSE_BYTES:
+        raise DenseCodesError(
+            f"dense codes of {items:,} images or texts over {objects:,} objects with several references each would take "
+            f"{size / 1e9:.1f} GB; at most {DENSE_BYTES / 1e9:.1f} GB are allowed. Leave them out: `--eval.refine_kinds "
+            "'[sparse]'`. With one reference for each object (`reference.per_object`) they are as small as features."
+        )
 
 
 class ReferenceSpace:
@@ -166,9 +178,13 @@ class ReferenceSpace:
         return rows.mean(axis=1, where=self._there[..., None])
 
     def coordinates(self, features: np.ndarray) -> np.ndarray:
-        """Features in coordinates (N, c) whose inner products are those of the similarities to all m objects."""
+        """Features in coordinates (N, c) whose inner products are those of the similarities to all m objects.
+
+        Raises DenseCodesError where c is m, and that is too much.
+        """
         if self._factor is not None:
             return features @ self._factor.T
+        check_dense(len(features), self.n_objects)
         return self.similarities(features)
 
     def mean(self, features: np.ndarray) -> np.ndarray:

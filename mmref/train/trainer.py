@@ -19,6 +19,7 @@ from mmref.data.shard_set import ShardSet, data_fingerprint, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import RunDirectoryError, ShardSetError
 from mmref.evaluate.choose import config_grid
+from mmref.evaluate.refinement import check_dense
 from mmref.evaluate.report import Metrics
 from mmref.model.backbone import check_towers
 from mmref.run import checkpoints
@@ -101,12 +102,22 @@ def check_inputs(config: Config) -> None:
                                 f"`mmref shards verify {root}` lists them.")  # fmt: skip
     build_plan(config, index)
     config_grid(config)
+    check_codes(config, index.n_objects)
     check_sinks(config)
     if config.train.start_from and (found := find_model(config.train.start_from)).kind == "run":
         checkpoints.best_checkpoint(RunDir(found.place))
     tokens = load_tokens(config)
     size = config.data.image_height, config.data.image_width
     check_towers(config.model, tokens.tokenizer.eos_token_id, size)
+
+
+def check_codes(config: Config, objects: int) -> None:
+    """Raise DenseCodesError for codes that an evaluation, in training or behind it, could not hold."""
+    if not config.loss.uses_references or "dense" not in config.eval.refine_kinds or config.reference.per_object == 1:
+        return
+    shards = ShardSet.open(config.data.root)
+    for split in {"val", "test"} & set(shards.splits):
+        check_dense(len(shards.index(split)), objects)
 
 
 def prepare_run(config: Config, run: RunDir) -> None:

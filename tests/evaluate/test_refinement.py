@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmref.errors import ConfigError, EvaluationError
+from mmref.errors import ConfigError, DenseCodesError, EvaluationError
 from mmref.evaluate import refinement
 from mmref.evaluate.metrics import evaluate_features, summarize
 from mmref.evaluate.refinement import (
@@ -304,3 +304,16 @@ def test_a_reference_that_was_never_set_counts_in_nothing(kind):
 def test_references_that_cannot_be_used(bad):
     with pytest.raises(EvaluationError, match="references"):
         ReferenceSpace(bad)
+
+
+def test_dense_codes_that_are_too_large_are_refused_with_what_helps(monkeypatch):
+    """With several references for each object a code has a number for each object; with one it is as wide as a feature."""
+    references, queries, gallery = case(m=11)
+    monkeypatch.setattr(refinement, "DENSE_BYTES", 4 * 11 * len(queries))
+    dense = RefinementSettings(kind="dense")
+    space = ReferenceSpace(references)
+    space.encode(queries, dense)
+    with pytest.raises(DenseCodesError, match=r"23 images or texts over 11 objects .*--eval.refine_kinds '\[sparse\]'"):
+        space.encode(gallery, dense)
+    space.encode(gallery, RefinementSettings(kind="sparse", top_r=3))
+    assert ReferenceSpace(references[:, :1]).encode(gallery, dense).shape == (23, 8)

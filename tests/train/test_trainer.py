@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from support.tiny_set import tiny_config
 
-from mmref.errors import RunDirectoryError
+from mmref.data.shard_set import ShardSet
+from mmref.errors import DenseCodesError, RunDirectoryError
+from mmref.evaluate import refinement
 from mmref.run.directory import RunDir
-from mmref.train.trainer import prepare_run
+from mmref.train.trainer import check_inputs, prepare_run
 
 
 @pytest.mark.parametrize("held", ["manifest.json", "model.safetensors"])
@@ -17,3 +19,16 @@ def test_what_another_command_wrote_is_no_run_directory(tiny_set, tmp_path, held
     with pytest.raises(RunDirectoryError, match=f"{tmp_path} is no run's: it holds {held}"):
         prepare_run(tiny_config(tiny_set, {}), RunDir(str(tmp_path)))
     assert (tmp_path / "config.yaml").read_text() == "of an export"
+
+
+def test_codes_that_an_evaluation_could_not_hold_are_refused_before_the_first_step(make_config, monkeypatch):
+    config = make_config({"reference.per_object": 2})
+    shards = ShardSet.open(config.data.root)
+    largest, objects = max(len(shards.index(split)) for split in ("val", "test")), shards.index("train").n_objects
+    monkeypatch.setattr(refinement, "DENSE_BYTES", 4 * largest * objects)
+    check_inputs(config)
+    monkeypatch.setattr(refinement, "DENSE_BYTES", 4 * largest * objects - 1)
+    with pytest.raises(DenseCodesError, match=f"of {largest} images or texts over {objects} objects"):
+        check_inputs(config)
+    check_inputs(make_config({"reference.per_object": 2, "eval.refine_kinds": ["sparse"]}))
+    check_inputs(make_config({"reference.per_object": 1}))

@@ -45,7 +45,7 @@ start, most, done = now(), [0, 0], threading.Event()
 def sample():
     while not done.wait(0.002):
         most[:] = [max(a, b) for a, b in zip(most, now())]
-thread = threading.Thread(target=sample)
+thread = threading.Thread(target=sample, daemon=True)
 thread.start()
 if hasattr(row_file, "StoredReferences"):
     references = row_file.StoredReferences(folder, meta)

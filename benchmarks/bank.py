@@ -59,7 +59,7 @@ class Step:
     def run(self, step: int) -> tuple[float, float]:
         """Seconds of the encoder and of the bank."""
         n = self.args.batch // collectives.world_size()
-        everyone = torch.from_numpy(self.rng.integers(0, self.objects, self.args.batch)).to(self.device)
+        everyone = self.rng.integers(0, self.objects, self.args.batch)
         objects = everyone[collectives.rank() * n : (collectives.rank() + 1) * n]
         tokens = torch.randn(2 * n, self.args.tokens, self.args.dim, device=self.device)
         began = self._now()
@@ -68,12 +68,15 @@ class Step:
         encoded = self._now()
         active = self.bank.select(everyone, step)
         rows = self.bank.fetch(active)
-        loss = reference_loss(leaf, rows, torch.searchsorted(active, objects).repeat(2), 1 / 0.07)
+        targets = torch.from_numpy(active.targets(objects)).to(self.device)
+        loss = reference_loss(leaf, rows, targets.repeat(2), 1 / 0.07)
         loss.backward()
         if rows.requires_grad:
             self.bank.apply_gradient(active, rows.grad, 0.01)
         else:
-            self.bank.follow(leaf.detach()[:n], leaf.detach()[n:], objects, everyone)
+            batch = self.bank.rows_of(everyone)
+            targets = torch.from_numpy(batch.targets(objects)).to(self.device)
+            self.bank.follow(leaf.detach()[:n], leaf.detach()[n:], batch, targets)
         banked = self._now()
         features.backward(leaf.grad)
         return self._now() - banked + encoded - began, banked - encoded

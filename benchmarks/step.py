@@ -37,7 +37,7 @@ from mmref.data.reader import StepReader
 from mmref.model import depthwise
 from mmref.model.flops import flop_counter
 from mmref.model.mmref import build_model
-from mmref.train import step as train_step
+from mmref.train import inputs
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import parameter_groups
 from mmref.train.step import StepRunner
@@ -55,7 +55,7 @@ def planar(images: Any, config: Any) -> Any:
     return normalize(images, config).contiguous()
 
 
-PADDED = mock.patch.object(train_step, "group_texts", lambda mask, device: None)
+PADDED = mock.patch.object(inputs, "group_texts", lambda mask, device: None)
 KERNELS = mock.patch.object(depthwise, "MOST_CELLS", 0)
 PLANAR = mock.patch.object(augment, "normalize", planar)
 PARTS = {  # MMRef's step, as it was in version 0.2.0 in some respects
@@ -112,7 +112,7 @@ def build(config: Config, reader: StepReader, device: torch.device) -> Any:
     if config.train.compile:
         model.compile_towers()
     runner = StepRunner(config, model, lambda loss: loss.backward(), update, bank, reader.tokens, device)
-    return runner.run, model.bf16
+    return lambda step, batch: runner.run(step, runner.prepare(step, batch)), model.bf16
 
 
 def patched_step(patches: tuple[Any, ...], run: Any) -> Any:

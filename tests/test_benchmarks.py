@@ -81,6 +81,13 @@ def test_ledger(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_syncs(tmp_path: Path) -> None:
+    found = run(tmp_path, "syncs.py", "--only", "clip_vit_b16", "cuhk_pedes")["rows"]
+    assert [row["config"] for row in found] == ["clip_vit_b16", "cuhk_pedes"]
+    assert all(row["sync_ops"] == row["pageable_copies"] == 0 for row in found)
+
+
+@pytest.mark.slow
 def test_scaling(tmp_path: Path) -> None:
     found = run(tmp_path, "scaling.py", *SMOKE, "--workers", "1", "2", "--batch", "16", "--windows", "1", "--steps", "2")
     one, two = found["rows"]

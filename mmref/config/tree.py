@@ -248,6 +248,8 @@ class TrainConfig:
     """DeepSpeed ZeRO stage: what is sharded over workers (0 nothing, 1 optimizer, 2 + gradients, 3 + parameters)."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """`bf16`: matrix products and convolutions in bf16 (autocast), weights, norms and losses fp32; `auto`: where it is native."""
+    gradient_dtype: Literal["fp32", "bf16"] = option("fp32", added=True)
+    """How gradients travel between workers: `bf16` halves what is sent, and each sum over workers is rounded to 8 bits."""
     gradient_checkpointing: bool = option(False, identity=False)
     """Recompute activations in the backward pass (less memory, more time)."""
     compile: bool = option(False, identity=False)

@@ -1,11 +1,13 @@
 """Augmentation of a batch on its device.
 
 Every random number is a function of the seed, the step and the sample's place in the global batch. So a sample is
-augmented alike on any number of workers, and a worker draws for its own samples alone.
+augmented alike on any number of workers, and a worker draws for its own samples alone. They are drawn in host memory. No
+operation on the device needs the host to wait for it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -24,31 +26,37 @@ def normalize(images: Tensor, config: DataConfig) -> Tensor:
 
     The channels of a pixel stay side by side in memory (channels_last), which convolutions are fastest on.
     """
-    mean = torch.tensor(config.image_mean, device=images.device)[:, None, None] * 255
-    std = torch.tensor(config.image_std, device=images.device)[:, None, None] * 255
+    mean, std = (_channels(tuple(values), images.device) for values in (config.image_mean, config.image_std))
     return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
 
 
-def augment(images: Tensor, config: DataConfig, seed: int, step: int, positions: NDArray[np.int64]) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A number for each channel, in units of a byte: (3, 1, 1). Kept, since copying three numbers to a GPU waits for it."""
+    return torch.tensor(values, device=device)[:, None, None] * 255
+
+
+def augmentation_draws(seed: int, step: int, positions: NDArray[np.int64]) -> Tensor:
+    """The random numbers of samples at places (n,) of the global batch of a step: (n, DRAWS), in host memory."""
+    return uniform_tensor(RandomStream.AUGMENTATION, seed, step, positions[:, None], np.arange(DRAWS))
+
+
+def augment(images: Tensor, draws: Tensor, config: DataConfig) -> Tensor:
     """Shifted crop, flip, colour, erasing, and normalisation.
 
     Args:
         images: (n, H, W, 3) uint8.
+        draws: (n, DRAWS) their `augmentation_draws`, on the same device.
         config: probabilities and strengths.
-        seed: of the run.
-        step: global step.
-        positions: (n,) places of these samples in the global batch.
 
     Returns:
         (n, 3, H, W) fp32, normalised.
     """
-    draws = uniform_tensor(RandomStream.AUGMENTATION, seed, step, positions[:, None], np.arange(DRAWS))  # (n, DRAWS)
-    draws = draws.to(images.device)
     if config.crop_padding > 0:  # what moves pixels does so while they are bytes
         images = _shift(images, draws[:, 0], draws[:, 1], config.crop_padding)
     if config.flip > 0:
-        flipped = draws[:, 2] < config.flip
-        images = images.index_put((flipped,), images[flipped].flip(2))
+        flipped = draws[:, 2, None, None, None] < config.flip
+        images = torch.where(flipped, images.flip(2), images)
     x = normalize(images, config)
     if config.colour_jitter > 0:
         x = _jitter(x, draws[:, 3:6], config.colour_jitter)

@@ -36,6 +36,7 @@ from mmref.model.frozen import FrozenTokens
 from mmref.model.text_groups import BLIND_TO_PADDING
 
 DRIVEN = ("chinese_clip", "clip", "metaclip_2", "siglip", "vision-text-dual-encoder")  # families of dual encoders, as tested
+CAUSAL = ("clip", "metaclip_2")  # those of them whose words see what lies before them alone
 NOT_IN_EVERY_FILE = ("pooler", "mask_token", "logit_")  # weights a tower may start without: trained anew, or not read
 SAID = 400  # characters of a foreign error: transformers lists every model it knows
 TRIED_TOKENS, TRIED_PX = 8, 64  # of the forward pass that tries towers, where nothing else is known
@@ -236,8 +237,9 @@ class DualBackbone(nn.Module):
         self.native_size = _native_size(vision)
         self.vocab_size = text.vocab_size
         self.max_positions = getattr(text, "max_position_embeddings", 1 << 30)
-        # SigLIP was trained on padded text without a mask; CLIP is causal and reads its features at the end token.
-        self.uses_mask = model.config.model_type != "siglip"
+        # SigLIP was trained on padded text without a mask. CLIP is causal and reads its features at the end token: no word sees
+        # the padding behind a caption. Without a mask attention runs in its fastest form, and nobody asks whether it is all ones.
+        self.uses_mask = imported or model.config.model_type not in ("siglip", *CAUSAL)
         self.trims_texts = not imported and bool({model.config.model_type, text.model_type} & BLIND_TO_PADDING)
         self._interpolates = _interpolates(self.vision_model)
 

@@ -30,8 +30,8 @@ class Masked(NamedTuple):
     """Masked captions of a micro-batch."""
 
     ids: Tensor  # (B, L) masked token ids
-    at: Tensor  # (B, L) True where a word was masked
-    words: Tensor  # (B, L) the original ids
+    at: Tensor  # (M,) places of the masked words in the flattened captions
+    words: Tensor  # (M,) what stood there
     references: Tensor | None  # (B, K, d) references of each sample's object; None where training has none
 
 
@@ -179,7 +179,8 @@ class MMRef(nn.Module):
         eager = torch.compiler.set_stance("force_eager") if self.compiled and not self.training else nullcontext()
         plain = self.plain_attention and torch.is_grad_enabled()
         attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
-        with eager, attention, torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+        precision = torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext()
+        with eager, attention, precision:
             if pixels is not None:
                 image_global, image_tokens = self.backbone.encode_image(pixels)
                 image = nn.functional.normalize(image_global.float(), dim=-1)
@@ -192,13 +193,13 @@ class MMRef(nn.Module):
             if masked is not None:
                 assert mask is not None
                 with self.keeping_nothing():  # masked anew at each step
-                    states, words = self._encode_text(masked.ids, mask, groups)[1], masked.words[masked.at]
+                    states = self._encode_text(masked.ids, mask, groups)[1]
                 if self.reconstruct is not None:
                     given = states.detach() if self.rec_detach_text else states
-                    rec_sum = reconstruction_loss(self.reconstruct(given, mask, masked.references, masked.at), words)
+                    rec_sum = reconstruction_loss(self.reconstruct(given, mask, masked.references, masked.at), masked.words)
                 if self.image_words is not None:
                     seen, read = self.backbone.in_shared_space(image_tokens, states)
-                    mlm_sum = reconstruction_loss(self.image_words(read, mask, seen, masked.at), words)
+                    mlm_sum = reconstruction_loss(self.image_words(read, mask, seen, masked.at), masked.words)
         scale = AtMost.apply(self.log_scale.float().exp(), 1 / MIN_TAU)
         bias = None if self.logit_bias is None else self.logit_bias.float().clone()
         return Output(image, text, rec_sum, mlm_sum, id_sum, scale, bias)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmref.data.tokens import Tokens
 from mmref.model.mmref import MMRef
+from mmref.model.word_decoder import places_of
 
 TWICE = 2  # a word may stand in a reference's text this often
 EPS = 1e-9
@@ -83,4 +84,4 @@ def _logits(model: MMRef, ids: Tensor, mask: Tensor, at: Tensor, references: Ten
     unit = torch.nn.functional.normalize(references.float(), dim=-1)
     with model.keeping_nothing():
         states = model.backbone.encode_text(ids, mask)[1]
-    return model.reconstruct(states, mask, unit, at).float().view(len(ids), -1, model.backbone.vocab_size)
+    return model.reconstruct(states, mask, unit, places_of(at)).float().view(len(ids), -1, model.backbone.vocab_size)

@@ -28,26 +28,31 @@ GROUPS = 4
 class TextGroup(NamedTuple):
     """Some captions of a batch."""
 
-    rows: Tensor  # (g,) their places in the batch
+    rows: Tensor | None  # (g,) their places in the batch; None for all captions, in their order
     tokens: int  # of the longest
 
 
 def group_texts(mask: NDArray[Any], device: torch.device | str = "cpu") -> list[TextGroup]:
     """Captions in groups by length; `mask` (B, L) is 1 on the tokens of each caption, which come before its padding."""
     lengths = mask.sum(1)
-    groups = GROUPS if torch.device(device).type == "cpu" else 1  # what several cost a GPU in launches is not measured yet
-    parts = np.array_split(np.argsort(lengths, kind="stable"), min(groups, len(lengths)))
-    return [TextGroup(torch.from_numpy(rows).to(device), max(1, int(lengths[rows].max()))) for rows in parts]
+    if torch.device(device).type != "cpu":  # what several groups cost a GPU in launches is not measured yet
+        return [TextGroup(None, max(1, int(lengths.max())))]
+    parts = np.array_split(np.argsort(lengths, kind="stable"), min(GROUPS, len(lengths)))
+    return [TextGroup(torch.from_numpy(rows), max(1, int(lengths[rows].max()))) for rows in parts]
 
 
 def encode_groups(
     encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], ids: Tensor, mask: Tensor, groups: list[TextGroup]
 ) -> tuple[Tensor, Tensor]:
     """What `encode` gives for captions (B, L) and their mask: features (B, d) and tokens (B, L, w), zero where a group ends."""
-    features, tokens = [], []
+    features, tokens, places = [], [], []
     for rows, longest in groups:
-        of_group, its_tokens = encode(ids[rows, :longest], mask[rows, :longest])
+        of_group, its_tokens = encode(*((x if rows is None else x[rows])[:, :longest] for x in (ids, mask)))
         features.append(of_group)
         tokens.append(F.pad(its_tokens, (0, 0, 0, ids.shape[1] - longest)))
-    back = torch.cat([rows for rows, _ in groups]).argsort()
+        if rows is not None:
+            places.append(rows)
+    if not places:
+        return features[0], tokens[0]
+    back = torch.cat(places).argsort()
     return torch.cat(features)[back], torch.cat(tokens)[back]

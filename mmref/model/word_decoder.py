@@ -69,10 +69,10 @@ class ReconstructionHead(nn.Module):
             states: (B, L, width) text-token states of the masked captions (Q).
             mask: (B, L) 1 on tokens, 0 on padding.
             references: (B, K, d) normalised references of each sample's object.
-            at: (B, L) True on the masked positions.
+            at: (M,) places of the masked words in the flattened captions, b L + l.
 
         Returns:
-            (M, vocabulary) at the M masked positions, in row-major order of `at`.
+            (M, vocabulary), in the order of `at`.
         """
         batch, per_object, _ = references.shape
         memory = self.to_memory(references.to(states.dtype)).view(batch, per_object * self.memory_tokens, -1)
@@ -80,7 +80,7 @@ class ReconstructionHead(nn.Module):
         hidden, padding = states, mask == 0
         for block in self.blocks:
             hidden = block(hidden, memory, padding)
-        return self.vocabulary(self.transform(hidden[at]))
+        return self.vocabulary(self.transform(hidden.flatten(0, 1).index_select(0, at)))
 
 
 class ImageWordHead(nn.Module):
@@ -124,7 +124,7 @@ class ImageWordHead(nn.Module):
         padding = mask == 0
         for attend, feed in zip(self.self_attentions, self.feed_forwards, strict=True):
             hidden = feed(attend(hidden, padding=padding))
-        return self.vocabulary(self.transform(self.last_norm(hidden[at])))
+        return self.vocabulary(self.transform(self.last_norm(hidden.flatten(0, 1).index_select(0, at))))
 
 
 def heads_of(width: int, numbers: int = 32) -> int:
@@ -135,6 +135,12 @@ def heads_of(width: int, numbers: int = 32) -> int:
 def _transform(width: int) -> nn.Sequential:
     """What BERT has between its last layer and its vocabulary."""
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+
+
+def places_of(chosen: Tensor) -> Tensor:
+    """Where words are chosen in captions (B, L), True there: (M,) places in the flattened captions. The host waits for a
+    GPU that is asked for it."""
+    return chosen.flatten().nonzero()[:, 0]
 
 
 def mask_words(ids: Tensor, special: Tensor, rate: float, mask_id: int, vocab_size: int, draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from mmref.config import Config, from_dict, to_dict
 from mmref.config.packages import trust_own
@@ -102,8 +101,8 @@ def measure_model(config: Config, micro_batch: int, objects: int = 0) -> ModelSi
         masked = None
         if config.loss.masks_words:
             words = round(config.loss.mask_rate * ids.numel())
-            at: Any = (torch.zeros(words, dtype=torch.long),) * 2  # where they are does not matter, how many does
-            masked = Masked(ids, at, ids, torch.zeros(micro_batch, config.reference.per_object, model.embed_dim))
+            at = torch.zeros(words, dtype=torch.long)  # where they are does not matter, how many does
+            masked = Masked(ids, at, at, torch.zeros(micro_batch, config.reference.per_object, model.embed_dim))
         with LiveBytes() as memory, flops:
             out = model(pixels, ids, torch.ones_like(ids), masked, torch.zeros(micro_batch, dtype=torch.long))
         forward = flops.get_total_flops()

@@ -21,14 +21,27 @@ def decay_at(decay: float, updates: int) -> float:
     return min(decay, (1 + updates) / (10 + updates))
 
 
-@torch.no_grad()
-def follow_weights(decay: float, optimizer: Any, *_: Any) -> None:
-    """After a step of an optimizer: move the averages of what it has updated towards the new weights."""
-    for group in optimizer.param_groups:
-        if parameters := group["params"]:  # at stages above 0 the engine steps one group at a time
-            states = [optimizer.state[p] for p in parameters]
-            share = 1 - decay_at(decay, max(int(state["step"]) for state in states))
-            torch._foreach_lerp_([state[AVERAGE] for state in states], list(parameters), share)
+class FollowWeights:
+    """A hook behind the steps of an optimizer: moves the averages of what it has updated towards the new weights."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self._updates: dict[int, int] = {}  # by the first of the parameters of a step
+
+    @torch.no_grad()
+    def __call__(self, optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if parameters := group["params"]:  # at stages above 0 the engine steps one group at a time
+                states = [optimizer.state[p] for p in parameters]
+                share = 1 - decay_at(self.decay, self._count(parameters[0], states))
+                torch._foreach_lerp_([state[AVERAGE] for state in states], list(parameters), share)
+
+    def _count(self, parameter: Tensor, states: list[dict[str, Any]]) -> int:
+        """Updates so far. They are read from the optimizer once: a fused one counts on the GPU, which the host would wait for."""
+        before = self._updates.get(id(parameter))
+        now = max(int(state["step"]) for state in states) if before is None else before + 1
+        self._updates[id(parameter)] = now
+        return now
 
 
 def keeps_average(optimizer: torch.optim.Optimizer) -> bool:

@@ -10,13 +10,15 @@ Rows may lie in bf16 (`reference.row_dtype`; arithmetic and optimizer state stay
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmref.config import ReferenceConfig
@@ -30,6 +32,21 @@ def rows_of(objects: int, world: int, rank: int) -> tuple[int, int]:
     share = -(-objects // world)
     first = min(rank * share, objects)
     return first, min(share, objects - first)
+
+
+class Rows(NamedTuple):
+    """Some rows of a bank, in ascending order, as this rank sees them: of `ReferenceBank.rows_of`.
+
+    Which of them a rank owns is worked out in host memory, before the step: on a GPU it would have to wait for the answer.
+    """
+
+    numbers: NDArray[np.int64]  # (A,) rows of all objects
+    at: slice  # of those that this rank owns, which lie side by side
+    own: Tensor | slice  # their places in this rank's share, where it lies
+
+    def targets(self, objects: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Places (n,) in these rows of objects (n,), all of which are among them."""
+        return np.searchsorted(self.numbers, objects)
 
 
 class ReferenceBank:
@@ -62,42 +79,45 @@ class ReferenceBank:
         else:  # a row of zeros has not been seen yet
             self.rows = torch.zeros(shape, device=self.home, dtype=self.dtype)
 
-    def select(self, objects: Tensor, step: int) -> Tensor:
-        """Sorted rows (A,) that a step contrasts: the batch's objects and the configured negatives."""
+    def select(self, objects: NDArray[np.int64], step: int) -> Rows:
+        """What a step contrasts: its batch's `objects` (N,) and the configured negatives."""
         if self.config.negatives == "all":
-            return torch.arange(self.objects, device=self.device)
-        active = objects.unique()
+            return self.everyone
         if self.config.negatives == "sampled":
             numbers = np.arange(self.config.sampled_negatives)
             drawn = integers(self.objects, RandomStream.SAMPLED_NEGATIVES, self.seed, step, numbers)
-            active = torch.cat([active, torch.from_numpy(drawn).to(self.device)]).unique()
-        return active
+            objects = np.concatenate([objects, drawn])
+        return self.rows_of(objects)
 
-    def fetch(self, active: Tensor) -> Tensor:
-        """fp32 references (A, K, d) of sorted rows, on every rank; a leaf that collects a gradient under `gradient`."""
+    @functools.cached_property
+    def everyone(self) -> Rows:
+        """The rows of all objects."""
+        return Rows(np.arange(self.objects), slice(self.first, self.first + self.count), slice(0, self.count))
+
+    def rows_of(self, objects: NDArray[np.int64]) -> Rows:
+        """The rows of some objects (n,), each once."""
+        numbers = np.unique(objects)
+        low, high = np.searchsorted(numbers, (self.first, self.first + self.count))
+        own = torch.from_numpy(numbers[low:high] - self.first)
+        return Rows(numbers, slice(int(low), int(high)), own)
+
+    def fetch(self, rows: Rows) -> Tensor:
+        """fp32 references (A, K, d) of some rows, on every rank; a leaf that collects a gradient under `gradient`."""
         if collectives.world_size() == 1:
-            rows = self.rows if len(active) == self.objects else self.rows[active.to(self.home)]
-            rows = rows.to(self.device).float()
-        elif len(active) == self.objects:
+            found = self.rows[rows.own].to(self.device).float()
+        elif len(rows.numbers) == self.objects:
             padded = torch.zeros(self.share, *self.rows.shape[1:], device=self.device)
             padded[: self.count] = self.rows
-            rows = collectives.gather(padded)[: self.objects]
+            found = collectives.gather(padded)[: self.objects]
         else:
-            rows = torch.zeros(len(active), *self.rows.shape[1:], device=self.device)
-            at, own = self._owned(active)
-            rows[at] = self.rows[own].to(self.device).float()
-            rows = collectives.sum_over_ranks(rows)
-        rows = rows.detach()
-        return rows.requires_grad_() if self.config.update == "gradient" else rows
-
-    def _owned(self, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions in `active` of the rows this rank owns, on the device, and their local row numbers, where the rows lie."""
-        mine = (active >= self.first) & (active < self.first + self.count)
-        at = mine.nonzero()[:, 0]
-        return at, (active[at] - self.first).to(self.home)
+            found = torch.zeros(len(rows.numbers), *self.rows.shape[1:], device=self.device)
+            found[rows.at] = self.rows[rows.own].to(self.device).float()
+            found = collectives.sum_over_ranks(found)
+        found = found.detach()
+        return found.requires_grad_() if self.config.update == "gradient" else found
 
     @torch.no_grad()
-    def apply_gradient(self, active: Tensor, grad: Tensor | None, lr: float) -> Tensor:
+    def apply_gradient(self, rows: Rows, grad: Tensor | None, lr: float) -> Tensor:
         """Adam on the owner, rows without a gradient left alone. `grad` (A, K, d) is this rank's; the mean over ranks counts.
 
         Returns the norm of that mean, (), the same on every rank.
@@ -105,47 +125,45 @@ class ReferenceBank:
         if grad is None:
             return torch.zeros((), device=self.device)
         grad = collectives.sum_over_ranks(grad) / collectives.world_size()
-        at, own = self._owned(active)
-        g = grad[at].to(self.home)
-        touched = g.abs().amax((1, 2)) > 0
-        g, own = g[touched], own[touched]
-        self.updates[own] += 1
-        t = self.updates[own].to(g.dtype)[:, None]
-        self.exp_avg[own] = 0.9 * self.exp_avg[own] + 0.1 * g
-        self.exp_avg_sq[own] = 0.999 * self.exp_avg_sq[own] + 0.001 * g.square().mean(-1)
-        second = (self.exp_avg_sq[own] / (1 - 0.999**t)).sqrt() + 1e-8  # (n, K)
-        step = self.exp_avg[own] / (1 - 0.9**t)[..., None] / second[..., None]
-        rows = self.rows[own].float() - lr * step
+        own, g = rows.own, grad[rows.at].to(self.home)
+        touched = g.abs().amax((1, 2)) > 0  # (n,) the others are computed too, and stay: a mask as index would wait for a GPU
+        updates = self.updates[own] + touched
+        t = updates.to(g.dtype).clamp(min=1)[:, None]
+        exp_avg = 0.9 * self.exp_avg[own] + 0.1 * g
+        exp_avg_sq = 0.999 * self.exp_avg_sq[own] + 0.001 * g.square().mean(-1)
+        second = (exp_avg_sq / (1 - 0.999**t)).sqrt() + 1e-8  # (n, K)
+        step = exp_avg / (1 - 0.9**t)[..., None] / second[..., None]
         # Only directions count: unit rows keep the effective step size constant.
-        self.rows[own] = torch.nn.functional.normalize(rows, dim=-1).to(self.dtype)
+        moved = torch.nn.functional.normalize(self.rows[own].float() - lr * step, dim=-1).to(self.dtype)
+        self.updates[own] = updates
+        self.exp_avg[own] = torch.where(touched[:, None, None], exp_avg, self.exp_avg[own])
+        self.exp_avg_sq[own] = torch.where(touched[:, None], exp_avg_sq, self.exp_avg_sq[own])
+        self.rows[own] = torch.where(touched[:, None, None], moved, self.rows[own])
         return grad.norm()
 
     @torch.no_grad()
-    def follow(self, image: Tensor, text: Tensor, objects: Tensor, all_objects: Tensor, momentum: float | None = None) -> None:
+    def follow(self, image: Tensor, text: Tensor, rows: Rows, targets: Tensor, momentum: float | None = None) -> None:
         """Move the references of the batch's objects towards their features; those never seen become their mean.
 
         Args:
             image, text: (n, d) this rank's normalised features.
-            objects: (n,) their object rows.
-            all_objects: (N,) object rows of the whole global batch.
+            rows: of the objects of the whole global batch.
+            targets: (n,) where in these the object of each of this rank's samples is.
             momentum: share of a reference kept, by default the config's; 1 sets those never seen, and no other.
         """
-        keep = self.config.momentum if momentum is None else momentum
-        active = all_objects.unique()
-        at = torch.searchsorted(active, objects).repeat(2)  # (2n,)
+        keep, active = self.config.momentum if momentum is None else momentum, len(rows.numbers)
+        at = targets.repeat(2)  # (2n,)
         features = torch.cat([image, text])
         is_text = torch.arange(len(features), device=features.device) >= len(image)
-        rows = self.fetch(active)
-        slot = assign_features(features, is_text, rows[at], self.config.assign)
+        slot = assign_features(features, is_text, self.fetch(rows)[at], self.config.assign)
         flat = at * self.config.per_object + slot
-        sums = torch.zeros(len(active) * self.config.per_object, self.dim + 1, device=self.device)
+        sums = torch.zeros(active * self.config.per_object, self.dim + 1, device=self.device)
         ones = torch.ones(len(features), 1, device=self.device)
         sums.index_add_(0, flat, torch.cat([features, ones], dim=1))
-        sums = collectives.sum_over_ranks(sums).view(len(active), self.config.per_object, -1)
-        where, own = self._owned(active)
-        mine = sums[where].to(self.home)
-        rows = moving_average(self.rows[own].float(), mine[..., :-1], mine[..., -1], keep)
-        self.rows[own] = rows.to(self.dtype)
+        sums = collectives.sum_over_ranks(sums).view(active, self.config.per_object, -1)
+        mine = sums[rows.at].to(self.home)
+        moved = moving_average(self.rows[rows.own].float(), mine[..., :-1], mine[..., -1], keep)
+        self.rows[rows.own] = moved.to(self.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's rows and optimizer state; global row range: `first`, `first + count`."""

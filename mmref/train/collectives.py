@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Torch 2.13 has it by a new name, and warns of the old one.
@@ -65,3 +67,20 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+class HostGroup:
+    """The ranks' host memory: gathering in it waits for no device, and for none of the collectives that other threads run."""
+
+    def __init__(self) -> None:
+        """Collective where there are several ranks."""
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+
+    def gather(self, x: NDArray[Any]) -> NDArray[Any]:
+        """An array of every rank, in rank order: (...) -> (world, ...). All have the same shape (collective)."""
+        if self._group is None:
+            return x[None]
+        own = torch.from_numpy(x)
+        parts = [torch.empty_like(own) for _ in range(world_size())]
+        dist.all_gather(parts, own, group=self._group)
+        return np.stack([part.numpy() for part in parts])

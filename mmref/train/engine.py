@@ -22,7 +22,7 @@ from mmref.run.checkpoints import AVERAGE, MOMENTS
 from mmref.storage.locations import cache_folder
 from mmref.storage.locks import one_at_a_time
 from mmref.train import collectives
-from mmref.train.average import follow_weights, keeps_average
+from mmref.train.average import FollowWeights, keeps_average
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -87,8 +87,9 @@ def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, A
         "train_batch_size": t.global_batch,
         "train_micro_batch_size_per_gpu": t.global_batch // (world * t.accumulation),
         "gradient_accumulation_steps": t.accumulation,
-        "gradient_clipping": t.clip_norm if t.zero_stage else 0.0,  # at stage 0 `_clip` does it
+        "gradient_clipping": t.clip_norm if t.zero_stage else 0.0,  # at stage 0 `clip` does it
         "zero_optimization": zero,
+        "communication_data_type": t.gradient_dtype,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
         "wall_clock_breakdown": False,
@@ -164,11 +165,14 @@ def build_engine(model: MMRef, config: Config, world: int) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.train), betas=(0.9, config.train.beta2), eps=config.train.eps)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.train), betas=(0.9, config.train.beta2), eps=config.train.eps,
+        fused=config.train.on_gpu or None,  # one kernel for all parameters of a group
+    )  # fmt: skip
     if config.train.zero_stage == 0:
-        optimizer.register_step_pre_hook(partial(_clip, config.train.clip_norm))
+        optimizer.register_step_pre_hook(partial(clip, config.train.clip_norm))
     if config.train.ema:
-        optimizer.register_step_post_hook(partial(follow_weights, config.train.ema))
+        optimizer.register_step_post_hook(FollowWeights(config.train.ema))
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -185,7 +189,7 @@ def build_engine(model: MMRef, config: Config, world: int) -> Any:
     return engine
 
 
-def _clip(max_norm: float, optimizer: Any, *_: Any) -> None:
+def clip(max_norm: float, optimizer: Any, *_: Any) -> None:
     """Clip the gradients (0: no clipping) and leave their norm where the engine looks for it.
 
     DeepSpeed's own clipping at stage 0, where it wraps nothing around the optimizer, keeps no norm.
@@ -276,7 +280,8 @@ def load_state(engine: Any, read: Any, updates: int) -> None:
 def _fresh_state(weight: Tensor, updates: int, averages: bool) -> dict[str, Tensor]:
     """State of an optimizer that has seen no gradient, for a weight of any shape."""
     average = {AVERAGE: weight.clone()} if averages else {}
-    return {"step": torch.tensor(float(updates)), **{k: torch.zeros_like(weight) for k in MOMENTS}, **average}
+    step = torch.tensor(float(updates), device=weight.device)  # where a fused optimizer counts
+    return {"step": step, **{k: torch.zeros_like(weight) for k in MOMENTS}, **average}
 
 
 def _set_shard(p: Any, value: Tensor, key: str | None) -> None:

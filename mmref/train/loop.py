@@ -25,6 +25,7 @@ from mmref.model.mmref import build_model, chosen_precision
 from mmref.run.directory import BAD_SAMPLES, RunDir
 from mmref.run.models import start_of
 from mmref.train import checkpoint_files, collectives
+from mmref.train.ahead import Ahead
 from mmref.train.average import averaged_weights
 from mmref.train.bank import ReferenceBank
 from mmref.train.elastic import accumulation_for
@@ -37,6 +38,7 @@ from mmref.train.step import StepRunner
 from mmref.train.stop import StopNotice
 from mmref.train.validation import Validation, score_of
 
+AGREE_EVERY = 4  # steps on GPUs, which are short, between two agreements on whether to stop
 # Each of these is checked in every step: what is said where it is not finite, and what helps.
 CHECKED = (
     ("the loss of step {} is not finite", "Lower `train.lr`, or raise `loss.tau`."),
@@ -90,7 +92,7 @@ class Worker:
             self.start, self.passed_over = at.step, at.passed_over
             # Ray Data's start-up takes seconds on busy cores: begin reading while the model is built.
             more = self.start < config.train.max_steps
-            self.stream = Stream(config, self.rank, self.world, self.start) if more else None
+            stream = Stream(config, self.rank, self.world, self.start) if more else iter(())
             self.tokens = load_tokens(config)
             shards = ShardSet.open(config.data.root)
             model = build_model(config, self.tokens.vocab_size, index.n_objects).to(self.device)
@@ -107,13 +109,14 @@ class Worker:
             config, self.engine, lambda loss: self.engine.backward(loss, scale_wrt_gas=False), self.engine.step,
             self.bank, self.tokens, self.device,
         )  # fmt: skip
+        self.ahead = Ahead(stream, self.runner.prepare, self.start, config.train.max_steps)
         self.encoder = Encoder(self.engine, self.engine.module, config.data, self.tokens, self.device)
         self.validation = Validation(config) if "val" in shards.splits else None
         self.testing = Validation(config, "test") if config.eval.test_in_training and "test" in shards.splits else None
         share = config.train.global_batch // self.world
         own = range(self.rank * share, (self.rank + 1) * share)
         self.ledger = Ledger(run, self.start, own, self.device)
-        self.notice = StopNotice(run)
+        self.notice = StopNotice(run, AGREE_EVERY if config.train.on_gpu else 1)
         self.bad: set[str] = set()  # since this start: shards may have been mended before it
         self.bad_before: set[str] = set()
         if self.start and run.exists(BAD_SAMPLES):
@@ -131,12 +134,10 @@ class Worker:
         reason = 0
         with self._logging(), Saver(self.run, self.engine, self.bank, config.async_checkpoints) as saver:
             window, pace = Window(self.device), Pace(self.start, config.global_batch)
-            for step in range(self.start, config.max_steps):
-                assert self.stream is not None
-                batch = next(self.stream)
+            for step, (batch, inputs) in enumerate(self.ahead, self.start):
                 self.bad |= {line for b in batch["bad"].tolist() for line in b.split("\n") if line}
                 lr = set_learning_rate(self.engine, step, config)
-                losses = self.runner.run(step, batch)
+                losses = self.runner.run(step, inputs)
                 window.add(step, losses, self.engine.get_global_grad_norm(), self.runner.reference_norm)
                 self.ledger.add(step, batch)
                 done = step + 1
@@ -150,7 +151,7 @@ class Worker:
                 if logs:
                     self._log(self._line(done, lr, window), saver)
                     window = Window(self.device)
-                    self.stream.waited_s = 0.0
+                    self.ahead.waited_s = 0.0
                 if evaluates or reason:
                     began = time.perf_counter()
                     self._log(self._evaluate_and_save(done, saver, evaluate=evaluates), saver)
@@ -161,12 +162,12 @@ class Worker:
                     break
             saver.wait()
             self._log(None, saver)
+        self.ahead.close()
         self.notice.close()
         return reason
 
     def _line(self, done: int, lr: float, window: Window) -> dict[str, Any]:
         """One record of metrics.jsonl; every rank takes part in the means."""
-        assert self.stream is not None
         losses = unpack(collectives.sum_over_ranks(window.losses) / (self.world * window.steps))
         seconds = window.seconds()
         images = self.config.train.global_batch * window.steps / seconds
@@ -181,7 +182,7 @@ class Worker:
             "images_per_second": images,
             "images_per_second_per_worker": images / self.world,
             "step_seconds": seconds / window.steps,
-            "data_wait": self.stream.waited_s / seconds,  # share of the time spent waiting for samples
+            "data_wait": self.ahead.waited_s / seconds,  # share of the time spent waiting for samples
             "memory_gb": _peak_memory_gb(self.device),
             "bad_samples": len(self.bad | self.bad_before),
         }

@@ -45,30 +45,39 @@ def _key(run: RunDir) -> str:
 class StopNotice:
     """A worker's view of requests to stop, the same on every rank at the same step."""
 
-    def __init__(self, run: RunDir) -> None:
-        """Collective where there are several ranks."""
+    def __init__(self, run: RunDir, every: int = 1) -> None:
+        """Collective where there are several ranks, which agree at every so many steps."""
+        self._every = every
         self._several = dist.is_initialized() and dist.get_world_size() > 1
         # The ranks agree on CPU tensors, also where training is on GPUs: reading the answer synchronises no device.
         self._group = dist.new_group(backend="gloo") if self._several else None
         self._answer = torch.zeros(1, dtype=torch.int32)
         self._work: Any = None
+        self._step = 0  # counted from the start of this worker, at the same step on every rank
         self._seen = 0
         self._closed = threading.Event()
         if not self._several or dist.get_rank() == 0:
             threading.Thread(target=self._watch, args=(run,), daemon=True).start()
 
     def agreed(self) -> int:
-        """Once a step (collective): the reason to leave after this step, 0 for none. It is known one step after it came."""
-        own = max(self._seen, DRAIN if node_is_drained() else 0)
+        """Once a step (collective): the reason to leave after this step, 0 for none.
+
+        Where there are several ranks it is known one step after they were to agree.
+        """
+        self._step += 1
         if not self._several:
-            return own
+            return self._wanted()
         before = 0
-        if self._work is not None:
+        if self._work is not None:  # begun a step ago
             self._work.wait()
-            before = int(self._answer)
-        self._answer = torch.tensor([own], dtype=torch.int32)
-        self._work = dist.all_reduce(self._answer, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            before, self._work = int(self._answer), None
+        if self._step % self._every == 0:
+            self._answer = torch.tensor([self._wanted()], dtype=torch.int32)
+            self._work = dist.all_reduce(self._answer, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return before
+
+    def _wanted(self) -> int:
+        return max(self._seen, DRAIN if node_is_drained() else 0)
 
     def close(self) -> None:
         """Stop watching, and take part in the last reduction to its end."""

@@ -64,8 +64,7 @@ class Validation:
         per_query = evaluate_features(text[queries.text], image, queries.objects, objects, RANKED_AT_ONCE, share=share)
         metrics: dict[str, Any] = summarize(per_query)
         if self.refines:
-            everyone = torch.arange(bank.objects, device=bank.device)
-            references = bank.fetch(everyone).detach().float().cpu().numpy()
+            references = bank.fetch(bank.everyone).detach().float().cpu().numpy()
             metrics |= self._refined(references, text, image, objects, share)
         self.encode_seconds, self.rank_seconds = encoded - began, time.perf_counter() - encoded
         return metrics

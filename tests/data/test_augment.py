@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmref.config import DataConfig, from_dict
-from mmref.data.augment import augment, normalize
+from mmref.data.augment import augment, augmentation_draws, normalize
 
 TOTAL = 8
 PLAIN = {"flip": 0.0, "crop_padding": 0, "erase": 0.0, "colour_jitter": 0.0}
@@ -22,7 +22,7 @@ def batch(n=TOTAL, height=10, width=14):
 
 def run(images, first=0, seed=1, step=5, **fields):
     positions = np.arange(first, first + len(images))
-    return augment(images, replace(PLAIN_CONFIG, **{**PLAIN, **fields}), seed, step, positions)
+    return augment(images, augmentation_draws(seed, step, positions), replace(PLAIN_CONFIG, **{**PLAIN, **fields}))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])

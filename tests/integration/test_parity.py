@@ -30,6 +30,11 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp(min=1))
 
 
+def relative_to_largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    return float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
+
+
 def compare(expected: dict[str, Any], found: dict[str, Any]) -> None:
     assert len(found["losses"]) == STEPS
     assert relative(torch.tensor(expected["losses"]), torch.tensor(found["losses"])) < CLOSE
@@ -98,6 +103,16 @@ def test_gradient_references(tmp_path: Path, tiny_set: Path) -> None:
 def wide_alone(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One process, nothing sharded, of towers that are large enough to be partitioned."""
     return run(tmp_path_factory.mktemp("wide"), wide(tiny_set, train__zero_stage=0), 1)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow)])
+def test_gradients_sent_in_bf16(tmp_path: Path, tiny_set: Path, alone: dict[str, Any], stage: int) -> None:
+    """A gradient is off by what bf16 rounds away of each worker's part and of their sum, 2 ** -8 of the largest entry at most
+    for each; losses stay as close."""
+    found = run(tmp_path, tiny(tiny_set, train__workers=2, train__zero_stage=stage, train__gradient_dtype="bf16"), 2)
+    off = [relative_to_largest(gradient, found["first"][name]) for name, gradient in alone["first"].items()]
+    assert 1e-4 < max(off) < 2 * 2**-8, "sent in bf16, and no more than rounded"
+    assert relative(torch.tensor(alone["losses"]), torch.tensor(found["losses"])) < 0.01
 
 
 PARTITIONED = {"train__workers": 2, "train__accumulation": 2, "train__zero_stage": 3}

@@ -71,6 +71,24 @@ def test_dual_from_config_and_from_its_directory(kind, tmp_path):
     torch.testing.assert_close(text, getattr(own, "pooler_output", own))
 
 
+METACLIP = {**CLIP, "model_type": "metaclip_2"}
+
+
+@pytest.mark.parametrize("config", [CLIP, METACLIP], ids=["clip", "metaclip_2"])
+def test_a_causal_text_tower_needs_no_mask(config):
+    """Words, and the feature that is read at the end token, are those that transformers gives with one."""
+    backbone = build(ModelConfig(dual_config=config))
+    ids, mask = captions()
+    given = []
+    backbone.text_model.register_forward_pre_hook(lambda _, __, kw: given.append(kw["attention_mask"]), with_kwargs=True)
+    feature, tokens = backbone.encode_text(ids, mask)
+    assert given == [None]
+    own = backbone.text_model(input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(feature, backbone.text_projection(own.pooler_output))
+    words = mask[..., None].bool()
+    torch.testing.assert_close(tokens.where(words, 0), own.last_hidden_state.where(words, 0))
+
+
 @pytest.mark.parametrize("kind", [*DUALS, "pair"])
 def test_tokens_in_the_shared_space_are_what_global_features_are_made_of(kind):
     ids, mask = captions()

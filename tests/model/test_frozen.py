@@ -13,6 +13,7 @@ from mmref.config import config_hash
 from mmref.errors import ConfigError, StorageError
 from mmref.model.frozen import FrozenTokens, TokenFile
 from mmref.model.mmref import Masked, build_model
+from mmref.model.word_decoder import places_of
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_masked_captions_are_not_kept(cached, tmp_path):
     at = torch.zeros_like(ids, dtype=torch.bool)
     at[:, 2] = True
     references = torch.nn.functional.normalize(torch.ones(4, 1, 8), dim=-1)
-    model(None, None, mask, Masked(ids.masked_fill(at, 4), at, ids, references)).rec_sum.backward()
+    model(None, None, mask, Masked(ids.masked_fill(at, 4), places_of(at), ids[at], references)).rec_sum.backward()
     assert files(tmp_path) == []
 
 

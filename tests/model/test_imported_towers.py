@@ -18,6 +18,7 @@ from mmref.export.write import export_run
 from mmref.model.adapter import Adapter
 from mmref.model.backbone import build_backbone, check_towers, load_tower
 from mmref.model.mmref import build_model
+from mmref.model.word_decoder import places_of
 from mmref.sizing.estimate import measure_model
 
 
@@ -81,7 +82,7 @@ def test_adapters_are_trained_and_new_and_reconstruction_reads_them(make_config,
     at = torch.zeros_like(ids, dtype=torch.bool)
     at[:, 2] = True
     references = torch.nn.functional.normalize(torch.ones(4, 1, 8), dim=-1)
-    out = model(pixels, ids, mask, Masked(ids.masked_fill(at, 4), at, ids, references))
+    out = model(pixels, ids, mask, Masked(ids.masked_fill(at, 4), places_of(at), ids[at], references))
     (out.rec_sum + out.mlm_sum + (out.image * out.text).sum()).backward()
     assert [n for n, p in model.named_parameters() if n in trained and p.grad is None] == []
     assert model.backbone.text_adapter.project.weight.grad.abs().max() > 0

@@ -10,6 +10,7 @@ import torch
 from mmref.data.tokens import load_tokens
 from mmref.model.mmref import Masked, build_model
 from mmref.model.readout import read_captions, telling_words
+from mmref.model.word_decoder import places_of
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def trained(request, tiny_set):
     for _ in range(60):
         at = (torch.rand(ids.shape, generator=generator) < 0.7) & ~special
         at |= (~special) & (at.sum(1, keepdim=True) == 0)
-        masked = Masked(ids.masked_fill(at, tokens.mask_id), at, ids, references)
+        masked = Masked(ids.masked_fill(at, tokens.mask_id), places_of(at), ids[at], references)
         loss = model(None, None, mask, masked).rec_sum / at.sum()
         optimizer.zero_grad()
         loss.backward()

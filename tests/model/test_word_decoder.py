@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmref.model.word_decoder import ImageWordHead, ReconstructionHead, mask_words
+from mmref.model.word_decoder import ImageWordHead, ReconstructionHead, mask_words, places_of
 
 SPECIAL_IDS = (0, 1, 2)  # padding, start, end
 MASK = 3
@@ -33,34 +33,35 @@ def test_masked_positions_only_equal_all_positions_then_selected(layers):
     model, (states, mask, references, at) = head(layers=layers), inputs()
     sizes = []
     model.vocabulary.register_forward_hook(lambda _, given, __: sizes.append(given[0].shape[0]))
-    logits = model(states, mask, references, at)
+    logits = model(states, mask, references, places_of(at))
     assert logits.shape == (6, 50) and sizes == [6], "the vocabulary layer sees the masked positions alone"
-    everywhere = model(states, mask, references, torch.ones_like(at)).view(4, 7, 50)
+    everywhere = model(states, mask, references, places_of(torch.ones_like(at))).view(4, 7, 50)
     torch.testing.assert_close(logits, everywhere[at])
 
 
 def test_no_masked_word_gives_no_rows():
     states, mask, references, at = inputs()
-    assert head()(states, mask, references, torch.zeros_like(at)).shape == (0, 50)
+    assert head()(states, mask, references, places_of(torch.zeros_like(at))).shape == (0, 50)
 
 
 def test_padding_does_not_leak():
     model, (states, mask, references, at) = head(), inputs()
-    logits = model(states, mask, references, at)
+    logits = model(states, mask, references, places_of(at))
     noisy = torch.where(mask[..., None] == 0, torch.randn_like(states) * 9, states)
-    torch.testing.assert_close(model(noisy, mask, references, at), logits)
-    short = model(states[1:2, :5], mask[1:2, :5], references[1:2], at[1:2, :5])
+    torch.testing.assert_close(model(noisy, mask, references, places_of(at)), logits)
+    short = model(states[1:2, :5], mask[1:2, :5], references[1:2], places_of(at[1:2, :5]))
     torch.testing.assert_close(short, logits[2:3])
 
 
 def test_words_read_out_of_the_own_image_alone():
     torch.manual_seed(0)
-    model, (states, mask, _, at) = ImageWordHead(width=32, vocab_size=50, layers=2), inputs()
+    model, (states, mask, _, chosen) = ImageWordHead(width=32, vocab_size=50, layers=2), inputs()
+    at = places_of(chosen)
     tokens = torch.randn(4, 9, 32, generator=torch.Generator().manual_seed(2))
     logits = model(states, mask, tokens, at)
     assert logits.shape == (6, 50)
-    everywhere = model(states, mask, tokens, torch.ones_like(at)).view(4, 7, 50)
-    torch.testing.assert_close(logits, everywhere[at])
+    everywhere = model(states, mask, tokens, torch.arange(chosen.numel())).view(4, 7, 50)
+    torch.testing.assert_close(logits, everywhere[chosen])
     noisy = torch.where(mask[..., None] == 0, torch.randn_like(states) * 9, states)
     torch.testing.assert_close(model(noisy, mask, tokens, at), logits, msg="padding leaks")
     changed = tokens.clone()
@@ -79,10 +80,10 @@ def test_words_read_out_of_the_own_image_alone():
 @pytest.mark.parametrize("memory_tokens, per_object", [(3, 1), (1, 2), (3, 2)])
 def test_logits_depend_on_the_own_reference_alone(memory_tokens, per_object):
     model, (states, mask, references, at) = head(memory_tokens), inputs(per_object)
-    logits = model(states, mask, references, at)
+    logits = model(states, mask, references, places_of(at))
     references = references.clone()
     references[0] = -references[0]
-    changed = model(states, mask, references, at)
+    changed = model(states, mask, references, places_of(at))
     assert (changed[:2] - logits[:2]).abs().max() > 1e-3
     torch.testing.assert_close(changed[2:], logits[2:])
 
@@ -94,8 +95,8 @@ def test_with_several_keys_attention_depends_on_the_query(memory_tokens, per_obj
     read = []
     attention = model.blocks[0].cross_attention.attention
     attention.register_forward_hook(lambda _, __, out: read.append(out[0]))
-    model(states, mask, references, at)
-    model(states.flip(1), torch.ones_like(mask), references, at)
+    model(states, mask, references, places_of(at))
+    model(states.flip(1), torch.ones_like(mask), references, places_of(at))
     across_words = (read[0] - read[0][:, :1]).abs().max()
     assert (across_words > 1e-4) == depends and ((read[1] - read[0]).abs().max() > 1e-4) == depends
 
@@ -104,7 +105,7 @@ def test_gradient_reaches_states_references_and_every_parameter():
     model, (states, mask, references, at) = head(), inputs()
     states.requires_grad_()
     references.requires_grad_()
-    model(states, mask, references, at).square().mean().backward()
+    model(states, mask, references, places_of(at)).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     assert (references.grad[[0, 1, 3]].abs().amax((1, 2)) > 0).all() and (references.grad[2] == 0).all()
     assert (states.grad[mask == 0] == 0).all()

@@ -45,7 +45,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any]) -> None
         memory.peak = memory.live  # what building took for a moment is freed before the activations are there
         for step, batch in enumerate(batches):
             set_learning_rate(engine, step, config.train)
-            runner.run(step, batch)
+            runner.run(step, runner.prepare(step, batch))
     if rank == 0:
         Path(folder, "peak.json").write_text(json.dumps({"peak": memory.peak, "objects": reader.index.n_objects}))
     dist.barrier()

@@ -38,8 +38,6 @@ SCENARIOS: dict[str, tuple[str, int, dict[str, Any]]] = {
 class Batches:
     """The stream of one rank, read in process."""
 
-    waited_s = 0.0
-
     def __init__(self, config: Any, rank: int, world: int, start: int) -> None:
         from mmref.data.reader import StepReader
 
@@ -58,19 +56,19 @@ def _spoil(worker: Any, what: str, at: int) -> None:
     run, apply, now = worker.runner.run, worker.bank.apply_gradient, [-1]
     weight: Any = next(p for name, p in worker.engine.module.named_parameters() if name.endswith("weight"))
 
-    def spoilt_run(step: int, batch: Any) -> torch.Tensor:
+    def spoilt_run(step: int, inputs: Any) -> torch.Tensor:
         now[0] = step
-        losses = run(step, batch)
+        losses = run(step, inputs)
         if step >= at and what == "weights":
             getattr(weight, "ds_tensor", weight).data.view(-1)[0] = torch.nan
         if step >= at and what == "rows":
             worker.bank.rows[0] = torch.inf
         return losses
 
-    def spoilt_apply(active: torch.Tensor, grad: torch.Tensor, lr: float) -> torch.Tensor:
+    def spoilt_apply(rows: Any, grad: torch.Tensor, lr: float) -> torch.Tensor:
         if now[0] >= at and what == "references":
             grad[0] = torch.inf
-        return apply(active, grad, lr)
+        return apply(rows, grad, lr)
 
     worker.runner.run, worker.bank.apply_gradient = spoilt_run, spoilt_apply
     if what == "gradient":

@@ -110,7 +110,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
     engine.train()
     for step in range(start, stop_at):
         set_learning_rate(engine, step, config.train)
-        values_ = runner.run(step, reader.read_step(step))
+        values_ = runner.run(step, runner.prepare(step, reader.read_step(step)))
         losses.append((collectives.sum_over_ranks(values_) / world).tolist())
         norms.append(float(engine.get_global_grad_norm()))
         first = first or dict(gradients)

@@ -50,7 +50,7 @@ class PlainTraining:
     def step(self, step: int) -> Tensor:
         """Losses (len(LOSSES),) of a step over all ranks; gradients lie in the parameters."""
         self.model.zero_grad()
-        losses = self.runner.run(step, self.reader.read_step(step))
+        losses = self.runner.run(step, self.runner.prepare(step, self.reader.read_step(step)))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         together = torch.cat([losses, *(g.flatten() for g in grads)])
@@ -63,7 +63,7 @@ class PlainTraining:
         return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
     def references(self) -> Tensor:
-        return self.bank.fetch(torch.arange(self.bank.objects)).detach().clone()
+        return self.bank.fetch(self.bank.everyone).detach().clone()
 
 
 def train(config: Config, steps: int, rank: int = 0, world: int = 1, lr: float = 0.1) -> Result:

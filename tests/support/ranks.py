@@ -54,22 +54,23 @@ def bank(rank: int, world: int, update: str, per_object: int) -> dict[str, torch
     """References after some updates, and what is fetched of them."""
     g = torch.Generator().manual_seed(1)
     made = ReferenceBank(OBJECTS, DIM, ReferenceConfig(update=update, per_object=per_object), seed=3)
-    out = {"initial": made.fetch(torch.arange(OBJECTS)).detach().clone()}
+    out = {"initial": made.fetch(made.everyone).detach().clone()}
     for step in range(4):
         objects = torch.randint(0, OBJECTS, (SAMPLES,), generator=g)
         features = torch.nn.functional.normalize(torch.randn(2, SAMPLES, DIM, generator=g), dim=-1)
-        active = objects.unique()
+        active = made.rows_of(objects.numpy())
+        targets = torch.from_numpy(active.targets(slice_of(objects, rank, world).numpy()))
         if update == "gradient":
             per_sample = torch.randn(SAMPLES, per_object, DIM, generator=g)
-            grad = torch.zeros(len(active), per_object, DIM)  # a rank's gradient is that of the mean over its samples
+            grad = torch.zeros(len(active.numbers), per_object, DIM)  # a rank's gradient is that of the mean over its samples
             own = slice_of(torch.arange(SAMPLES), rank, world)
-            grad.index_add_(0, torch.searchsorted(active, objects[own]), per_sample[own] / len(own))
+            grad.index_add_(0, targets, per_sample[own] / len(own))
             made.apply_gradient(active, grad, 0.1)
         else:
             image, text = (slice_of(f, rank, world) for f in features)
-            made.follow(image, text, slice_of(objects, rank, world), objects)
+            made.follow(image, text, active, targets)
         out[f"some {step}"] = made.fetch(active).detach().clone()
-    out["final"] = made.fetch(torch.arange(OBJECTS)).detach().clone()
+    out["final"] = made.fetch(made.everyone).detach().clone()
     return out
 
 

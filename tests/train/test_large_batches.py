@@ -71,7 +71,7 @@ def peak_bytes(config) -> int:
     run = PlainTraining(config)
     batch = run.reader.read_step(0)
     with LiveBytes() as memory:
-        run.runner.run(0, batch)
+        run.runner.run(0, run.runner.prepare(0, batch))
     return memory.peak
 
 

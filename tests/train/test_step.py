@@ -119,7 +119,7 @@ def test_references_follow_the_object_that_was_read(make_config, own_set, negati
 
 def inputs(run, step):
     """Pixels, ids, mask, objects, masked ids and masked positions of a step of one rank."""
-    (micro,) = run.runner._micro_batches(step, run.reader.read_step(step), with_masks=run.runner.with_masks)
+    (micro,) = run.runner.prepare(step, run.reader.read_step(step)).micro
     return micro
 
 
@@ -137,12 +137,11 @@ def written_out(run, step, references):
     loss = align + c.loss.w_fuse * fuse + c.loss.w_guide * guide
     rec = torch.zeros(())
     if m.masked is not None:
-        masked_ids, at = m.masked
-        states = run.model.backbone.encode_text(masked_ids, m.mask)[1]
+        states = run.model.backbone.encode_text(m.masked.ids, m.mask)[1]
         own = torch.nn.functional.normalize(references[y], dim=-1)
-        logits = run.model.reconstruct(states, m.mask, own, torch.ones_like(at))
+        logits = run.model.reconstruct(states, m.mask, own, torch.arange(m.ids.numel()))
         per_word = torch.nn.functional.cross_entropy(logits, m.ids.flatten(), reduction="none")
-        rec = per_word[at.flatten()].mean()
+        rec = per_word[m.masked.at].mean()
         loss = loss + c.loss.w_rec * rec
     values = {TOTAL: loss, "loss_align": align, "loss_fuse": fuse, "loss_rec": rec, "loss_guide": guide}
     return loss, pack(values)
@@ -162,12 +161,12 @@ def test_a_step_is_the_sum_of_its_losses(make_config, accumulation, per_object, 
     loss, values = written_out(whole, 3, references)
     loss.backward()
     asked = []
-    run.bank.apply_gradient = lambda active, grad, lr: asked.append((active, grad, lr))
+    run.bank.apply_gradient = lambda rows, grad, lr: asked.append((rows, grad, lr))
     torch.testing.assert_close(run.step(3), values, **CLOSE)
     expected, found = whole.gradients(), run.gradients()
     assert_gradients_close(found, expected)
-    ((active, grad, lr),) = asked
-    assert active.tolist() == list(range(14))
+    ((rows, grad, lr),) = asked
+    assert rows.numbers.tolist() == list(range(14))
     torch.testing.assert_close(grad, references.grad, **CLOSE)
     assert lr == pytest.approx(config.reference.lr * learning_rate(3, config.train) / config.train.lr)
 
@@ -188,11 +187,10 @@ def test_irra_s_objective_is_the_sum_of_its_three_losses(make_config, accumulati
     align = sdm(*unit, y, y, 1 / c.tau) + sdm(*unit[::-1], y, y, 1 / c.tau)
     logits = [model.classify(x) for x in (image, text)]  # of features as they are, not normalised
     identity = sum(torch.nn.functional.cross_entropy(x, y) for x in logits) / 2
-    masked_ids, at = m.masked
-    states = model.backbone.encode_text(masked_ids, m.mask)[1]
+    states = model.backbone.encode_text(m.masked.ids, m.mask)[1]
     seen, read = model.backbone.in_shared_space(tokens, states)
-    words = model.image_words(read, m.mask, seen, torch.ones_like(at))
-    mlm = torch.nn.functional.cross_entropy(words, m.ids.flatten(), reduction="none")[at.flatten()].mean()
+    words = model.image_words(read, m.mask, seen, torch.arange(m.ids.numel()))
+    mlm = torch.nn.functional.cross_entropy(words, m.ids.flatten(), reduction="none")[m.masked.at].mean()
     loss = align + c.w_id * identity + c.w_mlm * mlm
     loss.backward()
     values = {TOTAL: loss, "loss_align": align, "loss_id": identity, "loss_mlm": mlm}
@@ -262,7 +260,7 @@ def test_references_learn_less_from_captions_that_disagree(make_config):
     fuse = reference_loss(both, references, m.objects.repeat(2), 1 / config.reference.tau, weights=each)
     (config.loss.w_fuse * fuse).backward()
     asked = []
-    run.bank.apply_gradient = lambda active, grad, lr: asked.append(grad)
+    run.bank.apply_gradient = lambda rows, grad, lr: asked.append(grad)
     torch.testing.assert_close(run.step(1)[AT["loss_fuse"]], fuse.detach(), **CLOSE)
     torch.testing.assert_close(asked[0], references.grad, **CLOSE)
 
@@ -365,15 +363,18 @@ def test_references_follow_the_features_of_the_step(make_config):
 
 def test_masks_do_not_depend_on_the_partition_and_change_with_the_step(make_config):
     config = make_config({"loss.w_rec": 0.3})
-    whole = inputs(PlainTraining(config), 2).masked
-    parts = [inputs(PlainTraining(config, rank, 4), 2).masked for rank in range(4)]
-    for i in range(2):
-        assert torch.equal(torch.cat([p[i] for p in parts]), whole[i])
+    whole = inputs(PlainTraining(config), 2)
+    parts = [inputs(PlainTraining(config, rank, 4), 2) for rank in range(4)]
+    assert torch.equal(torch.cat([p.masked.ids for p in parts]), whole.masked.ids)
+    assert torch.equal(torch.cat([p.masked.words for p in parts]), whole.masked.words)
+    at = torch.cat([p.masked.at + i * parts[0].ids.numel() for i, p in enumerate(parts)])
+    assert torch.equal(at, whole.masked.at)
     run = PlainTraining(config)
-    ids = inputs(run, 2).ids
+    assert torch.equal(whole.ids.flatten()[at], whole.masked.words)
     special = torch.as_tensor(run.reader.tokens.special_ids)
-    assert whole[1].any(1).all() and not (whole[1] & torch.isin(ids, special)).any()
-    assert not torch.equal(whole[1], inputs(run, 3).masked[1])
+    assert (at // whole.ids.shape[1]).unique().tolist() == list(range(len(whole.ids))), "a word of each caption"
+    assert not torch.isin(whole.masked.words, special).any()
+    assert not torch.equal(at, inputs(run, 3).masked.at)
 
 
 def test_a_rank_draws_for_its_own_samples_alone(make_config, monkeypatch):
@@ -392,7 +393,7 @@ def test_a_rank_draws_for_its_own_samples_alone(make_config, monkeypatch):
         run = PlainTraining(config, 0, world)
         batch = run.reader.read_step(2)
         drawn.clear()
-        run.runner._micro_batches(2, batch, with_masks=True)
+        run.runner.prepare(2, batch)
         sizes[world] = sum(drawn)
     assert sizes[1] == 4 * sizes[4] > 0
 

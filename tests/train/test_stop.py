@@ -21,7 +21,7 @@ from mmref.train import stop, trainer
 STEPS = 500
 
 
-def _rank(rank: int, world: int, folder: str) -> None:
+def _rank(rank: int, world: int, folder: str, every: int) -> None:
     """Steps of different lengths on each rank until a request that rank 0 alone can see."""
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -29,7 +29,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     stop.POLL_S = 0.05
     stop._requested = lambda run: stop.TERMINATE if time.monotonic() - began > 0.3 else 0
     stop.node_is_drained = lambda: False
-    notice = stop.StopNotice(RunDir(folder))
+    notice = stop.StopNotice(RunDir(folder), every)
     reason, step = 0, 0
     while step < STEPS and not reason:
         time.sleep(0.002 * (1 + rank))
@@ -39,12 +39,13 @@ def _rank(rank: int, world: int, folder: str) -> None:
     Path(folder, f"rank-{rank}").write_text(f"{step} {reason}")
 
 
-def test_ranks_leave_after_the_same_step_for_the_same_reason(tmp_path: Path) -> None:
-    mp.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
+@pytest.mark.parametrize("every", [1, 4])
+def test_ranks_leave_after_the_same_step_for_the_same_reason(tmp_path: Path, every: int) -> None:
+    mp.start_processes(_rank, (2, str(tmp_path), every), nprocs=2, start_method="fork")
     left = [tuple(map(int, (tmp_path / f"rank-{rank}").read_text().split())) for rank in range(2)]
     assert left[0] == left[1]
     step, reason = left[0]
-    assert 0 < step < STEPS and reason == stop.TERMINATE
+    assert 0 < step < STEPS and reason == stop.TERMINATE and (step - 1) % every == 0
 
 
 @pytest.fixture

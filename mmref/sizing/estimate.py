@@ -149,11 +149,12 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
         contrast += rows * (2 if r.update == "gradient" else 1) + 3 * against_rows
 
     passes = 3 * t.accumulation if t.accumulation > 1 else 2  # forward and backward, and a forward before under caching
+    sent = trained / 2 if t.gradient_dtype == "bf16" else trained  # the gradients, once
     send_gradients = {
-        0: _reduced(world, trained),
-        1: _reduced(world, trained),  # to their owners, and the updated weights back
-        2: (t.accumulation + 1) * _gathered(world, trained),  # reduced after every micro-batch
-        3: t.accumulation * _gathered(world, trained) + passes * _gathered(world, weights),
+        0: _reduced(world, sent),
+        1: _gathered(world, sent) + _gathered(world, trained),  # to their owners, and the updated weights back
+        2: t.accumulation * _gathered(world, sent) + _gathered(world, trained),  # reduced after every micro-batch
+        3: t.accumulation * _gathered(world, sent) + passes * _gathered(world, weights),
     }[stage]
     send_references = 0.0
     if uses_references:

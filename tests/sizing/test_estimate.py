@@ -142,7 +142,7 @@ def test_scaled_keeps_the_share_of_a_worker(make_config):
 
 
 CLIP_B16 = [
-    "--config", str(ROOT / "configs" / "clip_vit_b16.yaml"), "--model.dual", "",
+    "--config", str(ROOT / "configs" / "clip_vit_b16.yaml"), "--model.dual", "", "--train.zero_stage", "1",
     "--model.dual_config", "{model_type: clip, vision_config: {patch_size: 16}}", "--reference.negatives", "sampled",
 ]  # fmt: skip
 

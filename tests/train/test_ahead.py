@@ -15,7 +15,8 @@ from support.plain_training import PlainTraining
 
 from mmref.errors import SampleError
 from mmref.train.ahead import Ahead
-from mmref.train.inputs import Staging
+from mmref.train.bank import ReferenceBank
+from mmref.train.inputs import Preparation, Staging
 
 
 def numbers(first: int, end: int) -> Iterator[Any]:
@@ -128,3 +129,22 @@ def test_memory_is_used_again_every_second_step(monkeypatch: pytest.MonkeyPatch)
         stage("a", np.zeros(count, np.int32))
         stage.end()
     assert made == [16, 16, 20, 20], "a larger array takes new memory"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies beside a step are a GPU's")
+def test_a_gpu_is_given_what_the_host_makes(make_config: Any) -> None:
+    """From pinned memory, on a stream of their own, while the GPU is busy with the step before."""
+    overrides = {"loss.w_rec": 0.3, "reference.negatives": "sampled", "reference.sampled_negatives": 3}
+    near, device = PlainTraining(make_config(overrides)), torch.device("cuda")
+    config, tokens = near.config, near.reader.tokens
+    bank = ReferenceBank(near.reader.index.n_objects, 8, config.reference, config.train.seed, device)
+    made = Ahead((near.reader.read_step(step) for step in range(6)), Preparation(config, bank, tokens, device), 0, 6)
+    busy = torch.randn(4096, 4096, device=device)
+    for step, (_, inputs) in enumerate(made):
+        busy = (busy @ busy).clamp(-1, 1)
+        (found,), (expected,) = inputs.take().micro, near.runner.prepare(step, near.reader.read_step(step)).micro
+        torch.testing.assert_close(found.pixels.cpu(), expected.pixels)
+        for name in ("ids", "mask", "objects", "targets"):
+            assert torch.equal(getattr(found, name).cpu(), getattr(expected, name))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found.masked, expected.masked))
+    made.close()

@@ -114,6 +114,8 @@ def test_the_same_arithmetic_as_the_collectives(make_config):
     assert size(make_config, train__workers=4, loss__w_guide=0.0, loss__w_fuse=0.0).send_references == 0
     third = size(make_config, train__workers=4, train__zero_stage=3)
     assert third.send_gradients == 0.75 * 4000 + 2 * 0.75 * 4000
+    in_bf16 = size(make_config, train__workers=4, train__zero_stage=1, train__gradient_dtype="bf16")
+    assert in_bf16.send_gradients == 0.75 * 2000 + 0.75 * 4000, "weights come back as they are"
 
 
 def test_gradient_caching_computes_a_forward_more(make_config):

@@ -108,11 +108,12 @@ def wide_alone(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradients_sent_in_bf16(tmp_path: Path, tiny_set: Path, alone: dict[str, Any], stage: int) -> None:
     """A gradient is off by what bf16 rounds away of each worker's part and of their sum, 2 ** -8 of the largest entry at most
-    for each; losses stay as close."""
+    for each; losses stay closer. Attention does not see the biases of its keys: their gradient is rounding alone."""
     found = run(tmp_path, tiny(tiny_set, train__workers=2, train__zero_stage=stage, train__gradient_dtype="bf16"), 2)
-    off = [relative_to_largest(gradient, found["first"][name]) for name, gradient in alone["first"].items()]
+    seen = {name: gradient for name, gradient in alone["first"].items() if not name.endswith(("k_proj.bias", "key.bias"))}
+    off = [relative_to_largest(gradient, found["first"][name]) for name, gradient in seen.items()]
     assert 1e-4 < max(off) < 2 * 2**-8, "sent in bf16, and no more than rounded"
-    assert relative(torch.tensor(alone["losses"]), torch.tensor(found["losses"])) < 0.01
+    assert relative(torch.tensor(alone["losses"]), torch.tensor(found["losses"])) < 1e-3
 
 
 PARTITIONED = {"train__workers": 2, "train__accumulation": 2, "train__zero_stage": 3}

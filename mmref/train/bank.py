@@ -27,7 +27,7 @@ from mmref.randomness import RandomStream, integers
 from mmref.train import collectives
 
 
-def rows_of(objects: int, world: int, rank: int) -> tuple[int, int]:
+def owned_rows(objects: int, world: int, rank: int) -> tuple[int, int]:
     """The first row that a rank owns, and how many."""
     share = -(-objects // world)
     first = min(rank * share, objects)
@@ -61,7 +61,7 @@ class ReferenceBank:
         self.device = torch.device(device)
         world, rank = collectives.world_size(), collectives.rank()
         self.share = -(-objects // world)  # rows of one rank; the last may own fewer
-        self.first, self.count = rows_of(objects, world, rank)
+        self.first, self.count = owned_rows(objects, world, rank)
         last = self.first + self.count
         own_ids = np.arange(self.first, last) if object_ids is None else object_ids[self.first : last]
         self.object_ids: pa.LargeStringArray = pa.array(own_ids).cast(pa.large_string())  # of this rank's share

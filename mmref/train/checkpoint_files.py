@@ -48,7 +48,7 @@ from mmref.run.directory import RunDir
 from mmref.run.row_file import CHUNK, pack_ids, row_files
 from mmref.run.tensor_files import write_file
 from mmref.train import collectives
-from mmref.train.bank import ReferenceBank, rows_of
+from mmref.train.bank import ReferenceBank, owned_rows
 from mmref.train.engine import iterate_state, load_state
 from mmref.version import __version__
 
@@ -184,7 +184,7 @@ def resume_point(run: RunDir, objects: int) -> Iterator[ResumePoint]:
 def _needed(info: CheckpointInfo, objects: int, ranks: list[int]) -> list[str]:
     """Files of a checkpoint that these ranks need. What does not say which rows it has (of an older version, or added by `mmref
     references add`) is needed by all."""
-    own = [rows_of(objects, collectives.world_size(), rank) for rank in ranks]
+    own = [owned_rows(objects, collectives.world_size(), rank) for rank in ranks]
 
     def needed(found: dict[str, Any]) -> bool:
         if "rows" not in found:

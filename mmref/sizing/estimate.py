@@ -31,7 +31,7 @@ class ModelSize:
     trained: int
     embed_dim: int
     activations: int  # bytes at the peak of the forward pass: what it keeps for the backward pass, and what it works on
-    forward_flops: int
+    features_flops: int  # forward to the features alone, without heads: what gradient caching does twice
     flops: int  # forward and backward
     left_out: int = 0  # parameters below LoRA's adapters, which checkpoints leave out
 
@@ -106,6 +106,9 @@ def measure_model(config: Config, micro_batch: int, objects: int = 0) -> ModelSi
         with LiveBytes() as memory, flops:
             out = model(pixels, ids, torch.ones_like(ids), masked, torch.zeros(micro_batch, dtype=torch.long))
         forward = flops.get_total_flops()
+        with flops, torch.no_grad():
+            model(pixels, ids, torch.ones_like(ids))
+        features = flops.get_total_flops()
         assert out.image is not None and out.text is not None
         heads = [part for part in (out.rec_sum, out.mlm_sum, out.id_sum) if part is not None]
         loss = sum(heads, out.image.sum() + out.text.sum())
@@ -117,10 +120,29 @@ def measure_model(config: Config, micro_batch: int, objects: int = 0) -> ModelSi
         sum(p.numel() for p in parameters if p.requires_grad),
         model.embed_dim,
         memory.peak,
-        forward,
+        features,
         forward + flops.get_total_flops(),
         sum(p.numel() for name, p in model.named_parameters() if name in left_out),
     )
+
+
+def flops_of_a_pair(config: Config, tokens: int, objects: int = 0) -> float:
+    """FLOPs that one image and its caption of so many tokens need in a step: forward and backward of towers and heads.
+
+    What a step does beside that does not count, so that it shows as a lower utilization: padding, the second forward of
+    gradient caching, recomputed activations. Nor do the products with the global batch and the references, which are below
+    a hundredth at the size of a ViT-B. Raises ModelError.
+
+    Args:
+        objects: of training, which the classifier of `loss.w_id` has a row for.
+    """
+    pairs = 2  # the words masked in a single short caption may round to none
+    needed = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, max_tokens=tokens),
+        train=dataclasses.replace(config.train, gradient_checkpointing=False),
+    )
+    return measure_model(needed, pairs, objects).flops / pairs
 
 
 def compute_sizing(config: Config, objects: int, model: ModelSize | None = None) -> Sizing:
@@ -166,7 +188,7 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
 
     samples = batch * (3 * config.data.image_height * config.data.image_width + 2 * 4 * config.data.max_tokens + 4 * INT64)
     blocks = config.data.readers * TASKS_PER_READER + 1  # in work, waiting, and the one that is being taken from
-    extra_pass = t.accumulation * model.forward_flops if t.accumulation > 1 else 0
+    extra_pass = t.accumulation * model.features_flops if t.accumulation > 1 else 0
     return Sizing(
         workers=world,
         global_batch=t.global_batch,

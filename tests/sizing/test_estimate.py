@@ -14,7 +14,7 @@ from mmref.model.mmref import build_model
 from mmref.sizing.estimate import ModelSize, compute_sizing, measure_model, scaled
 
 ROOT = Path(__file__).parents[2]
-SMALL = ModelSize(parameters=1_000, trained=1_000, embed_dim=8, activations=500, forward_flops=10, flops=30)
+SMALL = ModelSize(parameters=1_000, trained=1_000, embed_dim=8, activations=500, features_flops=10, flops=30)
 
 
 def test_the_model_is_counted_as_it_is(make_config):
@@ -24,7 +24,9 @@ def test_the_model_is_counted_as_it_is(make_config):
     assert found.parameters == sum(p.numel() for p in real.parameters())
     assert found.trained == found.parameters - 1  # the temperature is not learned
     assert found.embed_dim == real.embed_dim
-    assert 2.5 < found.flops / found.forward_flops < 3.1
+    plain = measure_model(make_config(), 4)
+    assert 2.5 < plain.flops / plain.features_flops < 3.1
+    assert found.features_flops == plain.features_flops, "heads do not count"
 
 
 def test_flops_and_activations_grow_with_the_batch_and_with_reconstruction(make_config):
@@ -47,7 +49,7 @@ def test_recomputed_activations_are_smaller_and_cost_a_forward(make_config):
     plain = measure_model(make_config(towers), 8)
     again = measure_model(make_config({**towers, "train.gradient_checkpointing": True}), 8)
     assert again.activations < 0.6 * plain.activations
-    assert plain.flops < again.flops < plain.flops + plain.forward_flops
+    assert plain.flops < again.flops < plain.flops + plain.features_flops
 
 
 def test_an_average_is_held_and_saved_as_a_moment_is(make_config):

@@ -147,6 +147,10 @@ class NonFiniteLossError(MMRefError):
     overwritten."""
 
 
+class DeviceMemoryError(MMRefError):
+    """A worker's GPU has no memory left: the same step would meet the same end, so the run stops."""
+
+
 class EvaluationError(MMRefError):
     """Nothing can be measured: scores or features hold NaN, or no query has a match in the gallery."""
 

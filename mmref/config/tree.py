@@ -278,6 +278,8 @@ class TrainConfig:
     """Gradient norm is clipped to this; 0: no clipping."""
     log_every: int = option(10, at_least=1, unit="steps", identity=False)
     """Steps between log lines (the only host synchronisation)."""
+    profile: int = option(0, at_least=0, unit="steps", identity=False)
+    """Steps that rank 0 traces after ten to warm up, into `profile/` of the run; 0: none. `--profile` alone traces 5."""
     sinks: list[str] = option([], identity=False)
     """Where the numbers of metrics.jsonl go besides TensorBoard: wandb, mlflow, trackio, or what a package provides."""
     eval_every: int = option(0, at_least=0, unit="steps", identity=False)

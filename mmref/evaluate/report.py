@@ -105,6 +105,7 @@ def render_report(
             strip_width=_longest(examples),
             row_width=_longest(opening["examples"]),
             skipped=metrics.get("skipped") or [],
+            training_speed=_training_speed(history),
             config=yaml.safe_dump(json.loads(json.dumps(dict(config), default=str)), sort_keys=False, allow_unicode=True),
         )
     )
@@ -363,6 +364,20 @@ def _moves_in_words(moves: Mapping[str, int], shown: int) -> str:
         said = f"Refinement moved the first right image of none of the {same} captions."
     drawn = "Of each kind one is shown," if all(moves.values()) and shown == len(moves) else "Those shown are"
     return f"{said} {drawn} drawn at random with a fixed seed, if possible with a right image in a row."
+
+
+def _training_speed(history: Sequence[Mapping[str, Any]]) -> str:
+    """Medians over the log lines in a sentence, "" without any."""
+    keys = ("images_per_second", "tflops_per_worker", "mfu")
+    images, tera, mfu = (float(np.median(values)) if len(values := _series(history, key)[1]) else None for key in keys)
+    if images is None:
+        return ""
+    said = f"Training took in {_count(images)} images/s"
+    if tera is not None:
+        said += f", {tera:.3g} TFLOP/s a worker"
+    if mfu is not None:
+        said += f", which is {100 * mfu:.1f} % of what the GPU can do (MFU)"
+    return f"{said} (medians of the log lines)."
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -37,9 +37,17 @@ def log_line(record: dict[str, Any], max_steps: int, eta_s: float | None) -> str
     parts = "  ".join(f"{name.removeprefix('loss_')} {record[name]:.3f}" for name in LOSSES if record.get(name))
     left = "" if eta_s is None else f"  eta {clock(eta_s)}"
     return (
-        f"{head}  {parts}  {record['images_per_second']:.0f} images/s  wait {100 * record['data_wait']:.1f} %  "
+        f"{head}  {parts}  {record['images_per_second']:.0f} images/s{_of_gpu(record)}  wait {100 * record['data_wait']:.1f} %  "
         f"{record['memory_gb']:.1f} GB{left}"
     )
+
+
+def _of_gpu(record: dict[str, Any]) -> str:
+    """What a log line makes of a GPU: its MFU, or TFLOP/s where nobody knows what it can do; "" on a CPU."""
+    if "mfu" not in record:
+        return ""
+    mfu = record["mfu"]
+    return f"  {record['tflops_per_worker']:.0f} TFLOP/s" if mfu is None else f"  MFU {100 * mfu:.1f} %"
 
 
 def start_line(record: dict[str, Any]) -> str:

@@ -10,12 +10,18 @@ from mmref.storage.locations import absolute
 from mmref.terminal.arguments import place
 from mmref.terminal.parser import Parser
 
+PROFILED_STEPS = 5  # of `--profile` without a number
+
 
 def train_main(argv: Sequence[str]) -> int:
     """`mmref train` and jobs/train.py."""
     from mmref.config import load_config
 
-    _, words = Parser(prog="mmref train", add_help=False, allow_abbrev=False).parse_known_args(argv)
+    parser = Parser(prog="mmref train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--profile", nargs="?", type=int, const=PROFILED_STEPS)  # the help of the config tells of it
+    args, words = parser.parse_known_args(argv)
+    if args.profile is not None:
+        words += ["--train.profile", str(args.profile)]
     config = load_config(words)
     need("train", "mmref train")
     from mmref.train.trainer import train as run

@@ -32,8 +32,11 @@ from mmref.train.elastic import accumulation_for
 from mmref.train.engine import all_finite, average_statistics, build_engine, set_learning_rate, trained_tensors
 from mmref.train.ledger import Ledger
 from mmref.train.logs import RunLog
+from mmref.train.memory import out_of_memory, peak_memory_gb
+from mmref.train.profiler import StepProfiler
 from mmref.train.saver import Saver
 from mmref.train.sinks import Sinks, run_of
+from mmref.train.speed import Speed
 from mmref.train.step import StepRunner
 from mmref.train.stop import StopNotice
 from mmref.train.validation import Validation, score_of
@@ -60,9 +63,15 @@ def train_worker(values: dict[str, Any]) -> int:
     Returns 0 at the end of training, or the reason (mmref.train.stop) why the workers left before it, at a checkpoint.
     Raises the errors of mmref.errors, which end the run; others are failures that a restart of the workers may cure.
     """
+    import ray.train
+
     config = from_dict(values)
     trust_own(config.model)
-    return Worker(config, RunDir(config.run_dir)).train()
+    run = RunDir(config.run_dir)
+    try:
+        return Worker(config, run).train()
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, config, run, ray.train.get_context().get_world_rank()) from error
 
 
 class Worker:
@@ -97,6 +106,7 @@ class Worker:
             shards = ShardSet.open(config.data.root)
             model = build_model(config, self.tokens.vocab_size, index.n_objects).to(self.device)
             self.images = len(index)
+            self.speed = Speed(config, self.device, model.bf16, model.backbone.trims_texts, index.n_objects)
             self.engine = build_engine(model, config, self.world)
             self.bank = ReferenceBank(
                 index.n_objects, model.embed_dim, config.reference, config.train.seed, self.device, index.object_ids
@@ -132,14 +142,23 @@ class Worker:
         eval_every = config.steps_between_evaluations
         self.engine.train()
         reason = 0
-        with self._logging(), Saver(self.run, self.engine, self.bank, config.async_checkpoints) as saver:
+        with (
+            self._logging(),
+            Saver(self.run, self.engine, self.bank, config.async_checkpoints) as saver,
+            StepProfiler(self.run, 0 if self.rank else config.profile, self.device) as profiler,
+        ):
             window, pace = Window(self.device), Pace(self.start, config.global_batch)
             for step, (batch, inputs) in enumerate(self.ahead, self.start):
                 self.bad |= {line for b in batch["bad"].tolist() for line in b.split("\n") if line}
+                if step == self.start and not self.rank:
+                    began = time.perf_counter()
+                    self.speed.learn(batch)
+                    window.pause(time.perf_counter() - began)
                 lr = set_learning_rate(self.engine, step, config)
                 losses = self.runner.run(step, inputs)
                 window.add(step, losses, self.engine.get_global_grad_norm(), self.runner.reference_norm)
                 self.ledger.add(step, batch)
+                profiler.step()
                 done = step + 1
                 if estimate := pace(done):
                     self._log(estimate, saver)
@@ -181,9 +200,10 @@ class Worker:
             "grad_norm": float(self.engine.get_global_grad_norm()),
             "images_per_second": images,
             "images_per_second_per_worker": images / self.world,
+            **self.speed(images / self.world),
             "step_seconds": seconds / window.steps,
             "data_wait": self.ahead.waited_s / seconds,  # share of the time spent waiting for samples
-            "memory_gb": _peak_memory_gb(self.device),
+            "memory_gb": peak_memory_gb(self.device),
             "bad_samples": len(self.bad | self.bad_before),
         }
         return record
@@ -359,11 +379,3 @@ class Window:
 
     def seconds(self) -> float:
         return max(1e-9, time.perf_counter() - self.began - self.paused_s)
-
-
-def _peak_memory_gb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -28,6 +28,7 @@ from mmref.train import checkpoint_files
 from mmref.train import loop as training
 from mmref.train.saver import Saver
 from mmref.train.sinks import SinkRun, Sinks
+from mmref.train.speed import Speed
 from mmref.train.validation import Validation
 
 PAGE = Path(__file__).parents[2] / "docs" / "run-directory.md"
@@ -131,12 +132,14 @@ def evaluated(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str
 def test_metrics_jsonl(
     config: Config, evaluated: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    speed = Speed(config, torch.device("cpu"), False, True, 0)
+    speed.flops, speed.on_gpu = 1e9, True
     window = training.Window(torch.device("cpu"))
     window.add(0, torch.ones(len(LOSSES)), 1.0, 1.0)
     worker: Any = SimpleNamespace(
         config=config, world=1, device=torch.device("cpu"), bad=set(), bad_before=set(),
         stream=SimpleNamespace(waited_s=0.0), runner=SimpleNamespace(logits=[torch.tensor([10.0]), torch.tensor([-9.0])]),
-        engine=SimpleNamespace(get_global_grad_norm=lambda: 1.0),
+        engine=SimpleNamespace(get_global_grad_norm=lambda: 1.0), speed=speed,
     )  # fmt: skip
     line = training.Worker._line(worker, 1, 0.1, window)
 

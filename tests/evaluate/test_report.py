@@ -374,3 +374,15 @@ def test_a_notebook_shows_metrics_as_a_table():
     assert [row[0] for row in cells[6:]] == ["image to text", "initial", "refined"], "it has no intervals"
     assert "&lt;b&gt;set, test: 6,156 queries" in page and "weight 0.2 on all candidates; chosen on val" in page
     assert metrics == dict(metrics) and metrics["refined"]["R@1"] == 42.0
+
+
+def test_the_speed_of_training_is_told_with_what_the_gpu_made_of_it():
+    line = {"step": 10, "loss": 1.0, "images_per_second": 1000.0, "tflops_per_worker": 396.04, "mfu": 0.4002}
+    assert "Training took in 1,000 images/s, 396 TFLOP/s a worker, which is 40.0 % of what the GPU can do" in render(
+        history=[line]
+    )
+    unknown = render(history=[{**line, "mfu": None}])
+    assert "396 TFLOP/s a worker (medians" in unknown and "MFU" not in unknown
+    old = render()
+    assert "Training took in 200 images/s (medians" in old, "lines of an older version"
+    assert "Training took" not in render(history=[])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import signal
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from support.jobs import Job, lines_of_ray, losses, records, wait_for, write_config
 
 from mmref.config import Config
@@ -35,7 +37,7 @@ def config_file(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two workers that nobody disturbs."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    status, output = Job("train.py", "--config", str(config_file), "--run_dir", str(run)).wait()
+    status, output = Job("train.py", "--config", str(config_file), "--run_dir", str(run), "--profile", "3").wait()
     assert status == 0, output
     assert "text to image" in output, "the table is printed"
     assert not lines_of_ray(output)
@@ -76,6 +78,15 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert list((undisturbed / "tensorboard").iterdir())
     assert (undisturbed / "config.yaml").exists()
     assert 1 <= len(list((undisturbed / "checkpoints").glob("step-*"))) <= 3
+
+
+def test_the_steps_that_were_asked_for_are_traced(undisturbed: Path) -> None:
+    trace = json.loads(gzip.decompress((undisturbed / "profile" / "trace.json.gz").read_bytes()))
+    steps = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#10", "ProfilerStep#11", "ProfilerStep#12"}
+    table = (undisturbed / "profile" / "operators.txt").read_text()
+    assert table.startswith("3 steps after 10") and "aten::" in table
+    assert yaml.safe_load((undisturbed / "config.yaml").read_text())["train"]["profile"] == 3
 
 
 def test_evaluate_job_repeats_the_metrics(undisturbed: Path, tiny_set: Path, tmp_path: Path) -> None:

@@ -97,3 +97,10 @@ def test_a_driver_that_joins_later_tells_what_is_new(tmp_path, capsys):
         lines.flush()
         progress._show()
     assert capsys.readouterr().out == "training on 2 workers, resuming at step 10\n"
+
+
+def test_the_line_of_a_gpu_has_its_mfu_or_what_it_computes():
+    speed = {"tflops_per_worker": 396.04}
+    assert "10 images/s  MFU 40.0 %  wait" in log_line({"step": 1, **LOSS, **speed, "mfu": 0.4002}, 2, None)
+    assert "10 images/s  396 TFLOP/s  wait" in log_line({"step": 1, **LOSS, **speed, "mfu": None}, 2, None)
+    assert "10 images/s  wait" in log_line({"step": 1, **LOSS, **speed}, 2, None), "of a CPU"

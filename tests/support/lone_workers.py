@@ -32,6 +32,7 @@ SCENARIOS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "weights that are partitioned": ("weights", 3, {"train.zero_stage": 3}),
     "references": ("rows", 3, {}),
     "nothing": ("", 0, {}),
+    "nothing at stage 3": ("", 0, {"train.zero_stage": 3}),
 }
 
 

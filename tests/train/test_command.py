@@ -9,7 +9,7 @@ import pytest
 from support.plain_training import PlainTraining
 
 from mmref.cli import main
-from mmref.config import from_dict, load_config, to_dict
+from mmref.config import config_hash, from_dict, load_config, to_dict
 from mmref.model.flops import flop_counter
 from mmref.run.directory import JsonLines, RunDir
 from mmref.train import trainer
@@ -25,6 +25,19 @@ def test_the_last_lines_name_the_report_and_the_next_command(tmp_path, monkeypat
     *report, following = capsys.readouterr().out.splitlines()[-2:]
     assert following.endswith(f"mmref index PHOTOS --model '{tmp_path / 'a run'}' --out INDEX")
     assert report == ([f"report: {tmp_path / 'a run'}/report.html"] if metrics else []), "none is written without an evaluation"
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [([], 0), (["--profile"], 5), (["--profile", "2"], 2), (["--profile=2"], 2), (["--train.profile", "3"], 3)],
+)
+def test_profile_is_a_flag_of_its_own(tmp_path, monkeypatch, words, steps):
+    given = []
+    monkeypatch.setattr(trainer, "train", given.append)
+    argv = ["train", *words, "--config", str(ROOT / "configs/smoke.yaml"), "--run_dir", str(tmp_path / "run")]
+    assert main(argv) == 0
+    assert given[0].train.profile == steps
+    assert config_hash(given[0]) == config_hash(load_config(argv[-4:])), "the same run"
 
 
 def test_the_demo_ends_with_the_commands_that_come_next(tmp_path, monkeypatch, capsys):

@@ -43,11 +43,15 @@ def test_the_first_step_is_named_and_nothing_is_saved_behind_it(ended, tiny_set,
     assert offenders["step"] == step and len(offenders["image_ids"]) == 8 and set(offenders["image_ids"]) <= set(known)
 
 
-def test_a_sound_run_comes_to_its_end_and_logs_the_norm(ended) -> None:
+@pytest.mark.parametrize("name", ["nothing", "nothing at stage 3"])
+def test_a_sound_run_comes_to_its_end_and_logs_the_norm_and_the_speed(ended, name: str) -> None:
     folder, errors = ended
-    assert errors["nothing"] == ["", ""] and checkpoints(folder / "nothing") == [2, 4, 6]
-    norms = [r["grad_norm"] for r in read_jsonl(RunDir(str(folder / "nothing"))) if "grad_norm" in r]
-    assert norms and all(norm > 0 for norm in norms)
+    assert errors[name] == ["", ""] and checkpoints(folder / name) == [2, 4, 6]
+    lines = [r for r in read_jsonl(RunDir(str(folder / name))) if "loss" in r]
+    assert lines and all(line["grad_norm"] > 0 for line in lines)
+    flops = [line["tflops_per_worker"] / line["images_per_second_per_worker"] * 1e12 for line in lines]
+    assert flops == pytest.approx([flops[0]] * len(flops)) and 1e5 < flops[0] < 1e7, "a pair of tiny towers"
+    assert not any("mfu" in line for line in lines), "nobody says what a CPU can do"
 
 
 def test_a_window_keeps_the_first_step_of_each_kind() -> None:

@@ -6,7 +6,7 @@ The samples are the run's own, read before the clock starts. Rounds alternate be
 machine meets all alike; the median of the rounds' ratios is reported.
 
 MFU is the FLOPs of a step, counted on the step itself, over its time and the peak of the device: NVIDIA's figure for dense
-bf16 where the GPU is known, else the fastest of some large matrix products in the run's precision.
+products in the run's precision where the GPU is known, else the fastest of some large matrix products in the run's precision.
 
 `--parts` adds MMRef's step without what makes it cheaper: with every caption padded, with PyTorch's gradient of depthwise
 kernels, and with both, as version 0.2.0 had it. `--caption-tokens 29` gives captions lengths around that mean, whatever the
@@ -27,7 +27,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from whole_run import run_trainer
 
 from mmref.config import Config, from_dict, load_config, to_dict
 from mmref.config.inputs import settled
@@ -37,6 +36,7 @@ from mmref.data.reader import StepReader
 from mmref.model import depthwise
 from mmref.model.flops import flop_counter
 from mmref.model.mmref import build_model
+from mmref.sizing.peaks import multiplied_in, peak_flops
 from mmref.train import inputs
 from mmref.train.bank import ReferenceBank
 from mmref.train.engine import parameter_groups
@@ -65,23 +65,13 @@ PARTS = {  # MMRef's step, as it was in version 0.2.0 in some respects
 }
 COMPILED = "MMRef, compiled"
 
-PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-}  # dense bf16 FLOP/s
 
-
-def peak_flops(device: torch.device, bf16: bool) -> tuple[float, str]:
+def reachable_flops(device: torch.device, bf16: bool) -> tuple[float, str]:
     """FLOP/s that a device can reach, and where the number comes from."""
-    if device.type == "cuda" and bf16:
+    if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for known, peak in PEAKS.items():
-            if known in name.split():
-                return peak, f"{name}, data sheet"
+        if peak := peak_flops(name, multiplied_in(bf16)):
+            return peak, f"{name}, data sheet"
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     best = float("inf")
@@ -102,7 +92,7 @@ def variant(config: Config, losses: dict[str, float]) -> Config:
 def build(config: Config, reader: StepReader, device: torch.device) -> Any:
     """A function that runs one step of a variant with AdamW."""
     model = build_model(config, reader.tokens.vocab_size, reader.index.n_objects).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.train))
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.train), fused=device.type == "cuda")
     bank = ReferenceBank(reader.index.n_objects, model.embed_dim, config.reference, config.train.seed, device)
 
     def update() -> None:
@@ -148,6 +138,8 @@ def seconds_of_a_step(run: Any, batches: list[Any]) -> float:
 
 def compare_with_ray(config: Config, reader: StepReader, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """The trainer between two measurements of the bare step; `ratio` is its images/s over the bare step's."""
+    from whole_run import run_trainer  # what is behind it needs Ray, and the rest does without
+
     run, _ = build(config, reader, device)
     batches = [reader.read_step(s) for s in range(args.steps)]
 
@@ -194,7 +186,7 @@ def main() -> None:
         compiled = variant(config, VARIANTS["MMRef"])
         compiled.train.compile = True
         runs[COMPILED] = build(compiled, reader, device)[0]
-    peak, peak_source = peak_flops(device, next(iter(built.values()))[1])
+    peak, peak_source = reachable_flops(device, next(iter(built.values()))[1])
     result: dict[str, dict[str, float]] = {}
     for name, run in runs.items():  # warms up as well
         began = time.perf_counter()

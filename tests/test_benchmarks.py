@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -85,6 +86,55 @@ def test_syncs(tmp_path: Path) -> None:
     found = run(tmp_path, "syncs.py", "--only", "clip_vit_b16", "cuhk_pedes")["rows"]
     assert [row["config"] for row in found] == ["clip_vit_b16", "cuhk_pedes"]
     assert all(row["sync_ops"] == row["pageable_copies"] == 0 for row in found)
+
+
+@pytest.mark.slow
+def test_gpu_rehearsed(tmp_path: Path) -> None:
+    """All parts but those that compile and that start Ray; the tests marked `gpu` run too."""
+    parts = ("steps", "tests", "cache", "bank", "ranking", "profile")
+    call("benchmarks/gpu.py", "--tiny", "--minutes", "20", "--only", *parts, "--out", str(tmp_path))
+    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert list(found) == list(parts) and {entry["status"] for entry in found.values()} == {"ok"}
+    steps = {(row["variant"], row["batch"]): row for row in found["steps"]["rows"]}
+    assert len(steps) == 7 and all(row["finite"] and row["pairs_per_second"] > 0 for row in steps.values())
+    for (variant, batch), row in steps.items():
+        plain = steps["plain loop", batch]
+        assert row["ratio_to_plain"] == pytest.approx(row["pairs_per_second"] / plain["pairs_per_second"]), variant
+    flops = {name: steps[name, 16]["tflops"] / steps[name, 16]["pairs_per_second"] for name, _ in steps}
+    assert flops["plain loop"] == pytest.approx(flops["align-only"]) and flops["MMRef + reconstruction"] > flops["MMRef"]
+    assert [row["batch"] for row in found["cache"]["rows"]] == [32, 8]
+    assert [(row["rows_on"], row["objects"]) for row in found["bank"]["rows"]] == [
+        ("device", 20), ("device", 2000), ("host", 20), ("host", 2000)
+    ]  # fmt: skip
+    assert found["ranking"]["mmref_r1"] == pytest.approx(found["ranking"]["bare_r1"]) and 0 < found["ranking"]["bare_r1"] < 100
+    assert "passed" in found["tests"]["outcome"] and not found["tests"]["failures"]
+    assert (tmp_path / "profile" / "trace.json.gz").exists()
+    page = (tmp_path / "gpu.md").read_text()
+    assert "A rehearsal" in page and "| MMRef + reconstruction | 16 |" in page
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+def test_a_part_of_gpu_that_fails_or_takes_too_long_is_written_down(gpu: Any, tmp_path: Path) -> None:
+    for folder in ("parts", "logs"):
+        (tmp_path / folder).mkdir()
+    failed = gpu.run_part("ranking", 120, ["--tiny", "--nonsense"], tmp_path)
+    assert failed["status"] == "failed" and "--nonsense" in failed["printed_last"]
+    assert gpu.run_part("ranking", 0.2, ["--tiny"], tmp_path)["status"] == "ended after its 0 s"
+
+
+def test_what_a_trace_says_of_a_gpu(gpu: Any) -> None:
+    kernels = [
+        {"cat": "kernel", "name": "gemm", "ts": ts, "dur": dur} for ts, dur in ((100, 50), (120, 10), (140, 20), (180, 20))
+    ]
+    others = ("aten::_local_scalar_dense", "Memcpy HtoD (Pageable -> Device)", "Memcpy HtoD (Pinned -> Device)", "aten::mm")
+    found = gpu.of_trace([*kernels, *({"name": name} for name in others)], 2)
+    assert found["waits_per_step"] == {"aten::_local_scalar_dense": 0.5} and found["pageable_copies_per_step"] == 0.5
+    assert found["kernels_per_step"] == 2 and found["gpu_busy"] == pytest.approx(0.8), "80 of 100, where two overlap once"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""StepRunner around a plain module, without DeepSpeed or Ray: what the tests of steps and ranks run."""
+"""StepRunner around a plain module, without DeepSpeed or Ray: what the tests of steps, ranks and GPUs run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mmref.train.bank import ReferenceBank
 from mmref.train.engine import learning_rate, parameter_groups
 from mmref.train.step import StepRunner
 
+CPU = torch.device("cpu")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 AT = {name: place for place, name in enumerate(LOSSES)}  # where each loss stands in what a step returns
 
@@ -33,16 +34,16 @@ class Result:
 class PlainTraining:
     """Reader, model, bank and runner of one rank; after `step` the gradients are the mean over ranks."""
 
-    def __init__(self, config: Config, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, config: Config, rank: int = 0, world: int = 1, device: torch.device = CPU) -> None:
         self.config = config
         self.reader = StepReader(config, rank, world)
-        self.model: MMRef = build_model(config, self.reader.tokens.vocab_size, self.reader.index.n_objects).train()
-        self.bank = ReferenceBank(self.reader.index.n_objects, self.model.embed_dim, config.reference, config.train.seed)
+        objects = self.reader.index.n_objects
+        self.model: MMRef = build_model(config, self.reader.tokens.vocab_size, objects).train().to(device)
+        self.bank = ReferenceBank(objects, self.model.embed_dim, config.reference, config.train.seed, device)
         self.boundaries = 0
         self.runner = StepRunner(
-            config, self.model, lambda loss: loss.backward(), self._boundary, self.bank, self.reader.tokens,
-            torch.device("cpu"),
-        )  # fmt: skip
+            config, self.model, lambda loss: loss.backward(), self._boundary, self.bank, self.reader.tokens, device
+        )
 
     def _boundary(self) -> None:
         self.boundaries += 1
@@ -66,14 +67,14 @@ class PlainTraining:
         return self.bank.fetch(self.bank.everyone).detach().clone()
 
 
-def train(config: Config, steps: int, rank: int = 0, world: int = 1, lr: float = 0.1) -> Result:
-    """A few steps of plain gradient descent, which hides no factor in a gradient as Adam would."""
-    run = PlainTraining(config, rank, world)
+def train(config: Config, steps: int, rank: int = 0, world: int = 1, lr: float = 0.1, device: torch.device = CPU) -> Result:
+    """A few steps of plain gradient descent, which hides no factor in a gradient as Adam would; results lie in memory."""
+    run = PlainTraining(config, rank, world, device)
     losses, gradients, references = [], [], []
     for step in range(steps):
-        losses.append(run.step(step))
-        gradients.append(run.gradients())
-        references.append(run.references())
+        losses.append(run.step(step).cpu())
+        gradients.append({name: grad.cpu() for name, grad in run.gradients().items()})
+        references.append(run.references().cpu())
         with torch.no_grad():
             for parameter in run.model.parameters():
                 if parameter.grad is not None:

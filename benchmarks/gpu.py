@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import gzip
 import importlib.util
 import json
@@ -174,6 +175,7 @@ def plain_loop(config: Config, device: torch.device) -> Callable[[int, Any], tor
 def measured(part: Part, run: Callable[[int, Any], torch.Tensor], batches: Sequence[Any], flops: float) -> dict[str, Any]:
     """Time of a step, what it computes, and its largest memory; `flops` of a pair. The first steps warm up."""
     if part.on_gpu:
+        gc.collect()  # the model before this one
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -211,9 +213,9 @@ def share_of_peak(part: Part, tflops: float) -> dict[str, float]:
 def time_variants(part: Part, names: Iterable[str], batch: int, steps: int, counted: dict[str, float], **train: Any) -> None:
     """A row for each variant at one batch; `counted` keeps FLOPs of a pair. A variant without memory has a row that says so."""
     plain = None
+    reader, batches = batches_of(config_of(part, batch, VARIANTS[ALIGN], **train), steps)  # the same for all losses
     for name in names:
         config = config_of(part, batch, VARIANTS.get(name, VARIANTS[ALIGN]), **train)
-        reader, batches = batches_of(config, steps)
         key = ALIGN if name == PLAIN else name
         if key not in counted:
             tokens = round(float(np.mean([b["mask"].sum(1).mean() for b in batches])))
@@ -359,7 +361,7 @@ def whole_part(part: Part) -> None:
 
 
 PARTS: dict[str, tuple[Callable[[Part], None], float, str]] = {  # what runs, its seconds at most, its heading; by what they tell
-    "steps": (steps_part, 130, "Steps, eager"),
+    "steps": (steps_part, 150, "Steps, eager"),
     "tests": (tests_part, 75, "Tests marked `gpu`"),
     "compiled": (compiled_part, 110, "Steps, compiled"),
     "cache": (cache_part, 50, "Gradient caching"),

@@ -38,7 +38,7 @@ class StepProfiler:
             self._profile = profile(activities=activities, schedule=plan, on_trace_ready=self._write, record_shapes=True)
             self._profile.__enter__()
             if self.on_gpu:
-                torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
+                torch.cuda.memory._record_memory_history(stacks="python", max_entries=ALLOCATIONS)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.plain_training import PlainTraining
 from support.tiny_set import BERT, CONVNEXT, VIT
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmref.config import Config
 from mmref.model.flops import flop_counter
@@ -94,6 +95,19 @@ def test_gradient_caching_computes_the_features_twice(make_config, heads):
     model = measure_model(config, config.micro_batch, 14)
     assert compute_sizing(config, 14, model).flops == pytest.approx(counted(config, 10), **CLOSE)
     assert flops_of_a_pair(config, 10) == flops_of_a_pair(make_config(TOWERS["clip"] | heads), 10), "of which one is needed"
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_counts_alike_whether_it_is_fused_or_not(backend):
+    """PyTorch's own counter passes over the fused kernel of a CPU."""
+    query, key, value = (torch.randn(2, 4, tokens, 16, requires_grad=True) for tokens in (20, 12, 12))
+    with sdpa_kernel(backend):
+        with flop_counter() as counter:
+            out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        assert counter.get_total_flops() == 2 * (2 * 2 * 4 * 20 * 12 * 16)
+        with counter:
+            out.sum().backward()
+    assert counter.get_total_flops() == 4 * (2 * 2 * 4 * 20 * 12 * 16)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from step import VARIANTS, build, variant, with_lengths
 from mmref.config import Config, from_dict
 from mmref.data.reader import StepReader
 from mmref.evaluate.metrics import evaluate_features, summarize
+from mmref.evaluate.shares import QueryShare
 from mmref.run.directory import RunDir
 from mmref.sizing.estimate import flops_of_a_pair
 from mmref.sizing.peaks import multiplied_in, peak_flops
@@ -315,7 +316,7 @@ def ranking_part(part: Part) -> None:
         captions=count, bare_on_device_s=time.perf_counter() - began, bare_r1=100 * float((first == 1).mean()), **memory_of(part)
     )
     began = time.perf_counter()
-    found = summarize(evaluate_features(text, image, labels, labels))
+    found = summarize(evaluate_features(text, image, labels, labels, share=QueryShare(device=part.device)))
     part.put(mmref_s=time.perf_counter() - began, mmref_r1=found["R@1"])
 
 

@@ -19,7 +19,8 @@ from mmref.evaluate.refinement import ReferenceSpace, candidates, choose_refinem
 from mmref.evaluate.shares import ALONE, QueryShare
 
 CPU = torch.device("cpu")
-DEVICES = [CPU, pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = [CPU, pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 GRID = refinement_grid(("sparse", "dense", "expansion"), (0.1, 0.8), (2, 200), (0.05,), (None, 10))
 
 

@@ -45,7 +45,7 @@ def counted(config: Config, tokens: int) -> int:
     batch = run.reader.read_step(0)
     batch["mask"] = (np.arange(config.data.max_tokens) < tokens).astype(np.int32)[None].repeat(len(batch["ids"]), 0)
     with flop_counter() as counter:
-        run.runner.run(0, batch)
+        run.runner.run(0, run.runner.prepare(0, batch))
     return counter.get_total_flops()
 
 

@@ -313,17 +313,18 @@ def test_a_node_downloads_what_it_needs_alone(make_config, trained, two_checkpoi
         run.write_text(name, json.dumps(meta))
     told = iter([[checkpoints.inspect_checkpoints(run), []]])
     others = {tuple: ("another node", "/nowhere"), list: [], type(None): None}
+    config = make_config({**OVERRIDES, "train.seed": 9})
+    engine = Training(config).engine
     monkeypatch.setattr(collectives, "rank", lambda: 1)
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     monkeypatch.setattr(collectives, "gather_objects", lambda own: next(told, [others[type(own)], own]))
-    config = make_config({**OVERRIDES, "train.seed": 9})
     bank = type(trained.bank)(OBJECTS, trained.bank.dim, config.reference, 0)
     with checkpoint_files.resume_point(run, OBJECTS) as at:
         if not run.local:
             rows = ["references-0.safetensors"] * older + ["references-1.safetensors"]
             both = [f"{kind}-{rank}.safetensors" for kind in ("model", "optimizer") for rank in (0, 1)]
             assert sorted(os.listdir(at.folder)) == both + rows
-        at.load(Training(config).engine, bank)
+        at.load(engine, bank)
     assert bank.first == OBJECTS // 2
     assert torch.equal(bank.rows, trained.bank.rows[bank.first :]), "its own rows, whoever wrote them"
 

@@ -20,6 +20,7 @@ from mmref.errors import RunDirectoryError, ShardSetError, StorageError
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
 from mmref.evaluate.choose import choose_on_val, settings_of, trained_space
 from mmref.evaluate.class_protocol import class_metrics, class_queries
+from mmref.evaluate.close_match import choose_close_match
 from mmref.evaluate.examples import choose_further, choose_opening, count_moves
 from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
 from mmref.evaluate.protocols import CAPTIONS_AS_ONE, IMAGE_TO_IMAGE, Chosen, protocols
@@ -125,7 +126,7 @@ def chosen_evaluation(
         chosen = {CAPTIONS: Chosen(best, "val", tried)}
         chosen |= {name: protocol.choose(config, space, "val") for name, protocol in protocols(config, val).items()}
     say(f"scoring {split} ...")
-    return Evaluation(config, features[split], space, chosen)
+    return Evaluation(config, features[split], space, chosen, val)
 
 
 def start_metrics(run: RunDir, split: str) -> dict[str, Any] | None:
@@ -300,9 +301,10 @@ class Evaluation:
         features: SplitFeatures,
         space: ReferenceSpace | None,
         chosen: Mapping[str, Chosen],
+        val: SplitFeatures | None = None,
     ) -> None:
-        """chosen: the refinements, as of `chosen_before`; none for those that are not there."""
-        self.config, self.features, self.space, self.chosen = config, features, space, chosen
+        """chosen: the refinements, as of `chosen_before`; none for those that are not there. val: says which cosine is close."""
+        self.config, self.features, self.space, self.chosen, self.val = config, features, space, chosen, val
         self.settings = chosen.get(CAPTIONS, Chosen()).settings
         q = features.queries
         # The same words for the same object rank alike: each pair of text and object is scored once.
@@ -353,6 +355,8 @@ class Evaluation:
                 "refined": summarize(refined, at),
                 "ci95": bootstrap_ci(refined.take(at), q.objects[at], n),
             }
+        val = self.val
+        close = choose_close_match(val.text, val.queries, val.image, val.image_objects) if val else None
         return {
             "n_queries": len(initial),
             "n_excluded": initial.n_excluded,
@@ -361,6 +365,7 @@ class Evaluation:
             "initial": summarize(initial),
             "refined": summarize(refined),
             "refinement": {**chosen.to_dict(), "tried": chosen.tried},
+            **({"close_match": close} if close else {}),
             "ci95": bootstrap_ci(refined, q.objects, n),
             "ci95_initial": bootstrap_ci(initial, q.objects, n),
             "refinement_gain": paired_difference(initial, refined, q.objects, n),

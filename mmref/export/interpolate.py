@@ -74,7 +74,7 @@ def interpolate(
     reported = val if split == "val" else encode_split(encoder, config, shards, split)
     chosen = {CAPTIONS: Chosen(settings, "val", grid)}
     chosen |= {name: protocol.choose(config, space, "val") for name, protocol in protocols(config, val).items()}
-    metrics = {"split": split, **Evaluation(config, reported, space, chosen).metrics()}
+    metrics = {"split": split, **Evaluation(config, reported, space, chosen, val).metrics()}
     reached = {name: value for name, value in best.items() if name != "share"}
     return Interpolation(best["share"], reached, tried, metrics)
 

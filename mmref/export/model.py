@@ -85,6 +85,13 @@ class Model:
         """Width d of the shared space."""
         return int(self.module.embed_dim)
 
+    @property
+    def close_cosine(self) -> float | None:
+        """Cosine with a sentence below which an image is hardly ever the right one, as chosen on val; None where it is not known:
+        of pretrained models, of exports before 0.3, of a val split with few captions."""
+        close = self.card.get("close_match")
+        return float(close["cosine"]) if close else None
+
     def encode_text(self, texts: Sequence[str], batch: int = 128) -> Floats:
         """n sentences -> (n, d). Longer ones are cut to `config.data.max_tokens` tokens."""
         if isinstance(texts, str):

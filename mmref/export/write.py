@@ -138,6 +138,7 @@ def _write(run_dir: str, data: str | None, target: Path, name: str, interpolated
         "refinement": asdict(settings if space else RefinementSettings(weight=0.0)),
         "val": info.meta.get("val", {}),
         **extra,
+        **({"close_match": metrics["close_match"]} if "close_match" in metrics else {}),
         metrics["split"]: {k: metrics[k] for k in ("initial", "refined", "ci95", "n_queries", "n_gallery")},
     }
     (target / "config.json").write_text(json.dumps(card, indent=1))

@@ -17,7 +17,7 @@ from support.tiny_run import make_run, random_features
 
 from mmref.config import Config
 from mmref.data.shard_set import ShardSet
-from mmref.evaluate import evaluation
+from mmref.evaluate import close_match, evaluation
 from mmref.evaluate.metrics import METRIC_NAMES
 from mmref.evaluate.shares import ALONE
 from mmref.losses.objective import LOSSES
@@ -77,6 +77,7 @@ def config(make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) 
 
 def test_metrics_json(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "run_features", random_features)
+    monkeypatch.setattr(close_match, "FEWEST", 1)
     make_run(config, str(tmp_path), {})
     line = {"step": 20, **{f"test_{m}": v for m, v in SCORES.items()}}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")  # of `eval.test_in_training`

@@ -206,6 +206,16 @@ def test_the_card_holds_the_metrics_and_its_three_lines_work(exported, tmp_path,
     assert not [n for n in folder.rglob("*") if n.suffix in (".bin", ".pt", ".pkl")], "nothing is pickled"
 
 
+def test_what_is_close_goes_with_the_model(make_config, tmp_path):
+    run = tmp_path / "run"
+    make_run(make_config({}), str(run), {})
+    assert mmref.load(exporting.export_run(str(run), str(tmp_path / "old")), "cpu").close_cosine is None
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["close_match"] = {"cosine": 0.25, "missed": 0.04, "n_queries": 50}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert mmref.load(exporting.export_run(str(run), str(tmp_path / "new")), "cpu").close_cosine == 0.25
+
+
 @pytest.mark.parametrize("learned", [{}, {"reference.update": "gradient", "loss.w_fuse": 0.0}], ids=str)
 def test_heads_of_training_stay_behind(make_config, tmp_path, learned):
     """Every loss with a head switched on: what an export holds is what features need.

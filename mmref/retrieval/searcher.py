@@ -374,6 +374,11 @@ class Searcher:
         object_id = self.model.object_ids[row]
         return Reference(object_id, self._captions.get(object_id, ""), gain)
 
+    @property
+    def reference_captions(self) -> list[str]:
+        """A caption of each reference's object, where the training set could be read when the index was made."""
+        return list(self._captions.values())
+
     @cached_property
     def _captions(self) -> dict[str, str]:
         return bundle.read_reference_captions(self.index / "model")

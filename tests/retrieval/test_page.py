@@ -13,6 +13,7 @@ import uvicorn
 from PIL import Image
 from support.browser import Page, browser, find_chromium
 
+from mmref.export.model import Model
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.access import Access
@@ -28,6 +29,8 @@ TOKEN = "0123456789abcdef"
 LIMITS = Limits(rate=0, image_bytes=20_000)
 RESULTS = "document.querySelectorAll('#results button').length"
 IDS = "[...document.querySelectorAll('#results button')].map(b => b.dataset.id)"
+EXPLAINED = "document.querySelector('#detail').open && document.querySelector('#references').ariaBusy === 'false'"
+OLD = "parseFloat(getComputedStyle(document.querySelector('#results')).opacity) < 0.6"
 QUIET = "document.querySelector('#results').getAttribute('aria-busy') === 'false'"
 
 
@@ -100,6 +103,23 @@ def test_results_fill_when_typing_stops(page, server):
     assert page.errors == []
 
 
+def test_bars_compare_results_and_what_is_far_is_said(page, server, monkeypatch):
+    search(page, "red circle")
+    shares = [r.score for r in Searcher(str(server.engine._searcher.index)).search("red circle", top=12)]
+    shares = [max(0.0, score / shares[0]) for score in shares]
+    shown = page.run("[...document.querySelectorAll('#results .bar span')].map(e => parseFloat(e.style.width) / 100)")
+    assert shown == pytest.approx(shares, abs=1e-3)
+    assert page.run("document.querySelector('#far').hidden"), "nobody has said what is close for this model"
+    assert page.run("getComputedStyle(document.querySelector('#results')).opacity") == "1", "what has come is not dimmed"
+    monkeypatch.setattr(Model, "close_cosine", 2.0)
+    page.type(" nonsense")
+    page.wait("!document.querySelector('#far').hidden")
+    assert "No close match" in page.text("#far") and page.run(RESULTS) == 12
+    monkeypatch.setattr(Model, "close_cosine", -2.0)
+    page.type(" more")
+    page.wait("document.querySelector('#far').hidden")
+
+
 def test_an_old_answer_never_replaces_a_newer_one(page, server):
     page.run(
         "window.real = window.fetch; window.fetch = async (path, options) => {"
@@ -138,24 +158,90 @@ def test_refinement_shows_what_moved_and_by_how_much(page, server):
     assert not any(page.run(shown).values())
 
 
-def test_a_result_opens_with_its_map_references_and_reasons(page, server):
+def test_a_result_opens_with_its_facts_first_and_each_reference_once(page, server):
     search(page, "red circle 0")
     page.click("#results button")
-    page.wait("document.querySelectorAll('#why li').length > 4")
-    why = page.text("#why")
+    page.wait(EXPLAINED)
     result = Searcher(str(server.engine._searcher.index)).search("red circle 0", top=12)[0]
+    why = page.text("#why")
+    places = [why.index(heading) for heading in ("About the image", "Why it is here", "References it shares with the query")]
+    assert places == sorted(places) and result.id in page.text("#facts")
     assert f"Rank 1: likeness {result.initial:.3f} + {result.score - result.initial:.3f} from references" in why
-    assert "References that raise it" in why and result.references[0].caption in why and "References nearest to both" in why
-    drawn = (
-        "(() => { const c = document.querySelector('#detail canvas');"
-        "return new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size; })()"
-    )
-    assert page.run(drawn) > 8, "an overlay of many shades"
+    assert result.references[0].caption in why
+    assert page.run("document.querySelectorAll('#references > ul > li').length") == 4
+    assert not page.run("document.querySelector('#references details').open"), "the rest is folded"
+    page.click("summary")
+    told = page.run("[...document.querySelectorAll('#references li > span:first-of-type')].map(e => e.innerText)")
+    assert len(told) == len(set(told)) > 4, "each reference once"
     page.click("#overlay")
     assert page.run("document.querySelector('#detail canvas').hidden")
+    page.click("#overlay")
     page.press("Escape")
     page.wait("!document.querySelector('#detail').open")
     assert page.errors == []
+
+
+ANSWER = (  # explanations come late, changed by `change`, as the page itself asks for them
+    "window.real ||= window.fetch; window.fetch = async (path, options) => {{"
+    "  const answer = await real(path, options);"
+    "  if (!`${{path}}`.startsWith('explain')) return answer;"
+    "  await new Promise(done => setTimeout(done, 500));"
+    "  const found = await answer.json(); ({change})(found); return Response.json(found); }}"
+)
+
+
+def test_the_detail_view_does_not_jump_while_it_fills(page):
+    page.run(ANSWER.format(change="found => {}"))
+    search(page, "blue star")
+    page.click("#results button")
+    places = (
+        "JSON.stringify(['#detail', '#detail figure', '#facts', '#references']"
+        ".map(s => document.querySelector(s).getBoundingClientRect()).map(b => [b.x, b.y, b.width]))"
+    )
+    page.wait("document.querySelectorAll('#references .awaited').length > 0")
+    before, height = page.run(places), page.run("document.querySelector('#detail').offsetHeight")
+    page.wait(EXPLAINED)
+    assert page.run(places) == before and page.run("document.querySelector('#detail').offsetHeight") == height
+
+
+def painted(page: Page, x: int, y: int) -> bool:
+    """Whether the map covers a point of its 7 x 7 grid."""
+    return page.run(
+        "(() => { const c = document.querySelector('#detail canvas');"
+        f"const at = [{x} / 7 * c.width - 1, {y} / 7 * c.height - 1];"
+        "return c.getContext('2d').getImageData(...at, 2, 2).data.some(v => v > 0); })()"
+    )
+
+
+def test_the_strongest_cells_are_outlined_and_a_flat_map_is_told(page):
+    page.run(ANSWER.format(change="found => { found.cosine = 0.5; found.heat = found.heat.map(r => r.map(() => 0.001));"
+                                  "found.heat[2][3] = found.heat[2][4] = 0.2; found.heat[6][6] = 0.05; }"))  # fmt: skip
+    search(page, "blue star")
+    page.click("#results button")
+    page.wait(EXPLAINED)
+    assert all(painted(page, x, y) for x, y in ((3.5, 2), (4.5, 2), (3, 2.5), (5, 2.5), (3.5, 3), (4.5, 3)))
+    assert not any(painted(page, x, y) for x, y in ((3.5, 2.5), (4, 2.5), (6.5, 6.5), (6, 6.5), (1, 1))), "no veil"
+    assert "Outlined" in page.text("#legend") and not page.run("document.querySelector('#overlay').disabled")
+    page.press("Escape")
+    page.run(ANSWER.format(change="found => { found.cosine = 0.5; found.heat = found.heat.map(r => r.map(() => 0.02)); }"))
+    page.click("#results button")
+    page.wait(EXPLAINED)
+    assert not painted(page, 3, 2.5)
+    assert "No part stands out" in page.text("#legend") and page.run("document.querySelector('#overlay').disabled")
+
+
+def test_references_without_a_picture_wait_in_the_fold(tab, tiny_set, run, tmp_path):
+    index.create(str(tiny_set), str(run), str(tmp_path / "all"), workers=0)
+    with Server(tmp_path / "all") as server:
+        tab.open(server.url)
+        tab.wait("document.querySelector('#filters select')")
+        tab.run(ANSWER.format(change="found => { found.references[0].item_id = found.shared[0].item_id = null; }"))
+        search(tab, "green circle")
+        tab.click("#results button")
+        tab.wait(EXPLAINED)
+        assert tab.run("document.querySelectorAll('#references > ul > li').length") == 4
+        assert tab.run("[...document.querySelectorAll('#references > ul > li')].every(li => li.querySelector('img'))")
+        assert tab.run("document.querySelectorAll('#references details li:not(:has(img))').length") > 0
 
 
 def test_objects_with_their_images(page, server):
@@ -170,12 +256,12 @@ def test_objects_with_their_images(page, server):
     assert small == [len(o.images) - 1 for o in objects]
     at = next(place for place, o in enumerate(objects) if len(o.images) > 1)
     page.run(f"document.querySelectorAll('#results button')[{at}].click()")
-    page.wait("document.querySelectorAll('#why dd').length > 0")
+    page.wait(EXPLAINED)
     first, second = objects[at].images[:2]
     assert page.run("document.querySelectorAll('#images button').length") == len(objects[at].images)
-    assert f"Rank {at + 1}" in page.text("#why") and first.id in page.text("#why dl")
+    assert f"Rank {at + 1}" in page.text("#why") and first.id in page.text("#facts")
     page.click("#images button:nth-child(2)")
-    page.wait(f"document.querySelector('#why dl')?.innerText.includes({second.id!r})")
+    page.wait(f"document.querySelector('#facts').innerText.includes({second.id!r})")
     assert "Image 2 of this object" in page.text("#why")
     assert page.run("[...document.querySelectorAll('#images button')].map(b => b.ariaPressed)")[:2] == ["false", "true"]
     page.press("ArrowLeft" if at else "ArrowRight")
@@ -224,7 +310,7 @@ def test_an_image_is_dropped_and_taken_away(page, server, tmp_path):
     assert page.run(IDS) == [r.id for r in expected] and expected[0].id == item
     assert page.run("document.querySelector('#weight').hidden && !document.querySelector('#picture').hidden")
     page.click("#results button")
-    page.wait("document.querySelectorAll('#why li').length > 4")
+    page.wait(EXPLAINED)
     page.press("Escape")
     page.click("#picture button")
     page.wait(f"{RESULTS} === 0 && document.querySelector('#picture').hidden")
@@ -236,16 +322,99 @@ def test_errors_are_shown_as_errors(page, tmp_path, server, monkeypatch):
     page.drop(tmp_path / "broken.png")
     page.wait("!document.querySelector('#error').hidden")
     assert "The image cannot be read." in page.text("#error") and "Send a whole JPEG" in page.text("#error")
-    assert page.run(RESULTS) == 0
+    assert page.run(RESULTS) == 12 and page.run(OLD), "what was found before stays, dimmed"
+    assert page.run("document.querySelector('#retry').hidden"), "the same again would be the same"
     Image.effect_noise((200, 200), 90).save(tmp_path / "large.png")
     page.drop(tmp_path / "large.png")
     page.wait("document.querySelector('#error').innerText.includes('20,000')")
     page.click("#text")
     page.type(" star")
     page.wait(f"{RESULTS} > 0 && document.querySelector('#error').hidden")
-    page.run("window.fetch = () => Promise.reject(new TypeError('no network'))")
-    page.type(" 7")
+
+
+def test_results_stay_while_the_service_is_away_and_come_back_with_it(page):
+    search(page, "red")
+    found = page.run(IDS)
+    page.run("window.real = window.fetch; window.fetch = () => Promise.reject(new TypeError('no network'))")
+    page.type(" star 7")
     page.wait("document.querySelector('#error').innerText.includes('The service does not answer.')")
+    assert page.run(IDS) == found and page.run(OLD) and not page.run("document.querySelector('#retry').hidden")
+    assert "earlier search" in page.text("#status")
+    page.run("window.fetch = window.real")  # nobody clicks
+    page.wait(f"document.querySelector('#error').hidden && {RESULTS} === 12 && !({OLD})")
+    page.run("window.fetch = () => Promise.reject(new TypeError('no network'))")
+    page.type(" 8")
+    page.wait("!document.querySelector('#error').hidden")
+    page.run("window.fetch = window.real; document.querySelector('#retry').click()")
+    assert page.run("document.querySelector('#results').ariaBusy") == "true", "at once"
+    page.wait("document.querySelector('#error').hidden")
+
+
+def test_the_service_may_come_up_after_the_page(tab, server):
+    away = "window.real = fetch; window.fetch = () => Promise.reject(new TypeError())"
+    script = tab.send("Page.addScriptToEvaluateOnNewDocument", source=away)["identifier"]
+    tab.open(server.url)
+    tab.send("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+    tab.wait("document.querySelector('#error').innerText.includes('The service does not answer.')")
+    tab.run("window.fetch = window.real")
+    tab.wait("document.querySelector('#error').hidden && document.querySelector('#status').textContent.includes('12 images')")
+
+
+def test_a_first_visit_begins_with_sentences_and_images_of_the_index(page, server):
+    captions = {c for c in server.engine._searcher.items["caption"].to_pylist() if c}
+    offered = page.run("[...document.querySelectorAll('#sentences button')].map(b => b.innerText)")
+    assert len(offered) == 4 and set(offered) <= captions
+    assert page.run("document.querySelectorAll('#samples button').length") == 12
+    page.wait("[...document.querySelectorAll('#samples img')].every(i => i.complete && i.naturalWidth > 0)")
+    page.click("#sentences button")
+    page.wait(f"{RESULTS} === 12 && {QUIET}")
+    assert page.run("document.querySelector('#text').value") == offered[0] and page.run("document.querySelector('#empty').hidden")
+    page.run("document.querySelector('#text').value = ''; document.querySelector('#search').requestSubmit()")
+    page.wait("!document.querySelector('#empty').hidden")
+    page.click("#samples button")
+    page.wait(f"{RESULTS} === 12 && {QUIET} && !document.querySelector('#picture').hidden")
+
+
+def test_equal_captions_are_told_apart_and_named_once(page, server):
+    search(page, "red circle")
+    cards = page.run(
+        "[...document.querySelectorAll('#results button')].map(b => [b.dataset.id, b.querySelector('.caption').innerText,"
+        "b.querySelector('.difference')?.innerText ?? '', b.ariaLabel, b.querySelector('img').alt])"
+    )
+    captions = [caption for _, caption, *_ in cards]
+    assert any(captions.count(c) > 1 for c in captions)
+    for item, caption, difference, name, alternative in cards:
+        assert difference == (item.split("/")[-1] if captions.count(caption) > 1 else ""), item
+        assert name.count(caption) == 1 and difference in name and alternative == ""
+    assert page.run("document.querySelectorAll('h1').length") == 1
+    page.click("#results button")
+    page.wait("document.querySelector('#detail').open")
+    named = "(s => document.getElementById(document.querySelector(s).getAttribute('aria-labelledby')).textContent)"
+    assert page.run(f"{named}('#detail')") == captions[0] and "token" in page.run(f"{named}('#login')")
+
+
+def test_what_was_removed_is_not_shown_from_memory(tab, own_index):
+    with Server(own_index) as server:
+        tab.screen(1100, 800)
+        tab.open(server.url)
+        tab.wait("document.querySelector('#status').textContent.includes('12 images')")
+        search(tab, "red circle")
+        first, *others = tab.run(IDS)
+        tab.type(" 1")
+        tab.wait(f"{RESULTS} === 12 && {QUIET} && document.title.startsWith('red circle 1')")
+        index.remove(str(own_index), [first])
+        server.engine.refresh()
+        tab.run("document.querySelector('#text').value = 'red circle'; document.querySelector('#search').requestSubmit()")
+        tab.wait(f"{RESULTS} === 11 && {QUIET}")
+        assert sorted(tab.run(IDS)) == sorted(others)
+        gone = others[0]
+        index.remove(str(own_index), [gone])
+        server.engine.refresh()
+        tab.run(f"document.querySelector('#results button[data-id={json.dumps(gone)}]').click()")
+        tab.wait("document.querySelector('#references').innerText.includes('has no item')")
+        tab.wait(f"{RESULTS} === 10 && {QUIET}")
+        assert gone not in tab.run(IDS)
+        tab.press("Escape")
 
 
 def test_filters_narrow_the_results(tab, tiny_set, run, tmp_path):
@@ -253,6 +422,8 @@ def test_filters_narrow_the_results(tab, tiny_set, run, tmp_path):
     with Server(tmp_path / "all") as server:
         tab.open(server.url)
         tab.wait("document.querySelector('#filters select[name=split]')")
+        labels = tab.run("[...document.querySelectorAll('#filters label')].map(e => e.firstChild.textContent.trim())")
+        assert "Split" in labels and not any("_" in label for label in labels)
         search(tab, "green circle")
         tab.run(
             "(() => { const s = document.querySelector('#filters select[name=split]'); s.value = 'val';"
@@ -265,11 +436,26 @@ def test_filters_narrow_the_results(tab, tiny_set, run, tmp_path):
 
 def test_a_phone_and_the_dark(page):
     page.screen(375, 700, dark=True, phone=True)
+    assert page.run("!document.querySelector('#options').offsetParent"), "the options are behind one button"
+    page.click("#more")
+    assert page.run("document.querySelector('#more').ariaExpanded") == "true"
+    assert page.run("!!document.querySelector('#refine').offsetParent")
+    small = (
+        "[...document.querySelectorAll('button, select, input:not([type=range], [role=switch], #file), label')]"
+        ".filter(e => e.offsetParent && e.getBoundingClientRect().height < 44).map(e => e.outerHTML)"
+    )
+    assert page.run(small) == [], "each is as high as a finger"
+    page.click("#more")
+    assert page.run("!document.querySelector('#options').offsetParent")
     search(page, "grey square")
     assert page.run("document.documentElement.scrollWidth <= 375"), "nothing lies outside the screen"
     dark = page.run("getComputedStyle(document.body).backgroundColor")
+    tile = "getComputedStyle(document.querySelector('#results img'))"
+    assert max(page.run(f"{tile}.backgroundColor.match(/\\d+/g).map(Number)")) < 80, "no white tile"
+    assert "brightness" in page.run(f"{tile}.filter")
     page.run("document.querySelector('#results button').click()")
-    page.wait("document.querySelectorAll('#why li').length > 4")
+    page.wait(EXPLAINED)
+    assert page.run(small) == []
     box = page.run("(() => { const b = document.querySelector('#detail').getBoundingClientRect(); return [b.x, b.width]; })()")
     assert box[0] >= 0 and box[0] + box[1] <= 375
     page.screen(1100, 800)
@@ -295,3 +481,17 @@ def test_a_token_is_asked_for_once(tab, split_index):
         tab.open(f"{server.url}#{TOKEN}")
         tab.wait("document.querySelector('#status').textContent.includes('12 images')")
         assert tab.run("location.hash") == ""
+        assert tab.run("location.search") == ""
+        tab.open("about:blank")
+        tab.open(f"{server.url}?q=red+circle#{TOKEN}")
+        tab.wait(f"{RESULTS} === 12 && {QUIET}")
+        assert tab.run("document.querySelector('#text').value") == "red circle"
+        assert tab.run("location.search + location.hash") == "?q=red+circle"
+
+
+def test_what_stands_behind_the_hash_may_be_anything(tab, server):
+    for address in ("#100%", "#caf\u00e9 \u2603", "?q=red+circle#100%"):
+        tab.open("about:blank")
+        tab.open(f"{server.url}{address}")
+        tab.wait("document.querySelector('#status').textContent.includes('12')")
+        assert tab.run("document.querySelector('#error').hidden") and tab.run("location.hash") == ""

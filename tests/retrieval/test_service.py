@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import json
 import logging
 import os
 import shutil
@@ -25,10 +24,11 @@ from support.services import LIMITS, TOKEN, client_of, listening, png
 
 from mmref.data.decode import decode_rgb
 from mmref.errors import ModelMismatchError, SearchIndexError, ServeError
+from mmref.export.model import Model
 from mmref.retrieval import bundle, index
 from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.searcher import Searcher
-from mmref.retrieval.service import command, server
+from mmref.retrieval.service import app, command, guard, server
 from mmref.retrieval.service.access import Access, Rates
 from mmref.retrieval.service.answering import Ask, Engine
 from mmref.retrieval.service.app import build_app
@@ -67,6 +67,18 @@ def same(answer: dict, results: list) -> None:
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_says_whether_anything_is_close(client, searcher, monkeypatch):
+    asked = {"text": "red circle", "top": 5}
+    assert client.get("/search", params=asked).json()["close_match"] is None, "nobody has said what is close"
+    best = max(r.initial for r in searcher.search(**asked))
+    for enough, close in ((best + 1e-3, False), (best - 1e-3, True)):
+        monkeypatch.setattr(Model, "close_cosine", enough)
+        assert client.get("/search", params=asked).json()["close_match"] is close
+        assert client.get("/search", params={**asked, "by": "object"}).json()["close_match"] is close
+        image = client.post("/search", content=png(), headers={"content-type": "image/png"}).json()
+        assert image["close_match"] is None, "cosines of images with one another are others"
 
 
 def test_text_image_and_both_answer_as_the_searcher_does(client, searcher):
@@ -330,7 +342,7 @@ def test_a_token_is_asked_for(split_index):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN}, {"cookie": "mmref=é"}):
             answer = client.get(path, headers={k: v.encode() for k, v in headers.items()})
             assert (answer.status_code, answer.json()["error"]) == (401, "TokenMissing"), (path, headers)
-    for path in ("/", "/page.js", "/page.css", "/icon.svg", "/healthz"):
+    for path in ("/", "/page.js", "/common.js", "/detail.js", "/page.css", "/icon.svg", "/healthz"):
         assert client.get(path).status_code == 200
     assert client.get("/search?text=x", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
     assert client.post("/session", headers={"authorization": "Bearer wrong"}).status_code == 401
@@ -618,7 +630,9 @@ def test_the_page_names_no_other_host():
     for file in folder.iterdir():
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")
         assert "://" not in text and "//cdn" not in text, file
-    assert json.dumps(sorted(f.name for f in folder.iterdir())) == '["icon.svg", "index.html", "page.css", "page.js"]'
+    files = ["common.js", "detail.js", "icon.svg", "index.html", "page.css", "page.js"]
+    assert sorted(f.name for f in folder.iterdir()) == files
+    assert {f"/{name}" for name in files} - {"/index.html"} | {"/"} == set(guard.STATIC) == set(app.PAGE)
 
 
 def test_images_come_without_what_cameras_write(run: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from mmref.errors import DecodersBusyError, MMRefError, PixelLimitError, QueryEr
 from mmref.model.device import described
 from mmref.retrieval.objects import Objects, rank_objects
 from mmref.retrieval.searcher import ObjectResult, Query, Result, Searcher
+from mmref.retrieval.service.examples import examples
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused, refuse
 from mmref.storage.locations import is_url
@@ -169,10 +170,11 @@ class Engine:
             "seconds": clock.seconds,
             "batch": len(batch),
         }
-        return [
-            (None if problem else shared | {"candidates": n, "results": [describe(r) for r in results]}, problem)
-            for n, (results, problem) in zip(refined, found)
-        ]
+        replies: list[Reply] = []
+        for p, n, (results, problem) in zip(batch, refined, found):
+            own = {"candidates": n, "close_match": _is_close(searcher, p.ask, results), "results": [describe(r) for r in results]}
+            replies.append((None if problem else shared | own, problem))
+        return replies
 
     def _candidates(self, searcher: Searcher, asked: int | None, available: int) -> int:
         """How many are refined: where that would be all, as many as the limit allows."""
@@ -235,6 +237,7 @@ class Engine:
                     "model": searcher.manifest.model[:12],
                     "refinement": searcher.model.space is not None,
                     "columns": columns,
+                    "examples": examples(searcher),
                 },
             )
         return self._info[1]
@@ -348,6 +351,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _is_close(searcher: Searcher, ask: Ask, results: Sequence[Result | ObjectResult]) -> bool | None:
+    """Whether one of the results is as like the sentence as right images mostly are. None where nothing says how like that is,
+    as of images, whose cosines with one another are others."""
+    enough = searcher.model.close_cosine
+    if enough is None or ask.image is not None or not results:
+        return None
+    return any(result.initial >= enough for result in results)
 
 
 def _objects(searcher: Searcher) -> Objects:

@@ -39,6 +39,8 @@ PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/common.js": ("common.js", "text/javascript"),
+    "/detail.js": ("detail.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 IMAGES_KEPT = {"cache-control": "private, max-age=600"}

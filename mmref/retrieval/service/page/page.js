@@ -1,41 +1,14 @@
 // The search page. Everything it asks for lies beside it: no other host is contacted.
-const $ = (selector) => document.querySelector(selector);
-const TYPING_STOPS_MS = 250, KEPT_ANSWERS = 40, IMAGES_OF_OBJECT = 4;
+import { $, Problem, ask, captionOf, element, gained, lastPart, number, picture, readable, sentence, state, url, withImage } from "./common.js";
+import * as detail from "./detail.js";
 
-const state = {
-  info: null, index: null, image: null, imageUrl: "", results: [], answer: null, opened: -1, asked: 0, explained: 0,
-};
+const TYPING_STOPS_MS = 250, KEPT_ANSWERS = 40, IMAGES_OF_OBJECT = 4;
+const AGAIN_MS = 2000, AGAIN_AT_MOST_MS = 30_000; // between looks whether the service is back
+const SHORT = 40; // letters of what tells cards apart
+
 const answers = new Map(); // of text queries, so that the switch of refinement answers at once
 
 // -- asking ----------------------------------------------------------------------------------------------------------
-
-class Problem extends Error {
-  constructor(message, fix = "") { super(message); this.fix = fix; }
-}
-
-async function ask(path, options = {}) {
-  let response;
-  try {
-    response = await fetch(path, options);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Problem("The service does not answer.", "Is it still running?");
-  }
-  if (response.ok) return response.status === 204 ? null : response.json();
-  if (response.status === 401) $("#login").open || $("#login").showModal();
-  let said = {};
-  try { said = await response.json(); } catch { /* not one of ours: a proxy between, say */ }
-  throw new Problem(said.message || `The service answers ${response.status}.`, said.fix);
-}
-
-const url = (path, parameters = {}) => {
-  const query = new URLSearchParams();
-  for (const [name, value] of Object.entries(parameters))
-    for (const one of [value].flat()) if (one !== null && one !== "") query.append(name, one);
-  return `${path}?${query}`;
-};
-const picture = (kind, id) =>
-  url(`${kind}/${encodeURIComponent(id)}`, { index: state.index.name, generation: state.index.generation });
 
 // What is searched for, as the page stands.
 function query() {
@@ -45,8 +18,6 @@ function query() {
   return state.image && asked.text ? { ...asked, image_weight: $("#weight input").value } : asked;
 }
 const byObject = () => $("#object").checked && Boolean(state.index.objects);
-const withImage = () => state.image
-  ? { method: "POST", headers: { "content-type": state.image.type || "application/octet-stream" }, body: state.image } : {};
 
 let typing = 0, running = null;
 function searchSoon() { clearTimeout(typing); typing = setTimeout(search, TYPING_STOPS_MS); }
@@ -58,21 +29,25 @@ async function search() {
   if (!state.index) return;
   const asked = query();
   remember(asked);
-  if (!asked.text && !state.image) return show(null);
+  if (!asked.text && !state.image) {
+    $("#results").setAttribute("aria-busy", "false");
+    return show(null);
+  }
   const path = url("search", asked);
-  $("#results").setAttribute("aria-busy", "true");
+  const known = state.image ? null : answers.get(path);
+  if (known) show(known); // and asked again: the index may hold other images by now
+  $("#results").setAttribute("aria-busy", `${!known}`);
   try {
     running = new AbortController();
     const began = performance.now();
-    let answer = state.image ? null : answers.get(path);
-    if (!answer) {
-      answer = await ask(path, { ...withImage(), signal: running.signal });
-      answer.milliseconds = performance.now() - began;
-      if (!state.image) keep(path, answer);
-    }
+    const answer = await ask(path, { ...withImage(), signal: running.signal });
+    answer.milliseconds = performance.now() - began;
     if (mine !== state.asked) return; // a newer search has been asked
-    state.index.generation = answer.generation;
-    show(answer);
+    if (answer.generation !== state.index.generation) await renew(answer);
+    if (mine !== state.asked) return;
+    if (!state.image) keep(path, answer);
+    if (known?.generation !== answer.generation) show(answer);
+    recovered();
   } catch (error) {
     if (mine === state.asked && error.name !== "AbortError") complain(error);
   } finally {
@@ -85,27 +60,52 @@ function keep(path, answer) {
   if (answers.size > KEPT_ANSWERS) answers.delete(answers.keys().next().value);
 }
 
+// The index has changed: nothing that was known of it is shown again.
+async function renew(answer) {
+  answers.clear();
+  state.info = await ask("indexes");
+  const index = state.info.indexes.find((one) => one.name === state.index.name);
+  if (!index) return;
+  const chosen = new Map([...document.querySelectorAll("#filters select")].map((select) => [select.name, select.value]));
+  choose(Object.assign(index, { generation: answer.generation }));
+  for (const select of document.querySelectorAll("#filters select"))
+    if ([...select.options].some((option) => option.value === chosen.get(select.name))) select.value = chosen.get(select.name);
+}
+
+// An item that is shown is not there any more.
+function gone() {
+  answers.clear();
+  search();
+}
+
 function remember(asked) {
   const here = new URLSearchParams();
   if (asked.text) here.set("q", asked.text);
-  history.replaceState(null, "", here.size ? `?${here}` : location.pathname);
+  history.replaceState(null, "", here.size ? `?${here}` : location.pathname); // and without what stood behind #
   document.title = asked.text ? `${asked.text} · mmref` : "mmref search";
 }
 
 // -- showing ---------------------------------------------------------------------------------------------------------
 
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes))
-    if (name in made && name !== "list") made[name] = value; else made.setAttribute(name, value);
-  made.append(...children.filter((child) => child !== null));
-  return made;
-}
-const number = (n) => n.toLocaleString("en");
 // An object as a result: its best image, in the object's place, with its other images.
 const ofObject = ({ rank, rank_before, images: [best, ...others] }) => ({ ...best, rank, rank_before, others });
-const captionOf = (result) => result.metadata.caption || result.object_id || result.id;
-const gained = (result) => result.rank_before - result.rank;
+
+// What tells results of one caption apart, by their ids: a column in which each is different, else the end of its id.
+function differences(results) {
+  const groups = new Map(), found = new Map();
+  for (const one of results) groups.set(captionOf(one), [...(groups.get(captionOf(one)) || []), one]);
+  for (const alike of groups.values()) {
+    if (alike.length < 2) continue;
+    const told = (name) => alike.map((one) => `${one.metadata[name] ?? ""}`);
+    const apart = (values) => new Set(values).size === values.length && values.every((value) => value && value.length <= SHORT);
+    const column = Object.keys(alike[0].metadata).find((name) => name !== "caption" && apart(told(name)));
+    const ends = alike.map((one) => lastPart(one.id));
+    const values = column ? told(column).map((value) => `${readable(column)}: ${value}`)
+      : new Set(ends).size === ends.length ? ends : alike.map((one) => one.id);
+    alike.forEach((one, at) => found.set(one.id, values[at]));
+  }
+  return found;
+}
 
 function movement(result) {
   const up = gained(result);
@@ -114,13 +114,26 @@ function movement(result) {
     `${up > 0 ? "▲" : "▼"}${number(Math.abs(up))}`);
 }
 
-function card(result) {
-  const button = element("button", { type: "button", tabIndex: result.rank === 1 ? 0 : -1 },
-    element("img", { src: picture("thumbnail", result.id), alt: captionOf(result), loading: "lazy" }),
+// How good a result is, against the best one that is shown: scores have no scale of their own.
+function bar(result, best) {
+  const share = best > 0 ? Math.min(1, Math.max(0, result.score / best)) : 0;
+  const made = element("span", { className: "bar", title: `score ${result.score.toFixed(3)}, ${Math.round(100 * share)} % of the best` },
+    element("span"));
+  made.firstChild.style.width = `${100 * share}%`;
+  return made;
+}
+
+function card(result, best, difference = "") {
+  const up = gained(result), caption = captionOf(result);
+  const moved = up ? `, moved ${up > 0 ? "up" : "down"} by ${number(Math.abs(up))}` : "";
+  const name = `${caption}${difference && `, ${difference}`}, rank ${result.rank}${moved}`;
+  const button = element("button", { type: "button", tabIndex: result.rank === 1 ? 0 : -1, "aria-label": name },
+    element("img", { src: picture("thumbnail", result.id), alt: "", loading: "lazy" }),
     element("span", { className: "words" },
-      element("span", { className: "numbers" }, element("b", {}, `${result.rank}`), movement(result),
-        element("span", { className: "score" }, result.score.toFixed(3))),
-      element("span", { className: "caption" }, captionOf(result))),
+      element("span", { className: "numbers" }, element("b", {}, `${result.rank}`), movement(result)),
+      bar(result, best),
+      element("span", { className: "caption" }, caption),
+      difference ? element("span", { className: "difference" }, difference) : null),
     result.others?.length ? element("span", { className: "others" }, ...result.others.map((other) =>
       element("img", { src: picture("thumbnail", other.id), alt: "", loading: "lazy" }))) : null);
   button.dataset.id = result.id;
@@ -136,7 +149,11 @@ function show(answer) {
   state.results = answer ? answer.results.map((result) => result.images ? ofObject(result) : result) : [];
   $("#error").hidden = true;
   $("#empty").hidden = Boolean(answer);
-  list.replaceChildren(...state.results.map(card));
+  $("#far").hidden = answer?.close_match !== false;
+  list.classList.remove("old");
+  list.classList.toggle("far", answer?.close_match === false);
+  const best = Math.max(...state.results.map((result) => result.score)), different = differences(state.results);
+  list.replaceChildren(...state.results.map((result) => card(result, best, different.get(result.id))));
   for (const button of list.querySelectorAll("button")) {
     if (button.dataset.id === focused) focusCard(state.results.findIndex((r) => r.id === focused));
     glide(button, before.get(button.dataset.id));
@@ -164,98 +181,48 @@ function summary(answer) {
   return parts.join(" · ");
 }
 
+// -- errors ----------------------------------------------------------------------------------------------------------
+
+let waiting = 0, pause = AGAIN_MS; // for the service to be back
+
+// What was found before stays to be seen, as what it is: old.
 function complain(error) {
-  $("#error b").textContent = error.message.charAt(0).toUpperCase() + error.message.slice(1);
+  $("#error b").textContent = sentence(error.message);
   $("#error span").textContent = error.fix || "";
+  const mayPass = error.status === 0 || error.status === 429 || error.status >= 500;
+  $("#retry").hidden = !mayPass;
   $("#error").hidden = false;
+  $("#far").hidden = true;
   $("#empty").hidden = true;
-  $("#results").replaceChildren();
-  $("#status").textContent = "";
-  state.results = [];
+  $("#status").textContent = state.results.length ? "These are the results of an earlier search." : "";
+  $("#results").classList.add("old");
+  clearTimeout(waiting);
+  if (mayPass) waiting = setTimeout(again, pause);
 }
 
-// -- one result ------------------------------------------------------------------------------------------------------
-
-// A result, or another image of it where it is an object.
-async function open(at, shown = state.results[at]) {
-  const result = state.results[at], mine = ++state.explained;
-  if (!result) return;
-  state.opened = at;
-  $("#detail h2").textContent = captionOf(shown);
-  $("#detail figure img").src = picture("image", shown.id);
-  $("#detail figure img").alt = captionOf(shown);
-  $("#detail figure").style.setProperty("--ratio", shown.width / shown.height);
-  $("#previous").disabled = at === 0;
-  $("#next").disabled = at === state.results.length - 1;
-  $("#images").hidden = !result.others?.length;
-  $("#images").replaceChildren(...[result, ...(result.others || [])].map((image, place) => {
-    const button = element("button", { type: "button", "aria-label": `Image ${place + 1} of this object`, "aria-pressed": `${image === shown}` },
-      element("img", { src: picture("thumbnail", image.id), alt: "" }));
-    button.addEventListener("click", () => open(at, image));
-    return button;
-  }));
-  paint(null);
-  const why = reasons(shown, shown === result);
-  $("#why").replaceChildren(...why, element("p", { className: "faint" }, "Looking closer …"));
-  if (!$("#detail").open) { $("#detail").showModal(); $("#detail").focus(); }
-  const { text, index, image_weight = null } = query();
+// Ask again what has failed, once the service is well.
+async function again() {
+  pause = Math.min(2 * pause, AGAIN_AT_MOST_MS);
   try {
-    const found = await ask(url("explain", { text, index, image_weight, id: shown.id }), withImage());
-    if (mine !== state.explained) return;
-    paint(found.heat);
-    $("#why").replaceChildren(...why, ...references(found), ...facts(shown));
-  } catch (error) {
-    if (mine !== state.explained) return;
-    $("#why").replaceChildren(...why,
-      element("p", { className: "down", role: "alert" }, `${error.message} ${error.fix || ""}`), ...facts(shown));
+    if (!(await fetch("healthz")).ok) throw new Problem("");
+  } catch {
+    waiting = setTimeout(again, pause);
+    return;
   }
+  retry();
 }
 
-// `ranked`: whether it stands among the results itself; else it is another image of an object that does.
-function reasons(result, ranked) {
-  const gain = result.score - result.initial;
-  const place = ranked ? `Rank ${result.rank}` : `Image ${result.rank} of this object`;
-  const made = [element("h3", {}, ranked ? "Why it is here" : "How near it is"),
-    element("p", {}, `${place}: likeness ${result.initial.toFixed(3)}`,
-      gain ? ` + ${gain.toFixed(3)} from references = ${result.score.toFixed(3)}.` : ".")];
-  if (ranked && gained(result)) made.push(element("p", { className: gained(result) > 0 ? "up" : "down" },
-    `Refinement moved ${result.others ? "its object" : "it"} from rank ${number(result.rank_before)} to ${number(result.rank)}.`));
-  return made;
+function retry() {
+  clearTimeout(waiting);
+  if (state.index) search(); else start();
 }
 
-function references(found) {
-  const row = (reference, value) => element("li", {},
-    reference.item_id ? element("img", { src: picture("thumbnail", reference.item_id), alt: "" }) : element("span", { className: "none" }),
-    element("span", {}, reference.caption || reference.object_id), element("span", { className: "value" }, value));
-  const made = [];
-  if (found.shared.length) made.push(element("h3", {}, "References that raise it"),
-    element("ul", {}, ...found.shared.map((r) => row(r, `+${r.gain.toFixed(4)}`))));
-  for (const [name, title] of [["references", "References nearest to both"], ["query_references", "To the query"], ["item_references", "To the image"]])
-    if (found[name].length) made.push(element("h3", {}, title),
-      element("ul", {}, ...found[name].slice(0, 4).map((r) => row(r, `query ${r.query.toFixed(2)}, image ${r.item.toFixed(2)}`))));
-  return made;
+function recovered() {
+  clearTimeout(waiting);
+  pause = AGAIN_MS;
 }
 
-function facts(result) {
-  const pairs = Object.entries({ id: result.id, object: result.object_id, size: `${result.width} × ${result.height}`, ...result.metadata });
-  return [element("h3", {}, "About the image"), element("dl", {}, ...pairs.filter(([, value]) => value !== null && value !== undefined)
-    .flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, `${value}`)]))];
-}
-
-// The map of the match: a veil that is thin where the match would lose most.
-function paint(heat) {
-  const canvas = $("#detail canvas"), context = canvas.getContext("2d");
-  context.clearRect(0, 0, canvas.width, canvas.height);
-  if (!heat) return;
-  const cells = new OffscreenCanvas(heat[0].length, heat.length), small = cells.getContext("2d");
-  const most = Math.max(...heat.flat(), 1e-9);
-  heat.forEach((row, y) => row.forEach((value, x) => {
-    small.fillStyle = `rgb(8 12 24 / ${0.6 * (1 - Math.sqrt(Math.max(0, value / most)))})`;
-    small.fillRect(x, y, 1, 1);
-  }));
-  context.imageSmoothingQuality = "high";
-  context.drawImage(cells, 0, 0, canvas.width, canvas.height);
-}
+const open = (at) => detail.open(at, query(), gone);
 
 // -- images to search with -------------------------------------------------------------------------------------------
 
@@ -264,7 +231,8 @@ function useImage(file) {
   state.image = state.imageUrl = null;
   const most = state.info?.limits.image_bytes;
   if (file && most && file.size > most) {
-    complain(new Problem(`${file.name || "The image"} has ${number(file.size)} bytes.`, `Use an image of at most ${number(most)}.`));
+    const message = `${file.name || "The image"} has ${number(file.size)} bytes.`;
+    complain(new Problem(message, `Use an image of at most ${number(most)}.`, 413));
   } else if (file) {
     state.image = file;
     state.imageUrl = URL.createObjectURL(file);
@@ -284,14 +252,48 @@ function choose(index) {
   $("#filters").replaceChildren(...index.columns.filter((c) => c.values?.length > 1).map((column) => {
     const options = column.values.map(([value, count]) => element("option", { value: `${value}` }, `${value} (${number(count)})`));
     const select = element("select", { name: column.name }, element("option", { value: "" }, "any"), ...options);
-    select.addEventListener("change", search);
-    return element("label", {}, `${column.name} `, select);
+    select.addEventListener("change", () => { countFilters(); search(); });
+    return element("label", { title: column.name }, `${readable(column.name)} `, select);
   }));
+  offer(index.examples);
+  countFilters();
+}
+
+// What a first visit can begin with.
+function offer({ sentences, items }) {
+  $("#sentences").hidden = !sentences.length;
+  $("#sentences").replaceChildren(...sentences.map((text) => {
+    const button = element("button", { type: "button", className: "button" }, text);
+    button.addEventListener("click", () => { $("#text").value = text; search(); });
+    return button;
+  }));
+  $("#samples").hidden = $("#try").hidden = !items.length;
+  $("#samples").replaceChildren(...items.map((id, at) => {
+    const button = element("button", { type: "button", "aria-label": `What is like image ${at + 1}`, title: id },
+      element("img", { src: picture("thumbnail", id), alt: "", loading: "lazy" }));
+    button.addEventListener("click", () => searchLike(id));
+    return button;
+  }));
+}
+
+async function searchLike(id) {
+  try {
+    const answer = await fetch(picture("thumbnail", id));
+    if (!answer.ok) throw new Problem("This image is not in the index any more.", "Take another one.", answer.status);
+    useImage(await answer.blob());
+  } catch (error) {
+    complain(error instanceof Problem ? error : new Problem("The service does not answer."));
+  }
+}
+
+function countFilters() {
+  const set = [...document.querySelectorAll("#filters select")].filter((select) => select.value).length;
+  $("#more").textContent = set ? `Filters and options (${set})` : "Filters and options";
 }
 
 async function start() {
   try {
-    if (location.hash.length > 1) await enter(decodeURIComponent(location.hash.slice(1)));
+    if (location.hash.length > 1) await enterByAddress();
     state.info = await ask("indexes");
   } catch (error) {
     return complain(error);
@@ -304,12 +306,19 @@ async function start() {
   $("#empty").hidden = false;
   choose(indexes[0]);
   $("#text").value ||= new URLSearchParams(location.search).get("q") || "";
+  recovered();
   await search();
 }
 
-async function enter(token) {
-  history.replaceState(null, "", location.pathname);
-  await ask("session", { method: "POST", headers: { authorization: `Bearer ${token}` } });
+const enter = (token) => ask("session", { method: "POST", headers: { authorization: `Bearer ${token}` } });
+
+// A token behind the # of the address. What is none, or a wrong one, is passed over: the service asks for it if it needs one.
+async function enterByAddress() {
+  const given = location.hash.slice(1);
+  history.replaceState(null, "", location.pathname + location.search);
+  let token = given;
+  try { token = decodeURIComponent(given); } catch { /* it has a % of its own */ }
+  try { await enter(token); } catch { /* as said above */ }
 }
 
 // -- keys, drops, clicks ---------------------------------------------------------------------------------------------
@@ -355,6 +364,10 @@ $("#weight input").addEventListener("change", search);
 $("#index select").addEventListener("change", () => { choose(state.info.indexes[$("#index select").selectedIndex]); search(); });
 $("#file").addEventListener("change", (event) => { if (event.target.files[0]) useImage(event.target.files[0]); event.target.value = ""; });
 $("#picture button").addEventListener("click", () => useImage(null));
+$("#retry").addEventListener("click", retry);
+$("#more").addEventListener("click", () => {
+  $("#more").setAttribute("aria-expanded", `${$("#options").classList.toggle("open")}`);
+});
 $("#close").addEventListener("click", () => $("#detail").close());
 $("#previous").addEventListener("click", () => open(state.opened - 1));
 $("#next").addEventListener("click", () => open(state.opened + 1));

@@ -107,8 +107,9 @@ def test_bars_compare_results_and_what_is_far_is_said(page, server, monkeypatch)
     search(page, "red circle")
     shares = [r.score for r in Searcher(str(server.engine._searcher.index)).search("red circle", top=12)]
     shares = [max(0.0, score / shares[0]) for score in shares]
-    shown = page.run("[...document.querySelectorAll('#results .bar span')].map(e => parseFloat(e.style.width) / 100)")
-    assert shown == pytest.approx(shares, abs=1e-3)
+    wide = "[...document.querySelectorAll('#results .share span')].map(e => e.offsetWidth / e.parentElement.offsetWidth)"
+    shown = page.run(wide)
+    assert shown == pytest.approx(shares, abs=0.01)
     assert page.run("document.querySelector('#far').hidden"), "nobody has said what is close for this model"
     assert page.run("getComputedStyle(document.querySelector('#results')).opacity") == "1", "what has come is not dimmed"
     monkeypatch.setattr(Model, "close_cosine", 2.0)

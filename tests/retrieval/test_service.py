@@ -81,6 +81,19 @@ def test_an_answer_says_whether_anything_is_close(client, searcher, monkeypatch)
         assert image["close_match"] is None, "cosines of images with one another are others"
 
 
+def test_examples_are_of_the_index_or_else_of_the_model(client, searcher, folder, run, tmp_path):
+    (found,) = client.get("/indexes").json()["indexes"]
+    sentences, items = found["examples"]["sentences"], found["examples"]["items"]
+    assert len(set(sentences)) == 4 and set(sentences) <= set(searcher.items["caption"].to_pylist())
+    assert len(set(items)) == 12 and set(items) <= set(searcher.items["id"].to_pylist())
+    index.create(str(folder), str(run), str(tmp_path / "own"), workers=0)  # of images without captions
+    engine = Engine(str(tmp_path / "own"), LIMITS, watch=False)
+    found = engine.info()["examples"]
+    references = bundle.read_reference_captions(tmp_path / "own" / "model").values()
+    assert len(set(found["sentences"])) == 4 and set(found["sentences"]) <= set(references)
+    assert len(set(found["items"])) == 11, "all that there are"
+
+
 def test_text_image_and_both_answer_as_the_searcher_does(client, searcher):
     same(client.get("/search", params={"text": "red circle", "top": 5}).json(), searcher.search("red circle", top=5))
     plain = client.get("/search", params={"text": "red circle", "refine": False, "top": 5}).json()

@@ -77,7 +77,7 @@ function merged(found) {
 
 function row(reference) {
   const near = "query" in reference ? `query ${reference.query.toFixed(2)}, image ${reference.item.toFixed(2)}` : "";
-  const gain = reference.gain ? element("b", { className: "up" }, `+${reference.gain.toFixed(4)}`) : null;
+  const gain = reference.gain >= 0.00005 ? element("b", { className: "up" }, `+${reference.gain.toFixed(4)}`) : null;
   return element("li", {}, reference.item_id ? element("img", { src: picture("thumbnail", reference.item_id), alt: "" }) : null,
     element("span", {}, reference.caption || reference.object_id), element("span", { className: "value" }, gain, near));
 }

@@ -117,7 +117,7 @@ function movement(result) {
 // How good a result is, against the best one that is shown: scores have no scale of their own.
 function bar(result, best) {
   const share = best > 0 ? Math.min(1, Math.max(0, result.score / best)) : 0;
-  const made = element("span", { className: "bar", title: `score ${result.score.toFixed(3)}, ${Math.round(100 * share)} % of the best` },
+  const made = element("span", { className: "share", title: `score ${result.score.toFixed(3)}, ${Math.round(100 * share)} % of the best` },
     element("span"));
   made.firstChild.style.width = `${100 * share}%`;
   return made;

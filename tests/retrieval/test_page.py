@@ -191,7 +191,10 @@ ANSWER = (  # explanations come late, changed by `change`, as the page itself as
 )
 
 
-def test_the_detail_view_does_not_jump_while_it_fills(page):
+@pytest.mark.parametrize("phone", [False, True])
+def test_the_detail_view_does_not_jump_while_it_fills(page, phone):
+    if phone:
+        page.screen(375, 700, phone=True)
     page.run(ANSWER.format(change="found => {}"))
     search(page, "blue star")
     page.click("#results button")

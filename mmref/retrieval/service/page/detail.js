@@ -42,6 +42,7 @@ export async function open(at, asked, gone, shown = state.results[at]) {
     $("#references").replaceChildren(...references(found));
   } catch (error) {
     if (mine !== state.explained) return;
+    $("#legend").textContent = "";
     $("#references").replaceChildren(element("p", { className: "down", role: "alert" }, `${error.message} ${error.fix || ""}`));
     if (error.kind === "UnknownItem") gone();
   } finally {

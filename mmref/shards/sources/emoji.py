@@ -6,21 +6,17 @@ drawing's own name in its set, the standard name, and keyword lists: ambiguous, 
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from mmref.config.shipped import shipped
-from mmref.errors import SampleError
-from mmref.extras import need
 from mmref.shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, hash_split
 from mmref.shards.sources import npm
 from mmref.shards.sources.emoji_names import Drawing, Emoji, find_drawings, read_emoji
+from mmref.shards.sources.iconify import draw, read_icons, webp
 
 ARTIST_SETS = {  # set -> npm package, pinned version. Share-alike sets are left out on purpose.
     "twemoji": ("@iconify-json/twemoji", "1.2.5"),
@@ -32,7 +28,6 @@ ARTIST_SETS = {  # set -> npm package, pinned version. Share-alike sets are left
     "emojione": ("@iconify-json/emojione", "1.2.3"),
 }
 TEXT = {"emojibase": ("emojibase-data", "17.0.0"), "cldr": ("cldr-annotations-full", "48.2.0")}
-BLANK_ABOVE = 244  # a drawing whose darkest channel value is above this does not show on white
 LICENSES = shipped("data_shards/emoji/LICENSES")
 
 TEXT_VERSIONS = {name: version for name, (_, version) in TEXT.items()}
@@ -62,22 +57,7 @@ tone, gender) are objects of their own.
 
 @cache
 def _icons(package: str) -> dict[str, Any]:
-    """icons.json of a package, parsed once in a process (the largest takes a second)."""
-    data = npm.read_json(package, "icons.json")
-    return {**data, "aliases": data.get("aliases", {}), "chars": npm.read_json(package, "chars.json")}
-
-
-def icon_svg(data: dict[str, Any], icon: str) -> str:
-    """A complete SVG document for an icon or alias of an icons.json. Sizes default to the set's; aliases may mirror."""
-    alias = data["aliases"].get(icon, {})
-    entry = {**data["icons"][alias.get("parent", icon)]}
-    left, top = entry.get("left", data.get("left", 0)), entry.get("top", data.get("top", 0))
-    width, height = entry.get("width", data.get("width", 16)), entry.get("height", data.get("height", 16))
-    body = entry["body"]
-    if bool(alias.get("hFlip")) != bool(entry.get("hFlip")):
-        body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
-    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {spaces} viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{body}</svg>'
+    return {**read_icons(package), "chars": npm.read_json(package, "chars.json")}
 
 
 class EmojiSource:
@@ -126,27 +106,8 @@ class EmojiSource:
 
     def load(self, ref: tuple[str, str]) -> bytes:
         """WebP of (set, icon), size_px square, on white. Raises SampleError for a drawing that does not show."""
-        need("emoji", "building the set of emoji")
-        import resvg_py
-        from PIL import Image
-
         artist_set, icon = ref
-        svg = icon_svg(_icons(self.folders[artist_set]), icon)
-        side = self.size_px
-        try:
-            png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, background="#ffffff", skip_system_fonts=True)
-        except ValueError as error:
-            raise SampleError(f"{artist_set}/{icon} cannot be rendered: {error}") from error
-        image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-        if np.asarray(image).min() > BLANK_ABOVE:
-            raise SampleError(f"{artist_set}/{icon} is blank")
-        if image.size != (side, side):  # a drawing that is not square keeps its proportions, centred
-            square = Image.new("RGB", (side, side), "white")
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = square
-        encoded = io.BytesIO()
-        image.save(encoded, "WEBP", quality=self.quality, method=6)
-        return encoded.getvalue()
+        return webp(draw(self.folders[artist_set], icon, self.size_px), self.quality)
 
     def write_extras(self, root: str) -> None:
         """LICENSES/ and README.md with the attribution of every set."""

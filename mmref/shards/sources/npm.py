@@ -11,7 +11,7 @@ import tempfile
 from typing import Any
 
 from mmref.errors import SourceError
-from mmref.storage.locations import cache_folder
+from mmref.storage.locations import cache_folder, sha256_of
 
 TIMEOUT_S = 600
 
@@ -25,8 +25,9 @@ def default_cache() -> str:
     return cache_folder("npm")
 
 
-def fetch(package: str, version: str, cache: str) -> str:
-    """Folder `<cache>/<name>-<version>/package`, fetched by `npm pack` unless it is there. Raises SourceError."""
+def fetch(package: str, version: str, cache: str, sha256: str = "") -> str:
+    """Folder `<cache>/<name>-<version>/package`, fetched by `npm pack` unless it is there. Raises SourceError, also where the
+    archive that comes has another sha256 than the one given."""
     target = os.path.join(cache, folder_name(package, version))
     if os.path.isdir(os.path.join(target, "package")):
         return os.path.join(target, "package")
@@ -45,8 +46,11 @@ def fetch(package: str, version: str, cache: str) -> str:
         archives = [name for name in os.listdir(work) if name.endswith(".tgz")]
         if done.returncode or not archives:
             raise SourceError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
+        archive = os.path.join(work, archives[0])
+        if sha256 and (found := sha256_of(archive)) != sha256:
+            raise SourceError(f"{package}@{version} has come with the sha256 {found}, expected {sha256}: it is not the same data.")
         unpacked = os.path.join(work, "unpacked")
-        with tarfile.open(os.path.join(work, archives[0])) as tar:
+        with tarfile.open(archive) as tar:
             tar.extractall(unpacked, filter="data")
         try:
             os.replace(unpacked, target)

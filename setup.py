@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("tune/rows", "tune/spaces", "configs", "data_shards/emoji/LICENSES")  # mmref/config/shipped.py finds them
+# mmref/config/shipped.py finds them
+SHIPPED = ("tune/rows", "tune/spaces", "configs", "data_shards/emoji/LICENSES", "data_shards/icons/LICENSES")
 
 
 class BuildWithShipped(build_py):

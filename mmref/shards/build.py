@@ -33,6 +33,7 @@ from mmref.storage.whole_folder import strangers, whole_folder, write_whole
 
 SOURCES = {  # name on the command line -> what makes the source
     "emoji": "mmref.shards.sources.emoji:EmojiSource",
+    "icons": "mmref.shards.sources.icons:IconSource",
     "cub": "mmref.shards.sources.cub:CubSource",
     "flowers": "mmref.shards.sources.flowers:FlowersSource",
     "cuhk": "mmref.shards.sources.persons:cuhk_pedes",

@@ -11,6 +11,11 @@ from typing import Any, TextIO
 LEFT_OUT = "left_out.jsonl"  # in a set of which something was left out
 NAMED = 100  # of what was left out, the manifest names this many
 KINDS = (  # what a reason says: its kind. The first that fits
+    (re.compile(r": another style of "), "another style"),
+    (re.compile(r": a copy of "), "a copy"),
+    (re.compile(r": drawn by \d+ of the teams"), "drawn by too few teams"),
+    (re.compile(r": (?:a brand|a letter|a number|the flag of a country)\b"), "a brand, letter, number or flag"),
+    (re.compile(r" is blank$"), "blank"),
     (re.compile(r"X-Robots-Tag"), "not for machine learning"),
     (re.compile(r"HTTP Error (\d\d\d)"), "HTTP {}"),
     (re.compile(r"has not come within|timed out"), "too slow"),

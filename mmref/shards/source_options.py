@@ -24,17 +24,25 @@ def add_sources(sources: Any, run: Callable[[argparse.Namespace], int]) -> None:
         found.set_defaults(run=run)
         return found
 
-    emoji = add("emoji", "the bundled set: emoji drawings, from npm packages")
-    emoji.add_argument(
-        "--packages", type=local_path, metavar="DIR", help="folder of the unpacked packages; else npm fetches them"
-    )
-    emoji.add_argument("--size-px", type=positive, default=64, help="side of the rendered images (default: %(default)s)")
-    emoji.add_argument("--quality", type=int, default=72, help="WebP quality, 1 to 100 (default: %(default)s)")
-    emoji.set_defaults(source_options=("packages", "size_px", "quality"), tokenizer_vocab=4000)
+    _add_drawings(add)
     cub, flowers = _add_classes(add)
     _add_persons(add)
     for parser in (cub, flowers, _add_table(add), _add_dataset(add), _add_folder(add)):
         add_fractions(parser)
+
+
+def _add_drawings(add: Add) -> None:
+    for name, text in (
+        ("emoji", "the bundled set: emoji drawings, from npm packages"),
+        ("icons", "things that many open icon sets draw, from npm packages"),
+    ):
+        drawings = add(name, text)
+        drawings.add_argument(
+            "--packages", type=local_path, metavar="DIR", help="folder of the unpacked packages; else npm fetches them"
+        )
+        drawings.add_argument("--size-px", type=positive, default=64, help="side of the rendered images (default: %(default)s)")
+        drawings.add_argument("--quality", type=int, default=72, help="WebP quality, 1 to 100 (default: %(default)s)")
+        drawings.set_defaults(source_options=("packages", "size_px", "quality"), tokenizer_vocab=4000)
 
 
 def _add_classes(add: Add) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:

@@ -307,7 +307,7 @@ def test_a_second_build_into_one_folder_is_refused(build_table, make_table, tmp_
 
 
 def test_errors_of_the_builder(tmp_path):
-    with pytest.raises(SourceError, match=r"Sources: emoji, cub, .*, table"):
+    with pytest.raises(SourceError, match=r"Sources: emoji, icons, cub, .*, table"):
         make_source("birds")
     (tmp_path / "file").write_text("")
     table = tmp_path / "t.csv"

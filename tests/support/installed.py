@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "mmref", "configs", "tune", "data_shards/emoji/LICENSES")
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "mmref", "configs", "tune")
+SOURCES += ("data_shards/emoji/LICENSES", "data_shards/icons/LICENSES")
 
 
 def build_wheel(folder: Path) -> Path:

@@ -50,10 +50,10 @@ def _print(image: Image.Image) -> tuple[np.ndarray, tuple[float, float, float]]:
     ink = image.convert("L").point(lambda value: 255 - value)
     left, top, right, bottom = ink.point(lambda value: 255 * (value >= INK_FROM)).getbbox() or (0, 0, *ink.size)
     longer = max(right - left, bottom - top)
-    size = tuple(max(1, round(length * (SIDE - 2) / longer)) for length in (right - left, bottom - top))
+    width, height = (max(1, round(length * (SIDE - 2) / longer)) for length in (right - left, bottom - top))
     square = Image.new("L", (SIDE, SIDE))
-    cut = ink.crop((left, top, right, bottom)).resize(size, Image.Resampling.BOX)
-    square.paste(cut, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    cut = ink.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BOX)
+    square.paste(cut, ((SIDE - width) // 2, (SIDE - height) // 2))
     blurred = np.asarray(square.filter(ImageFilter.BoxBlur(1)), np.uint16)
     box = ((left + right) / 2 / image.width, (top + bottom) / 2 / image.width, longer / image.width)
     return ((blurred * LEVELS + 127) // 255).reshape(-1), box

@@ -10,26 +10,40 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-STYLES = frozenset("outline outlined filled fill solid duotone twotone alt".split())  # of style, or of another drawing, in every set
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+STYLES = _words("outline outlined filled fill solid duotone twotone alt")  # of style, or of another drawing, in every set
 # Words that some sets have for a style, and others for what is drawn (traffic light, bold text, round table).
 STYLES_OF = {
-    "basil": ("outline", "solid"),
+    "clarity": ("line",),
+    "famicons": ("sharp",),
+    "fluent-mdl2": ("mirrored",),
     "garden": ("stroke",),
-    "hugeicons": ("stroke", "rounded"),
-    "iconmind": ("bold", "light", "thin", "line"),
     "ion": ("sharp",),
-    "lets-icons": ("light", "duotone-line", "line", "thin", "duotone"),
-    "proicons": ("filled",),
-    "stash": ("light", "duotone", "solid"),
-    "teenyicons": ("solid", "outline"),
+    "lets-icons": ("light", "thin", "duotone-line", "line"),
+    "majesticons": ("line",),
+    "mdi": ("variant",),
+    "nrk": ("active", "expressive"),
+    "ooui": ("ltr", "rtl"),
+    "pixelarticons": ("sharp",),
+    "solar": ("minimalistic",),
+    "stash": ("light",),
 }
 SIZE = re.compile(r"(?:10|12|14|15|16|20|24|28|32|36|40|48|64|96)(?:px)?$")
 VARIANT = re.compile(r"0\d$")  # home-01, home-02: two drawings of one thing
 BRAND_CATEGORY = re.compile(r"\b(?:brands?|logos?)\b", re.IGNORECASE)
-BRAND_WORDS = frozenset(("brand", "logo", "logos", "brands", "logotype"))
-LETTER_WORDS = frozenset(("letter", "letters", "alpha", "alphabet", "number", "numbers", "numeric", "digit", "digits"))
-DIGIT_WORDS = frozenset("zero one two three four five six seven eight nine ten".split())
-DIRECTIONS = frozenset("left right up down top bottom in out to from over on".split())
+BRAND_WORDS = _words("brand brands logo logos logotype")  # beside a brand's name
+BRANDS = _words(  # that no set files as one
+    """airplay airpods amex chromecast dropbox evernote excel facebook firefox gameboy github gitlab google imac instagram ios
+    ipad iphone ipod lego linkedin macbook microsoft pacman pantone paypal pinterest playstation pokeball polaroid powerpoint
+    reddit slack slideshare snapchat spotify stackoverflow tumblr twitter whatsapp wordpress xbox youtube"""
+)
+LETTER_WORDS = _words("letter letters alphabet alpha beta gamma delta theta lambda pi sigma omega")
+DIGIT_WORDS = _words("number numbers numeric digit digits zero one two three four five six seven eight nine ten")
+DIRECTIONS = _words("left right up down top bottom in out to from over on")
 
 
 def words_of(name: str) -> list[str]:
@@ -70,17 +84,17 @@ def object_of(words: Iterable[str]) -> str:
 
 def unfit(words: Sequence[str]) -> str:
     """Why an icon of such a name is no drawing of a thing; empty where it is one."""
-    if BRAND_WORDS.intersection(words):
+    if (BRAND_WORDS | BRANDS).intersection(words):
         return "a brand"
-    if words[0] == "flag" and len(words) == 2 and len(words[1]) == 2:
+    if words[0] == "flag" and len(words) == 2 and len(words[1]) == 2 and words[1] not in DIRECTIONS:
         return "the flag of a country"
-    if LETTER_WORDS.intersection(words) or any(len(word) == 1 and word != "x" for word in words) or list(words) == ["x"]:
-        return "a letter"
     if DIGIT_WORDS.intersection(words) or any(character.isdigit() for word in words for character in word):
         return "a number"
+    if LETTER_WORDS.intersection(words) or any(len(word) == 1 and word != "x" for word in words) or list(words) == ["x"]:
+        return "a letter"
     return ""
 
 
 def brands_of(metadata: Mapping[str, Any]) -> set[str]:
-    """Icons that a set files among brands."""
+    """Icons that a set files among brands, by its metadata.json."""
     return {icon for name, icons in metadata.get("categories", {}).items() if BRAND_CATEGORY.search(name) for icon in icons}

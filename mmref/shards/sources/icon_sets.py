@@ -186,33 +186,53 @@ zondicons                 1.2.2    zondicons        MIT        bf1688f0cc50f8ef2
 # package of a set's own authors -> that package, and the sets whose icons it has tags for
 TAGS = {
     "@carbon/icons": TagPackage(
-        ("carbon",), "Apache-2.0", Package("11.89.0", "0700c375e42de275bd3f25e4d19966fa03f37d53b1e9f92055cb94b6ee4dd0b7")
+        ("carbon",),
+        "Apache-2.0",
+        Package("11.89.0", "0700c375e42de275bd3f25e4d19966fa03f37d53b1e9f92055cb94b6ee4dd0b7"),
     ),
     "@vscode/codicons": TagPackage(
-        ("codicon",), "CC-BY-4.0", Package("0.0.45", "dd7c6b20535753027c399dcaea4d12a0e6aaf73de10a3a8f4abfc51d13a88362")
+        ("codicon",),
+        "CC-BY-4.0",
+        Package("0.0.45", "dd7c6b20535753027c399dcaea4d12a0e6aaf73de10a3a8f4abfc51d13a88362"),
     ),
     "@fortawesome/fontawesome-free": TagPackage(
-        ("fa7-solid", "fa7-regular"), "CC-BY-4.0", Package("7.3.1", "ca4e32843bd81711894385c2466fb19c55cfd32ef3c58830b2d1df7bd42e6571")
+        ("fa7-solid", "fa7-regular"),
+        "CC-BY-4.0",
+        Package("7.3.1", "ca4e32843bd81711894385c2466fb19c55cfd32ef3c58830b2d1df7bd42e6571"),
     ),
     "@gravity-ui/icons": TagPackage(
-        ("gravity-ui",), "MIT", Package("2.23.0", "693ee352b578cbd7686563d1ec43bdd093ba5d7becc29fd10ecc15a0adfc9f42")
+        ("gravity-ui",),
+        "MIT",
+        Package("2.23.0", "693ee352b578cbd7686563d1ec43bdd093ba5d7becc29fd10ecc15a0adfc9f42"),
     ),
     "ionicons": TagPackage(
-        ("ion",), "MIT", Package("8.1.0", "6ec604a301f9bb1a59ccc72a746cbb369bae87c5b45f6c67904dc878d9efb8b5")
+        ("ion",),
+        "MIT",
+        Package("8.1.0", "6ec604a301f9bb1a59ccc72a746cbb369bae87c5b45f6c67904dc878d9efb8b5"),
     ),
     "lucide-static": TagPackage(
-        ("lucide",), "ISC", Package("1.62.0", "386f9080c440d6f5049cefe3456ae8357f7a0c7f76e59670cd1cb83bc7050a44")
+        ("lucide",),
+        "ISC",
+        Package("1.62.0", "386f9080c440d6f5049cefe3456ae8357f7a0c7f76e59670cd1cb83bc7050a44"),
     ),
     "@mdi/svg": TagPackage(
-        ("mdi",), "Apache-2.0", Package("7.4.47", "de92e5dc9ce46c392ab5c53aa7190b19f82b40cb48872a083f788c7e13e91fef")
+        ("mdi",),
+        "Apache-2.0",
+        Package("7.4.47", "de92e5dc9ce46c392ab5c53aa7190b19f82b40cb48872a083f788c7e13e91fef"),
     ),
     "@primer/octicons": TagPackage(
-        ("octicon",), "MIT", Package("19.42.0", "8ae65252de0d8b24e068362c375533ef9a00fdf04e99f23d80df680d34138237")
+        ("octicon",),
+        "MIT",
+        Package("19.42.0", "8ae65252de0d8b24e068362c375533ef9a00fdf04e99f23d80df680d34138237"),
     ),
     "@phosphor-icons/core": TagPackage(
-        ("ph",), "MIT", Package("2.1.1", "313332be6190b724da24107addd781799b48bf76b13963f24501112ffe1baadd")
+        ("ph",),
+        "MIT",
+        Package("2.1.1", "313332be6190b724da24107addd781799b48bf76b13963f24501112ffe1baadd"),
     ),
     "@tabler/icons": TagPackage(
-        ("tabler",), "MIT", Package("3.52.0", "626620c7d42afd2f294fba167ce4653b5cb946336d186b4991c70b700e5616af")
+        ("tabler",),
+        "MIT",
+        Package("3.52.0", "626620c7d42afd2f294fba167ce4653b5cb946336d186b4991c70b700e5616af"),
     ),
 }

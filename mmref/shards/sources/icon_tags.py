@@ -65,7 +65,7 @@ def _ionicons(folder: str) -> Tagged:
 
 
 def _lucide(folder: str) -> Tagged:
-    return read_json(folder, "tags.json").items()  # type: ignore[no-any-return]
+    return list(read_json(folder, "tags.json").items())
 
 
 def _mdi(folder: str) -> Iterator[tuple[str, list[str]]]:

@@ -128,8 +128,19 @@ class IconSource:
                     plain = [word for word in drawing.words if word not in icon_names.BRAND_WORDS]
                     brands.setdefault(icon_names.object_of(plain), str(drawing))
         for name in brands.keys() & found.keys():
-            self.skipped.append(f"object {name}: a brand for {brands[name]}, and so for others")
-        return {name: found[name] for name in sorted(found.keys() - brands.keys())}
+            self.skipped.append(f"object {name}: a brand as {brands[name]}")
+        return self._in_one_spelling({name: found[name] for name in sorted(found.keys() - brands.keys())})
+
+    @staticmethod
+    def _in_one_spelling(named: dict[str, list[Drawing]]) -> dict[str, list[Drawing]]:
+        """`logout` and `log-out` are one object, with the id that more drawings have."""
+        spelled = {drawing.words: name for name, drawings in named.items() for drawing in drawings if len(drawing.words) > 1}
+        for words, name in sorted(spelled.items()):
+            one = "".join(words)
+            if one in named and name in named:
+                kept, gone = sorted((one, name), key=lambda each: (-len(named[each]), each))
+                named[kept] = named[kept] + named.pop(gone)
+        return named
 
     def _chosen(self, named: dict[str, list[Drawing]], first: list[str]) -> dict[str, list[Drawing]]:
         """Of objects that enough teams draw, one drawing of each set, those of the sets in `first` in front.

@@ -48,7 +48,9 @@ def fetch(package: str, version: str, cache: str, sha256: str = "") -> str:
             raise SourceError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
         archive = os.path.join(work, archives[0])
         if sha256 and (found := sha256_of(archive)) != sha256:
-            raise SourceError(f"{package}@{version} has come with the sha256 {found}, expected {sha256}: it is not the same data.")
+            raise SourceError(
+                f"{package}@{version} has come with the sha256 {found}, expected {sha256}: it is not the same data."
+            )
         unpacked = os.path.join(work, "unpacked")
         with tarfile.open(archive) as tar:
             tar.extractall(unpacked, filter="data")

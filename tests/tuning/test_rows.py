@@ -103,6 +103,7 @@ IRRA = {"IRRA objective": ("sdm", 1.0, 1.0, 0.0), "InfoNCE + IRRA's heads": ("in
 @pytest.mark.parametrize("name, config, w_fuse, rival", [
     ("default", "emoji", 0, "IRRA objective"), ("robustness", "emoji", 1, "InfoNCE + IRRA's heads"),
     ("emoji", "emoji", 1, "InfoNCE + IRRA's heads"), ("cub", "cub_cpu", 1, "IRRA objective"),
+    ("icons", "icons", 1, "InfoNCE + IRRA's heads"),
 ])  # fmt: skip
 def test_the_files_of_the_project(name: str, config: str, w_fuse: float, rival: str) -> None:
     base = load_config(["--config", str(ROOT / "configs" / f"{config}.yaml")])
@@ -111,3 +112,13 @@ def test_the_files_of_the_project(name: str, config: str, w_fuse: float, rival: 
     assert (plain.loss.w_fuse, plain.loss.w_guide, plain.loss.w_rec) == (w_fuse, 0, 0)
     irra = found.config(base, rival, found.points[-1], 0, "there").loss
     assert (irra.align, irra.w_id, irra.w_mlm, irra.w_guide) == IRRA[rival]
+
+
+def test_icons_have_the_recipe_of_emoji() -> None:
+    """Frozen before it was trained: nothing but the set, the length that follows from it and the run's folder differs."""
+    emoji, icons = (load_config(["--config", str(ROOT / "configs" / f"{name}.yaml")]) for name in ("emoji", "icons"))
+    assert (icons.data.root, icons.run_dir, icons.train.max_steps) == ("shards/icons", "runs/icons", 700)
+    icons.data.root, icons.run_dir, icons.train.max_steps = emoji.data.root, emoji.run_dir, emoji.train.max_steps
+    assert icons == emoji
+    rows = [read_rows(name, emoji) for name in ("emoji", "icons")]
+    assert rows[0].rows == rows[1].rows and rows[0].baseline == rows[1].baseline

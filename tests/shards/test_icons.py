@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def body(name: str) -> str:
     return "".join(f'<path d="M{8 * x} {8 * y}h{size}v{size}h-{size}z"/>' for x, y, size in cells if size)
 
 
-def write(root: Path, package: str, version: str, files: dict[str, object]) -> Path:
+def write(root: Path, package: str, version: str, files: dict[str, Any]) -> Path:
     folder = root / npm.folder_name(package, version) / "package"
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,13 +61,15 @@ def packages(tmp_path: Path) -> str:
         if name == "bi":  # a copy of another set's, at half the size; a drawing that does not show
             data["icons"]["home-24"] = {"body": f'<g transform="scale(2)">{body("lucide home")}</g>', "width": 48, "height": 48}
             data["icons"]["star"] = {"body": "<g/>"}
-        files = {
+        files: dict[str, Any] = {
             "icons.json": data, "metadata.json": metadata.get(name, {}),
             "info.json": {
                 "name": name.upper(), "author": {"name": f"team of {name}", "url": f"https://{name}.example"},
                 "license": {"title": known.licence, "spdx": known.licence, "url": f"https://{name}.example/licence"},
             },
         }  # fmt: skip
+        if name == "uil":
+            del files["info.json"]["license"]["url"]
         write(tmp_path, f"@iconify-json/{name}", known.package.version, files)
     write(tmp_path, "lucide-static", TAGS["lucide-static"].package.version, {"tags.json": {"home": ["living", "House", "home"]}})
     carbon = {"icons": [{"name": "arrow--left", "aliases": ["back"]}, {"name": "home"}]}
@@ -145,6 +148,7 @@ def test_built_twice_it_is_the_same(packages: str, tmp_path: Path) -> None:
     known = ICON_SETS["lucide"]
     row = "| lucide | LUCIDE by [team of lucide](https://lucide.example) | [ISC](https://lucide.example/licence) "
     assert f"{row}| `@iconify-json/lucide` {known.package.version}, sha256 {known.package.sha256} |" in text
+    assert "[team of uil](https://uil.example) | Apache-2.0 | `" in text, "no link where the package has none"
     assert "| carbon | Apache-2.0 | `@carbon/icons` " in text
     assert Image.open(io.BytesIO(IconSource(packages, 32, sets=SETS).load(("ri", "home-line")))).size == (32, 32)
 

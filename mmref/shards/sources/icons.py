@@ -233,9 +233,8 @@ class IconSource:
         for name in self.sets:
             info, known = npm.read_json(self.folders[name], "info.json"), ICON_SETS[name]
             author, licence = info["author"], info["license"]
-            by = f"[{author['name']}]({author['url']})" if author.get("url") else author["name"]
             sets.append(
-                f"| {name} | {info['name']} by {by} | [{known.licence}]({licence.get('url', '')}) "
+                f"| {name} | {info['name']} by {_link(author['name'], author)} | {_link(known.licence, licence)} "
                 f"| `@iconify-json/{name}` {known.package.version}, sha256 {known.package.sha256} |"
             )
         tags = [
@@ -249,3 +248,8 @@ class IconSource:
         )  # fmt: skip
         with open(os.path.join(root, "README.md"), "w", encoding="utf-8") as file:
             file.write(text)
+
+
+def _link(text: str, place: dict[str, str]) -> str:
+    """Markdown: a link where a package gives one."""
+    return f"[{text}]({place['url']})" if place.get("url") else text

@@ -45,6 +45,7 @@ def write(root: Path, package: str, version: str, files: dict[str, Any]) -> Path
 @pytest.fixture
 def packages(tmp_path: Path) -> str:
     """Folder of tiny packages. Every set but one draws a house, and each says so in another way."""
+    pytest.importorskip("resvg_py")
     names = {
         "lucide": ["home", "arrow-left", "square-a", "apple", "log-out", "x", "star"],
         "ri": ["home-line", "home-fill", "left-arrow-line", "dice-5-line", "apple-fill", "logout-line", "star-line"],
@@ -78,7 +79,6 @@ def packages(tmp_path: Path) -> str:
 
 
 def test_objects_and_captions(packages: str) -> None:
-    pytest.importorskip("resvg_py")
     source = IconSource(packages, sets=SETS)
     found = {item.object_id: item for item in source.objects()}
     assert list(found) == ["arrow-left", "home", "log-out"]
@@ -99,7 +99,6 @@ def test_objects_and_captions(packages: str) -> None:
 
 
 def test_what_is_left_out_and_why(packages: str) -> None:
-    pytest.importorskip("resvg_py")
     source = IconSource(packages, sets=SETS)
     list(source.objects())
     style = next(line for line in source.skipped if "style" in line)
@@ -122,7 +121,6 @@ def test_what_is_left_out_and_why(packages: str) -> None:
 
 
 def test_one_drawing_of_two_objects_stays_with_the_object_of_more(packages: str) -> None:
-    pytest.importorskip("resvg_py")
     for name in PLAIN:
         (path,) = Path(packages).glob(f"iconify-json-{name}-*/package/icons.json")
         data = json.loads(path.read_text())
@@ -136,7 +134,6 @@ def test_one_drawing_of_two_objects_stays_with_the_object_of_more(packages: str)
 
 
 def test_built_twice_it_is_the_same(packages: str, tmp_path: Path) -> None:
-    pytest.importorskip("resvg_py")
     found = []
     for out in ("a", "b"):
         build_shards(IconSource(packages, 32, sets=SETS), str(tmp_path / out), BuildOptions(min_shards=1, progress=False))

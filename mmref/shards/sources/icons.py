@@ -18,6 +18,7 @@ import numpy as np
 
 from mmref.config.shipped import shipped
 from mmref.errors import SampleError, SourceError
+from mmref.extras import need
 from mmref.shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, hash_fraction, hash_split
 from mmref.shards.sources import icon_names, npm
 from mmref.shards.sources.icon_copies import Prints, copies, join, prints_of, shared
@@ -75,6 +76,7 @@ class IconSource:
 
     def __init__(self, packages: str | None = None, size_px: int = 64, quality: int = 72, sets: list[str] | None = None) -> None:
         """size_px: side of the square image; quality: WebP, 1-100; sets: icon sets to use, all when None."""
+        need("emoji", "the source of icons")  # before anything is fetched
         self.size_px, self.quality, self.skipped = size_px, quality, list[str]()
         self.sets = list(ICON_SETS if sets is None else sets)
         self.tags = [name for name, tags in TAGS.items() if set(tags.sets) & set(self.sets)]

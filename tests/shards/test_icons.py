@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,27 @@ def test_built_twice_it_is_the_same(packages: str, tmp_path: Path) -> None:
     assert "[team of uil](https://uil.example) | Apache-2.0 | `" in text, "no link where the package has none"
     assert "| carbon | Apache-2.0 | `@carbon/icons` " in text
     assert Image.open(io.BytesIO(IconSource(packages, 32, sets=SETS).load(("ri", "home-line")))).size == (32, 32)
+
+
+def test_nothing_depends_on_the_order_of_sets(packages: str) -> None:
+    """Python orders the members of a set anew in each process."""
+    for name in ("bi", "uil"):
+        (path,) = Path(packages).glob(f"iconify-json-{name}-*/package/icons.json")
+        data = json.loads(path.read_text())
+        names = [f"{'brand-' if name == 'bi' else ''}{letter}{letter}" for letter in "bcdefgh"]
+        path.write_text(json.dumps({**data, "icons": data["icons"] | {icon: {"body": body(icon)} for icon in names}}))
+    code = (
+        "import sys\nfrom mmref.shards.sources.icons import IconSource\n"
+        f"source = IconSource(sys.argv[1], sets={SETS})\nprint(list(source.objects()), *source.skipped, sep='\\n')"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", code, packages], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert told[0] == told[1] and "object hh: a brand as bi/brand-hh" in told[0]
 
 
 def test_another_licence_is_an_error(packages: str) -> None:

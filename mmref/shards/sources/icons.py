@@ -129,7 +129,7 @@ class IconSource:
                 if reason == "a brand":
                     plain = [word for word in drawing.words if word not in icon_names.BRAND_WORDS]
                     brands.setdefault(icon_names.object_of(plain), str(drawing))
-        for name in brands.keys() & found.keys():
+        for name in sorted(brands.keys() & found.keys()):
             self.skipped.append(f"object {name}: a brand as {brands[name]}")
         return self._in_one_spelling({name: found[name] for name in sorted(found.keys() - brands.keys())})
 

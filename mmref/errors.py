@@ -96,6 +96,10 @@ class TooFewObjectsError(ConfigError):
     """The split has fewer objects than a global step needs."""
 
 
+class TooFewPairsError(ConfigError):
+    """The train split has fewer pairs of images and captions than `loss.align: rde` can divide."""
+
+
 class ModelError(MMRefError):
     """A backbone or tokenizer cannot be loaded or does not fit the config."""
 

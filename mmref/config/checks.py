@@ -41,6 +41,10 @@ def check_config(config: Config) -> Config:
         raise ConfigError(
             f"`loss.guide_full` ({config.loss.guide_full}) comes before `loss.guide_from` ({config.loss.guide_from})."
         )
+    if config.loss.align == "rde" and config.loss.learn_tau:
+        raise ConfigError(
+            "`loss.learn_tau` has no temperature to learn under `loss.align: rde`, whose own is `loss.rde_tau`: leave it out."
+        )
     loss, reference = config.loss, config.reference
     random = reference.update == "gradient" and reference.init == "random" and not t.start_from
     if random and loss.w_guide > 0 and not (loss.w_fuse or loss.w_rec):

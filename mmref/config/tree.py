@@ -152,6 +152,8 @@ class ReferenceConfig:
     """Where a worker's share of the rows lies: `host` keeps it in main memory, only a step's rows come to the GPU."""
     tau: float = option(0.07, above=0)
     """Temperature of fusion, of guidance where `loss.guide_tau` is 0, and of soft targets."""
+    margin: float = option(0.0, at_least=0, below=2, added=True)
+    """What is taken off the cosine with the references of the own object in fusion and guidance (CosFace); 0: nothing."""
     lr: float = option(0.05, above=0)
     """Learning rate of references under `gradient` (row-wise Adam on the owner)."""
     memory_tokens: int = option(4, at_least=1)
@@ -162,15 +164,21 @@ class ReferenceConfig:
 class LossConfig:
     """L = align + w_fuse fuse + w_rec rec + w_guide guide + w_id id + w_mlm mlm (the last two: IRRA's objective)."""
 
-    align: Literal["infonce", "sdm", "sigmoid"] = "infonce"
-    """Alignment of images and texts, every pair of the same object a positive: multi-positive InfoNCE, SDM (IRRA), or SigLIP's
-    sigmoid loss of each pair by itself."""
+    align: Literal["infonce", "sdm", "sigmoid", "rde"] = "infonce"
+    """Alignment of images and texts, every pair of the same object a positive: multi-positive InfoNCE, SDM (IRRA), SigLIP's
+    sigmoid loss of each pair by itself, or RDE's triplets, of which pairs that it takes for wrong are left out."""
     tau: float = option(0.07, at_least=MIN_TAU)
     """Temperature of the alignment."""
     learn_tau: bool = False
     """Learn the alignment's temperature, starting from `tau`."""
     bias: float = option(-10.0, at_least=-100, added=True)
     """Start of the bias that `align: sigmoid` adds to its logits and learns."""
+    rde_tau: float = option(0.015, at_least=MIN_TAU, added=True)
+    """Temperature of the soft maximum over negatives under `align: rde`."""
+    rde_margin: float = option(0.1, at_least=0, added=True)
+    """What a positive's cosine is to be above that maximum under `align: rde`."""
+    rde_from: float = option(0.0, share=True, added=True)
+    """Share of training after which `align: rde` takes over from InfoNCE, and first divides pairs into clean and wrong ones."""
     w_fuse: float = option(1.0, at_least=0)
     """Weight of global fusion (trains references only). Under moving_average its size has no effect; above 0 it keeps references
     also where nothing else uses them."""

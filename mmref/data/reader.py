@@ -24,7 +24,9 @@ from mmref.data.tokens import load_tokens
 from mmref.errors import SampleError
 
 Batch = dict[str, NDArray[Any]]
-Sample = tuple[int, NDArray[np.uint8], str, str]  # image of the index, pixels, caption, what was broken before it
+Sample = tuple[
+    int, NDArray[np.uint8], int, str, str
+]  # image of the index, pixels, number of the caption, caption, what was broken
 SHOWN = 5  # broken images in an error message
 
 
@@ -44,15 +46,16 @@ class StepReader:
         self.positions = range(rank * per_rank, (rank + 1) * per_rank)
 
     def read_step(self, step: int) -> Batch:
-        """One step of this rank: step, position, object, image_index (n,), image (n, H, W, 3) uint8, ids and mask (n, L),
-        bad (n,) the description of a broken sample that was replaced, or ""."""
+        """One step of this rank: step, position, object, image_index, caption_number (n,), image (n, H, W, 3) uint8, ids and mask
+        (n, L), bad (n,) the description of a broken sample that was replaced, or ""."""
         planned = self.plan(step)
-        images, captions, used, bad = [], [], [], []
+        images, captions, numbers, used, bad = [], [], [], [], []
         first = self.samples.read_all(planned.images[self.positions.start : self.positions.stop].tolist())
         for position, raw in zip(self.positions, first):
-            index, pixels, caption, problem = self._read(planned, step, position, raw)
+            index, pixels, number, caption, problem = self._read(planned, step, position, raw)
             images.append(pixels)
             captions.append(caption)
+            numbers.append(number)
             used.append(index)
             bad.append(problem)
         ids, mask = self.tokens(captions)
@@ -62,6 +65,7 @@ class StepReader:
             "position": np.arange(self.positions.start, self.positions.stop, dtype=np.int64),
             "object": self.index.object_row[used].astype(np.int64),
             "image_index": np.array(used, dtype=np.int64),
+            "caption_number": np.array(numbers, dtype=np.int64),
             "image": np.stack(images),
             "ids": ids,
             "mask": mask,
@@ -119,7 +123,7 @@ class StepReader:
         problems: list[str],
     ) -> Sample:
         number = int(planned.captions[position]) % len(captions)
-        return index, pixels, self.noise(captions[number], index, number), "\n".join(problems)
+        return index, pixels, number, self.noise(captions[number], index, number), "\n".join(problems)
 
     def read_image(self, index: int) -> tuple[NDArray[np.uint8], list[str]]:
         """Pixels and usable captions of one image of the index. Raises SampleError."""

@@ -17,6 +17,7 @@ from mmref.config.packages import check_imports
 from mmref.data.sample_reader import SampleReader, sound
 from mmref.data.shard_set import ShardSet
 from mmref.errors import RunDirectoryError, ShardSetError, StorageError
+from mmref.evaluate.ambiguity import ambiguity
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
 from mmref.evaluate.choose import choose_on_val, settings_of, trained_space
 from mmref.evaluate.class_protocol import class_metrics, class_queries
@@ -375,6 +376,7 @@ class Evaluation:
                 "ci95": bootstrap_ci(back_refined, f.image_objects, n),
             },
             "by_caption_kind": kinds,
+            "ambiguity": ambiguity(q.texts, q.text, q.objects, initial.valid),
             "skipped": f.skipped,
             **({"class_protocol": self.class_protocol()} if self.config.eval.class_protocol else {}),
             **{

@@ -4,8 +4,8 @@
 "image_to_text" and each kind in "by_caption_kind" are blocks like the top level ("initial", "refined", "ci95");
 "image_to_image" and "captions_as_one" of `protocols.Protocol.scores`; "ci95_initial" beside "ci95"; "refinement_gain" from
 `bootstrap.paired_difference`; "skipped", a list of messages; "best_on_test" from `evaluation.best_on_test`; "start" from
-`evaluation.start_metrics`; "class_protocol", {"initial": {name: percent}, "refined": ...}; "refinement"["tried"], the table of
-`refinement.choose_refinement`.
+`evaluation.start_metrics`; "class_protocol", {"initial": {name: percent}, "refined": ...}; "ambiguity" of `ambiguity.ambiguity`; "refinement"["tried"], the
+table of `refinement.choose_refinement`.
 """
 
 import base64
@@ -96,6 +96,7 @@ def render_report(
             refinement=_describe_refinement(metrics),
             other_refinements=_other_refinements(metrics),
             excluded=excluded(metrics),
+            ambiguous=ambiguous(metrics),
             tried=_best_tried(metrics.get("refinement") or {}),
             loss_figure=_loss_figure(history),
             val_figure=_val_figure(history),
@@ -167,6 +168,8 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         f"{metrics['split']}: {_count(metrics['n_queries'])} queries, {_count(metrics['n_gallery'])} gallery images, "
         f"{_count(metrics['n_objects'])} objects; percent{excluded(metrics)}"
     )
+    if said := ambiguous(metrics):
+        table.append(said)
     table.append("refinement: " + _describe_refinement(metrics))
     table += [f"refinement, {label}: {how}" for label, how in _other_refinements(metrics)]
     if best := metrics.get("best_on_test"):
@@ -279,6 +282,18 @@ def excluded(metrics: Mapping[str, Any]) -> str:
     """Words on the queries that count in no mean, "" where there are none."""
     count = metrics.get("n_excluded")
     return f"; {_count(count)} of the queries have no image in the gallery and count in no mean" if count else ""
+
+
+def ambiguous(metrics: Mapping[str, Any]) -> str:
+    """Words on the captions that several objects share, "" for metrics of a version that did not count them."""
+    found = metrics.get("ambiguity")
+    if not found:
+        return ""
+    ceiling, guessing = _number(found["ceiling"]), _number(found["guessing"])
+    return (
+        f"ceiling of R@1: {ceiling}, as {_count(found['n_same'])} captions are those of several objects word for word; "
+        f"{_count(found['n_fitting'])} fit several by their words, and guessing among these gives {guessing}"
+    )
 
 
 def _describe_refinement(metrics: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from mmref.losses.reference_contrast import reference_loss
 from mmref.losses.sdm import sdm
 from mmref.losses.sigmoid import sigmoid
 from mmref.losses.soft_targets import soft_targets
+from mmref.losses.triplet_alignment import triplet_alignment
 
 __all__ = [
     "agreement",
@@ -22,4 +23,5 @@ __all__ = [
     "sdm",
     "sigmoid",
     "soft_targets",
+    "triplet_alignment",
 ]

@@ -19,6 +19,7 @@ from mmref.losses.reference_contrast import reference_loss
 from mmref.losses.sdm import sdm
 from mmref.losses.sigmoid import sigmoid
 from mmref.losses.soft_targets import soft_targets
+from mmref.losses.triplet_alignment import triplet_alignment
 
 TOTAL = "loss"
 
@@ -55,6 +56,7 @@ class Share(NamedTuple):
     weights: Tensor | None = None  # (n,) of the captions, 1 on average over the global batch; None: alike
     all_weights: Tensor | None = None  # (N,) of the global batch's captions
     bias: Tensor | None = None  # (1,) of the logits of `align: sigmoid`
+    labels: Tensor | None = None  # (n,) of `align: rde`, 1: clean, 0: wrong; None: pairs are not divided yet
 
 
 class References(NamedTuple):
@@ -90,6 +92,7 @@ def objective(
             1 / reference.tau,
             reference.score,
             weights=None if share.weights is None else torch.cat([torch.ones_like(share.weights), share.weights]),
+            margin=reference.margin,
         )
     return losses
 
@@ -131,12 +134,22 @@ def _alignment(share: Share, loss: LossConfig) -> Tensor:
         assert share.bias is not None
         pairs = share.image, share.all_text, share.objects, share.all_objects
         return sigmoid(*pairs, share.scale, share.bias, share.all_weights)
-    align = infonce if loss.align == "infonce" else sdm
+    if loss.align == "rde" and share.labels is not None:
+        image, text = pair_losses(share, loss)
+        weights = share.labels if share.weights is None else share.labels * share.weights
+        return (weights * (image + text)).mean()
+    align = sdm if loss.align == "sdm" else infonce  # which RDE begins with
     anchors = share.objects, share.all_objects, share.scale
     both = align(share.image, share.all_text, *anchors, other_weights=share.all_weights) + align(
         share.text, share.all_image, *anchors, share.weights
     )
     return both if loss.align == "sdm" else 0.5 * both  # IRRA adds the two directions
+
+
+def pair_losses(share: Share, loss: LossConfig, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """RDE's losses of the share's images and of their captions, (n,) each; `own` (n,) as of `triplet_alignment`."""
+    about = share.objects, share.all_objects, loss.rde_tau, loss.rde_margin, own
+    return triplet_alignment(share.image, share.all_text, *about), triplet_alignment(share.text, share.all_image, *about)
 
 
 def _guidance(share: Share, references: References, loss: LossConfig, reference: ReferenceConfig) -> Tensor:
@@ -154,4 +167,5 @@ def _guidance(share: Share, references: References, loss: LossConfig, reference:
         reference.score,
         None if soft is None else soft.repeat(len(parts), 1),
         None if weights is None else torch.cat([weight for _, weight in parts]),
+        reference.margin,
     )

@@ -47,6 +47,7 @@ def reference_loss(
     reduce: Literal["max", "lme"] = "max",
     soft: Tensor | None = None,
     weights: Tensor | None = None,
+    margin: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of each feature's own object among the given references (MMRef, global fusion and its mirror).
 
@@ -58,6 +59,7 @@ def reference_loss(
         reduce: see `reference_scores`.
         soft: (n, A) distributions to match in place of the own object alone, as from `soft_targets`.
         weights: (n,) of the features, 1 on average.
+        margin: taken off the cosines with the own object's references, as in CosFace (Wang et al., CVPR 2018, arXiv:1801.09414).
 
     Returns:
         Scalar fp32, mean over n features; a feature whose object has no reference yet contributes 0.
@@ -65,6 +67,10 @@ def reference_loss(
     logits = reference_scores(features, references, reduce, scale)  # (n, A)
     known = torch.isfinite(logits.gather(1, targets[:, None]))[:, 0]
     logits = torch.where(known[:, None], logits, torch.zeros_like(logits))
+    if margin > 0:
+        # Off each of an object's K cosines it is off their maximum and their log-mean-exp as well.
+        own = torch.full_like(logits[:, :1], -scale * margin)
+        logits = logits.scatter_add(1, targets[:, None], own)
     if soft is None:
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     else:

@@ -30,6 +30,7 @@ FOLDER = "checkpoints"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in a file of the optimizer
 AVERAGE = "ema"  # of the weights: with `train.ema` a file of the model has it, and one of the optimizer the weights of training
 TRAINED = "weight"
+PAIRS = "pairs"  # losses and labels of `loss.align: rde`, in a file of the optimizer
 KINDS = ("model", "optimizer", "references")
 DOWNLOADS = 4  # files that a process downloads at a time
 

@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/step-<steps done>-<tag>/` into which every rank writes
     model-<rank>.safetensors       full fp32 weights of the parameters this rank writes, by name; under `train.ema` their averages
     optimizer-<rank>.safetensors   Adam's moments of the same parameters; under `train.ema` also the weights that training goes on
-                                   with: whatever evaluates or exports a checkpoint reads the averages, and need not know of it
+                                   with: whatever evaluates or exports a checkpoint reads the averages, and need not know of it;
+                                   on rank 0 under `loss.align: rde` also losses and labels of all pairs
     references-<rank>.safetensors  this rank's rows of the bank with their objects' ids; metadata: first global row
     rank-<rank>.json               bytes and SHA-256 of the files above; of references also which rows of the bank they are
 and rank 0 at last, when every rank's list is there, meta.json with all lists in it. A folder without meta.json, or in which
@@ -33,6 +34,7 @@ from mmref.run.checkpoints import (
     FOLDER,
     KINDS,
     MOMENTS,
+    PAIRS,
     TRAINED,
     CheckpointInfo,
     TensorFolder,
@@ -49,6 +51,7 @@ from mmref.run.row_file import CHUNK, pack_ids, row_files
 from mmref.run.tensor_files import write_file
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank, owned_rows
+from mmref.train.division import Division
 from mmref.train.engine import iterate_state, load_state
 from mmref.version import __version__
 
@@ -71,7 +74,7 @@ class Snapshot:
         return sum(t.numel() * t.element_size() for tensors in self.tensors.values() for t in tensors.values())
 
 
-def snapshot(engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> Snapshot:
+def snapshot(engine: Any, bank: ReferenceBank, meta: dict[str, Any], division: Division | None = None) -> Snapshot:
     """Copy this rank's share to the host (collective: every rank takes part)."""
     rank, world = collectives.rank(), collectives.world_size()
     owner = share_out({n: p.ds_numel if hasattr(p, "ds_numel") else p.numel() for n, p in _parameters(engine)}, world)
@@ -83,6 +86,7 @@ def snapshot(engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> Snapshot
         moments |= {f"{name}/{key}": state[key].cpu().contiguous() for key in kept if key in state}
     if rank == 0:
         weights |= {f"buffer:{n}": _copy(b) for n, b in _buffers(engine)}
+        moments |= {f"{PAIRS}/{n}": _copy(t) for n, t in division.state_dict().items()} if division else {}
     references = {k: _copy(v) for k, v in bank.state_dict().items()} | pack_ids(bank.object_ids)
     tensors = {"model": weights, "optimizer": moments, "references": references}
     return Snapshot(tensors, bank.first, {**meta, "world": world, "version": __version__, "bank": bank.describe()})
@@ -117,10 +121,10 @@ def commit(run: RunDir, folder: str, meta: dict[str, Any]) -> None:
     run.write_text(f"{folder}/meta.json", json.dumps({**meta, "files": files}, indent=1))
 
 
-def save(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> None:
+def save(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any], division: Division | None = None) -> None:
     """Write a checkpoint into a folder of its own and return when this rank's part is in place (collective)."""
     parent, _, name = folder.rpartition("/")
-    run, state = RunDir(parent), snapshot(engine, bank, meta)
+    run, state = RunDir(parent), snapshot(engine, bank, meta, division)
     write(run, name, state, collectives.rank())
     if collectives.rank() == 0:
         commit(run, name, state.meta)
@@ -204,19 +208,21 @@ class ResumePoint:
     meta: dict[str, Any]
     passed_over: list[str]  # damaged files of newer checkpoints, which were passed over
 
-    def load(self, engine: Any, bank: ReferenceBank) -> None:
-        """Restore engine and bank (collective); nothing at the beginning of a run. Raises CheckpointError."""
+    def load(self, engine: Any, bank: ReferenceBank, division: Division | None = None) -> None:
+        """Restore engine, bank and division (collective); nothing at the beginning of a run. Raises CheckpointError."""
         if self.meta:
-            load(self.folder, engine, bank, self.meta)
+            load(self.folder, engine, bank, self.meta, division)
 
 
-def load(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any]) -> None:
-    """Restore engine and bank from a local folder, whatever number of workers wrote it. Raises CheckpointError."""
+def load(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any], division: Division | None = None) -> None:
+    """Restore engine, bank and division from a local folder, whatever number of workers wrote it. Raises CheckpointError."""
     tensors = TensorFolder(folder, "model", "optimizer")
     check_fits(tensors, shapes := _shapes(engine), folder)
     load_state(engine, lambda name: tensors.state_of(name) if name in shapes else {}, int(meta["step"]))
     for name, buffer in _buffers(engine):
         buffer.copy_(tensors.get(f"buffer:{name}"))
+    if division:
+        division.load_state_dict({name: tensors.get(f"{PAIRS}/{name}") for name in division.state_dict()})
     load_bank(folder, bank, meta)
 
 

@@ -27,6 +27,7 @@ from mmref.model.word_decoder import mask_words, places_of
 from mmref.randomness import RandomStream, uniform_tensor
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank, Rows
+from mmref.train.division import Division
 
 
 class MaskedWords(NamedTuple):
@@ -57,6 +58,14 @@ class Contrast(NamedTuple):
     targets: Tensor  # (n,)
 
 
+class PairRows(NamedTuple):
+    """The pairs of the global batch by their numbers in `Division`."""
+
+    everyone: Tensor  # (N,)
+    once: Tensor  # (u,) each once
+    last: Tensor  # (u,) where each stands in the batch for the last time
+
+
 @dataclass
 class StepInputs:
     """What a step takes of its batch."""
@@ -67,6 +76,7 @@ class StepInputs:
     contrasted: Contrast | None  # None for a run without references
     followed: Contrast | None  # of the batch's objects alone; None where no reference follows its object
     words: int  # masked in the global batch, at least 1
+    pairs: PairRows | None = None  # where pairs are divided
     copied: torch.cuda.Event | None = None  # after the last operation that made these tensors
 
     def take(self) -> StepInputs:
@@ -139,9 +149,11 @@ class Staging:
 class Preparation:
     """Makes batches ready for `StepRunner.run`, in the order of their steps (collective)."""
 
-    def __init__(self, config: Config, bank: ReferenceBank, tokens: Tokens, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, bank: ReferenceBank, tokens: Tokens, device: torch.device, division: Division | None = None
+    ) -> None:
         """Collective where there are several ranks."""
-        self.config, self.bank, self.tokens, self.device = config, bank, tokens, device
+        self.config, self.bank, self.tokens, self.device, self.division = config, bank, tokens, device, division
         self.special_ids = torch.as_tensor(tokens.special_ids)
         self.ranks = collectives.HostGroup()
         self.stage = Staging(device)
@@ -160,9 +172,13 @@ class Preparation:
         ids, mask = (torch.from_numpy(batch[name].astype(np.int64)) for name in ("ids", "mask"))  # (n, L)
         masked = self._mask(step, ids, batch["position"]) if config.loss.masks_words else None
         # A broken image may bring another object than the plan's, and its rank alone knows.
-        known = [0 if masked is None else int(masked[1].sum()), *batch["object"].tolist()]
-        of_ranks = self.ranks.gather(np.array(known, dtype=np.int64))  # (world, 1 + n)
-        words, everyone = int(of_ranks[:, 0].sum()), of_ranks[:, 1:].reshape(-1)
+        known = [np.array([0 if masked is None else int(masked[1].sum())]), batch["object"]]
+        if self.division is not None:
+            known.append(self.division.pairs(batch["image_index"], batch["caption_number"]))
+        of_ranks = self.ranks.gather(np.concatenate(known))  # (world, 1 + n), or (world, 1 + 2n) with pairs
+        n = len(ids)
+        words, everyone = int(of_ranks[:, 0].sum()), of_ranks[:, 1 : 1 + n].reshape(-1)
+        pairs = None if self.division is None else self._pairs(of_ranks[:, 1 + n :].reshape(-1))
         contrasted = followed = None
         if config.loss.uses_references:
             contrasted = self._contrast("contrasted", self.bank.select(everyone, step), batch["object"])
@@ -172,7 +188,7 @@ class Preparation:
         draws = stage("draws", augmentation_draws(config.train.seed, step, batch["position"]))
         pixels = augment(stage("images", batch["image"]), draws, config.data)
         ids_there, mask_there = stage("ids", ids), stage("mask", mask)
-        size = len(ids) // config.train.accumulation
+        size = n // config.train.accumulation
         micro = [
             MicroBatch(
                 pixels[s],
@@ -185,7 +201,13 @@ class Preparation:
             )
             for i, s in enumerate(slice(i * size, (i + 1) * size) for i in range(config.train.accumulation))
         ]
-        return StepInputs(micro, objects, stage("all objects", everyone), contrasted, followed, max(1, words))
+        return StepInputs(micro, objects, stage("all objects", everyone), contrasted, followed, max(1, words), pairs)
+
+    def _pairs(self, everyone: NDArray[np.int64]) -> PairRows:
+        """Of the pairs (N,) of the global batch. One that is there twice keeps its last loss, however a device writes."""
+        once, from_end = np.unique(everyone[::-1], return_index=True)
+        last = len(everyone) - 1 - from_end
+        return PairRows(self.stage("pairs", everyone), self.stage("pairs once", once), self.stage("pairs last", last))
 
     def _contrast(self, name: str, rows: Rows, objects: NDArray[np.int64]) -> Contrast:
         own = rows.own

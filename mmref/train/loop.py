@@ -28,6 +28,7 @@ from mmref.train import checkpoint_files, collectives
 from mmref.train.ahead import Ahead
 from mmref.train.average import averaged_weights
 from mmref.train.bank import ReferenceBank
+from mmref.train.division import Division
 from mmref.train.elastic import accumulation_for
 from mmref.train.engine import all_finite, average_statistics, build_engine, set_learning_rate, trained_tensors
 from mmref.train.ledger import Ledger
@@ -111,13 +112,14 @@ class Worker:
             self.bank = ReferenceBank(
                 index.n_objects, model.embed_dim, config.reference, config.train.seed, self.device, index.object_ids
             )
+            self.division = Division.of(config, index, build_plan(config, index), self.device)
             if at.meta or not config.train.start_from:
-                at.load(self.engine, self.bank)
+                at.load(self.engine, self.bank, self.division)
             else:
                 checkpoint_files.start_from(start_of(config, run), self.engine, self.bank)
         self.runner = StepRunner(
             config, self.engine, lambda loss: self.engine.backward(loss, scale_wrt_gas=False), self.engine.step,
-            self.bank, self.tokens, self.device,
+            self.bank, self.tokens, self.device, self.division,
         )  # fmt: skip
         self.ahead = Ahead(stream, self.runner.prepare, self.start, config.train.max_steps)
         self.encoder = Encoder(self.engine, self.engine.module, config.data, self.tokens, self.device)
@@ -144,7 +146,7 @@ class Worker:
         reason = 0
         with (
             self._logging(),
-            Saver(self.run, self.engine, self.bank, config.async_checkpoints) as saver,
+            Saver(self.run, self.engine, self.bank, config.async_checkpoints, self.division) as saver,
             StepProfiler(self.run, 0 if self.rank else config.profile, self.device) as profiler,
         ):
             window, pace = Window(self.device), Pace(self.start, config.global_batch)
@@ -195,6 +197,8 @@ class Worker:
             record["tau"] = 1 / float(self.runner.logits[0])
         if self.config.loss.align == "sigmoid":
             record["bias"] = float(self.runner.logits[1])
+        if self.division is not None:
+            record["clean_pairs"] = self.division.clean_share
         record |= {
             "lr": lr,
             "grad_norm": float(self.engine.get_global_grad_norm()),

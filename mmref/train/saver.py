@@ -15,13 +15,16 @@ from mmref.run import checkpoints
 from mmref.run.directory import RunDir
 from mmref.train import checkpoint_files, collectives
 from mmref.train.bank import ReferenceBank
+from mmref.train.division import Division
 
 
 class Saver:
     """Saves checkpoints of one rank's engine and bank. A context manager: on the way out it waits for the last one."""
 
-    def __init__(self, run: RunDir, engine: Any, bank: ReferenceBank, asynchronous: bool) -> None:
-        self.run, self.engine, self.bank, self.asynchronous = run, engine, bank, asynchronous
+    def __init__(
+        self, run: RunDir, engine: Any, bank: ReferenceBank, asynchronous: bool, division: Division | None = None
+    ) -> None:
+        self.run, self.engine, self.bank, self.asynchronous, self.division = run, engine, bank, asynchronous, division
         self._idle = threading.Event()
         self._idle.set()
         self._error: Exception | None = None
@@ -50,7 +53,7 @@ class Saver:
 
         began = time.perf_counter()
         self.wait()
-        state = checkpoint_files.snapshot(self.engine, self.bank, meta)
+        state = checkpoint_files.snapshot(self.engine, self.bank, meta, self.division)
         # Each attempt has a new folder, so that a smaller world has no old ranks' files among its own.
         name = f"step-{meta['step']:08d}-{uuid.uuid4().hex[:6]}"
         storage = ray.train.get_context().get_storage()

@@ -15,11 +15,12 @@ from torch import Tensor
 from mmref.config import Config
 from mmref.data.tokens import Tokens
 from mmref.losses.agreement import agreement, agreement_weights
-from mmref.losses.objective import TOTAL, References, Share, loss_weights, objective, pack, ramp
+from mmref.losses.objective import TOTAL, References, Share, loss_weights, objective, pack, pair_losses, ramp
 from mmref.model.mmref import Masked, Output
 from mmref.randomness import RandomStream, torch_seed
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
+from mmref.train.division import Division
 from mmref.train.inputs import MicroBatch, Preparation, StepInputs
 
 
@@ -29,6 +30,7 @@ class Common(NamedTuple):
     inputs: StepInputs
     references: Tensor | None  # (A, K, d) that are contrasted; None for a run without references
     ramped: float  # of guidance and caption weights
+    labels: Tensor | None  # (n,) of this rank's pairs, as `Share` has them
 
 
 class StepRunner:
@@ -43,10 +45,11 @@ class StepRunner:
         bank: ReferenceBank,
         tokens: Tokens,
         device: torch.device,
+        division: Division | None = None,
     ) -> None:
         self.config, self.model, self.backward, self.boundary = config, model, backward, boundary
-        self.bank, self.device = bank, device
-        self.prepare = Preparation(config, bank, tokens, device)
+        self.bank, self.device, self.division = bank, device, division
+        self.prepare = Preparation(config, bank, tokens, device, division)
         self.logits: list[Tensor] = []  # of the last step: the alignment's inverse temperature, and its bias where it has one
         self.reference_norm = torch.zeros((), device=device)  # of the references' gradient in the last step
 
@@ -122,8 +125,8 @@ class StepRunner:
             first += len(m.objects)
             surrogate = (own_image * image.grad[own]).sum() + (own_text * text.grad[own]).sum()
             for number, leaf in zip(_logits(out), logits):
-                assert leaf.grad is not None
-                surrogate = surrogate + (number * leaf.grad).sum() / len(micro)
+                if leaf.grad is not None:  # RDE's triplets have a temperature of their own
+                    surrogate = surrogate + (number * leaf.grad).sum() / len(micro)
             heads = self._head_losses(out, common.inputs.words)
             if heads:
                 of_heads = self._weighted(heads, common.ramped)
@@ -157,7 +160,13 @@ class StepRunner:
             None if all_weights is None else all_weights[first : first + len(text)],
             all_weights,
             out.bias,
+            common.labels,
         )
+        if self.division is not None and inputs.pairs is not None:
+            own = torch.arange(first, first + len(text), device=text.device)
+            with torch.no_grad():
+                found = torch.stack(pair_losses(share, config.loss, own), 1)  # (n, 2)
+            self.division.note(inputs.pairs.once, inputs.pairs.last, collectives.gather(found))
         return objective(share, references, config.loss, config.reference, common.ramped)
 
     def _weighted(self, losses: dict[str, Tensor], ramped: float) -> Tensor:
@@ -194,7 +203,11 @@ class StepRunner:
             references = self.bank.fetch(inputs.contrasted.rows)
             if c.reference.init == "mean" and step < c.loss.guide_from * c.train.max_steps:
                 references = references.detach()  # they follow first
-        return Common(inputs, references, ramped)
+        labels = None
+        if self.division is not None and inputs.pairs is not None and self.division.begin(step):
+            first = collectives.rank() * len(inputs.objects)
+            labels = self.division.label(inputs.pairs.everyone[first : first + len(inputs.objects)])
+        return Common(inputs, references, ramped, labels)
 
     def _masked(self, m: MicroBatch, common: Common) -> Masked | None:
         if m.masked is None:

@@ -181,6 +181,50 @@ def test_sigmoid_loss(tmp_path: Path, tiny_set: Path) -> None:
     assert {"logit_bias", "log_scale"} <= set(expected["first"]) and expected["weights"]["logit_bias"].item() != -3
 
 
+# A large temperature: the towers begin at random, and a sharp maximum would have one negative or another by what is rounded.
+RDE = {
+    "loss__align": "rde", "loss__rde_tau": 0.2, "loss__rde_margin": 0.3, "loss__rde_from": 0.2, "loss__w_rec": 0.0,
+    "data__caption_noise": 0.5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def divided(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """RDE in one process: InfoNCE for two steps, then pairs are divided at each epoch of two."""
+    return run(tmp_path_factory.mktemp("divided"), tiny(tiny_set, train__zero_stage=0, **RDE), 1)
+
+
+def compare_pairs(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Losses that are kept and labels; those of a loss at the hinge, whose step has hardly any spread, as well."""
+    assert torch.equal(expected["pairs"]["labels"], found["pairs"]["labels"])
+    torch.testing.assert_close(found["pairs"]["losses"], expected["pairs"]["losses"], atol=1e-3, rtol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("workers", "stage", "accumulation"),
+    [(2, 3, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 2, 1), (1, 1, 4), (2, 0, 1)))],
+)
+def test_division_of_pairs(
+    tmp_path: Path, tiny_set: Path, divided: dict[str, Any], workers: int, stage: int, accumulation: int
+) -> None:
+    scale = {"train__workers": workers, "train__zero_stage": stage, "train__accumulation": accumulation}
+    found = run(tmp_path, tiny(tiny_set, **scale, **RDE), workers)
+    compare(divided, found)
+    compare_pairs(divided, found)
+    assert 0 < int((found["pairs"]["labels"] == 0).sum()) < len(found["pairs"]["labels"]), "some are taken for wrong"
+
+
+@pytest.mark.parametrize("stop", [pytest.param(6, marks=pytest.mark.slow), 7])
+def test_division_of_pairs_goes_on_elsewhere(tmp_path: Path, tiny_set: Path, divided: dict[str, Any], stop: int) -> None:
+    """Stopped before a step that divides, and in the middle of an epoch, whose labels are not those of its losses."""
+    run(tmp_path / "a", tiny(tiny_set, train__workers=2, train__zero_stage=2, **RDE), 2, stop_at=stop)
+    found = run(tmp_path / "b", tiny(tiny_set, **RDE), 1, resume=str(tmp_path / "a" / "checkpoint"))
+    assert relative(torch.tensor(divided["losses"][stop:]), torch.tensor(found["losses"])) < CLOSE
+    for name, weight in divided["weights"].items():
+        assert relative(weight, found["weights"][name]) < CLOSE, name
+    compare_pairs(divided, found)
+
+
 @pytest.mark.slow
 def test_locked_layers_and_rates_by_depth(tmp_path: Path, tiny_set: Path) -> None:
     """More groups of the optimizer, and a tower whose first layers have no gradient."""

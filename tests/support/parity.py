@@ -80,6 +80,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
     from mmref.train import checkpoint_files, collectives
     from mmref.train.average import averaged_weights
     from mmref.train.bank import ReferenceBank
+    from mmref.train.division import Division
     from mmref.train.engine import build_engine, iterate_state, set_learning_rate
     from mmref.train.step import StepRunner
 
@@ -87,10 +88,11 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
     reader = StepReader(config, rank, world)
     engine = build_engine(build_model(config, reader.tokens.vocab_size, reader.index.n_objects), config, world)
     bank = ReferenceBank(reader.index.n_objects, engine.module.embed_dim, config.reference, config.train.seed)
+    division = Division.of(config, reader.index, reader.plan)
     start = 0
     if resume:
         meta = json.loads(Path(resume, "meta.json").read_text())
-        checkpoint_files.load(resume, engine, bank, meta)
+        checkpoint_files.load(resume, engine, bank, meta, division)
         start = meta["step"]
     gradients: dict[str, torch.Tensor] = {}
 
@@ -104,7 +106,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
 
     runner = StepRunner(
         config, engine, lambda loss: engine.backward(loss, scale_wrt_gas=False), boundary, bank, reader.tokens,
-        torch.device("cpu"),
+        torch.device("cpu"), division,
     )  # fmt: skip
     losses, norms, first = [], [], None
     engine.train()
@@ -115,7 +117,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
         norms.append(float(engine.get_global_grad_norm()))
         first = first or dict(gradients)
     if stop_at < config.train.max_steps:
-        checkpoint_files.save(f"{folder}/checkpoint", engine, bank, {"step": stop_at, "score": 0.0})
+        checkpoint_files.save(f"{folder}/checkpoint", engine, bank, {"step": stop_at, "score": 0.0}, division)
     states = {name: {k: v.cpu().clone() for k, v in state.items()} for name, state in iterate_state(engine, lambda _: True)}
     averaged = None
     if config.train.ema:  # evaluated with the average, and with the weights again
@@ -136,6 +138,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
                 "states": states,
                 "features": None if averaged is None else (averaged, after),
                 "rows": rows[: bank.objects],
+                "pairs": division and division.state_dict(),
                 "compiled": engine.module.compiled,
                 # those that ZeRO-3 keeps whole are below its threshold
                 "partitioned": [n for n, p in engine.module.named_parameters() if not getattr(p, "ds_persist", True)],

@@ -14,6 +14,7 @@ from mmref.losses.objective import LOSSES
 from mmref.model.mmref import MMRef, build_model
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
+from mmref.train.division import Division
 from mmref.train.engine import learning_rate, parameter_groups
 from mmref.train.step import StepRunner
 
@@ -41,9 +42,11 @@ class PlainTraining:
         self.model: MMRef = build_model(config, self.reader.tokens.vocab_size, objects).train().to(device)
         self.bank = ReferenceBank(objects, self.model.embed_dim, config.reference, config.train.seed, device)
         self.boundaries = 0
+        self.division = Division.of(config, self.reader.index, self.reader.plan, device)
         self.runner = StepRunner(
-            config, self.model, lambda loss: loss.backward(), self._boundary, self.bank, self.reader.tokens, device
-        )
+            config, self.model, lambda loss: loss.backward(), self._boundary, self.bank, self.reader.tokens, device,
+            self.division,
+        )  # fmt: skip
 
     def _boundary(self) -> None:
         self.boundaries += 1
@@ -103,6 +106,7 @@ ACCUMULATED = (
     "own tau on text, soft targets, weighted captions",
     "irra",
     "sigmoid, weighted captions",
+    "rde",
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "moving average": {},
@@ -133,6 +137,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sigmoid, weighted captions": {
         "loss.align": "sigmoid", "loss.bias": -3.0, "loss.learn_tau": True, "loss.caption_weight": 2.0,
     },
+    "rde": {"loss.align": "rde", "loss.rde_tau": 0.1, "loss.rde_margin": 0.3, "reference.margin": 0.1},
     "align only": {"loss.w_guide": 0.0, "loss.w_fuse": 0.0},
 }  # fmt: skip
 

@@ -4,8 +4,8 @@
 "image_to_text" and each kind in "by_caption_kind" are blocks like the top level ("initial", "refined", "ci95");
 "image_to_image" and "captions_as_one" of `protocols.Protocol.scores`; "ci95_initial" beside "ci95"; "refinement_gain" from
 `bootstrap.paired_difference`; "skipped", a list of messages; "best_on_test" from `evaluation.best_on_test`; "start" from
-`evaluation.start_metrics`; "class_protocol", {"initial": {name: percent}, "refined": ...}; "ambiguity" of `ambiguity.ambiguity`; "refinement"["tried"], the
-table of `refinement.choose_refinement`.
+`evaluation.start_metrics`; "class_protocol", {"initial": {name: percent}, "refined": ...}; "ambiguity" of
+`ambiguity.ambiguity`; "refinement"["tried"], the table of `refinement.choose_refinement`.
 """
 
 import base64

@@ -140,7 +140,7 @@ def test_metrics_jsonl(
     worker: Any = SimpleNamespace(
         config=config, world=1, device=torch.device("cpu"), bad=set(), bad_before=set(),
         ahead=SimpleNamespace(waited_s=0.0), runner=SimpleNamespace(logits=[torch.tensor([10.0]), torch.tensor([-9.0])]),
-        engine=SimpleNamespace(get_global_grad_norm=lambda: 1.0), speed=speed,
+        engine=SimpleNamespace(get_global_grad_norm=lambda: 1.0), speed=speed, division=SimpleNamespace(clean_share=0.9),
     )  # fmt: skip
     line = training.Worker._line(worker, 1, 0.1, window)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmref.config import LossConfig, ReferenceConfig
-from mmref.losses import infonce, reference_loss, sigmoid
+from mmref.losses import infonce, reference_loss, sigmoid, triplet_alignment
 from mmref.losses.objective import LOSSES, TOTAL, References, Share, loss_weights, objective, pack, unpack
 
 
@@ -18,7 +18,8 @@ def share(first=0, n=6):
     """Samples first .. first + n - 1 of a global batch of six samples of three objects."""
     image, text, objects = unit(6, 8), unit(6, 8, seed=1), torch.tensor([4, 4, 7, 7, 9, 9])
     own = slice(first, first + n)
-    return Share(image[own], text[own], objects[own], image, text, objects, torch.tensor([5.0]), bias=torch.tensor([-2.0]))
+    bias, labels = torch.tensor([-2.0]), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    return Share(image[own], text[own], objects[own], image, text, objects, torch.tensor([5.0]), bias=bias, labels=labels[own])
 
 
 def references(first=0, n=6, learn=False):
@@ -39,7 +40,7 @@ def test_each_loss_is_its_own_function():
     assert not found["loss_guide"].requires_grad and found["loss_fuse"].requires_grad
 
 
-@pytest.mark.parametrize("align", ["infonce", "sdm", "sigmoid"])
+@pytest.mark.parametrize("align", ["infonce", "sdm", "sigmoid", "rde"])
 def test_the_mean_over_shares_is_the_whole_batch(align):
     loss = LossConfig(align=align)
     whole = objective(share(), references(), loss, ReferenceConfig(), 0.5)
@@ -52,6 +53,25 @@ def test_sigmoid_counts_each_pair_once():
     s = share()
     expected = sigmoid(s.image, s.all_text, s.objects, s.all_objects, 5.0, -2.0)
     torch.testing.assert_close(objective(s, None, LossConfig(align="sigmoid"), ReferenceConfig(), 1.0)["loss_align"], expected)
+
+
+def test_rde_counts_clean_pairs_alone_by_their_captions_weights():
+    loss, weights = LossConfig(align="rde", rde_tau=0.2, rde_margin=0.4), torch.tensor([1.5, 1.0, 0.5, 1.0, 1.0, 1.0])
+    s = share()._replace(weights=weights, all_weights=weights)
+    given = s.objects, s.all_objects, 0.2, 0.4
+    both = triplet_alignment(s.image, s.all_text, *given) + triplet_alignment(s.text, s.all_image, *given)
+    expected = (both * s.labels * weights).sum() / 6
+    torch.testing.assert_close(objective(s, None, loss, ReferenceConfig(), 1.0)["loss_align"], expected)
+    undivided = objective(s._replace(labels=None), None, loss, ReferenceConfig(), 1.0)
+    assert torch.equal(undivided["loss_align"], objective(s, None, LossConfig(), ReferenceConfig(), 1.0)["loss_align"])
+
+
+def test_a_margin_is_on_fusion_and_guidance():
+    s, r, margin = share(), references(learn=True), ReferenceConfig(margin=0.3)
+    found = objective(s, r, LossConfig(), margin, 1.0)
+    expected = reference_loss(torch.cat([s.image, s.text]), r.rows, r.targets.repeat(2), 1 / 0.07, margin=0.3)
+    torch.testing.assert_close(found["loss_fuse"], expected)
+    torch.testing.assert_close(found["loss_guide"], expected.detach())
 
 
 @pytest.mark.parametrize("given, loss, names", [

@@ -51,6 +51,18 @@ def problem(per_object, unseen, seed=0):
     return features.requires_grad_(), references.requires_grad_(), torch.tensor([0, 3, 3, 5, 1])
 
 
+def literal_margin(features, references, targets, scale, reduce, margin):
+    """CosFace: -log( e^(s (own - m)) / (e^(s (own - m)) + sum over others of e^(s cos)) )."""
+    scores = literal_scores(features, references, reduce, scale)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, target in enumerate(targets.tolist()):
+        if references[target].abs().max() > 0:
+            own = torch.exp(scores[i, target] - scale * margin)
+            others = sum(torch.exp(score) for k, score in enumerate(scores[i]) if k != target)
+            total = total - torch.log(own / (own + others))
+    return total / len(features)
+
+
 UNSEEN = {1: [(2, 0), (3, 0)], 3: [(0, 1), (2, 0), (2, 1), (2, 2), (5, 0), (5, 2)]}
 
 
@@ -72,6 +84,23 @@ def test_scores_loss_and_gradients_equal_the_loops(reduce, per_object, some_unse
     seen = r.detach().abs().amax(-1) > 0
     torch.testing.assert_close(own_r.grad.double()[seen], r.grad[seen], atol=1e-5, rtol=1e-4)
     assert (own_r.grad[~seen] == 0).all(), "a reference never seen gets no gradient"
+
+
+@pytest.mark.parametrize("reduce", ["max", "lme"])
+@pytest.mark.parametrize("per_object", [1, 3])
+@pytest.mark.parametrize("some_unseen", [False, True])
+def test_a_margin_is_that_of_cosface(reduce, per_object, some_unseen):
+    f, r, y = problem(per_object, UNSEEN[per_object] if some_unseen else [])
+    expected = literal_margin(f, r, y, 8.0, reduce, 0.25)
+    expected.backward()
+    own_f, own_r = f.detach().float().requires_grad_(), r.detach().float().requires_grad_()
+    loss = reference_loss(own_f, own_r, y, 8.0, reduce, margin=0.25)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(own_f.grad.double(), f.grad, atol=1e-5, rtol=1e-4)
+    seen = r.detach().abs().amax(-1) > 0
+    torch.testing.assert_close(own_r.grad.double()[seen], r.grad[seen], atol=1e-5, rtol=1e-4)
+    assert loss > reference_loss(own_f, own_r, y, 8.0, reduce), "it is harder with a margin"
 
 
 @pytest.mark.parametrize("reduce", ["max", "lme"])

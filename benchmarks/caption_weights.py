@@ -16,9 +16,9 @@ from output import write_figures
 
 from mmref.config import Config
 from mmref.data.captions import CaptionNoise
-from mmref.data.sample_reader import SampleReader
+from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.evaluate.evaluation import open_run, run_features
-from mmref.evaluate.split_features import SplitFeatures
+from mmref.evaluate.features import Queries
 from mmref.losses import agreement, agreement_weights
 from mmref.losses.reference_contrast import reference_scores
 from mmref.run.checkpoints import fetched, load_references
@@ -27,9 +27,8 @@ SHARE, COSINES = 20.0, (4.0, 8.0)  # sharpness of the weights: of the share of o
 CHUNK = 4096  # captions scored at a time
 
 
-def as_trained(config: Config, features: SplitFeatures) -> tuple[np.ndarray, np.ndarray]:
+def as_trained(config: Config, queries: Queries, index: SplitIndex) -> tuple[np.ndarray, np.ndarray]:
     """Of each caption of train, as training sees it: its row among the distinct texts, and whether it is another object's."""
-    queries, index = features.queries, features.index
     noise = CaptionNoise(config.data, config.train.seed, index, SampleReader(index))
     number = np.arange(len(queries.text)) - np.searchsorted(queries.images, queries.images)  # of each among its image's
     row = {text: i for i, text in enumerate(queries.texts)}
@@ -79,7 +78,7 @@ def figures(run_dir: str) -> dict[str, Any]:
         raise SystemExit(f"{run_dir}: give a run of one shard set, trained with `--data.caption_noise` above 0 that swaps.")
     features, space = run_features(run, config, checkpoint, config.data.root, ["train"])
     train = features["train"]
-    seen, wrong = as_trained(config, train)
+    seen, wrong = as_trained(config, train.queries, train.index)
     objects = train.queries.objects
     count = train.index.n_objects
     text = torch.from_numpy(train.text[seen])

@@ -55,8 +55,8 @@ class RandomStream(enum.IntEnum):
     INITIAL_WEIGHTS = 17
     DROPOUT = 18  # position: rank
     HARD_GROUPS = 19  # step: epoch; positions: 0 for the order of anchors, 1 of groups, 2 + anchor of its neighbors; neighbor
-    DOUBTED_PAIRS = 21  # position: pair of an image and a caption
     LEDGER = 20  # fingerprints of samples that were seen; positions: place in the batch, image
+    DOUBTED_PAIRS = 21  # labels of pairs that RDE's two directions disagree on; position: number of the pair
 
 
 def draw(stream: RandomStream, seed: int, step: Number, *position: Number) -> Draws:

@@ -42,6 +42,7 @@ PINNED = {
     "DROPOUT": "147a2b366ba5f871",
     "HARD_GROUPS": "dd1199c45432d089",
     "LEDGER": "fc48f5ebc4ceca25",
+    "DOUBTED_PAIRS": "526ac2c0337a70b4",
 }
 
 

@@ -172,6 +172,15 @@ def test_caption_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_division(tmp_path: Path) -> None:
+    noisy, rde = str(tmp_path / "noisy"), ("--loss.align", "rde", "--loss.rde_from", "0.5")
+    call("jobs/train.py", *SMOKE, "--run_dir", noisy, "--data.caption_noise", "0.5", *rde)
+    found = run(tmp_path, "division.py", noisy)[noisy]
+    assert found["wrong"] == pytest.approx(50, abs=6) and 0 < found["pairs seen"] < 5, "20 steps of 32 pairs"
+    assert 0 < found["left out"] < 100 and 0 < found["precision"] < 100 and 0 < found["recall"] < 100
+
+
+@pytest.mark.slow
 def test_tables(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     call("benchmarks/tables.py", "--out", str(out), "build", "--rows", "50", "200", "--before", str(ROOT))

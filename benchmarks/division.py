@@ -13,7 +13,6 @@ import numpy as np
 from caption_weights import as_trained
 from output import write_figures
 
-from mmref.data.plan import build_plan
 from mmref.data.shard_set import train_index
 from mmref.evaluate.features import read_queries
 from mmref.run.checkpoints import PAIRS, TensorFolder, fetched, latest_checkpoint
@@ -27,7 +26,7 @@ def figures(run_dir: str) -> dict[str, Any]:
     config, checkpoint = run.read_config(), latest_checkpoint(run)
     swaps = config.data.caption_noise > 0 and config.data.caption_noise_kind == "swap" and not config.data.mix
     index = train_index(config)
-    division = Division.of(config, index, build_plan(config, index))
+    division = Division.of(config, index)
     if checkpoint is None or division is None or not swaps:
         raise SystemExit(f"{run_dir}: give a run of `loss.align: rde` with a checkpoint, trained with swapped captions.")
     with fetched(run, checkpoint, "optimizer") as folder:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmref.config import Config
 from mmref.data.epochs import steps_per_epoch
-from mmref.data.plan import MixedPlan, Plan
+from mmref.data.plan import build_plan
 from mmref.data.sample_reader import SplitIndex
 from mmref.errors import TooFewPairsError
 from mmref.losses.mixture import LEAST, clean_ones
@@ -57,12 +57,13 @@ class Division:
         self.labels = torch.ones(pairs, dtype=torch.uint8, device=device)  # 1: clean, as all are before the first division
 
     @classmethod
-    def of(cls, config: Config, index: SplitIndex, plan: Plan | MixedPlan, device: torch.device | str = "cpu") -> Division | None:
+    def of(cls, config: Config, index: SplitIndex, device: torch.device | str = "cpu") -> Division | None:
         """That of a run; None where its alignment asks for none. Raises TooFewPairsError."""
         if config.loss.align != "rde":
             return None
         start = math.ceil(config.loss.rde_from * config.train.max_steps)
-        return cls(index.n_captions, start, math.ceil(steps_per_epoch(plan)), config.train.seed, device)
+        every = math.ceil(steps_per_epoch(build_plan(config, index)))
+        return cls(index.n_captions, start, every, config.train.seed, device)
 
     def pairs(self, images: Ints, captions: Ints) -> Ints:
         """Numbers (n,) of pairs of images of the index and captions of theirs."""

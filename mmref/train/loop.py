@@ -112,7 +112,7 @@ class Worker:
             self.bank = ReferenceBank(
                 index.n_objects, model.embed_dim, config.reference, config.train.seed, self.device, index.object_ids
             )
-            self.division = Division.of(config, index, build_plan(config, index), self.device)
+            self.division = Division.of(config, index, self.device)
             if at.meta or not config.train.start_from:
                 at.load(self.engine, self.bank, self.division)
             else:

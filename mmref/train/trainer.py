@@ -27,6 +27,7 @@ from mmref.run.directory import RunDir
 from mmref.run.models import START, as_run, find_model, start_of_training
 from mmref.run.progress import Progress
 from mmref.train import checkpoint_files
+from mmref.train.division import Division
 from mmref.train.loop import train_worker
 from mmref.train.ray_storage import ray_filesystem
 from mmref.train.sinks import check_sinks
@@ -101,6 +102,7 @@ def check_inputs(config: Config) -> None:
             raise ShardSetError(f"{root} does not match its manifest: {problems[0]} ({len(problems)} problems in all). "
                                 f"`mmref shards verify {root}` lists them.")  # fmt: skip
     build_plan(config, index)
+    Division.of(config, index)
     config_grid(config)
     check_codes(config, index.n_objects)
     check_sinks(config)

@@ -88,7 +88,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
     reader = StepReader(config, rank, world)
     engine = build_engine(build_model(config, reader.tokens.vocab_size, reader.index.n_objects), config, world)
     bank = ReferenceBank(reader.index.n_objects, engine.module.embed_dim, config.reference, config.train.seed)
-    division = Division.of(config, reader.index, reader.plan)
+    division = Division.of(config, reader.index)
     start = 0
     if resume:
         meta = json.loads(Path(resume, "meta.json").read_text())

@@ -42,7 +42,7 @@ class PlainTraining:
         self.model: MMRef = build_model(config, self.reader.tokens.vocab_size, objects).train().to(device)
         self.bank = ReferenceBank(objects, self.model.embed_dim, config.reference, config.train.seed, device)
         self.boundaries = 0
-        self.division = Division.of(config, self.reader.index, self.reader.plan, device)
+        self.division = Division.of(config, self.reader.index, device)
         self.runner = StepRunner(
             config, self.model, lambda loss: loss.backward(), self._boundary, self.bank, self.reader.tokens, device,
             self.division,

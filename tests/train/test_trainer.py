@@ -6,9 +6,10 @@ import pytest
 from support.tiny_set import tiny_config
 
 from mmref.data.shard_set import ShardSet
-from mmref.errors import DenseCodesError, RunDirectoryError
+from mmref.errors import DenseCodesError, RunDirectoryError, TooFewPairsError
 from mmref.evaluate import refinement
 from mmref.run.directory import RunDir
+from mmref.train import division
 from mmref.train.trainer import check_inputs, prepare_run
 
 
@@ -19,6 +20,13 @@ def test_what_another_command_wrote_is_no_run_directory(tiny_set, tmp_path, held
     with pytest.raises(RunDirectoryError, match=f"{tmp_path} is no run's: it holds {held}"):
         prepare_run(tiny_config(tiny_set, {}), RunDir(str(tmp_path)))
     assert (tmp_path / "config.yaml").read_text() == "of an export"
+
+
+def test_too_few_pairs_to_divide_are_named_before_the_first_step(make_config, monkeypatch):
+    monkeypatch.setattr(division, "LEAST", 10_000)
+    check_inputs(make_config({}))
+    with pytest.raises(TooFewPairsError, match="needs at least 10000"):
+        check_inputs(make_config({"loss.align": "rde"}))
 
 
 def test_codes_that_an_evaluation_could_not_hold_are_refused_before_the_first_step(make_config, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmref.config import Config, load_config
+from mmref.config import Config, load_config, to_dict
 from mmref.errors import ConfigError
 from mmref.tuning.rows import Rows, Training, read_rows, trainings
 
@@ -122,3 +122,14 @@ def test_icons_have_the_recipe_of_emoji() -> None:
     assert icons == emoji
     rows = [read_rows(name, emoji) for name in ("emoji", "icons")]
     assert rows[0].rows == rows[1].rows and rows[0].baseline == rows[1].baseline
+
+
+@pytest.mark.parametrize("row, align", [("RDE", "rde"), ("sigmoid alignment", "sigmoid")])
+def test_other_alignments_of_wrong_captions_differ_from_the_baseline_in_the_loss_alone(row: str, align: str) -> None:
+    base = load_config(["--config", str(ROOT / "configs" / "emoji.yaml")])
+    found = read_rows("robustness", base)
+    assert found.points == (0.0, 0.2, 0.5, 0.8)
+    for point in found.points:
+        plain, other = (to_dict(found.config(base, name, point, 0, "there")) for name in (found.baseline, row))
+        assert other["loss"]["align"] == align and other["loss"].pop("tau") == plain["loss"].pop("tau")
+        assert {**plain, "loss": None} == {**other, "loss": None}, "the same steps, batch and towers"

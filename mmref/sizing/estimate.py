@@ -186,7 +186,7 @@ def compute_sizing(config: Config, objects: int, model: ModelSize | None = None)
         else:  # the batch's rows and their features' sums
             send_references += 2 * _reduced(world, in_batch * row)
 
-    samples = batch * (3 * config.data.image_height * config.data.image_width + 2 * 4 * config.data.max_tokens + 4 * INT64)
+    samples = batch * (3 * config.data.image_height * config.data.image_width + 2 * 4 * config.data.max_tokens + 5 * INT64)
     blocks = config.data.readers * TASKS_PER_READER + 1  # in work, waiting, and the one that is being taken from
     extra_pass = t.accumulation * model.features_flops if t.accumulation > 1 else 0
     return Sizing(

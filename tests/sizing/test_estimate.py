@@ -127,7 +127,7 @@ def test_gradient_caching_computes_a_forward_more(make_config):
 
 def test_object_store_holds_what_readers_have_in_work(make_config):
     found = size(make_config, data__readers=2, data__steps_per_task=3)
-    assert found.samples == 8 * (3 * 16 * 16 + 2 * 4 * 10 + 4 * 8)
+    assert found.samples == 8 * (3 * 16 * 16 + 2 * 4 * 10 + 5 * 8)
     assert found.object_store == 5 * 3 * found.samples + 2 * found.samples
 
 

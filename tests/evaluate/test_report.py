@@ -336,6 +336,13 @@ def test_the_class_protocol_is_shown_where_it_was_asked_for():
     assert "AP@50 43.0" in render(metrics=metrics) and "By class" not in render()
 
 
+def test_what_ambiguous_captions_leave_is_said_where_it_was_counted():
+    metrics = some_metrics(ambiguity={"n_same": 18, "ceiling": 99.91, "n_fitting": 2158, "guessing": 87.72})
+    said = "eiling of R@1: 99.9, as 18 captions are those of several objects word for word; 2,158 fit several"
+    assert f"c{said}" in format_table(metrics) and f"<p>C{said}" in render(metrics=metrics)
+    assert said not in render() + format_table(some_metrics())
+
+
 def test_an_expansion_is_called_one():
     settings = {"kind": "expansion", "weight": 0.2, "top_r": 8, "tau": 0.1, "top_p": None, "chosen_on": "val"}
     text = format_table(some_metrics(refinement=settings))

@@ -8,6 +8,7 @@ misses, end the staging.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -125,4 +126,6 @@ def main(out: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Stage the pages of the site.")
+    parser.add_argument("out", metavar="OUT", help="folder, which is made anew")
+    sys.exit(main(parser.parse_args().out))

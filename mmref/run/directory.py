@@ -256,6 +256,10 @@ class Uploads:
         self._error: Exception | None = None
         self._next = time.monotonic() + UPLOAD_EVERY_S
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Ray Tune keeps copies of what records a sweep; a thread stays behind."""
+        return Uploads, (self._upload,)
+
     def ask(self, at_once: bool = False) -> None:
         """Begin an upload, unless one is under way or it is too early for the next; `at_once` after the one under way."""
         if self._error:

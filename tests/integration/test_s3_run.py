@@ -44,6 +44,7 @@ def test_a_run_lives_on_s3(s3_bucket: str, tiny_set: Path, tmp_path: Path) -> No
     assert {
         "checkpoints",
         "config.yaml",
+        "data_fingerprint",
         "ledger",
         "metrics.json",
         "metrics.jsonl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -294,6 +295,15 @@ def test_behind_a_url_lines_are_uploaded_beside_the_one_who_writes_and_rarer_as_
     assert [r["step"] for r in read_jsonl(run)] == list(range(200))
     assert len(seen) <= 4 and all(name.startswith("mmref-upload") for name, _ in seen[1:]), seen
     assert seen[-1][1] == 200
+
+
+def test_a_copy_of_what_writes_lines_goes_on_without_its_thread(tmp_path):
+    """Ray Tune pickles what records a sweep."""
+    lines = JsonLines(RunDir(str(tmp_path)))
+    lines.append({"step": 1})
+    copy = pickle.loads(pickle.dumps(lines))
+    copy.append({"step": 2})
+    assert [r["step"] for r in read_jsonl(copy.run)] == [1, 2]
 
 
 def test_an_upload_that_fails_is_told_to_who_writes_and_made_up_for(memory_run, monkeypatch):

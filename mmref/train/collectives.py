@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -22,12 +21,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def gather(x: Tensor) -> Tensor:
-    """Rows of every rank, in rank order, without gradient: (n, ...) -> (world n, ...)."""
+def gather(x: Tensor, group: Any = None) -> Tensor:
+    """Rows of every rank, in rank order, without gradient: (n, ...) -> (world n, ...). `group`: of all ranks, too."""
     if world_size() == 1:
         return x
     everyone = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-    _gather_into(everyone, x.contiguous())
+    _gather_into(everyone, x.contiguous(), group=group)
     return everyone
 
 
@@ -78,9 +77,4 @@ class HostGroup:
 
     def gather(self, x: NDArray[Any]) -> NDArray[Any]:
         """An array of every rank, in rank order: (...) -> (world, ...). All have the same shape (collective)."""
-        if self._group is None:
-            return x[None]
-        own = torch.from_numpy(x)
-        parts = [torch.empty_like(own) for _ in range(world_size())]
-        dist.all_gather(parts, own, group=self._group)
-        return np.stack([part.numpy() for part in parts])
+        return gather(torch.from_numpy(x)[None], self._group).numpy()

@@ -7,7 +7,6 @@ drawing's own name in its set, the standard name, and keyword lists: ambiguous, 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -16,7 +15,7 @@ from mmref.config.shipped import shipped
 from mmref.shards.samples import DEFAULT_FRACTIONS, SourceImage, SourceObject, hash_split
 from mmref.shards.sources import npm
 from mmref.shards.sources.emoji_names import Drawing, Emoji, find_drawings, read_emoji
-from mmref.shards.sources.iconify import draw, read_icons, webp
+from mmref.shards.sources.iconify import copy_licences, draw, read_icons, webp
 
 ARTIST_SETS = {  # set -> npm package, pinned version. Share-alike sets are left out on purpose.
     "twemoji": ("@iconify-json/twemoji", "1.2.5"),
@@ -111,10 +110,7 @@ class EmojiSource:
 
     def write_extras(self, root: str) -> None:
         """LICENSES/ and README.md with the attribution of every set."""
-        target = os.path.join(root, "LICENSES")
-        os.makedirs(target, exist_ok=True)
-        for name in sorted(os.listdir(LICENSES)):
-            shutil.copy(os.path.join(LICENSES, name), target)
+        copy_licences(LICENSES, root)
         lines = []
         for artist_set, folder in self.folders.items():
             info = npm.read_json(folder, "info.json")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 from functools import cache
 from typing import Any
 
@@ -61,3 +63,11 @@ def webp(image: Image.Image, quality: int) -> bytes:
     encoded = io.BytesIO()
     image.save(encoded, "WEBP", quality=quality, method=6)
     return encoded.getvalue()
+
+
+def copy_licences(licences: str, root: str) -> None:
+    """The licence texts of a folder to LICENSES/ of a set."""
+    target = os.path.join(root, "LICENSES")
+    os.makedirs(target, exist_ok=True)
+    for name in sorted(os.listdir(licences)):
+        shutil.copy(os.path.join(licences, name), target)

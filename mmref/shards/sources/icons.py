@@ -7,7 +7,6 @@ numbers, brands and flags are left out, and what is a copy of another drawing.
 from __future__ import annotations
 
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from mmref.shards.sources import icon_names, npm
 from mmref.shards.sources.icon_copies import Prints, copies, join, prints_of, shared
 from mmref.shards.sources.icon_sets import ICON_SETS, TAGS
 from mmref.shards.sources.icon_tags import read_tags
-from mmref.shards.sources.iconify import draw, read_icons, webp
+from mmref.shards.sources.iconify import copy_licences, draw, read_icons, webp
 
 MIN_FAMILIES = 4  # teams that draw an object
 COPY_ABOVE = 0.97  # correlation of two drawings of an object from which one is a copy of the other
@@ -227,10 +226,7 @@ class IconSource:
 
     def write_extras(self, root: str) -> None:
         """LICENSES/ and README.md with the attribution of every set."""
-        target = os.path.join(root, "LICENSES")
-        os.makedirs(target, exist_ok=True)
-        for name in sorted(os.listdir(LICENSES)):
-            shutil.copy(os.path.join(LICENSES, name), target)
+        copy_licences(LICENSES, root)
         sets = []
         for name in self.sets:
             info, known = npm.read_json(self.folders[name], "info.json"), ICON_SETS[name]

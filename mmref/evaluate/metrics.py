@@ -9,7 +9,7 @@ So trec_eval's ndcg_cut_10 counts it, the main metric of BEIR (Thakur et al., Ne
 (Muennighoff et al., EACL 2023). MRR is the mean of 1 / rank of the first hit over the whole ranking (trec_eval's recip_rank).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypeAlias
 
@@ -59,12 +59,6 @@ class PerQuery:
     def take(self, rows: np.ndarray) -> Self:
         """The queries `rows` (indices or a boolean mask), repeats allowed."""
         return type(self)(*(getattr(self, f.name)[rows] for f in fields(self)))
-
-    @classmethod
-    def concatenate(cls, parts: Iterable["PerQuery"]) -> Self:
-        """One PerQuery of several, in order."""
-        parts = list(parts)
-        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     def table(self) -> np.ndarray:
         """All fields as columns, (q, 5) float64, which holds a rank exactly."""

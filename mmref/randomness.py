@@ -57,6 +57,8 @@ class RandomStream(enum.IntEnum):
     HARD_GROUPS = 19  # step: epoch; positions: 0 for the order of anchors, 1 of groups, 2 + anchor of its neighbors; neighbor
     LEDGER = 20  # fingerprints of samples that were seen; positions: place in the batch, image
     DOUBTED_PAIRS = 21  # labels of pairs that RDE's two directions disagree on; position: number of the pair
+    CHOSEN_OBJECTS = 22  # which objects are trained on where not all are; position: object
+    CHOSEN_IMAGES = 23  # which images of them; position: image
 
 
 def draw(stream: RandomStream, seed: int, step: Number, *position: Number) -> Draws:

@@ -33,6 +33,10 @@ class DataConfig:
     """Shard set: a directory or URL that holds manifest.json."""
     mix: dict[str, float] = field(default_factory=dict)
     """Further shard sets and the share of the steps that each gives: {"/data/flowers": 0.3}; `root` gives the rest."""
+    max_objects: int = option(0, at_least=0, unit="objects", added=True)
+    """Train on this many objects, drawn by the seed: what would fewer of them give? 0: all."""
+    max_images: int = option(0, at_least=0, unit="images", added=True)
+    """Train on this many images of an object at most, drawn by the seed; 0: all."""
     window_shards: int = option(0, at_least=0, unit="shards")
     """Objects of a step come from a moving window of this many shards, for sets on object storage; 0: from the whole set."""
     neighbors: str = option("", added=True)

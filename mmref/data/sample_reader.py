@@ -15,7 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -195,6 +195,27 @@ class SplitIndex:
             shard_sha256=tuple(digest for p in parts for digest in p.shard_sha256),
             json_paths=tuple(p.json_path(shard) for p in parts for shard in range(len(p.shard_paths))),
             stamps=tuple(p.stamp(shard) for p in parts for shard in range(len(p.shard_paths))),
+        )
+
+    def part(self, objects: np.ndarray, images: np.ndarray) -> SplitIndex:
+        """The index of some objects and images alone, numbered anew and held in memory.
+
+        Args:
+            objects: (m,) rising object rows.
+            images: (n,) rising image positions, one or more of each of these objects and none of others.
+        """
+        chosen: dict[str, Any] = {name: getattr(self, name)[images] for name in INDEX_ARRAYS if name != "object_row"}
+        rows = np.searchsorted(objects, self.object_row[images])
+        return replace(
+            self,
+            object_ids=[self.object_ids[row] for row in objects.tolist()],
+            image_ids=[self.image_ids[at] for at in images.tolist()],
+            keys=[self.keys[at] for at in images.tolist()],
+            image_ext=[self.image_ext[at] for at in images.tolist()],
+            object_row=rows.astype(np.int32),
+            object_start=np.searchsorted(rows, np.arange(len(objects) + 1)),
+            first_objects=tuple(np.searchsorted(objects, self.first_objects).tolist()),
+            **chosen,
         )
 
 

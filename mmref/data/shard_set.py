@@ -25,6 +25,7 @@ from mmref.data.manifest import json_of, read_manifest, tar_of
 from mmref.data.sample_reader import Ends, SampleReader, SplitIndex
 from mmref.data.shard_checks import check_shards, verify_shard
 from mmref.errors import NeighborsError, ShardSetError
+from mmref.randomness import RandomStream, draw
 from mmref.storage.cache import ShardCache
 from mmref.storage.locations import absolute, cache_folder, folder_name, is_url, join, read_bytes, sha256_of
 from mmref.storage.parquet import read_parquet
@@ -197,7 +198,8 @@ def load_index(root: str, split: str, shards: list[dict[str, Any]]) -> SplitInde
 
 
 def train_index(config: Config) -> SplitIndex:
-    """The training samples of a run: `data.root`'s, and those of `data.mix` after them. Raises ShardSetError."""
+    """The training samples of a run: `data.root`'s, and those of `data.mix` after them, or the part of both that
+    `data.max_objects` and `data.max_images` leave. Raises ShardSetError."""
     parts, names = [], []
     roots = (config.data.root, *config.data.mix)
     for root in roots:
@@ -214,7 +216,34 @@ def train_index(config: Config) -> SplitIndex:
             "folder of one."
         )
     names[1:] = prefixes
-    return parts[0] if len(parts) == 1 else SplitIndex.merge(parts, names)
+    return drawn_part(parts[0] if len(parts) == 1 else SplitIndex.merge(parts, names), config)
+
+
+def drawn_part(index: SplitIndex, config: Config) -> SplitIndex:
+    """`data.max_objects` objects of an index, with `data.max_images` images of each; itself where neither says anything.
+
+    With one seed more objects or images are those of fewer and others beside them, so that a curve over their number compares
+    like with like. Raises ShardSetError where there are not as many objects.
+    """
+    wanted, most, seed = config.data.max_objects, config.data.max_images, config.train.seed
+    if not wanted and not most:
+        return index
+    if wanted > index.n_objects:
+        raise ShardSetError(
+            f"`data.max_objects` is {wanted:,}, but there are {index.n_objects:,} objects of training: give at most as many, or "
+            "0 for all."
+        )
+    objects = np.arange(index.n_objects)
+    if wanted:
+        by_draw = np.argsort(draw(RandomStream.CHOSEN_OBJECTS, seed, 0, objects), kind="stable")
+        objects = np.sort(by_draw[:wanted])
+    images = np.flatnonzero(np.isin(index.object_row, objects))
+    if most:
+        of = index.object_row[images]
+        by_draw = np.lexsort((draw(RandomStream.CHOSEN_IMAGES, seed, 0, images), of))
+        place = np.arange(len(images)) - np.searchsorted(of, of)  # among the images of its object, in the order of the draws
+        images = np.sort(images[by_draw][place < most])
+    return index.part(objects, images)
 
 
 def data_fingerprint(config: Config) -> str:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mmref.data import sample_reader
 from mmref.data.sample_reader import SampleReader
-from mmref.data.shard_set import ShardSet
+from mmref.data.shard_set import ShardSet, train_index
 from mmref.errors import SampleError, ShardSetError, StorageError
 from mmref.shards.build import BuildOptions, build_shards
 from mmref.shards.sources.table import TableSource
@@ -128,6 +128,52 @@ def test_set_is_readable_by_url(built):
     assert [there.read(i) for i in range(len(index))] == [here.read(i) for i in range(len(index))]
     assert remote.train_object_ids() == local.train_object_ids()
     assert remote.verify() == []
+
+
+def images_by_object(index):
+    return {
+        index.object_ids[row]: set(index.image_ids[first:last])
+        for row, (first, last) in enumerate(zip(index.object_start[:-1], index.object_start[1:]))
+    }
+
+
+def test_a_part_of_the_objects_and_images_is_drawn(make_config):
+    everything = images_by_object(train_index(make_config()))
+    few, more = (images_by_object(train_index(make_config({"data.max_objects": n, "data.max_images": 2}))) for n in (5, 9))
+    assert len(few) == 5 and len(more) == 9
+    assert few.items() <= more.items(), "more objects are the fewer ones and others"
+    for name, images in more.items():
+        assert images <= everything[name] and len(images) == min(2, len(everything[name]))
+    assert images_by_object(train_index(make_config({"data.max_objects": 5, "data.max_images": 2, "train.seed": 7}))) != few
+    one = images_by_object(train_index(make_config({"data.max_images": 1})))
+    two = images_by_object(train_index(make_config({"data.max_images": 2})))
+    assert all(one[name] < two[name] or len(everything[name]) == 1 for name in everything)
+
+
+def test_samples_of_a_part_are_those_of_the_whole(make_config):
+    config = make_config({"data.max_objects": 6, "data.max_images": 2})
+    part, whole = train_index(config), train_index(make_config())
+    assert part.n_objects == 6 and part.object_start[-1] == len(part) < len(whole)
+    reader, of_whole = SampleReader(part), SampleReader(whole)
+    at = {image: place for place, image in enumerate(whole.image_ids)}
+    for place, image in enumerate(part.image_ids):
+        own, there = reader.read(place), of_whole.read(at[image])
+        assert own.image_bytes == there.image_bytes and own.meta == there.meta
+        assert own.meta["object_id"] == part.object_ids[part.object_row[place]]
+
+
+def test_a_part_of_a_mixture_keeps_its_sets_apart(make_config, own_set):
+    whole = train_index(make_config({"data.mix": {str(own_set): 0.5}}))
+    part = train_index(make_config({"data.mix": {str(own_set): 0.5}, "data.max_objects": 15}))
+    second = part.first_objects[1]
+    assert set(part.object_ids[:second]) <= set(whole.object_ids[: whole.first_objects[1]])
+    assert set(part.object_ids[second:]) <= set(whole.object_ids[whole.first_objects[1] :])
+    assert 0 < second < part.n_objects == 15
+
+
+def test_more_objects_than_there_are(make_config):
+    with pytest.raises(ShardSetError, match=r"`data\.max_objects` is 99, but there are 14 objects"):
+        train_index(make_config({"data.max_objects": 99}))
 
 
 def test_open_errors(root, tmp_path):

@@ -23,7 +23,7 @@ from mmref.evaluate.choose import choose_on_val, settings_of, trained_space
 from mmref.evaluate.class_protocol import class_metrics, class_queries
 from mmref.evaluate.close_match import choose_close_match
 from mmref.evaluate.examples import choose_further, choose_opening, count_moves
-from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize
+from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_features, summarize, summarize_objects
 from mmref.evaluate.protocols import CAPTIONS_AS_ONE, IMAGE_TO_IMAGE, Chosen, protocols
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.evaluate.report import (
@@ -328,9 +328,10 @@ class Evaluation:
         return self.text_to_image(self.refine_images)
 
     def text_to_image(self, score_fn: ScoreFn | None) -> PerQuery:
-        """Every caption queries every image."""
+        """Every caption queries every image, and every object by its best one."""
         f = self.features
-        ranked = evaluate_features(self.pair_features, f.image, self.pair_objects, f.image_objects, score_fn=score_fn)
+        given = self.pair_features, f.image, self.pair_objects, f.image_objects
+        ranked = evaluate_features(*given, score_fn=score_fn, by_object=True)
         return ranked.take(self.pair_of)
 
     def image_to_text(self, score_fn: ScoreFn | None) -> PerQuery:
@@ -365,6 +366,7 @@ class Evaluation:
             "n_objects": len(np.unique(f.image_objects)),
             "initial": summarize(initial),
             "refined": summarize(refined),
+            "by_object": {"initial": summarize_objects(initial), "refined": summarize_objects(refined)},
             "refinement": {**chosen.to_dict(), "tried": chosen.tried},
             **({"close_match": close} if close else {}),
             "ci95": bootstrap_ci(refined, q.objects, n),

@@ -47,6 +47,7 @@ class PerQuery:
     inp: np.ndarray  # (q,) float64, inverse negative penalty in [0, 1]: hits / rank of the last hit
     ndcg: np.ndarray  # (q,) float64, NDCG@10 in [0, 1]
     valid: np.ndarray  # (q,) bool, False: the gallery holds no hit, and the query counts in no mean
+    object_rank: np.ndarray  # (q,) int64, rank of the query's object among objects, from 1; 0 where nobody asked for it
 
     def __len__(self) -> int:
         return len(self.valid)
@@ -61,14 +62,14 @@ class PerQuery:
         return type(self)(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def table(self) -> np.ndarray:
-        """All fields as columns, (q, 5) float64, which holds a rank exactly."""
+        """All fields as columns, (q, 6) float64, which holds a rank exactly."""
         return np.stack([getattr(self, f.name) for f in fields(self)], axis=1).astype(np.float64)
 
     @classmethod
     def of_table(cls, table: np.ndarray) -> Self:
         """What `table` was made of."""
-        first_rank, ap, inp, ndcg, valid = table.T
-        return cls(first_rank.astype(np.int64), ap, inp, ndcg, valid > 0)
+        first_rank, ap, inp, ndcg, valid, object_rank = table.T
+        return cls(first_rank.astype(np.int64), ap, inp, ndcg, valid > 0, object_rank.astype(np.int64))
 
     def values(self) -> np.ndarray:
         """Each query's contribution to each metric, (q, 7) float64 in percent, columns as METRIC_NAMES."""
@@ -131,11 +132,39 @@ def _ascending(ranks: np.ndarray, offsets: np.ndarray, n_gallery: int) -> np.nda
     return np.sort(ranks + upper) - upper
 
 
-def score_ranking(scores: Scores, query_labels: np.ndarray, gallery_labels: np.ndarray) -> PerQuery:
-    """Per-query results of one block of scores; arguments and errors as in `rank_positives`."""
+def rank_objects(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray) -> np.ndarray:
+    """Rank of every query's object among the gallery's objects, (q,) int64 from 1, 0 where the gallery holds none of it.
+
+    An object ranks by its best item, as a search by object does. Of equal scores the item of the lower gallery index is better.
+
+    Args:
+        scores: (q, G) float32 without NaN. Others as in `rank_positives`.
+    """
+    by_object = np.argsort(gallery_labels, kind="stable")
+    labels, starts = np.unique(gallery_labels[by_object], return_index=True)
+    own = np.minimum(np.searchsorted(labels, query_labels), len(labels) - 1)
+    found = np.zeros(len(scores), np.int64)
+    block = max(1, _BLOCK_SCORES // max(1, len(gallery_labels)))
+    for start in range(0, len(scores), block):
+        rows = slice(start, start + block)
+        # The lowest key of an object is that of its best item, and all keys of a row differ.
+        keys = np.minimum.reduceat(_sort_keys(scores[rows])[:, by_object], starts, axis=1)  # (b, objects)
+        found[rows] = 1 + (keys < np.take_along_axis(keys, own[rows, None], axis=1)).sum(axis=1)
+    return np.where(labels[own] == query_labels, found, 0)
+
+
+def score_ranking(scores: Scores, query_labels: np.ndarray, gallery_labels: np.ndarray, by_object: bool = False) -> PerQuery:
+    """Per-query results of one block of scores; arguments and errors as in `rank_positives`.
+
+    Args:
+        by_object: rank objects, too (`rank_objects`), of scores in memory in which no item is left out.
+    """
     ranks, offsets = rank_positives(scores, query_labels, gallery_labels)
     counts = np.diff(offsets)
     valid = counts > 0
+    object_rank = np.zeros(len(counts), np.int64)
+    if by_object:
+        object_rank = rank_objects(np.asarray(scores, np.float32), np.asarray(query_labels), np.asarray(gallery_labels))
     first_rank, (ap, inp, ndcg) = np.zeros(len(counts), np.int64), np.zeros((3, len(counts)))
     if valid.any():
         # Queries without hits have empty segments, which `reduceat` cannot express: the valid starts skip them.
@@ -147,7 +176,7 @@ def score_ranking(scores: Scores, query_labels: np.ndarray, gallery_labels: np.n
         gains = np.where(ranks <= NDCG_AT, 1 / np.log2(ranks + 1.0), 0.0)
         ideal = np.cumsum(1 / np.log2(np.arange(2, NDCG_AT + 2)))
         ndcg[valid] = np.add.reduceat(gains, starts) / ideal[np.minimum(n_hits, NDCG_AT) - 1]
-    return PerQuery(first_rank, ap, inp, ndcg, valid)
+    return PerQuery(first_rank, ap, inp, ndcg, valid, object_rank)
 
 
 def summarize(per_query: PerQuery, subset: np.ndarray | None = None) -> dict[str, float]:
@@ -165,6 +194,15 @@ def summarize(per_query: PerQuery, subset: np.ndarray | None = None) -> dict[str
     return dict(zip(METRIC_NAMES, chosen.values()[chosen.valid].mean(axis=0).tolist(), strict=True))
 
 
+def summarize_objects(per_query: PerQuery) -> dict[str, float]:
+    """Share of the valid queries whose object is among the first k objects: {"R@1": ..., "R@5", "R@10"} in percent.
+
+    R@1 is that of items: the first item is the first object's.
+    """
+    ranks = per_query.object_rank[per_query.valid]
+    return {f"R@{k}": 100.0 * float(np.mean(ranks <= k)) for k in RECALL_AT}
+
+
 def evaluate_features(
     queries: np.ndarray,
     gallery: np.ndarray,
@@ -174,6 +212,7 @@ def evaluate_features(
     score_fn: ScoreFn | None = None,
     leave_out: ScoreFn | None = None,
     share: QueryShare = ALONE,
+    by_object: bool = False,
 ) -> PerQuery:
     """Rank a gallery for every query by the dot product of features, `chunk` queries at a time.
 
@@ -187,6 +226,7 @@ def evaluate_features(
         leave_out: gives initial scores back with minus infinity for what is not in a query's gallery; goes before `score_fn`.
         share: the queries that this process ranks, and where; without the two functions above, which take NumPy's arrays.
             Each part of a share gets the results of all.
+        by_object: rank objects, too; as in `score_ranking`.
     Raises:
         EvaluationError: a feature or score is NaN.
     """
@@ -200,7 +240,7 @@ def evaluate_features(
             scores = leave_out(rows, scores)
         if score_fn is not None:
             scores = score_fn(rows, scores)
-        parts.append(score_ranking(scores, query_labels[rows], gallery_labels).table())
+        parts.append(score_ranking(scores, query_labels[rows], gallery_labels, by_object).table())
     return PerQuery.of_table(share.together(parts, len(queries), chunk, len(fields(PerQuery))))
 
 

@@ -5,7 +5,8 @@
 "image_to_image" and "captions_as_one" of `protocols.Protocol.scores`; "ci95_initial" beside "ci95"; "refinement_gain" from
 `bootstrap.paired_difference`; "skipped", a list of messages; "best_on_test" from `evaluation.best_on_test`; "start" from
 `evaluation.start_metrics`; "class_protocol", {"initial": {name: percent}, "refined": ...}; "ambiguity" of
-`ambiguity.ambiguity`; "refinement"["tried"], the table of `refinement.choose_refinement`.
+`ambiguity.ambiguity`; "by_object", {"initial": {"R@1": percent, ...}, "refined": ...}; "refinement"["tried"], the table of
+`refinement.choose_refinement`.
 """
 
 import base64
@@ -164,6 +165,8 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         table += _aligned(
             [("", list(FURTHER_METRICS)), *((label, _text_cells(row, FURTHER_METRICS)) for label, row, _ in further)]
         )
+    for state, values in (metrics.get("by_object") or {}).items():
+        table.append(f"by object, {state}: " + ", ".join(f"{name} {_number(value)}" for name, value in values.items()))
     table.append(
         f"{metrics['split']}: {_count(metrics['n_queries'])} queries, {_count(metrics['n_gallery'])} gallery images, "
         f"{_count(metrics['n_objects'])} objects; percent{excluded(metrics)}"

@@ -16,7 +16,7 @@ def results(seed, n_queries=120, n_objects=25, worse=1.0):
     valid = rng.random(n_queries) > 0.1
     first_rank = np.where(valid, 1 + rng.poisson(6 * worse * (1 - skill)), 0)
     ap = np.where(valid, skill * rng.random(n_queries) / worse, 0.0)
-    return PerQuery(first_rank, ap, ap / 2, ap / 3, valid), objects
+    return PerQuery(first_rank, ap, ap / 2, ap / 3, valid, first_rank), objects
 
 
 def literal_replicates(values, valid, objects, n, seed):
@@ -79,7 +79,7 @@ def test_interval_is_that_of_objects_not_of_queries():
     # 20 objects, each all right or all wrong on 50 queries: 20 coin tosses, not 1,000.
     objects = np.repeat(np.arange(20), 50)
     right = objects % 2 == 0
-    per_query = PerQuery(np.where(right, 1, 99), right / 1.0, right / 1.0, right / 1.0, np.ones(1000, bool))
+    per_query = PerQuery(np.where(right, 1, 99), right / 1.0, right / 1.0, right / 1.0, np.ones(1000, bool), np.zeros(1000, int))
     low, high = bootstrap_ci(per_query, objects)["R@1"]
     deviation = 100 * np.sqrt(0.25 / 20)
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)
@@ -100,7 +100,7 @@ def test_what_cannot_be_compared_is_an_error():
     per_query, objects = results(1)
     with pytest.raises(EvaluationError, match="same queries"):
         paired_difference(per_query, per_query.take(np.arange(10)), objects)
-    nothing = PerQuery(np.zeros(3, int), *np.zeros((3, 3)), np.zeros(3, bool))
+    nothing = PerQuery(np.zeros(3, int), *np.zeros((3, 3)), np.zeros(3, bool), np.zeros(3, int))
     with pytest.raises(EvaluationError, match="None of the 3"):
         bootstrap_ci(nothing, np.arange(3))
     with pytest.raises(ValueError, match="2 objects for 120 queries"):

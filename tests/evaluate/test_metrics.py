@@ -11,7 +11,15 @@ from hypothesis.extra import numpy as hnp
 
 from mmref.errors import EvaluationError
 from mmref.evaluate import metrics
-from mmref.evaluate.metrics import METRIC_NAMES, evaluate_features, rank_positives, score_ranking, summarize
+from mmref.evaluate.metrics import (
+    METRIC_NAMES,
+    evaluate_features,
+    rank_objects,
+    rank_positives,
+    score_ranking,
+    summarize,
+    summarize_objects,
+)
 
 
 def literal_ranks(scores, query_labels, gallery_labels):
@@ -185,3 +193,24 @@ def test_score_function_sees_its_rows_and_replaces_the_scores():
 def test_no_queries_is_an_error():
     with pytest.raises(EvaluationError, match="no query"):
         evaluate_features(np.zeros((0, 4)), np.zeros((3, 4)), np.zeros(0), np.zeros(3))
+
+
+def test_objects_rank_by_their_best_item():
+    """Against a twin in loops, with ties, and queries of objects that the gallery does not hold."""
+    rng = np.random.default_rng(0)
+    gallery = np.array(["d", "a", "b", "a", "c", "b", "d", "d"])
+    queries = np.array(["a", "b", "c", "d", "nobody", "a", "zz", "0"] * 6)
+    scores = rng.integers(-2, 3, (len(queries), len(gallery))).astype(np.float32)
+    expected = []
+    for row, wanted in zip(scores, queries):
+        order = sorted(range(len(gallery)), key=lambda i: (-row[i], i))
+        objects = list(dict.fromkeys(gallery[order].tolist()))
+        expected.append(objects.index(wanted) + 1 if wanted in objects else 0)
+    assert rank_objects(scores, queries, gallery).tolist() == expected
+    found = evaluate_features(scores, np.eye(len(gallery), dtype=np.float32), queries, gallery, chunk=5, by_object=True)
+    assert found.object_rank.tolist() == expected and found.valid.tolist() == [rank > 0 for rank in expected]
+    assert evaluate_features(scores, np.eye(8, dtype=np.float32), queries, gallery).object_rank.tolist() == [0] * len(queries)
+    valid = np.array([rank for rank in expected if rank])
+    summary = summarize_objects(found)
+    assert summary == pytest.approx({f"R@{k}": 100 * np.mean(valid <= k) for k in (1, 5, 10)})
+    assert summary["R@1"] == pytest.approx(summarize(found)["R@1"]), "the first item is the first object's"

@@ -336,6 +336,13 @@ def test_the_class_protocol_is_shown_where_it_was_asked_for():
     assert "AP@50 43.0" in render(metrics=metrics) and "By class" not in render()
 
 
+def test_the_ranks_of_objects_are_shown():
+    by_object = {"initial": {"R@1": 41.26, "R@5": 55.0, "R@10": 60.0}, "refined": {"R@1": 43.0, "R@5": 56.0, "R@10": 61.0}}
+    metrics = some_metrics(by_object=by_object)
+    assert "by object, initial: R@1 41.3, R@5 55.0, R@10 60.0" in format_table(metrics)
+    assert "R@5 56.0" in render(metrics=metrics) and "By object" not in render()
+
+
 def test_what_ambiguous_captions_leave_is_said_where_it_was_counted():
     metrics = some_metrics(ambiguity={"n_same": 18, "ceiling": 99.91, "n_fitting": 2158, "guessing": 87.72})
     said = "eiling of R@1: 99.9, as 18 captions are those of several objects word for word; 2,158 fit several"

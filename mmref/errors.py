@@ -191,6 +191,18 @@ class QueryError(MMRefError):
     """A search cannot be answered: nothing asked, an unreadable image, an unknown column, more results than items."""
 
 
+class FilterError(QueryError):
+    """A filter of a search cannot be read, or a value or operator of it does not fit its column."""
+
+
+class UnknownColumnError(QueryError):
+    """An index has no column of the name that a search filters or sorts by."""
+
+
+class ServiceError(MMRefError):
+    """A search service that is asked refuses, fails, or cannot be reached."""
+
+
 class ServeError(MMRefError):
     """The service cannot be started: no token, a port in use, two indexes of one name."""
 

@@ -1,4 +1,4 @@
-"""`mmref index`, `mmref search` and `mmref judge`: options in, a table or a file out."""
+"""`mmref index`: options in, what an index holds out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from typing import Any, get_args
 from mmref.cluster.resources import workers_that_fit
 from mmref.errors import QueryError, UsageError
 from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
-from mmref.storage.locations import expanded
 from mmref.storage.texts import read_lines
-from mmref.storage.whole_folder import check_output, write_output
-from mmref.terminal.arguments import count, images, local_path, model, place, positive, share, text
+from mmref.terminal.arguments import count, images, local_path, model, place, share, text
 from mmref.terminal.output import printable, to_json
 from mmref.terminal.parser import Parser
-from mmref.terminal.progress import say
 
 FOLDERS = ("auto", "objects", "plain")
 DEVICES = ("auto", "cpu", "cuda")
@@ -60,10 +57,10 @@ def _source_options(parser: argparse.ArgumentParser, needed: bool = True) -> Non
         "--workers", type=count,
         help="Ray actors that embed; 0: in this process, quickest for a few thousand images (default: one a core; 0 without Ray)",
     )  # fmt: skip
-    _device_option(parser)
+    device_option(parser)
 
 
-def _device_option(parser: argparse.ArgumentParser) -> None:
+def device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU where there is one (default: %(default)s)")
 
 
@@ -212,7 +209,7 @@ def _remove(argv: Sequence[str]) -> int:
     parser.add_argument("--ids-file", type=local_path, metavar="FILE", help="more ids, one a line")
     parser.add_argument("--for-good", action="store_true", help="`add` and `sync` do not take them in again (left_out.jsonl)")
     args = parser.parse_args(argv)
-    ids = args.ids + (_lines(args.ids_file) if args.ids_file else [])
+    ids = args.ids + (lines_of(args.ids_file) if args.ids_file else [])
     if not ids:
         raise UsageError("name the items to remove: ids, or a file of them with --ids-file.")
     _report(args.index, index.remove(args.index, ids, args.for_good))
@@ -260,192 +257,8 @@ def _report(path: str, manifest: Any) -> None:
             print(f"warning: below the {v['wanted']} that was asked for, at the highest setting")
 
 
-# -- search ----------------------------------------------------------------------------------------------------------
-
-
-def search_main(argv: Sequence[str]) -> int:
-    """`mmref search INDEX "a sentence"`."""
-    args = _search_parser().parse_intermixed_args(_conditions_apart(argv))
-    from mmref.model.device import described
-    from mmref.retrieval.searcher import Query, Searcher
-    from mmref.retrieval.show import format_objects, format_results, render_page
-
-    if args.by == "image" and args.images:
-        raise UsageError("--images is of objects: give --by object with it.")
-    if args.by == "object" and args.judge:
-        raise UsageError("--judge asks of single images: leave out --by object.")
-    if args.batch and (args.text or args.image):
-        raise UsageError("give one query, or many with --batch, not both.")
-    queries = [Query(line) for line in _lines(args.batch)] if args.batch else []
-    queries = queries or [Query(args.text, args.image, args.image_weight)]
-    where = _where(args.where)
-    if args.html:
-        check_output("--html", args.html)
-    searcher = Searcher(args.index, args.device)
-    if searcher.device.type != "cpu":
-        say(f"encoding on {described(searcher.device)}")
-    answers = _answers(searcher, queries, args, where)
-    shown: Any = format_objects if args.by == "object" else format_results
-    names = [query.text or str(query.image) for query in queries]
-    for name, results in zip(names, answers):
-        if args.json:
-            print(to_json({"query": name, "results": [r.to_dict() for r in results]}))
-        elif not args.html:
-            print(printable(name) if len(names) > 1 else "", shown(results), sep="\n" if len(names) > 1 else "")
-    if args.html:
-        write_output("--html", args.html, render_page(searcher, list(zip(names, answers))))
-        print(f"written to {args.html}")
-    if args.judge:
-        _ask(searcher, queries, answers, args.judgements)
-    return 0
-
-
-def _answers(searcher: Any, queries: Sequence[Any], args: Any, where: dict[str, str] | None) -> Sequence[Sequence[Any]]:
-    """Results of each query, images or objects."""
-    from mmref.retrieval.searcher import DEFAULT_IMAGES
-
-    how = not args.no_refine, args.candidates, where
-    if args.by == "object":
-        return searcher.search_many_objects(queries, args.top, args.images or DEFAULT_IMAGES, *how)
-    return searcher.search_many(queries, args.top, *how)
-
-
-def _search_parser() -> Parser:
-    parser = Parser(prog="mmref search", description="Search an index with a sentence, an image, or both.")
-    parser.add_argument("index", type=local_path, metavar="INDEX", help="directory of `mmref index`")
-    parser.add_argument("text", nargs="?", type=text, metavar="TEXT", help="what to look for")
-    parser.add_argument("--image", type=expanded, metavar="FILE", help="look for what is like this image")
-    parser.add_argument(
-        "--image-weight", type=float, default=0.5, help="share of the image beside a sentence (default: %(default)s)"
-    )
-    parser.add_argument("--batch", type=local_path, metavar="FILE", help="many sentences, one a line")
-    parser.add_argument(
-        "--by", choices=("image", "object"), default="image",
-        help="what the results are: images, or objects, each by its best image (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--top", type=positive, help="results of each query (default: 10, or all of a smaller index)")
-    parser.add_argument("--images", type=positive, metavar="N", help="images of each object with --by object (default: 3)")
-    parser.add_argument("--no-refine", action="store_true", help="do not compare by references")
-    parser.add_argument(
-        "--candidates",
-        type=count,
-        metavar="P",
-        help="refine this many of the first pass; 0: all; default: as in evaluation",
-    )
-    parser.add_argument(
-        "--where", action="append", type=text, default=[], metavar="COLUMN=VALUE",
-        help="only items with this value; more conditions may follow it",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print results as JSON, a line for each query")
-    parser.add_argument("--html", type=local_path, metavar="FILE", help="write results as a page with thumbnails")
-    parser.add_argument("--judge", action="store_true", help="ask of each result whether it is right, and keep the answers")
-    parser.add_argument("--judgements", type=local_path, metavar="FILE", help="where (default: judgements.jsonl in the index)")
-    _device_option(parser)
-    return parser
-
-
-def _conditions_apart(argv: Sequence[str]) -> list[str]:
-    """Words in which each condition has a `--where` of its own: `--where A=1 B=2 TEXT` ends before what is no condition."""
-    words: list[str] = []
-    conditions = 0  # behind the last --where
-    for word in argv:
-        if word == "--where":
-            conditions = 1
-        elif conditions == 1:
-            conditions = 2
-        elif conditions and "=" in word and not word.startswith("-"):
-            words.append("--where")
-        else:
-            conditions = 0
-        words.append(word)
-    return words
-
-
-def _where(pairs: Sequence[str]) -> dict[str, str] | None:
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise UsageError(f"--where {wrong[0]!r} is not of the form COLUMN=VALUE.")
-    return dict(pair.split("=", 1) for pair in pairs) or None
-
-
-def _lines(path: str) -> list[str]:
+def lines_of(path: str) -> list[str]:
     """Lines of a file that are not empty. Raises QueryError."""
     if not (lines := list(filter(None, read_lines(path, QueryError)))):
         raise QueryError(f"{path} is empty: one entry a line.")
     return lines
-
-
-# -- judgements ------------------------------------------------------------------------------------------------------
-
-
-def _ask(searcher: Any, queries: Sequence[Any], answers: Sequence[Sequence[Any]], path: str | None) -> None:
-    """Ask on the terminal: y, n, enter to pass over, q to stop."""
-    from mmref.retrieval.feedback import Judgements
-
-    judgements, saved = Judgements.of(searcher, path), 0
-    for query, results in zip(queries, answers):
-        for result in results:
-            try:
-                asked = f"{result.rank}. {printable(result.id)}: right for {query.text!r}?"
-                answer = input(f"{asked} [y/n, enter: skip, q: stop] ")
-            except EOFError:
-                answer = "q"
-            if answer.strip().lower() == "q":
-                print(f"\n{saved} judgements saved in {judgements.path}")
-                return
-            if answer.strip().lower() in ("y", "n"):
-                judgements.save(searcher, query.text or "", result.id, answer.strip().lower() == "y")
-                saved += 1
-    print(f"{saved} judgements saved in {judgements.path}")
-
-
-def judge_main(argv: Sequence[str]) -> int:
-    """`mmref judge INDEX TEXT --right ID ... --wrong ID ...`, `mmref judge export INDEX --out DIR`."""
-    if argv[:1] == ["export"]:
-        return _export_judgements(argv[1:])
-    parser = Parser(
-        prog="mmref judge",
-        description="Say which items are right for a sentence. `mmref judge export INDEX --out DIR` writes what was judged as "
-        "a table for `mmref shards build table`, to fine-tune or evaluate with.",
-    )
-    parser.add_argument("index", type=local_path, metavar="INDEX")
-    parser.add_argument("text", type=text, metavar="TEXT", help="the sentence")
-    parser.add_argument("--right", nargs="+", type=text, default=[], metavar="ID", help="items that it asks for")
-    parser.add_argument("--wrong", nargs="+", type=text, default=[], metavar="ID", help="items that it does not")
-    parser.add_argument(
-        "--judgements", type=local_path, metavar="FILE", help="where to save (default: judgements.jsonl in the index)"
-    )
-    args = parser.parse_args(argv)
-    from mmref.retrieval.feedback import Judgements
-    from mmref.retrieval.searcher import Searcher
-
-    if not args.right and not args.wrong:
-        raise UsageError("name items with --right or --wrong.")
-    searcher = Searcher(args.index)
-    judgements = Judgements.of(searcher, args.judgements)
-    for item_id in (*args.right, *args.wrong):
-        searcher.row(item_id)  # all are known before the first is saved
-    for relevant, ids in ((True, args.right), (False, args.wrong)):
-        for item_id in ids:
-            judgements.save(searcher, args.text, item_id, relevant)
-    print(f"{len(args.right) + len(args.wrong)} judgements saved in {judgements.path}")
-    return 0
-
-
-def _export_judgements(argv: Sequence[str]) -> int:
-    parser = Parser(prog="mmref judge export", description="Judgements as a table and its images.")
-    parser.add_argument("index", type=local_path, metavar="INDEX")
-    parser.add_argument("--out", required=True, type=local_path, metavar="DIR", help="folder for table.jsonl and images/")
-    parser.add_argument("--split", help="split of every row: `test` for an evaluation split; default: by object at build")
-    parser.add_argument(
-        "--judgements", type=local_path, metavar="FILE", help="what to export (default: judgements.jsonl in the index)"
-    )
-    args = parser.parse_args(argv)
-    from mmref.retrieval.feedback import Judgements, export_table
-    from mmref.retrieval.searcher import Searcher
-
-    searcher = Searcher(args.index)
-    rows, left_out = export_table(searcher, Judgements.of(searcher, args.judgements).read(), args.out, args.split)
-    print(f"{rows} images in {args.out}/table.jsonl; next: mmref shards build table {args.out}/table.jsonl --out SET")
-    for line in left_out:
-        print(f"left out: {printable(line)}")
-    return 0

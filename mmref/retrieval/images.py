@@ -11,6 +11,8 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from mmref.data.folder import describe, stamp_of
 from mmref.data.sample_reader import SampleReader, sound
 from mmref.data.shard_set import ShardSet
 from mmref.errors import EmptySourceError, OutsideError, SampleError, SearchIndexError, StorageError
+from mmref.retrieval.columns import metadata_column
 from mmref.retrieval.sources import TARS, images_place, parquet_in, refuse_tars, shared_source
 from mmref.shards.sources.folders import FolderSource
 from mmref.shards.sources.hub_dataset import SCHEME
@@ -115,17 +118,11 @@ def no_items() -> pa.Table:
     return _as_table([], [])
 
 
-def _as_table(rows: list[dict[str, Any]], extra: list[str]) -> pa.Table:
-    """Rows as a table; a metadata column of mixed types becomes text."""
+def _as_table(rows: list[dict[str, Any]], extra: list[str], plain: bool = False) -> pa.Table:
+    """Rows as a table; metadata columns as of `metadata_column`."""
     arrays: dict[str, Any] = {name: pa.array([row[name] for row in rows], kind) for name, kind in COLUMNS.items()}
     for name in extra:
-        values = [row["extra"].get(name) for row in rows]
-        try:
-            arrays[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            arrays[name] = pa.array([None if value is None else str(value) for value in values])
-        if pa.types.is_null(arrays[name].type):
-            arrays[name] = arrays[name].cast(pa.string())
+        arrays[name] = metadata_column(name, [row["extra"].get(name) for row in rows], plain)
     return pa.table(arrays)
 
 
@@ -153,7 +150,7 @@ def _row(
 
 
 def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool))
+    return value is None or isinstance(value, str | int | float | bool | date | Decimal)
 
 
 def _sample(captions: list[str]) -> list[str]:
@@ -288,7 +285,7 @@ def _list_table(source: str, columns: TableColumns) -> Listing:
         raise SearchIndexError(why)
     # A list of captions is taken, as captions.
     left = {name: why for name, why in items.left.items() if name not in items.of_captions}
-    rows = _as_table(list(items.rows.values()), list(items.extra))
+    rows = _as_table(list(items.rows.values()), list(items.extra), plain=source.lower().endswith((".csv", ".tsv")))
     return Listing(rows, _sample(items.captions), skipped, columns_left=left, cells_left=dict(items.infinite))
 
 
@@ -341,7 +338,7 @@ class _TableItems:
         known["object_id"] = known["object_id"] or object_id
 
     def _metadata(self, row: Row, column: str) -> Any:
-        """A single value, times and decimals as text. None for what is none (lists, mappings, bytes that are no text), whose
+        """A single value. None for an empty cell, for what is no single value (lists, mappings, bytes that are no text), whose
         columns are added to `left`, and for an infinite number, which JSON does not have. Raises SampleError."""
         cell = row.cell(column)
         if isinstance(cell, float) and math.isinf(cell):
@@ -355,4 +352,4 @@ class _TableItems:
             value = None
         if value is None and cell is not None:
             self.left[column] = "no single values"
-        return value if _is_scalar(value) else str(value)
+        return None if value == "" else value if _is_scalar(value) else str(value)

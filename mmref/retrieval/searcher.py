@@ -11,8 +11,7 @@ import bisect
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,76 +27,25 @@ from mmref.evaluate.refinement import ReferenceSpace
 from mmref.export.model import ImageLike, Model, load
 from mmref.model.device import chosen_device
 from mmref.retrieval import bundle
+from mmref.retrieval.filters import Condition, Where, check_column, matches, read_where, typed
 from mmref.retrieval.heat_maps import GRID, Explanation, heat_maps, hidden, nearest
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.manifest import Manifest, stamp
 from mmref.retrieval.notebook import Results
 from mmref.retrieval.objects import Objects, RankedObject, rank_objects
 from mmref.retrieval.ranking import Encoded, Ranker
+from mmref.retrieval.results import DEFAULT_IMAGES, ObjectResult, Query, Reference, Result, sort_column, sorted_by
 from mmref.retrieval.segment import join_items, open_segments
 from mmref.retrieval.vector_file import open_vectors
 from mmref.retrieval.vectors import Approximate, Floats, Rows
 
 DEFAULT_TOP = 10
-DEFAULT_IMAGES = 3  # of each object
 HIDDEN_BATCH = 10  # images with a hidden part that are encoded at a time
 SHARED = 3  # references named with each result
 CACHED_FILTERS = 16
 OPEN_ATTEMPTS = 3
 ITEM_COLUMNS = ("id", "object_id", "path", "width", "height")
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is looked for: a sentence, an image, or both (`image_weight` of the image, the rest of the sentence)."""
-
-    text: str | None = None
-    image: ImageLike | None = None
-    image_weight: float = 0.5
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A training object that a query and an item both resemble."""
-
-    object_id: str
-    caption: str  # "" where the training set could not be read when the index was made
-    gain: float  # its part of the score that refinement added
-
-
-@dataclass(frozen=True)
-class Result:
-    """An item found. Without refinement `score` is `initial` and `rank` is `rank_before`."""
-
-    rank: int  # from 1
-    id: str
-    score: float
-    initial: float  # cosine, the score before refinement
-    rank_before: int
-    object_id: str | None
-    path: str
-    width: int
-    height: int
-    metadata: dict[str, Any] = field(default_factory=dict)
-    references: list[Reference] = field(default_factory=list)  # the largest gains
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class ObjectResult:
-    """An object found by its best image, whose `score` is the object's. Ranks of objects are among objects."""
-
-    rank: int  # from 1
-    object_id: str
-    score: float
-    initial: float  # the highest cosine of its images that were ranked, the score before refinement
-    rank_before: int
-    images: list[Result]  # the best of the object, the best first; their ranks are among the object's images
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+OWN_COLUMNS = ("id", "object_id", "width", "height")  # of every index: a search may filter and sort by them too
 
 
 class Searcher:
@@ -125,7 +73,7 @@ class Searcher:
         self.ranker = Ranker(self.segments, approximate, model.space, model.refinement, model.text_mean, model.config.eval.top_p)
         self._cached = cached
         self._cache: OrderedDict[str, Encoded] = OrderedDict()
-        self._filters: OrderedDict[tuple[tuple[str, str], ...], Rows] = OrderedDict()
+        self._filters: OrderedDict[frozenset[Condition], Rows] = OrderedDict()
         self._lock = threading.Lock()  # of the caches
         # This lock is the model's, which is not thread-safe.
         self._encoding: threading.Lock = previous._encoding if previous and same else threading.Lock()
@@ -169,9 +117,14 @@ class Searcher:
 
     @property
     def metadata_columns(self) -> list[str]:
-        """Columns that `where` may name."""
+        """Columns of the source that are shown with a result."""
         hidden = {*ITEM_COLUMNS, "offset", "length", "file_stamp", "file_sha256"}
         return [name for name in self.items.column_names if name not in hidden]
+
+    @cached_property
+    def filter_columns(self) -> dict[str, pa.DataType]:
+        """Columns that a search may filter and sort by, with their types."""
+        return {name: self.items.schema.field(name).type for name in (*self.metadata_columns, *OWN_COLUMNS)}
 
     # -- searching ---------------------------------------------------------------------------------------------------
 
@@ -182,11 +135,15 @@ class Searcher:
         top: int | None = None,
         refine: bool = True,
         candidates: int | None = None,
-        where: Mapping[str, Any] | None = None,
+        where: Where | None = None,
         image_weight: float = 0.5,
+        offset: int = 0,
+        within: Sequence[str] | None = None,
+        sort: str | None = None,
     ) -> Results[Result]:
         """The best items for a sentence, an image, or both, as a list that a notebook shows as pictures; see `search_many`."""
-        return self.search_many([Query(text, image, image_weight)], top, refine, candidates, where)[0]
+        query = Query(text, image, image_weight)
+        return self.search_many([query], top, refine, candidates, where, offset, within, sort)[0]
 
     def search_many(
         self,
@@ -194,7 +151,10 @@ class Searcher:
         top: int | None = None,
         refine: bool = True,
         candidates: int | None = None,
-        where: Mapping[str, Any] | None = None,
+        where: Where | None = None,
+        offset: int = 0,
+        within: Sequence[str] | None = None,
+        sort: str | None = None,
     ) -> list[Results[Result]]:
         """The best items of each query, the best first; of equal scores the item that was indexed first.
 
@@ -203,19 +163,26 @@ class Searcher:
             refine: compare the first candidates by references too.
             candidates: how many of the first pass are refined, by default as many as the evaluation of the model
                 refined; 0: all.
-            where: only items whose metadata columns have these values.
+            where: only items that meet these conditions: columns with the value of each ({"color": "red"}), or one or several of
+                the language of `mmref.retrieval.filters` ("price>=10").
+            offset: results that are passed over: with `top=10`, 10 gives ranks 11 to 20.
+            within: only these items, by their ids.
+            sort: a column to put the results in the order of, instead of their scores ("price"; "-price": the highest first).
 
         Raises:
-            QueryError: an empty query, an unreadable image, more results than items, an unknown column.
+            QueryError: an empty query, an unreadable image, more results than items, an unknown item. UnknownColumnError.
+            FilterError: a filter that cannot be read, or does not fit its column.
         """
         top = min(DEFAULT_TOP, len(self)) if top is None else top
         if not 1 <= top <= len(self):
             raise QueryError(f"top is {top}: give 1 to {len(self)}, the number of items in {self.index.name}.")
-        among = self.matching(where) if where else None
+        self._check_order(offset, sort)
+        among = self.among(where, within)
         if not queries or (among is not None and not len(among)):
             return [Results([], self.thumbnail) for _ in queries]
         encoded = self.encode([q if isinstance(q, Query) else Query(q) for q in queries])
-        return self.results(encoded, *self.ranker.rank(encoded, top, refine, candidates, among))
+        ranked = self.ranker.rank(encoded, offset + top, refine, candidates, among)
+        return [self.in_order(found, sort) for found in self.results(encoded, *ranked, first=offset)]
 
     def search_objects(
         self,
@@ -225,11 +192,15 @@ class Searcher:
         images: int = DEFAULT_IMAGES,
         refine: bool = True,
         candidates: int | None = None,
-        where: Mapping[str, Any] | None = None,
+        where: Where | None = None,
         image_weight: float = 0.5,
+        offset: int = 0,
+        within: Sequence[str] | None = None,
+        sort: str | None = None,
     ) -> list[ObjectResult]:
         """The best objects for a sentence, an image, or both; see `search_many_objects`."""
-        return self.search_many_objects([Query(text, image, image_weight)], top, images, refine, candidates, where)[0]
+        query = Query(text, image, image_weight)
+        return self.search_many_objects([query], top, images, refine, candidates, where, offset, within, sort)[0]
 
     def search_many_objects(
         self,
@@ -238,7 +209,10 @@ class Searcher:
         images: int = DEFAULT_IMAGES,
         refine: bool = True,
         candidates: int | None = None,
-        where: Mapping[str, Any] | None = None,
+        where: Where | None = None,
+        offset: int = 0,
+        within: Sequence[str] | None = None,
+        sort: str | None = None,
     ) -> list[list[ObjectResult]]:
         """The best objects of each query, the best first, each by its best image; of equal scores the object indexed first.
 
@@ -247,7 +221,8 @@ class Searcher:
         Args:
             top: objects of each query, by default 10, or all of a smaller index. With `where`, fewer when fewer have an item
                 that matches.
-            images: images shown of each object, its best ones; fewer where it has fewer. Others as in `search_many`.
+            images: images shown of each object, its best ones; fewer where it has fewer.
+            offset, sort: of objects; a column is that of the object's best image. Others as in `search_many`.
 
         Raises:
             QueryError: as in `search_many`, and where the index knows no objects.
@@ -258,12 +233,25 @@ class Searcher:
             raise QueryError(f"top is {top}: give 1 to {len(objects)}, the number of objects in {self.index.name}.")
         if images < 1:
             raise QueryError(f"images of each object: give at least 1, found {images}.")
-        among = self.matching(where) if where else None
+        self._check_order(offset, sort)
+        among = self.among(where, within)
         if not queries or (among is not None and not len(among)):
             return [[] for _ in queries]
         encoded = self.encode([q if isinstance(q, Query) else Query(q) for q in queries])
-        ranked = rank_objects(self.ranker, objects, encoded, top, images, refine, candidates, among)
-        return self.object_results(encoded, ranked)
+        ranked = rank_objects(self.ranker, objects, encoded, offset + top, images, refine, candidates, among)
+        found = self.object_results(encoded, ranked, offset)
+        return [sorted_by(answer, sort) if sort else answer for answer in found]
+
+    def _check_order(self, offset: int, sort: str | None) -> None:
+        """Raise QueryError."""
+        if offset < 0:
+            raise QueryError(f"offset is {offset}: give the number of results to pass over, 0 or more.")
+        if sort:
+            check_column(sort_column(sort)[0], list(self.filter_columns), self.index.name)
+
+    def in_order(self, results: Results[Result], sort: str | None) -> Results[Result]:
+        """Results by a column, or as they are."""
+        return Results(sorted_by(results, sort), self.thumbnail) if sort else results
 
     @cached_property
     def objects(self) -> Objects:
@@ -276,20 +264,25 @@ class Searcher:
             )
         return found
 
-    def object_results(self, queries: Encoded, ranked: Sequence[Sequence[RankedObject]]) -> list[list[ObjectResult]]:
-        """Results of ranked objects: their items, and the references that raised them."""
+    def object_results(
+        self, queries: Encoded, ranked: Sequence[Sequence[RankedObject]], first: int = 0
+    ) -> list[list[ObjectResult]]:
+        """Results of ranked objects without the `first` ones: their items, and the references that raised them."""
         answers = []
         for q, objects in enumerate(ranked):
             found: list[ObjectResult] = []
-            for o in objects:
+            for rank, o in enumerate(objects[first:], first + 1):
                 (shown,) = self.results(queries.take([q]), o.rows[None], o.scores[None], o.initial[None], o.before[None])
                 name = self.objects.ids[o.number].as_py()
-                found.append(ObjectResult(len(found) + 1, name, shown[0].score, o.best_initial, o.rank_before, list(shown)))
+                found.append(ObjectResult(rank, name, shown[0].score, o.best_initial, o.rank_before, list(shown)))
             answers.append(found)
         return answers
 
-    def results(self, queries: Encoded, rows: Rows, scores: Floats, initial: Floats, before: Rows) -> list[Results[Result]]:
-        """Results of ranked rows (q, top): their items, and the references that raised them."""
+    def results(
+        self, queries: Encoded, rows: Rows, scores: Floats, initial: Floats, before: Rows, first: int = 0
+    ) -> list[Results[Result]]:
+        """Results of ranked rows (q, top) without the `first` ones: their items, and the references that raised them."""
+        rows, scores, initial, before = rows[:, first:], scores[:, first:], initial[:, first:], before[:, first:]
         distinct, at = np.unique(np.maximum(rows, 0), return_inverse=True)
         # Each row is sliced: `take` would first join the chunks of the whole table, 5 ms for a million items.
         items = [self.items.slice(row, 1).to_pylist()[0] for row in distinct.tolist()]
@@ -304,7 +297,7 @@ class Searcher:
                 refined = bool(scores[q, j] != initial[q, j])
                 found.append(
                     Result(
-                        rank=len(found) + 1,
+                        rank=first + len(found) + 1,
                         score=float(scores[q, j]),
                         initial=float(initial[q, j]),
                         rank_before=int(before[q, j]),
@@ -444,24 +437,23 @@ class Searcher:
 
     # -- items -------------------------------------------------------------------------------------------------------
 
-    def matching(self, where: Mapping[str, Any]) -> Rows:
-        """Rows of the items whose columns have the given values, compared as text. Raises QueryError."""
-        key = tuple(sorted((name, str(value)) for name, value in where.items()))
+    def among(self, where: Where | None = None, within: Sequence[str] | None = None) -> Rows | None:
+        """Rising rows of the items that a search is of, None where it is of all. Raises QueryError."""
+        rows = self.matching(where) if where else None
+        if within is None:
+            return rows
+        chosen = np.unique(np.array([self.row(item_id) for item_id in within], np.int64))
+        return chosen if rows is None else np.intersect1d(rows, chosen, assume_unique=True)
+
+    def matching(self, where: Where) -> Rows:
+        """Rising rows of the items that meet conditions. Raises QueryError."""
+        conditions = typed(read_where(where), self.filter_columns, self.index.name)
+        key = frozenset(conditions)
         with self._lock:
             if key in self._filters:
                 self._filters.move_to_end(key)
                 return self._filters[key]
-        mask = np.ones(len(self), bool)
-        for name, value in key:
-            if name not in self.metadata_columns and name not in ("object_id", "id"):
-                known = ", ".join(self.metadata_columns) or "none"
-                raise QueryError(f"{self.index.name} has no column {name!r} to filter by. It has: {known}.")
-            column = self.items[name]
-            text = pc.cast(column, pa.string())
-            wanted = value.lower() if pa.types.is_boolean(column.type) else value
-            wanted = pa.scalar(wanted.encode(errors="replace").decode(), pa.string())  # half a surrogate pair equals nothing
-            mask &= np.asarray(pc.fill_null(pc.equal(text, wanted), False))
-        rows = np.flatnonzero(mask)
+        rows = np.flatnonzero(matches(conditions, self.items))
         with self._lock:
             self._filters[key] = rows
             while len(self._filters) > CACHED_FILTERS:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from mmref.retrieval.duplicates import Found
 from mmref.retrieval.notebook import template
-from mmref.retrieval.searcher import ObjectResult, Result, Searcher
+from mmref.retrieval.results import ObjectResult, Result
 from mmref.terminal.output import printable
+
+if TYPE_CHECKING:  # it imports torch, and results of a service are shown without
+    from mmref.retrieval.duplicates import Found
 
 WIDEST_ID = 48  # characters
 MOST_GROUPS, MOST_MEMBERS = 300, 24  # of duplicates on a page: a thumbnail is a few kB
@@ -43,16 +46,23 @@ def _short(item_id: str) -> str:
     return name if len(name) <= WIDEST_ID else f"...{name[3 - WIDEST_ID :]}"
 
 
-def render_page(searcher: Searcher, answers: Sequence[tuple[str, Sequence[Result] | Sequence[ObjectResult]]]) -> str:
-    """A self-contained page: a grid of thumbnails for each (query, results), or one for each object found."""
+def render_page(
+    index: str,
+    items: int,
+    thumbnail: Callable[[str], bytes],
+    answers: Sequence[tuple[str, Sequence[Result] | Sequence[ObjectResult]]],
+) -> str:
+    """A self-contained page: a grid of thumbnails for each (query, results), or one for each object found.
+
+    Args:
+        index, items: its name, and how many it has.
+        thumbnail: WebP of an item by its id.
+    """
     shown = [
-        (
-            query,
-            [(of, [(r, base64.b64encode(searcher.thumbnail(r.id)).decode()) for r in images]) for of, images in _groups(results)],
-        )
+        (query, [(of, [(r, base64.b64encode(thumbnail(r.id)).decode()) for r in images]) for of, images in _groups(results)])
         for query, results in answers
     ]
-    return template("results.html.j2").render(index=searcher.index.name, items=len(searcher), answers=shown)
+    return template("results.html.j2").render(index=index, items=items, answers=shown)
 
 
 def render_duplicates(found: Found) -> str:

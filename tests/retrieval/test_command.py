@@ -147,11 +147,13 @@ def test_a_sentence_may_follow_a_condition(split_index, capsys):
         ["--where", "split=test", "--where=object_id=o3", "--top", "2", "a b"],
         ["--where", "split=test", "object_id=o3", "--json", "--", "a b"],
         ["--top", "2", "--where", "split=test", "--no-refine", "a b", "--where", "object_id=o3"],
+        ["--where", "width>=10", "object_id!=o3", "caption~e", "height<900", "a b"],
+        ["--where", "object_id in o3,o4", "--where", "caption is not missing", "a b"],
     ):
         main(["search", str(split_index), *argv, "--json"] if "--" not in argv else ["search", str(split_index), *argv])
         out, err = capsys.readouterr()
         asked.append(json.loads(out)["query"] if out else err)
-    assert asked == ["a b"] * 5
+    assert asked == ["a b"] * 7
     assert main(["search", "--where", "split=test", "--json", str(split_index), "a = b"]) == 0
     assert json.loads(capsys.readouterr().out)["query"] == "a = b"
 

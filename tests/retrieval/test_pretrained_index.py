@@ -11,7 +11,8 @@ from mmref import Searcher
 from mmref.data.fit import Fitted
 from mmref.errors import ModelError, ModelMismatchError
 from mmref.retrieval import index
-from mmref.retrieval.command import index_main, search_main
+from mmref.retrieval.command import index_main
+from mmref.retrieval.search_command import search_main
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def test_filters_leave_the_others_out(tiny_set, run, tmp_path):
     order = [r.id for r in everything if r.metadata["split"] == "val"]
     assert [r.id for r in val] == order, "every candidate is refined, so the order stays"
     assert searcher.search("x", where={"split": "val", "object_id": "nobody"}) == []
-    with pytest.raises(QueryError, match=r"has no column 'colour' to filter by. It has: split, caption"):
+    with pytest.raises(QueryError, match=r"has no column 'colour' to filter or sort by. It has: split, caption"):
         searcher.search("x", where={"colour": "red"})
 
 

@@ -26,6 +26,7 @@ from mmref.data.decode import decode_rgb
 from mmref.errors import ModelMismatchError, SearchIndexError, ServeError
 from mmref.export.model import Model
 from mmref.retrieval import bundle, index
+from mmref.retrieval.filters import read_where
 from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service import app, command, guard, server
@@ -473,7 +474,8 @@ def test_a_batch_answers_each_as_alone(split_index):
     engine = Engine(str(split_index), LIMITS, watch=False)
     asks = [
         Ask("red circle", top=3), Ask("blue star", top=3), Ask("red circle", top=5, refine=False), Ask(image=png(), top=3),
-        Ask("blue star", png(), 0.4, 3), Ask("red", top=3, where=(("split", "test"),)), Ask("red", where=(("split", "no"),)),
+        Ask("blue star", png(), 0.4, 3), Ask("red", top=3, where=read_where("split=test")),
+        Ask("red", where=read_where("split=no")),
     ]  # fmt: skip
     together = engine.search([engine.prepare(a) for a in asks])
     for ask, (answer, problem) in zip(asks, together, strict=True):

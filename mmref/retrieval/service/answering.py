@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,22 @@ from PIL import Image
 from mmref.data.decode import decode_rgb, decoded, image_format
 from mmref.data.fit import Fit, Fitted
 from mmref.data.metadata import without_metadata
-from mmref.errors import DecodersBusyError, MMRefError, PixelLimitError, QueryError, SampleError, StorageError
+from mmref.errors import (
+    DecodersBusyError,
+    FilterError,
+    MMRefError,
+    PixelLimitError,
+    QueryError,
+    SampleError,
+    StorageError,
+    UnknownColumnError,
+)
 from mmref.model.device import described
+from mmref.retrieval.columns import to_plain
+from mmref.retrieval.filters import Condition, check_column, kind_of
 from mmref.retrieval.objects import Objects, rank_objects
-from mmref.retrieval.searcher import ObjectResult, Query, Result, Searcher
+from mmref.retrieval.results import ObjectResult, Query, Result, sort_column, sorted_by
+from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.examples import examples
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused, refuse
@@ -54,8 +65,16 @@ class Ask:
     top: int = 10
     refine: bool = True
     candidates: int | None = None
-    where: tuple[tuple[str, str], ...] = ()  # (column, value)
+    where: tuple[Condition, ...] = ()
     images: int = 0  # of each object; 0: results are images
+    offset: int = 0
+    within: tuple[str, ...] | None = None  # ids of items; None: all
+    sort: str | None = None
+
+    @property
+    def ranking(self) -> tuple[Any, ...]:
+        """What queries that are ranked together have in common."""
+        return self.top, self.refine, self.candidates, self.where, self.images, self.offset, self.within
 
 
 @dataclass(frozen=True)
@@ -120,8 +139,9 @@ class Engine:
         """Check an ask and decode its image, so that one that cannot be answered spoils no batch. Raises Refused."""
         if not (ask.text or "").strip() and ask.image is None:
             raise refuse(400, "EmptyQuery", "the query is empty.", "Give a sentence (text), an image, or both.")
-        if ask.where:
-            self._rows(self._searcher, ask)
+        _rows(self._searcher, ask)
+        if ask.sort:
+            _check_sort(self._searcher, ask.sort)
         if ask.images:
             _objects(self._searcher)
         pixels = None
@@ -136,13 +156,16 @@ class Engine:
             encoded = searcher.encode([p.query for p in batch])
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, p in enumerate(batch):
-            groups.setdefault((p.ask.top, p.ask.refine, p.ask.candidates, p.ask.where, p.ask.images), []).append(i)
+            groups.setdefault(p.ask.ranking, []).append(i)
         found: list[tuple[Sequence[Result | ObjectResult], Problem | None]] = [([], None)] * len(batch)
         refined = [0] * len(batch)
-        for (top, refine, candidates, where, images), members in groups.items():
+        for members in groups.values():
+            ask = batch[members[0]].ask
             try:
-                among = self._rows(searcher, batch[members[0]].ask) if where else None
-                objects = _objects(searcher) if images else None
+                among = _rows(searcher, ask)
+                objects = _objects(searcher) if ask.images else None
+                for sort in {batch[i].ask.sort for i in members} - {None}:
+                    _check_sort(searcher, str(sort))
             except Refused as refused:  # the index has changed since the query was prepared
                 for i in members:
                     found[i] = [], refused.problem
@@ -150,19 +173,23 @@ class Engine:
             if among is not None and not len(among):
                 continue
             some = encoded.take(members)
-            most = self._candidates(searcher, candidates, len(searcher) if among is None else len(among))
+            most = self._candidates(searcher, ask.candidates, len(searcher) if among is None else len(among))
+            last = ask.offset + ask.top
             with clock.stage("rank"):
                 if objects:
-                    ranked_objects = rank_objects(searcher.ranker, objects, some, top, images, refine, most, among)
+                    ranked_objects = rank_objects(searcher.ranker, objects, some, last, ask.images, ask.refine, most, among)
                 else:
-                    ranked = searcher.ranker.rank(some, min(top, len(searcher)), refine, most, among)
+                    ranked = searcher.ranker.rank(some, min(last, len(searcher)), ask.refine, most, among)
             with clock.stage("describe"):
-                answers: Sequence[Sequence[Result | ObjectResult]] = (
-                    searcher.object_results(some, ranked_objects) if objects else searcher.results(some, *ranked)
+                answers: Sequence[Sequence[Any]] = (
+                    searcher.object_results(some, ranked_objects, ask.offset)
+                    if objects
+                    else searcher.results(some, *ranked, first=ask.offset)
                 )
                 for i, results in zip(members, answers):
-                    found[i] = results, None
-                    refined[i] = most if refine and some.code is not None else 0
+                    sort = batch[i].ask.sort
+                    found[i] = sorted_by(results, sort) if sort else results, None
+                    refined[i] = most if ask.refine and some.code is not None else 0
         shared = {
             "index": searcher.index.name,
             "items": len(searcher),
@@ -179,15 +206,6 @@ class Engine:
     def _candidates(self, searcher: Searcher, asked: int | None, available: int) -> int:
         """How many are refined: where that would be all, as many as the limit allows."""
         return min(searcher.ranker.candidates(asked, available), max(1, self.limits.candidates))
-
-    def _rows(self, searcher: Searcher, ask: Ask) -> NDArray[np.int64]:
-        """Rows that the filters of an ask leave."""
-        try:
-            return searcher.matching(dict(ask.where))
-        except QueryError as error:
-            columns = ", ".join(searcher.metadata_columns) or "none"
-            fix = f"Filter by one of its columns: {columns}."
-            raise refuse(400, "UnknownColumn", str(error), fix) from None
 
     def explain(self, ask: Ask, item_id: str) -> dict[str, Any]:
         """Why an item ranks where it does. Raises Refused."""
@@ -222,10 +240,10 @@ class Engine:
     # -- items -------------------------------------------------------------------------------------------------------
 
     def info(self) -> dict[str, Any]:
-        """What the index holds, and the filters it offers: values and how many items have each."""
+        """What the index holds, and the columns it can be filtered by: values and how many items have each."""
         searcher = self._searcher
         if self._info is None or self._info[0] is not searcher:
-            columns = [{"name": name, "values": _values(searcher, name)} for name in searcher.metadata_columns]
+            columns = [_column(searcher, name) for name in searcher.metadata_columns]
             self._info = (
                 searcher,
                 {
@@ -252,7 +270,7 @@ class Engine:
         """Columns of an item; where its file lies is not told. Raises Refused."""
         searcher = self._searcher
         found = searcher.items.slice(_row(searcher, item_id), 1).to_pylist()[0]
-        metadata = {name: _plain(found[name]) for name in searcher.metadata_columns if found[name] is not None}
+        metadata = {name: to_plain(found[name]) for name in searcher.metadata_columns if found[name] is not None}
         return {name: found[name] for name in ("id", "object_id", "width", "height")} | {"metadata": metadata}
 
     def thumbnail(self, item_id: str) -> bytes:
@@ -336,21 +354,38 @@ def decode_query(data: bytes, limits: Limits, fit: Fit) -> NDArray[np.uint8]:
         raise refuse(429, "Busy", "too many large images are being decoded.", "Ask again in a moment.", 1) from None
 
 
+def _rows(searcher: Searcher, ask: Ask) -> NDArray[np.int64] | None:
+    """Rows that an ask is of, None where it is of all. Raises Refused."""
+    try:
+        return searcher.among(ask.where, ask.within)
+    except UnknownColumnError as error:
+        raise _unknown_column(error) from None
+    except FilterError as error:
+        raise refuse(400, "BadFilter", str(error), "GET /indexes tells what each column holds.") from None
+    except QueryError as error:
+        fix = "Take ids from the results of a search; the item may have been removed since."
+        raise refuse(404, "UnknownItem", str(error)[:500], fix) from None
+
+
+def _check_sort(searcher: Searcher, sort: str) -> None:
+    """Raise Refused."""
+    try:
+        check_column(sort_column(sort)[0], list(searcher.filter_columns), searcher.index.name)
+    except UnknownColumnError as error:
+        raise _unknown_column(error) from None
+
+
+def _unknown_column(error: UnknownColumnError) -> Refused:
+    return refuse(400, "UnknownColumn", str(error), "Name one of its columns.")
+
+
 def describe(result: Result | ObjectResult) -> dict[str, Any]:
     """A result for a client: where its file lies is not told."""
     found = result.to_dict()
     if isinstance(result, ObjectResult):
         return found | {"images": [describe(image) for image in result.images]}
     del found["path"]
-    found["metadata"] = {name: _plain(value) for name, value in found["metadata"].items()}
     return found
-
-
-def _plain(value: Any) -> Any:
-    """A value of a metadata column as JSON can hold it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, bool)) else str(value)
 
 
 def _is_close(searcher: Searcher, ask: Ask, results: Sequence[Result | ObjectResult]) -> bool | None:
@@ -394,10 +429,22 @@ def _gone(item_id: str, error: MMRefError) -> Refused:
     return refuse(404, "ImageGone", f"the image of {item_id!r} cannot be read any more.", fix)
 
 
-def _values(searcher: Searcher, column: str) -> list[list[Any]] | None:
+def _column(searcher: Searcher, name: str) -> dict[str, Any]:
+    """What a client needs to filter by a column: its kind, its values where they are few, the lowest and highest of a number,
+    date or time."""
+    cells = searcher.items[name]
+    kind = kind_of(cells.type)
+    found = {"name": name, "kind": kind, "values": _values(cells)}
+    if kind in ("number", "date", "time"):
+        ends = pc.min_max(cells).as_py()
+        found |= {"min": to_plain(ends["min"]), "max": to_plain(ends["max"])}
+    return found
+
+
+def _values(cells: Any) -> list[list[Any]] | None:
     """[value, items] of each value of a column, the frequent first; None where there are too many to choose from."""
-    counted = pc.value_counts(searcher.items[column].combine_chunks())
+    counted = pc.value_counts(cells.combine_chunks())
     if len(counted) > LISTED_VALUES:
         return None
     pairs = [(v["values"].as_py(), v["counts"].as_py()) for v in counted]
-    return [[_plain(value), count] for value, count in sorted(pairs, key=lambda p: -p[1]) if value is not None]
+    return [[to_plain(value), count] for value, count in sorted(pairs, key=lambda p: -p[1]) if value is not None]

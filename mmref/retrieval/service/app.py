@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from mmref.retrieval.service.access import Access
 from mmref.retrieval.service.backend import Backend
 from mmref.retrieval.service.counters import Counters
-from mmref.retrieval.service.guard import Guard
+from mmref.retrieval.service.guard import SEVERAL, Guard
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.pools import Pool
 from mmref.retrieval.service.problems import INTERNAL, Problem, Refused, refuse
@@ -44,10 +44,11 @@ PAGE = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 IMAGES_KEPT = {"cache-control": "private, max-age=600"}
+TOLD = ("text", "image_bytes", "pixels", "top", "depth", "candidates", "filters", "within")  # limits that clients should know
 HEALTH_S = 5.0  # an index that does not answer within is not well
 HEALTH_KEPT_S = 1.0  # however often it is asked for
 PARSERS = 2  # bodies of JSON that are read at once, beside the loop
-CANDIDATES = 1000  # refined by a search that costs one; more cost more
+CANDIDATES = 1000  # refined or passed over by a search that costs one; more cost more
 
 
 class AnyPath(PathConvertor):
@@ -103,9 +104,11 @@ class Service:
     async def _search(self, request: Request, query: SearchQuery, image: bytes | None) -> Response:
         name, backend = self._backend(query.index)
         ask = to_ask(query, image, self.limits)
+        wanted = ask.offset
         if ask.refine and ask.candidates is not None:
-            wanted = min(ask.candidates or self.limits.candidates, self._items.get(name, self.limits.candidates))
-            request.scope["charge"](max(0.0, wanted / CANDIDATES - 1))  # one has been paid
+            wanted = max(wanted, ask.candidates or self.limits.candidates)
+        wanted = min(wanted, self._items.get(name, wanted))
+        request.scope["charge"](max(0.0, wanted / CANDIDATES - 1))  # one has been paid
         answer = await self._within(name, "search", backend.search(ask))
         self._items[name] = answer["items"]
         self.metrics.searched(name, answer)
@@ -131,8 +134,7 @@ class Service:
             return await self._parsing.run(read_json, data, body, self.limits)
         if kind.startswith("image/") or kind == "application/octet-stream":
             given: dict[str, Any] = dict(request.query_params)
-            if "where" in given:
-                given["where"] = request.query_params.getlist("where")
+            given |= {name: request.query_params.getlist(name) for name in SEVERAL if name in given}
             try:
                 return query.model_validate(given), data
             except ValidationError as error:
@@ -182,7 +184,7 @@ class Service:
             self.metrics.holds(name, info)
             found.append(info | {"name": name})
         limits = self.limits
-        allowed = {name: getattr(limits, name) for name in ("text", "image_bytes", "pixels", "top", "candidates", "filters")}
+        allowed = {name: getattr(limits, name) for name in TOLD}
         return JSONResponse({"indexes": found, "limits": allowed, "version": __version__})
 
     async def item(self, item_id: str, index: str | None = None) -> Response:

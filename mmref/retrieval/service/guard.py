@@ -35,7 +35,7 @@ BODIES = ("/search", "/explain")  # take one, by POST
 COSTS = {"search": 1.0, "explain": 5.0, "session": 5.0, "image": 0.5, "thumbnail": 0.1}
 MISSED_TOKEN = 5.0
 PIECE = 65_536  # bytes of an answer that are handed on at once
-SEVERAL = ("where",)  # parameters that may come more than once
+SEVERAL = ("where", "within")  # parameters that may come more than once
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -176,7 +176,7 @@ class Guard:
         for name, times in names.items():
             if times > 1 and name not in SEVERAL:
                 message = f"{name[:100]!r} comes {times} times."
-                raise refuse(400, "RepeatedParameter", message, "Give it once: only `where` may come more than once.")
+                raise refuse(400, "RepeatedParameter", message, "Give it once: only `where` and `within` may be repeated.")
 
     def _check_flight(self, client: str) -> None:
         if self.in_flight.total() >= self.limits.in_flight or self.in_flight[client] >= self.limits.client_in_flight:

@@ -20,8 +20,10 @@ class Limits:
     json_bytes: int = 65_536  # of a JSON body without its image
     top: int = 100  # results
     candidates: int = 10_000  # that are refined
+    depth: int = 10_000  # rank of the last result that may be asked for
     filters: int = 16
-    filter_text: int = 500  # characters of a filter's column, and of its value
+    filter_text: int = 500  # characters of a filter's column, and of its values
+    within: int = 1000  # items that a search is of
     parameters: int = 64  # of a URL
     timeout_s: float = 60.0  # to be answered
     remote_s: float = 10.0  # for an image that lies behind a URL

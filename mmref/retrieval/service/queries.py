@@ -12,7 +12,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmref.retrieval.searcher import DEFAULT_IMAGES
+from mmref.errors import FilterError
+from mmref.retrieval.filters import Condition, read_where
+from mmref.retrieval.results import DEFAULT_IMAGES
 from mmref.retrieval.service.answering import Ask
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused, refuse
@@ -35,6 +37,11 @@ class SearchQuery(BaseModel):
         "image", description="What the results are: images, or objects, each by its best image."
     )
     top: int = Field(10, ge=1, description="Results wanted.")
+    offset: int = Field(0, ge=0, description="Results to pass over: with top=10, 10 gives ranks 11 to 20.")
+    sort: str | None = Field(
+        None, min_length=1, max_length=500,
+        description="A column to put these results in the order of, instead of their scores; -COLUMN: the highest first.",
+    )  # fmt: skip
     images: int = Field(DEFAULT_IMAGES, ge=1, description="Images of each object, where results are objects.")
     refine: bool = Field(True, description="Compare the first candidates by references too.")
     candidates: int | None = Field(
@@ -42,8 +49,11 @@ class SearchQuery(BaseModel):
     )
     image_weight: float = Field(0.5, ge=0, le=1, description="Share of the image beside a sentence.")
     where: list[str] = Field(
-        [], description="COLUMN=VALUE: only items with this value; repeated, of another column: with all of them."
+        [],
+        description="Only items that meet this: COLUMN=VALUE, !=, <, <=, > or >=; COLUMN~TEXT (contains); COLUMN in VALUE,VALUE; "
+        "COLUMN is missing, COLUMN is not missing. Repeated: that meet all of them.",
     )
+    within: list[str] = Field([], description="Only these items, by their ids: a search in what was found. Repeated for each.")
 
 
 class ExplainQuery(SearchQuery):
@@ -55,7 +65,9 @@ class ExplainQuery(SearchQuery):
 class SearchBody(SearchQuery):
     """A search as JSON."""
 
-    where: dict[str, str | int | float | bool] = Field({}, description="Column to value.")  # type: ignore[assignment]
+    where: dict[str, str | int | float | bool] | list[str] = Field(  # type: ignore[assignment]
+        [], description="Column to value; or conditions as a parameter `where` has them."
+    )
     image: str | None = Field(None, description="An image file in base64.")
 
 
@@ -82,9 +94,9 @@ def read_json(data: bytes, kind: type[B], limits: Limits) -> tuple[B, bytes | No
     if unknown := [key for key in given if key not in kind.model_fields]:
         named = ", ".join(repr(key[:50]) for key in unknown[:SHOWN])
         raise refuse(422, "InvalidRequest", f"{len(unknown)} unknown keys: {named}."[:500], EXPLAINED)
-    where = given.get("where")
-    if isinstance(where, dict):
-        _check_filters([(name, value if isinstance(value, str) else "") for name, value in where.items()], limits)
+    for name, most in (("where", limits.filters), ("within", limits.within)):
+        if isinstance(given.get(name), dict | list):
+            _check_count(name, given[name], most)
     try:
         found = kind.model_validate(given)
         if found.image is None:
@@ -148,31 +160,49 @@ def to_ask(query: SearchQuery, image: bytes | None, limits: Limits) -> Ask:
     if image is not None and len(image) > limits.image_bytes:
         message = f"the image has {len(image):,} bytes."
         raise refuse(413, "TooLarge", message, f"Send at most {limits.image_bytes:,}.")
-    if isinstance(query.where, dict):
-        where = [(name, str(value)) for name, value in query.where.items()]
-    else:
-        if wrong := [pair for pair in query.where if "=" not in pair]:
-            message = f"the filter {wrong[0][:100]!r} is not of the form COLUMN=VALUE."
-            raise refuse(400, "BadFilter", message, "Write where=COLUMN=VALUE.")
-        where = [(pair.partition("=")[0], pair.partition("=")[2]) for pair in query.where]
-    _check_filters(where, limits)
-    how = query.top, query.refine, query.candidates, tuple(sorted(where)), query.images if query.by == "object" else 0
-    return Ask(query.text, image, query.image_weight, *how)
+    if query.offset + query.top > limits.depth:
+        message = f"offset is {_short(query.offset)}."
+        raise refuse(400, "TooDeep", message, f"Ask for results up to rank {limits.depth:,}, or filter for others.")
+    _check_count("within", query.within, limits.within)
+    return Ask(
+        query.text,
+        image,
+        query.image_weight,
+        query.top,
+        query.refine,
+        query.candidates,
+        _conditions(query.where, limits),
+        query.images if query.by == "object" else 0,
+        query.offset,
+        tuple(query.within) if query.within else None,
+        query.sort,
+    )
 
 
-def _check_filters(where: list[tuple[str, str]], limits: Limits) -> None:
-    """Raise Refused for too many filters, too long ones, and several of one column."""
-    if len(where) > limits.filters:
-        raise refuse(400, "BadFilter", f"{len(where)} filters.", f"Give at most {limits.filters}.")
-    seen: set[str] = set()
-    for name, value in where:
-        if (longest := max(len(name), len(value))) > limits.filter_text:
+def _conditions(where: Any, limits: Limits) -> tuple[Condition, ...]:
+    """Filters as they were written. Raises Refused for too many, too long ones, and those that cannot be read."""
+    _check_count("where", where, limits.filters)
+    if isinstance(where, list):  # before they are read, which takes longer the longer they are
+        _check_lengths([("", one) for one in where], 2 * limits.filter_text)
+    try:
+        found = read_where(where)
+    except FilterError as error:
+        raise refuse(400, "BadFilter", str(error), "Write where=COLUMN=VALUE, or where=COLUMN>=VALUE.") from None
+    _check_lengths([(one.column, ",".join(map(str, one.values))) for one in found], limits.filter_text)
+    return tuple(sorted(found, key=repr))
+
+
+def _check_count(name: str, given: Any, most: int) -> None:
+    if len(given) > most:
+        error = "BadFilter" if name == "where" else "TooManyItems"
+        raise refuse(400, error, f"{name} has {len(given):,} entries.", f"Give at most {most:,}.")
+
+
+def _check_lengths(pairs: list[tuple[str, str]], most: int) -> None:
+    for name, value in pairs:
+        if (longest := max(len(name), len(value))) > most:
             message = f"the filter by {name[:50]!r} has {longest:,} characters."
-            raise refuse(400, "BadFilter", message, f"Give at most {limits.filter_text:,} to a column and to a value.")
-        if name in seen:
-            message = f"the column {name[:50]!r} is filtered by twice."
-            raise refuse(400, "RepeatedFilter", message, "Give one value for each column.")
-        seen.add(name)
+            raise refuse(400, "BadFilter", message, f"Give at most {most:,} to a column and to its values.")
 
 
 def _short(number: int) -> str:

@@ -1,0 +1,135 @@
+"""Asking a running service instead of opening an index: nothing of the model is loaded, or imported."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from mmref.errors import QueryError, SampleError, ServiceError, StorageError, UsageError
+from mmref.retrieval.results import ObjectResult, Query, Result
+
+TIMEOUT_S = 75.0  # more than the service gives itself for an answer
+AT_ONCE = 8  # searches of a batch, which the service encodes and ranks together
+PATIENCE_S = 120.0  # while it says that it is busy
+TOKEN = "MMREF_TOKEN"  # variable that may hold the token, as of `mmref serve`
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A service leads nowhere else, and the token is for no other host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class ServiceClient:
+    """A service of `mmref serve`. Thread-safe.
+
+    Args:
+        url: where its page is: http://HOST:PORT.
+        token: that it asks for; by default that of the environment.
+        index: the name of one of its indexes; by default the first.
+
+    Attributes:
+        name, items: of the index, once it has answered.
+
+    Raises:
+        UsageError: no URL of a service, or no text that a header can hold.
+    """
+
+    def __init__(self, url: str, token: str | None = None, index: str | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise UsageError(f"--url {url} is no address of a service: give it as http://HOST:PORT.")
+        self.url, self.index = url.rstrip("/"), index
+        self.token = (os.environ.get(TOKEN, "") if token is None else token).strip()
+        if not self.token.isascii() or (self.token and not self.token.isprintable()):
+            raise UsageError("the token is no plain text: it has letters, digits and signs of ASCII.")
+        self.name, self.items = index or "", 0
+        self._opener = urllib.request.build_opener(_NoRedirects)
+
+    def search_many(self, queries: Sequence[Query], asked: Mapping[str, Any]) -> list[list[Result]] | list[list[ObjectResult]]:
+        """Results of each query.
+
+        Args:
+            asked: further fields of a search as the service takes them (`GET /openapi.json`); those that are None are left out.
+
+        Raises:
+            ServiceError: what the service says, or that none answers. QueryError: an image of a query that cannot be read.
+        """
+        shared = {name: value for name, value in {**asked, "index": self.index}.items() if value is not None}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda query: self._search(query, shared), queries))
+
+    def _search(self, query: Query, shared: Mapping[str, Any]) -> Any:
+        body = {**shared, "text": query.text}
+        if query.image is not None:
+            body |= {"image": base64.b64encode(_read_image(str(query.image))).decode(), "image_weight": query.image_weight}
+        data = self._ask("/search", json.dumps(body).encode())
+        kind: Any = ObjectResult if shared.get("by") == "object" else Result
+        try:
+            answer = json.loads(data)
+            self.name, self.items = answer["index"], answer["items"]
+            return [kind.of(one) for one in answer["results"]]
+        except (ValueError, KeyError, TypeError):
+            raise ServiceError(f"{self.url} answers, but not as `mmref serve` of this version does.") from None
+
+    def thumbnail(self, item_id: str) -> bytes:
+        """WebP of an item. Raises ServiceError."""
+        return self._ask(f"/thumbnail/{quote(item_id, safe='')}?{urlencode({'index': self.name})}")
+
+    def _ask(self, target: str, body: bytes | None = None) -> bytes:
+        """The body of an answer. Raises ServiceError."""
+        headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
+        if body is not None:
+            headers["content-type"] = "application/json"
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            request = urllib.request.Request(self.url + target, body, headers)
+            try:
+                with self._opener.open(request, timeout=TIMEOUT_S) as answer:
+                    return bytes(answer.read())
+            except urllib.error.HTTPError as error:
+                with error:
+                    wait = _wait_s(error)
+                    if error.code != 429 or time.monotonic() + wait > until:
+                        raise ServiceError(self._said(error)) from None
+                time.sleep(wait)
+            except (OSError, http.client.HTTPException) as error:
+                why = getattr(error, "reason", None) or error
+                raise ServiceError(f"{self.url} does not answer ({why}). Is `mmref serve` running there?") from None
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        """What an answer says that is an error."""
+        try:
+            told = json.loads(error.read())
+            message = f"{told['error']}: {told['message']} {told['fix']}"
+        except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
+            return f"{self.url} answers {error.code} ({error.reason}), not as `mmref serve` does."
+        if error.code == 401:
+            message += f" Give it with --token, or in ${TOKEN}."
+        return f"{self.url} answers {message}"
+
+
+def _wait_s(error: urllib.error.HTTPError) -> float:
+    """Seconds until it may be asked again."""
+    given = error.headers.get("retry-after") or "1"
+    return float(given) if given.isdigit() else 1.0
+
+
+def _read_image(place: str) -> bytes:
+    """A file, or what a URL leads to. Raises QueryError."""
+    from mmref.storage.fetch import read_location
+
+    try:
+        return read_location(place)
+    except (SampleError, StorageError, OSError) as error:
+        raise QueryError(f"the image of the query cannot be used: {place} cannot be read: {error}.") from None

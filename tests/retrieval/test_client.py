@@ -1,0 +1,160 @@
+"""`mmref search --url`: what a running service is asked, the same output as of the index itself, and errors by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
+import pytest
+from support.services import LIMITS, TOKEN, listening, png
+
+from mmref.cli import main
+from mmref.errors import ServiceError
+from mmref.retrieval.client import ServiceClient
+from mmref.retrieval.results import Query
+from mmref.retrieval.service.access import Access
+from mmref.retrieval.service.limits import Limits
+
+
+@pytest.fixture(scope="module")
+def url(split_index):
+    with listening(split_index) as service:
+        yield f"http://127.0.0.1:{service.address[1]}"
+
+
+def said(capsys, *argv: str) -> str:
+    assert main(["search", *argv]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["red circle"],
+        ["red circle", "--top", "3", "--offset", "2", "--no-refine"],
+        ["red circle", "--candidates", "4", "--where", "split=test", "object_id>=thing.19", "--sort=-id"],
+        ["--where", "split=test", "red circle", "--by", "object", "--top", "3", "--images", "2"],
+        ["blue star", "--image", "{image}", "--image-weight", "0.2"],
+        ["--batch", "{batch}", "--top", "2"],
+    ],
+)
+@pytest.mark.parametrize("form", ["terminal", "json", "html"])
+def test_the_output_is_that_of_the_index(url, split_index, tmp_path, capsys, options, form):
+    (tmp_path / "q.png").write_bytes(png())
+    (tmp_path / "q.txt").write_text("red circle\ngreen square\n")
+    options = [one.format(image=tmp_path / "q.png", batch=tmp_path / "q.txt") for one in options]
+    found = []
+    for place in ([str(split_index)], ["--url", f"{url}/"]):
+        more = {"json": ["--json"], "html": ["--html", str(tmp_path / f"{len(found)}.html")], "terminal": []}[form]
+        out = said(capsys, *place, *options, *more)
+        if form == "json":
+            found.append([json.loads(line) for line in out.splitlines()])
+        else:
+            found.append((tmp_path / f"{len(found)}.html").read_text() if form == "html" else out)
+    ours, theirs = found
+    if form != "json":
+        assert ours == theirs and len(ours) > 50
+        return
+    for local, remote in zip(ours, theirs, strict=True):
+        assert local["query"] == remote["query"] and len(local["results"]) == len(remote["results"]) > 0
+        for a, b in zip(local["results"], remote["results"]):
+            assert a.keys() == b.keys() and a.get("id") == b.get("id") and a.get("object_id") == b.get("object_id")
+            assert a["score"] == pytest.approx(b["score"], abs=1e-5) and b.get("path") is None
+
+
+def test_nothing_of_the_model_is_imported(url, tmp_path):
+    script = (
+        "import sys; from mmref.cli import main; status = main(sys.argv[1:]);"
+        "print(status, sorted({'torch', 'transformers', 'faiss', 'ray', 'scipy'} & set(sys.modules)))"
+    )
+    argv = ["search", "--url", url, "red circle", "--html", str(tmp_path / "page.html"), "--where", "split=test"]
+    done = subprocess.run([sys.executable, "-c", script, *argv], text=True, capture_output=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stdout + done.stderr
+
+
+def test_what_the_service_refuses_is_an_error_by_its_name(url, capsys):
+    for argv, words in (
+        (["red", "--where", "splat=test"], ("UnknownColumn", "Did you mean 'split'?")),
+        (["red", "--where", "width>=wide"], ("BadFilter", "'wide' is not of them")),
+        (["red", "--top", "21"], ("TooManyResults", "at most 20")),
+        (["red", "--index", "other"], ("UnknownIndex", "Choose one of: test")),
+        ([""], ("EmptyQuery",)),
+    ):
+        assert main(["search", "--url", url, *argv]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("mmref: ServiceError: ") and all(word in error for word in words), error
+    assert main(["search", "--url", url, "x", "--image", "/nowhere.png"]) == 1
+    assert "QueryError: the image of the query cannot be used: /nowhere.png" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together_are_named(split_index, capsys):
+    for argv, words in (
+        (["--url", "http://h", str(split_index), "x"], "is no index to open"),
+        (["--url", "localhost:8000", "x"], "is no address of a service: give it as http://HOST:PORT"),
+        (["--url", "http://h", "x", "--judge"], "--judge, --judgements and --device are of an index that is opened here"),
+        ([], "name the INDEX to search, or a service with --url"),
+        ([str(split_index), "x", "--token", "t"], "--token and --index are of a service"),
+    ):
+        assert main(["search", *argv]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_token_is_brought(split_index, capsys, monkeypatch):
+    with listening(split_index, access=Access(TOKEN)) as service:
+        url = f"http://127.0.0.1:{service.address[1]}"
+        assert main(["search", "--url", url, "red"]) == 1
+        error = capsys.readouterr().err
+        assert "Token" in error and "Give it with --token, or in $MMREF_TOKEN" in error
+        assert "rank" in said(capsys, "--url", url, "red", "--token", TOKEN)
+        monkeypatch.setenv("MMREF_TOKEN", TOKEN)
+        assert "rank" in said(capsys, "--url", url, "red")
+
+
+def test_a_batch_waits_where_the_service_is_busy(split_index):
+    with listening(split_index, Limits(rate=20, burst=2)) as service:
+        client = ServiceClient(f"http://127.0.0.1:{service.address[1]}")
+        found = client.search_many([Query(f"thing {n}") for n in range(12)], {"top": 1})
+        assert [len(one) for one in found] == [1] * 12
+        assert 'status="429"' in service.ask("/metrics", source="127.0.0.9")[1].decode(), "it was"
+    assert LIMITS.rate == 0
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """A server of something else, which leads on to another host."""
+
+    asked: list[str | None] = []
+
+    def do_POST(self) -> None:
+        self.asked.append(self.headers["authorization"])
+        self.send_response(302 if self.path.startswith("/moved") else 200)
+        self.send_header("location", f"http://localhost:{self.server.server_address[1]}/search")
+        self.end_headers()
+        self.wfile.write(b"<html>")
+
+    do_GET = do_POST
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_what_is_no_service_is_named_and_gets_the_token_nowhere_else():
+    server = HTTPServer(("127.0.0.1", 0), Elsewhere)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        with pytest.raises(ServiceError, match="not as `mmref serve`"):
+            ServiceClient(url).search_many([Query("x")], {})
+        Elsewhere.asked.clear()
+        with pytest.raises(ServiceError, match="answers 302"):
+            ServiceClient(f"{url}/moved", TOKEN).search_many([Query("x")], {})
+        assert Elsewhere.asked == [f"Bearer {TOKEN}"], "once: the other place is not asked"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    with pytest.raises(ServiceError, match="does not answer"):
+        ServiceClient(url).search_many([Query("x")], {})

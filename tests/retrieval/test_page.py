@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 from PIL import Image
 from support.browser import Page, browser, find_chromium
+from support.images import write_images
 
 from mmref.export.model import Model
 from mmref.retrieval import index
@@ -436,6 +437,158 @@ def test_filters_narrow_the_results(tab, tiny_set, run, tmp_path):
         expected = [r.id for r in server.engine._searcher.search("green circle", top=12, where={"split": "val"})]
         tab.wait(f"JSON.stringify(({IDS}).slice(0, 12)) === {json.dumps(json.dumps(expected, separators=(',', ':')))}")
         assert "where=split%3Dval" in server.asked[-1]
+
+
+@pytest.fixture(scope="module")
+def shop(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """130 products with a price, a day, a color, and titles that are all different."""
+    folder = tmp_path_factory.mktemp("shop")
+    write_images(folder, range(130))
+    rows = ["image,object_id,unit_price,taken,color,title,stock>0"]
+    for n in range(130):
+        price = "" if n == 7 else f"{(7 * n) % 130 + 0.5}"
+        name = f"{'deep/' if n % 2 else ''}{n:02d}.png"
+        rows.append(
+            f"{name},o{n // 2},{price},2024-{n % 12 + 1:02d}-15,{('red', 'blue', 'light blue')[n % 3]},Hat no. {n},{n % 2 > 0}"
+        )
+    (folder / "t.csv").write_text("\n".join(rows) + "\n")
+    index.create(str(folder / "t.csv"), str(run), str(folder / "shop"), workers=0)
+    with Server(folder / "shop") as server:
+        yield server
+
+
+def opened(tab: Page, server: Server) -> Searcher:
+    tab.screen(1280, 900)
+    tab.errors.clear()
+    tab.open(server.url)
+    tab.wait("document.querySelector('#filters select')")
+    return server.engine._searcher
+
+
+def put(page: Page, name: str, op: str, value: str) -> None:
+    """A value into a control, as typing or choosing does."""
+    control = f"document.querySelector('#filters [name={json.dumps(name)}][data-op={json.dumps(op)}]')"
+    page.run(
+        f"(() => {{ const c = {control}; c.value = {json.dumps(value)};"
+        "for (const kind of ['input', 'change']) c.dispatchEvent(new Event(kind)); })()"
+    )
+
+
+def wait_for(page: Page, expected: list[str]) -> None:
+    page.wait(f"JSON.stringify({IDS}) === {json.dumps(json.dumps(expected, separators=(',', ':')))} && {QUIET}")
+
+
+def test_each_column_has_the_control_of_its_type(tab, shop):
+    searcher = opened(tab, shop)
+    search(tab, "green circle")
+    controls = tab.run(
+        "Object.fromEntries([...document.querySelectorAll('#filters [data-op]')].map(c => [c.name + c.dataset.op, c.type]))"
+    )
+    assert controls == {
+        "unit_price>=": "number", "unit_price<=": "number", "taken>=": "date", "taken<=": "date",
+        "color=": "select-one", "title~": "search", "stock>0=": "select-one",
+    }  # fmt: skip
+    assert "Unit price" in tab.text("#filters") and "unit_price" not in tab.text("#filters")
+    where: list[str] = []
+    for (name, op, value), condition in (
+        (("unit_price", ">=", "20"), "unit_price>=20"), (("taken", "<=", "2024-06-15"), "taken<=2024-06-15"),
+        (("color", "=", "light blue"), "color=light blue"), (("stock>0", "=", "True"), '"stock>0"=True'),
+        (("title", "~", "NO. 1"), "title~NO. 1"),
+    ):  # fmt: skip
+        put(tab, name, op, value)
+        where.append(condition)
+        expected = searcher.search("green circle", top=24, where=where)
+        assert expected, where
+        wait_for(tab, [r.id for r in expected])
+        assert tab.text("#more") == "" or f"({len(where)})" in tab.run("document.querySelector('#more').textContent")
+    assert tab.errors == []
+
+
+def test_show_more_goes_on_where_it_is(tab, shop):
+    searcher = opened(tab, shop)
+    search(tab, "green circle")
+    whole = [r.id for r in searcher.search("green circle", top=len(searcher))]
+    for shown in (48, 72):
+        tab.click("#further")
+        wait_for(tab, whole[:shown])
+    tab.run("document.querySelectorAll('#results button')[60].click()")
+    tab.wait(EXPLAINED)
+    assert "Rank 61:" in tab.text("#why")
+    tab.press("Escape")
+    for shown in (96, 120, 130):
+        tab.click("#further")
+        wait_for(tab, whole[:shown])
+    assert tab.run("document.querySelector('#further').hidden") and tab.errors == []
+    put(tab, "color", "=", "red")
+    wait_for(tab, [r.id for r in searcher.search("green circle", top=24, where="color=red")])
+    assert not tab.run("document.querySelector('#further').hidden")
+    tab.click("#object")
+    objects = [o.images[0].id for o in searcher.search_objects("green circle", top=48, images=4, where="color=red")]
+    wait_for(tab, objects[:24])
+    tab.click("#further")
+    wait_for(tab, objects)
+    tab.click("#object")
+
+
+def test_results_are_put_in_the_order_of_a_column(tab, shop):
+    searcher = opened(tab, shop)
+    search(tab, "green circle")
+    offered = tab.run("[...document.querySelectorAll('#order option')].map(o => o.textContent)")
+    assert offered == [
+        "best first", "Unit price, low to high", "Unit price, high to low", "Taken, oldest first", "Taken, newest first",
+    ]  # fmt: skip
+    choose = "(v => { const s = document.querySelector('#order select'); s.value = v; s.dispatchEvent(new Event('change')); })"
+    tab.run(f"{choose}('-unit_price')")
+    wait_for(tab, [r.id for r in searcher.search("green circle", top=24, sort="-unit_price")])
+    tab.click("#further")
+    in_order = searcher.search("green circle", top=48, sort="-unit_price")
+    wait_for(tab, [r.id for r in in_order])
+    tab.run("document.querySelectorAll('#results button')[2].click()")
+    tab.wait(EXPLAINED)
+    assert f"Rank {in_order[2].rank}:" in tab.text("#why")
+    tab.press("Escape")
+    tab.run(f"{choose}('+taken')")
+    wait_for(tab, [r.id for r in searcher.search("green circle", top=48, sort="taken")])
+    tab.run(f"{choose}('')")
+    wait_for(tab, [r.id for r in searcher.search("green circle", top=48)])
+
+
+def test_a_search_within_what_is_shown(tab, shop, tmp_path):
+    searcher = opened(tab, shop)
+    search(tab, "green circle")
+    within = tab.run(IDS)
+    tab.click("#narrow")
+    tab.wait("!document.querySelector('#within').hidden")
+    assert "Only among 24 images of “green circle”" in tab.text("#within")
+    tab.type("blue star")  # in place of the words, which are selected
+    tab.wait(f"document.title.startsWith('blue star') && {QUIET}")
+    wait_for(tab, [r.id for r in searcher.search("blue star", top=24, within=within)])
+    assert "24 of 24 images" in tab.text("#status")
+    assert tab.run("document.querySelector('#narrow').hidden && document.querySelector('#further').hidden")
+    data = searcher.image_bytes(within[3])
+    (tmp_path / "q.png").write_bytes(data if len(data) < 20_000 else searcher.thumbnail(within[3]))
+    tab.drop(tmp_path / "q.png")
+    tab.wait(f"!document.querySelector('#picture').hidden && {QUIET}")
+    assert set(tab.run(IDS)) == set(within)
+    tab.click("#picture button")
+    tab.click("#within button")
+    wait_for(tab, [r.id for r in searcher.search("blue star", top=24)])
+    assert tab.run("document.querySelector('#within').hidden") and tab.errors == []
+
+
+def test_filters_on_a_phone(tab, shop):
+    opened(tab, shop)
+    tab.screen(375, 700, phone=True)
+    search(tab, "green circle")
+    tab.click("#more")
+    assert tab.run("document.documentElement.scrollWidth <= 375")
+    small = (
+        "[...document.querySelectorAll('button, select, input:not([role=switch], #file, [type=range]), label')]"
+        ".filter(e => e.offsetParent && e.getBoundingClientRect().height < 44).map(e => e.outerHTML)"
+    )
+    assert tab.run(small) == []
+    put(tab, "unit_price", "<=", "9")
+    tab.wait("document.querySelector('#more').textContent.includes('(1)')")
 
 
 def test_a_phone_and_the_dark(page):

@@ -356,7 +356,7 @@ def test_a_token_is_asked_for(split_index):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN}, {"cookie": "mmref=é"}):
             answer = client.get(path, headers={k: v.encode() for k, v in headers.items()})
             assert (answer.status_code, answer.json()["error"]) == (401, "TokenMissing"), (path, headers)
-    for path in ("/", "/page.js", "/common.js", "/detail.js", "/page.css", "/icon.svg", "/healthz"):
+    for path in ("/", "/page.js", "/common.js", "/detail.js", "/filters.js", "/page.css", "/icon.svg", "/healthz"):
         assert client.get(path).status_code == 200
     assert client.get("/search?text=x", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
     assert client.post("/session", headers={"authorization": "Bearer wrong"}).status_code == 401
@@ -645,7 +645,7 @@ def test_the_page_names_no_other_host():
     for file in folder.iterdir():
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")
         assert "://" not in text and "//cdn" not in text, file
-    files = ["common.js", "detail.js", "icon.svg", "index.html", "page.css", "page.js"]
+    files = ["common.js", "detail.js", "filters.js", "icon.svg", "index.html", "page.css", "page.js"]
     assert sorted(f.name for f in folder.iterdir()) == files
     assert {f"/{name}" for name in files} - {"/index.html"} | {"/"} == set(guard.STATIC) == set(app.PAGE)
 

@@ -41,6 +41,7 @@ PAGE = {
     "/page.js": ("page.js", "text/javascript"),
     "/common.js": ("common.js", "text/javascript"),
     "/detail.js": ("detail.js", "text/javascript"),
+    "/filters.js": ("filters.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 IMAGES_KEPT = {"cache-control": "private, max-age=600"}

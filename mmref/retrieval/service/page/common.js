@@ -2,7 +2,7 @@
 export const $ = (selector) => document.querySelector(selector);
 
 export const state = {
-  info: null, index: null, image: null, imageUrl: "", results: [], answer: null, opened: -1, asked: 0, explained: 0,
+  info: null, index: null, image: null, imageUrl: "", results: [], answer: null, opened: -1, asked: 0, explained: 0, query: null, within: null,
 };
 
 export class Problem extends Error {

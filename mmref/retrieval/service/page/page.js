@@ -1,6 +1,7 @@
 // The search page. Everything it asks for lies beside it: no other host is contacted.
 import { $, Problem, ask, captionOf, element, gained, lastPart, number, picture, readable, sentence, state, url, withImage } from "./common.js";
 import * as detail from "./detail.js";
+import { conditions, controls, restore } from "./filters.js";
 
 const TYPING_STOPS_MS = 250, KEPT_ANSWERS = 40, IMAGES_OF_OBJECT = 4;
 const AGAIN_MS = 2000, AGAIN_AT_MOST_MS = 30_000; // between looks whether the service is back
@@ -12,7 +13,7 @@ const answers = new Map(); // of text queries, so that the switch of refinement 
 
 // What is searched for, as the page stands.
 function query() {
-  const where = [...document.querySelectorAll("#filters select")].filter((s) => s.value).map((s) => `${s.name}=${s.value}`);
+  const where = conditions();
   const asked = { text: $("#text").value.trim(), index: state.index.name, top: $("#top").value, refine: $("#refine").checked, where };
   if (byObject()) Object.assign(asked, { by: "object", images: IMAGES_OF_OBJECT });
   return state.image && asked.text ? { ...asked, image_weight: $("#weight input").value } : asked;
@@ -27,32 +28,86 @@ async function search() {
   running?.abort();
   const mine = ++state.asked;
   if (!state.index) return;
-  const asked = query();
+  const asked = state.query = query();
   remember(asked);
   if (!asked.text && !state.image) {
     $("#results").setAttribute("aria-busy", "false");
     return show(null);
   }
   const path = url("search", asked);
-  const known = state.image ? null : answers.get(path);
+  const known = state.image || state.within ? null : answers.get(path);
   if (known) show(known); // and asked again: the index may hold other images by now
   $("#results").setAttribute("aria-busy", `${!known}`);
   try {
     running = new AbortController();
     const began = performance.now();
-    const answer = await ask(path, { ...withImage(), signal: running.signal });
+    const answer = await request(asked, running.signal);
     answer.milliseconds = performance.now() - began;
     if (mine !== state.asked) return; // a newer search has been asked
     if (answer.generation !== state.index.generation) await renew(answer);
     if (mine !== state.asked) return;
-    if (!state.image) keep(path, answer);
+    if (!state.image && !state.within) keep(path, answer);
     if (known?.generation !== answer.generation) show(answer);
     recovered();
   } catch (error) {
-    if (mine === state.asked && error.name !== "AbortError") complain(error);
+    if (mine !== state.asked || error.name === "AbortError") return;
+    if (error.kind === "UnknownItem" && state.within) return stayWithin(null); // one of them is not in the index any more
+    complain(error);
   } finally {
     if (mine === state.asked) $("#results").setAttribute("aria-busy", "false");
   }
+}
+
+// Many ids are too long for a URL: a search within results is sent as JSON, with its image.
+async function request(asked, signal) {
+  const answer = !state.within ? await ask(url("search", asked), { ...withImage(), signal })
+    : await ask("search", { method: "POST", headers: { "content-type": "application/json" }, signal,
+      body: JSON.stringify({ ...asked, within: state.within.ids, ...(state.image ? { image: await base64(state.image) } : {}) }) });
+  answer.more = answer.results.length === Number(asked.top);
+  return answer;
+}
+
+function base64(file) {
+  return new Promise((done, failed) => {
+    const reader = new FileReader();
+    reader.onload = () => done(reader.result.split(",")[1]);
+    reader.onerror = () => failed(new Problem("The image cannot be read.", "Drop it again."));
+    reader.readAsDataURL(file);
+  });
+}
+
+// The next page of what is shown, below it.
+async function showMore() {
+  const { answer, asked: mine } = state;
+  $("#further").disabled = true;
+  try {
+    const next = await request({ ...state.query, offset: answer.results.length });
+    if (mine !== state.asked) return;
+    if (next.generation !== answer.generation) return search(); // ranks are others by now
+    answer.results.push(...next.results);
+    answer.more = next.more;
+    show(answer);
+  } catch (error) {
+    if (mine === state.asked) complain(error);
+  } finally {
+    $("#further").disabled = false;
+  }
+}
+
+// What is shown stays the set that is searched, until it is left. `within`: {ids, words}, or null for the whole index.
+function stayWithin(within) {
+  state.within = within;
+  $("#within").hidden = !within;
+  $("#within span").textContent = within ? `Only among ${within.words}` : "";
+  search();
+}
+
+function narrow() {
+  const ids = state.results.flatMap((one) => [one, ...(one.others || [])]).map((one) => one.id).slice(0, state.info.limits.within);
+  const of = state.query.text ? ` of “${state.query.text}”` : " of an image";
+  stayWithin({ ids, words: `${number(ids.length)} images${of}` });
+  $("#text").focus();
+  $("#text").select();
 }
 
 function keep(path, answer) {
@@ -66,10 +121,11 @@ async function renew(answer) {
   state.info = await ask("indexes");
   const index = state.info.indexes.find((one) => one.name === state.index.name);
   if (!index) return;
-  const chosen = new Map([...document.querySelectorAll("#filters select")].map((select) => [select.name, select.value]));
+  const chosen = conditions.chosen(), order = $("#order select").value;
   choose(Object.assign(index, { generation: answer.generation }));
-  for (const select of document.querySelectorAll("#filters select"))
-    if ([...select.options].some((option) => option.value === chosen.get(select.name))) select.value = chosen.get(select.name);
+  restore(chosen);
+  if ([...$("#order select").options].some((option) => option.value === order)) $("#order select").value = order;
+  countFilters();
 }
 
 // An item that is shown is not there any more.
@@ -123,11 +179,21 @@ function bar(result, best) {
   return made;
 }
 
-function card(result, best, difference = "") {
+// Results as the visitor wants them: by rank, or by a column, those without a value last.
+function inOrder(results) {
+  const sort = $("#order select").value, column = sort.slice(1), sign = sort[0] === "-" ? -1 : 1;
+  if (!sort) return results;
+  const value = (one) => one.metadata[column] ?? null;
+  const compare = (a, b) => value(a) === null || value(b) === null ? (value(a) === null) - (value(b) === null)
+    : value(a) < value(b) ? -sign : value(a) > value(b) ? sign : 0;
+  return [...results].sort((a, b) => compare(a, b) || a.rank - b.rank);
+}
+
+function card(result, best, at, difference = "") {
   const up = gained(result), caption = captionOf(result);
   const moved = up ? `, moved ${up > 0 ? "up" : "down"} by ${number(Math.abs(up))}` : "";
   const name = `${caption}${difference && `, ${difference}`}, rank ${result.rank}${moved}`;
-  const button = element("button", { type: "button", tabIndex: result.rank === 1 ? 0 : -1, "aria-label": name },
+  const button = element("button", { type: "button", tabIndex: at ? -1 : 0, "aria-label": name },
     element("img", { src: picture("thumbnail", result.id), alt: "", loading: "lazy" }),
     element("span", { className: "words" },
       element("span", { className: "numbers" }, element("b", {}, `${result.rank}`), movement(result)),
@@ -137,7 +203,7 @@ function card(result, best, difference = "") {
     result.others?.length ? element("span", { className: "others" }, ...result.others.map((other) =>
       element("img", { src: picture("thumbnail", other.id), alt: "", loading: "lazy" }))) : null);
   button.dataset.id = result.id;
-  button.addEventListener("click", () => open(result.rank - 1));
+  button.addEventListener("click", () => open(at));
   return element("li", {}, button);
 }
 
@@ -146,18 +212,21 @@ function show(answer) {
   for (const button of list.querySelectorAll("button")) before.set(button.dataset.id, button.getBoundingClientRect());
   const focused = document.activeElement?.dataset?.id;
   state.answer = answer;
-  state.results = answer ? answer.results.map((result) => result.images ? ofObject(result) : result) : [];
+  state.results = answer ? inOrder(answer.results.map((result) => result.images ? ofObject(result) : result)) : [];
   $("#error").hidden = true;
   $("#empty").hidden = Boolean(answer);
   $("#far").hidden = answer?.close_match !== false;
   list.classList.remove("old");
   list.classList.toggle("far", answer?.close_match === false);
   const best = Math.max(...state.results.map((result) => result.score)), different = differences(state.results);
-  list.replaceChildren(...state.results.map((result) => card(result, best, different.get(result.id))));
+  list.replaceChildren(...state.results.map((result, at) => card(result, best, at, different.get(result.id))));
   for (const button of list.querySelectorAll("button")) {
     if (button.dataset.id === focused) focusCard(state.results.findIndex((r) => r.id === focused));
     glide(button, before.get(button.dataset.id));
   }
+  const count = state.results.length, all = state.within?.ids.length ?? (byObject() ? state.index.objects : state.index.items);
+  $("#further").hidden = !answer?.more || count >= all || count + Number($("#top").value) > state.info.limits.depth;
+  $("#narrow").hidden = count < 2 || Boolean(state.within);
   $("#status").textContent = answer ? summary(answer) : `${number(state.index.items)} images in ${state.index.name}`;
 }
 
@@ -171,7 +240,8 @@ function glide(button, from) {
 
 function summary(answer) {
   const moved = answer.results.filter(gained);
-  const all = byObject() ? `${number(state.index.objects)} objects` : `${number(answer.items)} images`;
+  const all = state.within ? `${number(state.within.ids.length)} images`
+    : byObject() ? `${number(state.index.objects)} objects` : `${number(answer.items)} images`;
   const parts = [`${answer.results.length} of ${all}, ${Math.round(answer.milliseconds)} ms`];
   if (!answer.results.length) parts[0] = "No image matches these filters";
   else if (!$("#refine").checked) parts.push("not refined");
@@ -192,8 +262,7 @@ function complain(error) {
   const mayPass = error.status === 0 || error.status === 429 || error.status >= 500;
   $("#retry").hidden = !mayPass;
   $("#error").hidden = false;
-  $("#far").hidden = true;
-  $("#empty").hidden = true;
+  for (const other of ["#far", "#empty", "#further", "#narrow"]) $(other).hidden = true;
   $("#status").textContent = state.results.length ? "These are the results of an earlier search." : "";
   $("#results").classList.add("old");
   clearTimeout(waiting);
@@ -249,14 +318,20 @@ function choose(index) {
   state.index = index;
   answers.clear();
   $("#grouped").hidden = !index.objects;
-  $("#filters").replaceChildren(...index.columns.filter((c) => c.values?.length > 1).map((column) => {
-    const options = column.values.map(([value, count]) => element("option", { value: `${value}` }, `${value} (${number(count)})`));
-    const select = element("select", { name: column.name }, element("option", { value: "" }, "any"), ...options);
-    select.addEventListener("change", () => { countFilters(); search(); });
-    return element("label", { title: column.name }, `${readable(column.name)} `, select);
-  }));
+  $("#filters").replaceChildren(...controls(index.columns, (soon) => { countFilters(); if (soon) searchSoon(); else search(); }));
+  offerOrders(index.columns);
   offer(index.examples);
   countFilters();
+}
+
+// Numbers and times have an order that means something.
+function offerOrders(columns) {
+  const orders = columns.filter((c) => ["number", "date", "time"].includes(c.kind) && c.min !== c.max).flatMap(({ name, kind }) => {
+    const [up, down] = kind === "number" ? ["low to high", "high to low"] : ["oldest first", "newest first"];
+    return [[`+${name}`, `${readable(name)}, ${up}`], [`-${name}`, `${readable(name)}, ${down}`]];
+  });
+  $("#order").hidden = !orders.length;
+  $("#order select").replaceChildren(...[["", "best first"], ...orders].map(([value, text]) => element("option", { value }, text)));
 }
 
 // What a first visit can begin with.
@@ -287,7 +362,7 @@ async function searchLike(id) {
 }
 
 function countFilters() {
-  const set = [...document.querySelectorAll("#filters select")].filter((select) => select.value).length;
+  const set = conditions().length;
   $("#more").textContent = set ? `Filters and options (${set})` : "Filters and options";
 }
 
@@ -360,8 +435,12 @@ $("#text").addEventListener("input", () => { $("#weight").hidden = !state.image 
 $("#refine").addEventListener("change", search);
 $("#object").addEventListener("change", search);
 $("#top").addEventListener("change", search);
+$("#order select").addEventListener("change", () => { if (state.answer) show(state.answer); });
+$("#further").addEventListener("click", showMore);
+$("#narrow").addEventListener("click", narrow);
+$("#within button").addEventListener("click", () => stayWithin(null));
 $("#weight input").addEventListener("change", search);
-$("#index select").addEventListener("change", () => { choose(state.info.indexes[$("#index select").selectedIndex]); search(); });
+$("#index select").addEventListener("change", () => { choose(state.info.indexes[$("#index select").selectedIndex]); stayWithin(null); });
 $("#file").addEventListener("change", (event) => { if (event.target.files[0]) useImage(event.target.files[0]); event.target.value = ""; });
 $("#picture button").addEventListener("click", () => useImage(null));
 $("#retry").addEventListener("click", retry);

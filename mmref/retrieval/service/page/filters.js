@@ -1,0 +1,62 @@
+// Filters by column: a choice where there are few values, from and to for numbers and days, what a text contains.
+import { element, number, readable } from "./common.js";
+
+const CHOSEN_NUMBERS = 12; // numbers of at most so many values are chosen from, as stars and sizes are
+const set = () => [...document.querySelectorAll("#filters [data-op]")].filter((control) => control.value.trim());
+
+// A name or value as it is, whatever signs it holds: see the language of filters in docs/search.md.
+const quoted = (text, odd) => odd.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+const ODD_NAME = /[=<>!~"]|^\s|\s$|\s(in|is)\s/, ODD_VALUE = /^[=<>!~]|"|^\s|\s$/;
+
+// What the controls say, as the service takes it.
+export function conditions() {
+  return set().map(({ name, dataset, value }) => `${quoted(name, ODD_NAME)}${dataset.op}${quoted(value, ODD_VALUE)}`);
+}
+conditions.chosen = () => new Map(set().map(({ name, dataset, value }) => [`${dataset.op} ${name}`, value]));
+
+// Put the controls of an index that has changed where those before it were.
+export function restore(chosen) {
+  for (const control of document.querySelectorAll("#filters [data-op]")) {
+    const value = chosen.get(`${control.dataset.op} ${control.name}`);
+    if (value !== undefined && (!control.options || [...control.options].some((option) => option.value === value))) control.value = value;
+  }
+}
+
+// `changed` is told whether the visitor may still be typing.
+export function controls(columns, changed) {
+  return columns.map((column) => controlOf(column, changed)).filter(Boolean);
+}
+
+function controlOf(column, changed) {
+  const { kind, values, min, max } = column, called = readable(column.name);
+  const few = kind === "number" ? values?.length <= CHOSEN_NUMBERS : kind === "text" || kind === "boolean" ? values : null;
+  if (few) return values.length > 1 ? field(called, [choice(column, changed)]) : null;
+  if (kind === "text") return field(called, [typed(column, "~", "search", `${called} contains`, { placeholder: "contains" }, changed)]);
+  if (min === null || min === max) return null;
+  const type = kind === "number" ? "number" : "date", ends = [min, max].map((end) => type === "date" ? end.slice(0, 10) : end);
+  const limits = type === "number" ? { step: "any" } : { min: ends[0], max: ends[1] };
+  return field(called, [
+    typed(column, ">=", type, `${called} from`, { ...limits, placeholder: ends[0] }, changed), "–",
+    typed(column, "<=", type, `${called} to`, { ...limits, placeholder: ends[1] }, changed),
+  ]);
+}
+
+function field(called, parts) {
+  return element(parts.length === 1 ? "label" : "span", { className: "field", role: parts.length === 1 ? null : "group", "aria-label": called },
+    `${called} `, element("span", { className: "range" }, ...parts));
+}
+
+function choice({ name, values }, changed) {
+  const options = values.map(([value, count]) => element("option", { value: `${value}` }, `${value} (${number(count)})`));
+  const select = element("select", { name }, element("option", { value: "" }, "any"), ...options);
+  select.dataset.op = "=";
+  select.addEventListener("change", () => changed(false));
+  return select;
+}
+
+function typed({ name }, op, type, called, more, changed) {
+  const input = element("input", { type, name, "aria-label": called, autocomplete: "off", ...more });
+  input.dataset.op = op;
+  input.addEventListener("input", () => changed(true));
+  return input;
+}

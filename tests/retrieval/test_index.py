@@ -196,8 +196,8 @@ def test_approximate_indexes_write_down_their_recall(folder, run, tmp_path, kind
 
 
 def test_columns_of_two_sources_may_have_other_types(folder, run, tmp_path, monkeypatch):
-    """Cells of a CSV are text, those of JSON lines are not."""
-    (folder / "a.csv").write_text("image,year,price\n00.png,2020,1\n02.png,2021,2\n")
+    """Not all years of the CSV are numbers, so that they are texts; those of the JSON lines are numbers. All prices are."""
+    (folder / "a.csv").write_text("image,year,price\n00.png,2020,1\n02.png,ca. 2021,2\n")
     more = [{"image": f"{i:02d}.png", "year": 2020 + i, "price": i / 2, "new": bool(i)} for i in (4, 6)]
     (folder / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
     out = tmp_path / "out"
@@ -209,8 +209,9 @@ def test_columns_of_two_sources_may_have_other_types(folder, run, tmp_path, monk
             index.add(str(out), str(folder / "deep"), workers=0)
         searcher = Searcher(str(out))
         years = searcher.items["year"].to_pylist()
-        assert years[:4] == ["2020", "2021", "2024", "2026"] and len(searcher.segments) == (1 if joined else 2)
+        assert years[:4] == ["2020", "ca. 2021", "2024", "2026"] and len(searcher.segments) == (1 if joined else 2)
         assert [r.id for r in searcher.search("x", where={"year": 2024})] == ["04.png"]
+        assert searcher.items["price"].to_pylist()[:4] == [1.0, 2.0, 2.0, 3.0]
         assert {r.id for r in searcher.search("x", where={"new": True})} == {"04.png", "06.png"}
 
 

@@ -19,10 +19,9 @@ from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from mmref.storage.parquet import read_parquet
+from mmref.retrieval.segment import ITEMS, read_items, write_items
 
 HELD_S = 4.0  # how long connections are kept that are not used
 ANSWER_S = 90.0
@@ -233,8 +232,8 @@ def make_trap(index: Path, target: Path, port: int) -> tuple[list[str], list[str
     Image.fromarray(pixels).save(target / "large.png", compress_level=0)
     large: list[str] = []
     remote: list[str] = []
-    for number, file in enumerate(sorted((target / "segments").glob("*/items.parquet"))):
-        table = read_parquet(file)
+    for number, file in enumerate(sorted((target / "segments").glob("*"))):
+        table = read_items(file)
         ids = table["id"].to_pylist()
         paths = [f"http://127.0.0.1:{port}/{n}.png" for n in range(len(ids))]
         if number == 0:
@@ -244,7 +243,8 @@ def make_trap(index: Path, target: Path, port: int) -> tuple[list[str], list[str
             at = table.schema.get_field_index(name)
             values = pa.array([0] * len(ids), pa.int64()) if values is None else values
             table = table.set_column(at, name, values)
-        pq.write_table(table, file)
+        (file / ITEMS).unlink()  # linked to by nobody, but mapped
+        write_items(file, table)
     return large, remote
 
 

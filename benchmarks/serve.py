@@ -40,16 +40,16 @@ from urllib.parse import quote
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.parquet as pq
 from attacks import TRAP, Target, attack, head, make_trap, server_errors, slow_host
 from output import write_figures
 from PIL import Image
 
+from mmref.retrieval.exact import widened
 from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.searcher import Searcher
+from mmref.retrieval.segment import Segment, read_items, write_items
 from mmref.retrieval.service.limits import raise_file_limit
 from mmref.storage.array_file import ArrayFile
-from mmref.storage.parquet import read_parquet
 
 START_S = 300
 WARM_UP_S = 2.0
@@ -144,12 +144,12 @@ def enlarge(source: Path, target: Path, items: int) -> None:
     folder = target / "segments" / manifest.segments[0]
     folder.mkdir(parents=True)
     first = source / "segments" / manifest.segments[0]
-    features = np.load(first / "features.npy", mmap_mode="r")
+    features = Segment(first).features
     n, dim = features.shape
     rng, at = np.random.default_rng(0), np.arange(items) % n
-    with ArrayFile(folder / "features.npy", (items, dim), np.float32) as out:
+    with ArrayFile(folder / "features.npy", (items, dim), np.float16) as out:
         for start in range(0, items, 50_000):
-            some = features[at[start : start + 50_000]]
+            some = widened(features[at[start : start + 50_000]])
             some = some + (NOISE / np.sqrt(dim) * rng.standard_normal(some.shape)).astype(np.float32)
             out.write(some / np.linalg.norm(some, axis=1, keepdims=True))
     for name in ("near", "weights", "thumbnails"):
@@ -157,9 +157,9 @@ def enlarge(source: Path, target: Path, items: int) -> None:
             np.save(folder / f"{name}.npy", np.load(first / f"{name}.npy")[at])
     np.save(folder / "uids.npy", np.arange(items))
     os.link(first / "thumbnails.bin", folder / "thumbnails.bin")
-    table = read_parquet(first / "items.parquet").take(pa.array(at))
+    table = read_items(first).take(pa.array(at))
     ids = pa.array([f"{name}-{i}" for i, name in enumerate(table["id"].to_pylist())])
-    pq.write_table(table.set_column(0, "id", ids), folder / "items.parquet")
+    write_items(folder, table.set_column(0, "id", ids))
     replace(manifest, items=items, next_uid=items, segments=[folder.name], kind="flat", vectors={}).write(target)
 
 

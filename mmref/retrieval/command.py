@@ -12,7 +12,7 @@ from mmref.cluster.resources import workers_that_fit
 from mmref.errors import QueryError, UsageError
 from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
 from mmref.storage.texts import read_lines
-from mmref.terminal.arguments import count, images, local_path, model, place, share, text
+from mmref.terminal.arguments import count, images, local_path, model, place, share, size, text
 from mmref.terminal.output import printable, to_json
 from mmref.terminal.parser import Parser
 
@@ -98,13 +98,18 @@ def _create(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--kind", choices=get_args(Kind), default="auto",
-        help="exact search (flat) or approximate (ivf, hnsw); auto: exact up to a million images",
+        help="exact search (flat) or approximate (ivf, hnsw, and ivfpq in less memory); auto: exact up "
+        "to a million images, then ivf, or ivfpq where that needs more than --memory (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory", type=size, metavar="SIZE",
+        help="what searches may keep in memory, as 2GB or 500MB; auto chooses by it (default: half of this machine's)",
     )  # fmt: skip
     parser.add_argument(
         "--recall",
         type=float,
         default=0.95,
-        help="of the ten nearest that ivf and hnsw must find (default: %(default)s)",
+        help="of the ten nearest that ivf, hnsw and ivfpq must find (default: %(default)s)",
     )
     _source_options(parser)
     args = parser.parse_args(argv)
@@ -118,6 +123,7 @@ def _create(argv: Sequence[str]) -> int:
         workers_that_fit(args.workers),
         args.recall,
         args.device,
+        args.memory,
     )
     _tell(args.out, manifest)
     return 0
@@ -233,9 +239,9 @@ def _info(argv: Sequence[str]) -> int:
         return 0
     _report(args.index, manifest)
     segments = open_segments(folder, manifest)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    on_disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(printable(f"columns: {', '.join(segments[0].items.column_names)}"))
-    print(f"model {manifest.model[:12]}, generation {manifest.generation}, {size / 1e6:,.1f} MB on disk")
+    print(f"model {manifest.model[:12]}, generation {manifest.generation}, {on_disk / 1e6:,.1f} MB on disk")
     print(printable(f"from: {', '.join(manifest.sources)}"))
     return 0
 
@@ -248,6 +254,9 @@ def _tell(path: str, manifest: Any) -> None:
 
 
 def _report(path: str, manifest: Any) -> None:
+    from mmref.retrieval.segment import open_segments
+    from mmref.retrieval.size import described
+
     skipped = f", {manifest.skipped:,} could not be read (skipped.jsonl)" if manifest.skipped else ""
     print(f"{path}: {manifest.items:,} images, {manifest.dim} numbers each, {manifest.kind}{skipped}")
     if manifest.kind != "flat":
@@ -255,6 +264,8 @@ def _report(path: str, manifest: Any) -> None:
         print(f"recall@10 {v['recall@10']:.3f} against an exact search, measured with {v['queries']} {v['measured_on']}")
         if v["recall@10"] < v["wanted"]:
             print(f"warning: below the {v['wanted']} that was asked for, at the highest setting")
+    folder = Path(path)
+    print(described(folder, manifest, open_segments(folder, manifest)))
 
 
 def lines_of(path: str) -> list[str]:

@@ -25,11 +25,12 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from mmref.errors import QueryError, SampleError
+from mmref.retrieval.exact import Features, Rows, gather_features
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.manifest import Manifest
-from mmref.retrieval.segment import Segment, join_items, open_segments
+from mmref.retrieval.segment import Segment, join_items, joined_uids, open_segments
 from mmref.retrieval.vector_file import open_vectors
-from mmref.retrieval.vectors import Approximate, Floats, Rows, gather
+from mmref.retrieval.vectors import Approximate
 from mmref.storage.tables import TABLE_ENDINGS, read_table
 from mmref.storage.texts import read_lines
 from mmref.terminal.progress import Counter
@@ -133,7 +134,7 @@ def find_duplicates(index: str, above: float = ABOVE, keep: Keep = "first") -> F
     approximate = None
     if above < 1:
         approximate = open_vectors(folder, manifest)
-        uids = np.concatenate([s.uids for s in segments])
+        uids = joined_uids(segments)
         join_near(groups, matrices, above, approximate, uids)
     else:
         hashes = _hashed(columns, hashes, range(manifest.items))
@@ -176,7 +177,7 @@ class Components:
 
 
 def join_near(
-    groups: Components, matrices: Sequence[Floats], above: float, approximate: Approximate | None, uids: NDArray[np.int64]
+    groups: Components, matrices: Sequence[Features], above: float, approximate: Approximate | None, uids: NDArray[np.int64]
 ) -> None:
     """Join the rows of features (n, d), end to end, whose cosine is at least `above`: of all pairs, or of those that an
     approximate index proposes, which knows items by `uids`."""
@@ -184,7 +185,7 @@ def join_near(
     with Counter("comparing", count, "image") as progress:
         for start in range(0, count, BLOCK_ROWS):
             rows = np.arange(start, min(start + BLOCK_ROWS, count))
-            features = gather(matrices, rows)
+            features = gather_features(matrices, rows)
             if approximate is not None:
                 scores, found = approximate.search(features, matrices, uids, min(NEIGHBORS, count))
                 near = (scores >= above) & (found >= 0)
@@ -192,7 +193,7 @@ def join_near(
             else:
                 for other in range(start, count, BLOCK_ROWS):
                     columns = np.arange(other, min(other + BLOCK_ROWS, count))
-                    against = features if other == start else gather(matrices, columns)
+                    against = features if other == start else gather_features(matrices, columns)
                     one, two = np.nonzero(features @ against.T >= above)
                     apart = rows[one] < columns[two]
                     groups.join(rows[one[apart]], columns[two[apart]])
@@ -236,14 +237,14 @@ def _same(hashes: Sequence[bytes | None]) -> tuple[Rows, Rows]:
 
 
 def _group(
-    columns: pa.Table, matrices: Sequence[Floats], hashes: Sequence[bytes | None], rows: Rows, keep: Keep
+    columns: pa.Table, matrices: Sequence[Features], hashes: Sequence[bytes | None], rows: Rows, keep: Keep
 ) -> tuple[Group, list[int]]:
     """A group, and the rows of its members."""
     items = columns.take(pa.array(rows)).to_pylist()
     kept = 0
     if keep == "largest":
         kept = int(np.argmax([item["width"] * item["height"] for item in items]))
-    features = gather(matrices, rows)
+    features = gather_features(matrices, rows)
     cosines = np.clip(features @ features[kept], -1, 1)
     order = sorted(range(len(rows)), key=lambda i: (i != kept, -cosines[i], i))
     told = ("id", "object_id", "split", "path", "width", "height")

@@ -4,7 +4,7 @@
     model/           the export whose features these are
     left_out.jsonl   items that stay out although their files are there (see `duplicates.py`)
     segments/<n>/    items, features, codes and thumbnails (see `segment.py`)
-    vectors-<n>      faiss index, only for ivf and hnsw: an exact search reads the features themselves
+    vectors-<n>      faiss index, only for ivf, hnsw and ivfpq: an exact search reads the features themselves
     skipped.jsonl    images that could not be read or taken, and why
 
 A reader opens the files of one manifest; a writer leaves them alone, and deletes what no manifest names afterwards.
@@ -44,13 +44,15 @@ from mmref.retrieval.journal import KILLED
 from mmref.retrieval.manifest import Manifest, Source
 from mmref.retrieval.segment import Segment, copy_rows, open_segments, write_segment
 from mmref.retrieval.set_aside import add_left_out, not_taken, passed_over, read_left_out, read_skipped, write_skipped
+from mmref.retrieval.size import chosen_kind
 from mmref.retrieval.sources import images_place
-from mmref.retrieval.vector_file import build_vectors, changed_vectors
-from mmref.retrieval.vectors import FLAT_UP_TO, Kind
+from mmref.retrieval.vector_file import PARTS, build_vectors, changed_vectors
+from mmref.retrieval.vectors import Kind
 from mmref.storage.disk import sync_files, told_when_full
 from mmref.storage.locks import held
 from mmref.storage.whole_folder import held_folder, write_whole
 from mmref.terminal.output import printable
+from mmref.terminal.progress import say
 
 MOST_SEGMENTS = 8  # more are joined: every search looks into each
 REMOVED_AT_ONCE = 0.2  # of a source's items: more that are gone at once may be a disk that is not there
@@ -78,6 +80,7 @@ def create(
     workers: int = 1,
     recall: float = 0.95,
     device: str = "auto",
+    memory: int | None = None,
 ) -> Manifest:
     """Make an index of images.
 
@@ -87,10 +90,11 @@ def create(
         out: the index directory; must not exist, or be empty. The same call again goes on after a kill.
         split: of a shard set or dataset; by default all of it.
         columns: names of a table's columns, and how other sources are read.
-        kind: search exactly (flat) or approximately; auto: exactly up to a million images.
+        kind: search exactly (flat) or approximately; auto: exactly up to a million images, else by `memory`.
         workers: Ray actors; 0: in this process.
         recall: share of the ten nearest that an approximate search must find.
         device: auto, cpu or cuda, where images are embedded.
+        memory: bytes that searches may keep in memory, by which `auto` chooses; None: half of this machine's.
 
     Raises:
         SearchIndexError, ModelError, ExportError, ShardSetError, SourceError, StorageError.
@@ -114,7 +118,7 @@ def create(
             raise SearchIndexError(f"none of {len(skipped)} images can be read, the first: {skipped[0]['problem']}")
         skipped += not_taken(images, listing)
         write_skipped(work, skipped)
-        manifest = _first_manifest(work, source, listing, kind, recall, len(skipped))
+        manifest = _first_manifest(work, source, listing, kind, recall, len(skipped), workers, memory)
         manifest.write(work)
         sync_files(work)
         if target.exists():
@@ -309,12 +313,15 @@ def _check_free(target: Path) -> None:
         )
 
 
-def _first_manifest(work: Path, source: Source, listing: Listing, kind: Kind, recall: float, skipped: int) -> Manifest:
+def _first_manifest(
+    work: Path, source: Source, listing: Listing, kind: Kind, recall: float, skipped: int, workers: int, memory: int | None
+) -> Manifest:
     """Of a new index whose one segment is written; the approximate index is built."""
     segment = Segment(work / "segments" / "000000")
     loaded = _load(work / "model")
     bundle.write_reference_captions(work / "model", loaded.config, loaded.object_ids)
-    chosen = ("flat" if len(segment) <= FLAT_UP_TO else "ivf") if kind == "auto" else kind
+    chosen, why = chosen_kind(kind, len(segment), segment.features.shape[1], memory)
+    say(why)
     queries = loaded.encode_text(listing.captions) if listing.captions else None
     return Manifest(
         generation=1,
@@ -324,7 +331,7 @@ def _first_manifest(work: Path, source: Source, listing: Listing, kind: Kind, re
         segments=["000000"],
         model=bundle.fingerprint(work / "model"),
         kind=chosen,
-        vectors=build_vectors(work, chosen, 1, [segment], queries, recall),
+        vectors=build_vectors(work, chosen, 1, [segment], queries, recall, workers),
         sources=[source.images],
         skipped=skipped,
         notes=passed_over(listing),
@@ -470,6 +477,7 @@ def _tidy(index: Path) -> None:
         ".*.json*.tmp",
         ".export-*",
         "model.partial",
+        PARTS,
         "new",
     ):
         for entry in index.glob(name):

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mmref.retrieval.exact import Floats, Rows, exact_among
 from mmref.retrieval.ranking import Encoded, Ranker
-from mmref.retrieval.vectors import Floats, Rows, exact_among
 
 FIRST = 8  # images of the first look for each object wanted
 DEEPER = 8  # times as many images in each further look

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from mmref.errors import QueryError
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, reference_similarity
 from mmref.retrieval.chunks import code_arrays
-from mmref.retrieval.segment import Segment
-from mmref.retrieval.vectors import Approximate, Floats, Rows, exact, exact_among, gather
+from mmref.retrieval.exact import Floats, Rows, exact, exact_among, gather, gather_features, widened
+from mmref.retrieval.segment import Segment, joined_uids
+from mmref.retrieval.vectors import Approximate
 
 SUMMED_ROWS = 65_536  # at a time
 
@@ -68,7 +69,7 @@ class Ranker:
         self.segments, self.approximate = list(segments), approximate
         self.space, self.refinement, self.text_mean, self.top_p = space, refinement, text_mean, top_p
         self.matrices = [s.features for s in segments]
-        self.uids = np.concatenate([s.uids for s in segments])
+        self.uids = joined_uids(segments)
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -133,7 +134,7 @@ class Ranker:
                 code[at] = 0
         else:
             for i, of in enumerate(queries.code):
-                features = gather(self.matrices, known[i])
+                features = gather_features(self.matrices, known[i])
                 gallery = self.space.encode(features, self.refinement, self.image_mean, gallery=True)
                 found[i] = reference_similarity(of[None], gallery)[0]
         return np.where(rows >= 0, np.clip(found, 0, 1), 0).astype(np.float32)
@@ -152,5 +153,5 @@ class Ranker:
         total: Any = 0
         for matrix in self.matrices:
             for start in range(0, len(matrix), SUMMED_ROWS):
-                total = total + self.space.coordinates(np.asarray(matrix[start : start + SUMMED_ROWS])).sum(0, np.float64)
+                total = total + self.space.coordinates(widened(matrix[start : start + SUMMED_ROWS])).sum(0, np.float64)
         return (total / len(self)).astype(np.float32)

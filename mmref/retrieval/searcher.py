@@ -27,6 +27,7 @@ from mmref.evaluate.refinement import ReferenceSpace
 from mmref.export.model import ImageLike, Model, load
 from mmref.model.device import chosen_device
 from mmref.retrieval import bundle
+from mmref.retrieval.exact import Floats, Rows
 from mmref.retrieval.filters import Condition, Where, check_column, matches, read_where, typed
 from mmref.retrieval.heat_maps import GRID, Explanation, heat_maps, hidden, nearest
 from mmref.retrieval.images import read_image_bytes
@@ -37,7 +38,7 @@ from mmref.retrieval.ranking import Encoded, Ranker
 from mmref.retrieval.results import DEFAULT_IMAGES, ObjectResult, Query, Reference, Result, sort_column, sorted_by
 from mmref.retrieval.segment import join_items, open_segments
 from mmref.retrieval.vector_file import open_vectors
-from mmref.retrieval.vectors import Approximate, Floats, Rows
+from mmref.retrieval.vectors import Approximate
 
 DEFAULT_TOP = 10
 HIDDEN_BATCH = 10  # images with a hidden part that are encoded at a time

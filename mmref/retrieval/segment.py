@@ -1,10 +1,11 @@
 """A segment: the arrays of a run of items, each a file that is mapped into memory, never changed once written.
 
-features.npy    (n, d) float32, L2-normalised
+features.npy    (n, d) float16, L2-normalised; float32 in indexes of older versions
 near.npy        (n, r) int32 and weights.npy (n, r) float32: sparse codes over the references, where there are any
 uids.npy        (n,) int64, rising: numbers that items keep for life
-items.parquet   id, path, offset, length, object_id, file_stamp, width, height (pixels), file_sha256 (of the image's bytes;
-                indexes of older versions have none), metadata columns
+items.arrow     id, path, offset, length, object_id, file_stamp, width, height (pixels), file_sha256 (of the image's bytes;
+                indexes of older versions have none), metadata columns. Mapped, too: of many items it is large. Older
+                versions wrote items.parquet
 thumbnails.bin  WebP files end to end; thumbnails.npy (n, 2) int64: where each starts, and its bytes
 """
 
@@ -19,17 +20,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import ipc
 
 from mmref.errors import SearchIndexError
 from mmref.retrieval.chunks import Arrays
+from mmref.retrieval.exact import Features
 from mmref.retrieval.manifest import Manifest
 from mmref.storage.array_file import ArrayFile, save_array
-from mmref.storage.disk import sync_files
+from mmref.storage.disk import sync_files, told_when_full
 from mmref.storage.parquet import read_parquet
 
 CODES = ("near", "weights")
+ITEMS = "items.arrow"
+ITEMS_OF_A_BATCH = 65_536
 COPIED_ROWS = 65_536  # at a time
 
 
@@ -39,11 +43,11 @@ class Segment:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.features: NDArray[np.float32] = np.load(folder / "features.npy", mmap_mode="r")
+            self.features: Features = np.load(folder / "features.npy", mmap_mode="r")
             self.codes = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in CODES if (folder / f"{n}.npy").exists()}
-            self.uids: NDArray[np.int64] = np.load(folder / "uids.npy")
+            self.uids: NDArray[np.int64] = np.load(folder / "uids.npy", mmap_mode="r")
             self.spans: NDArray[np.int64] = np.load(folder / "thumbnails.npy", mmap_mode="r")
-            self.items: pa.Table = read_parquet(folder / "items.parquet")
+            self.items: pa.Table = read_items(folder)
             self._thumbnails = os.open(folder / "thumbnails.bin", os.O_RDONLY)
         except (OSError, ValueError) as error:
             raise SearchIndexError(f"{folder} cannot be read ({error}): the index is damaged; make it again.") from None
@@ -68,6 +72,28 @@ class Segment:
         return os.fstat(self._thumbnails).st_size
 
 
+def read_items(folder: Path) -> pa.Table:
+    """Rows of a segment's items. Raises OSError or ValueError."""
+    if not (folder / ITEMS).exists():
+        return read_parquet(folder / "items.parquet")
+    with pa.memory_map(str(folder / ITEMS)) as file:
+        table = ipc.open_file(file).read_all()
+    table.validate()
+    return table
+
+
+def write_items(folder: Path, items: pa.Table) -> None:
+    """What `read_items` reads. Raises StorageError: no space is left."""
+    path = str(folder / ITEMS)
+    with told_when_full(folder), pa.OSFile(path, "wb") as file, ipc.new_file(file, items.schema) as writer:
+        writer.write_table(items, max_chunksize=ITEMS_OF_A_BATCH)
+
+
+def joined_uids(segments: Sequence[Segment]) -> NDArray[np.int64]:
+    """Uids of all items, end to end; of one segment they stay mapped."""
+    return segments[0].uids if len(segments) == 1 else np.concatenate([s.uids for s in segments])
+
+
 def open_segments(index: Path, manifest: Manifest) -> list[Segment]:
     """The segments in force. Raises SearchIndexError."""
     return [Segment(index / "segments" / name) for name in manifest.segments]
@@ -83,13 +109,13 @@ def write_segment(folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first
     codes: dict[str, ArrayFile] = {}
     tables, spans, done, end = [], [], 0, 0
     with contextlib.ExitStack() as stack:
-        features = stack.enter_context(ArrayFile(folder / "features.npy", (count, dim), np.float32))
+        features = stack.enter_context(ArrayFile(folder / "features.npy", (count, dim), np.float16))
         file = stack.enter_context(open(folder / "thumbnails.bin", "wb"))
         for rows, arrays in chunks:
             n = len(arrays["position"])
             if not n:
                 continue
-            features.write(arrays["features"])
+            features.write(arrays["features"].astype(np.float16))
             for name in CODES:
                 if name in arrays:
                     if name not in codes:
@@ -150,7 +176,8 @@ def copy_rows(folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]], 
     first = parts[0][0]
     arrays = {"features": [s.features for s, _ in parts]} | {n: [s.codes[n] for s, _ in parts] for n in first.codes}
     for name, sources in arrays.items():
-        with ArrayFile(folder / f"{name}.npy", (count, sources[0].shape[1]), sources[0].dtype) as target:
+        widest = np.result_type(*(source.dtype for source in sources))  # what older versions wrote stays as it is
+        with ArrayFile(folder / f"{name}.npy", (count, sources[0].shape[1]), widest) as target:
             for source, (_, rows) in zip(sources, parts):
                 for start in range(0, len(rows), COPIED_ROWS):
                     target.write(source[rows[start : start + COPIED_ROWS]])
@@ -195,7 +222,7 @@ def _join_files(sources: Sequence[Path], target: Path) -> None:
 
 
 def _write_rows(folder: Path, items: pa.Table, uids: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
-    pq.write_table(items, folder / "items.parquet", compression="zstd")
+    write_items(folder, items)
     save_array(folder / "uids.npy", uids.astype(np.int64))
     save_array(folder / "thumbnails.npy", spans.astype(np.int64))
     sync_files(folder)

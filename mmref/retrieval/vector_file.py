@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,19 @@ from typing import Any
 import numpy as np
 
 from mmref.errors import SearchIndexError
+from mmref.retrieval.exact import Floats, widened
 from mmref.retrieval.manifest import Manifest
-from mmref.retrieval.segment import Segment, open_segments
-from mmref.retrieval.vectors import Approximate, Floats
+from mmref.retrieval.parts import fill_in_parts, parts_of
+from mmref.retrieval.segment import Segment, joined_uids, open_segments
+from mmref.retrieval.vectors import Approximate
 from mmref.storage.locations import sha256_of
 
+PARTS = "encoding"  # folder, of an index that is being built
 REBUILD_SHARE = 0.1  # of an approximate index that may be items removed since
 
 
-def open_vectors(index: Path, manifest: Manifest) -> Approximate | None:
-    """The approximate index, None for an exact search. Raises SearchIndexError."""
+def open_vectors(index: Path, manifest: Manifest, writable: bool = False) -> Approximate | None:
+    """The approximate index, None for an exact search; `writable`: to be added to. Raises SearchIndexError."""
     if manifest.kind == "flat":
         return None
     path, told = index / manifest.vectors["file"], manifest.vectors
@@ -32,7 +37,8 @@ def open_vectors(index: Path, manifest: Manifest) -> Approximate | None:
             raise SearchIndexError(f"{path} is not what was written: the index is damaged; make it again.")
     except OSError as error:
         raise SearchIndexError(f"{path} cannot be read ({error}): the index is damaged; make it again.") from None
-    found = Approximate.open(path, manifest.kind, int(told["setting"]), manifest.dim)
+    setting, candidates = int(told["setting"]), int(told.get("candidates", 0))
+    found = Approximate.open(path, manifest.kind, setting, manifest.dim, candidates, writable)
     if not manifest.items <= len(found) <= manifest.next_uid:
         raise SearchIndexError(f"{path} holds {len(found):,} items of {manifest.items:,}: make the index again.")
     return found
@@ -40,7 +46,7 @@ def open_vectors(index: Path, manifest: Manifest) -> Approximate | None:
 
 def changed_vectors(folder: Path, before: Manifest, after: Manifest, added: Segment | None) -> dict[str, Any]:
     """The approximate index with a segment added, built again when much of it has gone; {} for flat."""
-    approximate = open_vectors(folder, before)
+    approximate = open_vectors(folder, before, writable=added is not None)
     if approximate is None:
         return {}
     if after.items < (1 - REBUILD_SHARE) * (len(approximate) + (0 if added is None else len(added))):
@@ -53,25 +59,31 @@ def changed_vectors(folder: Path, before: Manifest, after: Manifest, added: Segm
 
 
 def build_vectors(
-    index: Path, kind: str, generation: int, segments: list[Segment], queries: Floats | None, recall: float
+    index: Path, kind: str, generation: int, segments: list[Segment], queries: Floats | None, recall: float, workers: int = 0
 ) -> dict[str, Any]:
     """Build, tune and write an approximate index; {} for flat.
 
-    Recall is measured with captions of the source where it has any, else with the features of items.
+    Recall is measured with captions of the source where it has any, else with the features of items. `workers` Ray tasks at a
+    time encode the parts of a large IVF-PQ index; 0: this process does.
     """
     if kind == "flat":
         return {}
-    matrices, uids = [s.features for s in segments], np.concatenate([s.uids for s in segments])
+    matrices, uids = [s.features for s in segments], joined_uids(segments)
     began = time.perf_counter()
-    approximate = Approximate.build(kind, matrices, uids)
+    fill = None
+    if kind == "ivfpq" and workers and len(parts_of(segments)) > 1:
+        fill = functools.partial(fill_in_parts, work=index / PARTS, segments=segments, workers=workers)
+    approximate = Approximate.build(kind, matrices, uids, fill)
+    shutil.rmtree(index / PARTS, ignore_errors=True)
     measured_on = "captions"
     if queries is None:
         measured_on = "items"
-        queries = np.ascontiguousarray(matrices[0][:: max(1, len(matrices[0]) // 256)][:256])
+        queries = np.ascontiguousarray(widened(matrices[0][:: max(1, len(matrices[0]) // 256)][:256]))
     reached = approximate.tune(queries, matrices, uids, recall)
     return {
         **_write_vectors(approximate, index, generation),
         "setting": approximate.setting,
+        "candidates": approximate.candidates,
         "recall@10": round(reached, 4),
         "wanted": recall,
         "measured_on": measured_on,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 
 from mmref.errors import PathError, TextError
 from mmref.storage.hub import hub_id
@@ -97,3 +99,15 @@ def _at_least(least: int, given: str) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, found {given}")
     return value
+
+
+def size(given: str) -> int:
+    """Bytes, as of 2GB, 500MB or 1e9; units are powers of a thousand."""
+    found = re.fullmatch(r"\s*([0-9.e+]+)\s*([KMGT]?)B?\s*", given, re.IGNORECASE)
+    try:
+        value = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a size such as 2GB or 500MB, found {given}")
+    return int(value)

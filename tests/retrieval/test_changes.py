@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.images import write_images
+from support.old_index import as_of_old
 from support.tiny_set import TinySource, build_tiny_set
 
 from mmref.data.decode import decode_rgb
@@ -154,8 +154,7 @@ def test_a_moved_folder_keeps_its_ids_and_a_disk_that_is_away_its_items(places, 
 
 def test_indexes_made_before_there_were_stamps_open_and_grow(places):
     first, second, out = places
-    items = out / "segments" / "000000" / "items.parquet"
-    pq.write_table(pq.read_table(items).drop_columns(["file_stamp"]), items)
+    as_of_old(out / "segments" / "000000", without="file_stamp")
     assert index.add(str(out), str(first), workers=0).generation == 1
     index.add(str(out), str(second), workers=0)
     assert len(paths(out)) == 5 and "file_stamp" not in Searcher(str(out)).metadata_columns
@@ -406,8 +405,7 @@ def test_what_was_removed_for_good_stays_out_until_it_is_another_image(photos):
 
 def test_an_index_without_hashes_embeds_what_was_touched(photos):
     root, out = photos
-    items = out / "segments" / "000000" / "items.parquet"
-    pq.write_table(pq.read_table(items).drop_columns(["file_sha256"]), items)
+    as_of_old(out / "segments" / "000000", without="file_sha256")
     os.utime(root / "1" / "1.png", (1, 1))
     assert synced(out, root).notes == ["0 images added", "1 have changed since and were embedded again", OF_FOLDERS]
     os.utime(root / "1" / "1.png", (2, 2))

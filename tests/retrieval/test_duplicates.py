@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.browser import browser, find_chromium
 from support.images import write_images
+from support.old_index import as_of_old
 
 from mmref.cli import main
 from mmref.errors import QueryError, SearchIndexError, UsageError
@@ -103,8 +103,7 @@ def test_a_chain_is_one_group_that_tells_how_unlike_its_ends_are(own):
     turned = np.zeros_like(features)
     turned[:, 0], turned[:, 1] = np.cos(angle), np.sin(angle)
     np.save(folder / "features.npy", turned)
-    items = pq.read_table(folder / "items.parquet")
-    pq.write_table(items.drop_columns(["file_sha256"]), folder / "items.parquet")
+    as_of_old(folder, without="file_sha256")
     found = find_duplicates(str(own), above=0.98)
     (group,) = found.groups
     assert len(group.members) == 4 and group.lowest == pytest.approx(np.cos(np.deg2rad(30)), abs=1e-4)
@@ -120,8 +119,7 @@ def test_the_largest_is_kept_on_request(made):
 
 
 def test_an_index_without_hashes_reads_the_files(made, own):
-    items = own / "segments" / "000000" / "items.parquet"
-    pq.write_table(pq.read_table(items).drop_columns(["file_sha256"]), items)
+    as_of_old(own / "segments" / "000000", without="file_sha256")
     assert names(find_duplicates(str(own), above=1)) == names(find_duplicates(str(made[1]), above=1))
     near = find_duplicates(str(own), above=0.9999)
     assert near.groups[0].same_bytes and near.groups[0].members[0].id == "0 again.png"

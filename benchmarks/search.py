@@ -1,12 +1,15 @@
-"""What a search costs, and what an approximate one finds. Two parts, each against plain faiss in the same run:
+"""What a search costs, and what an approximate one finds. Three parts, each against plain faiss in the same run:
 
 exact        refined top 10 from the first 100 of N items, for 64 queries at once and one at a time, against
              faiss.IndexFlatIP.search of the same vectors; N random unit vectors, M random references
 approximate  IVF and HNSW over features of real images repeated to N with noise, asked with features of real sentences:
              recall@10 against the exact search, and the time of both
+scale        an index of N features, written by the code of `mmref index` and opened in a fresh process: recall, memory, time of
+             building, latency at 1, 8, 32 clients; against plain faiss and against a mapped index as clip-retrieval uses
 
 python benchmarks/search.py exact --items 1000000 --dim 512 --out exact.json
 python benchmarks/search.py approximate --model RUN --data data_shards/emoji --items 200000 --out approximate.json
+python benchmarks/search.py scale --items 10000000 --memory 2GB --out scale.json
 """
 
 from __future__ import annotations
@@ -18,28 +21,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import faiss
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from output import write_figures
+from scale import BLOCK, Floats, filled, scale, unit
 
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.retrieval import index
 from mmref.retrieval.chunks import code_arrays
+from mmref.retrieval.exact import widened
 from mmref.retrieval.ranking import Ranker
 from mmref.retrieval.searcher import Query, Searcher
 from mmref.retrieval.segment import Segment, write_segment
-from mmref.retrieval.vectors import Approximate
-
-Floats = NDArray[np.float32]
-BLOCK = 50_000
-
-
-def unit(x: Floats) -> Floats:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+from mmref.retrieval.vectors import Approximate, Kind
+from mmref.terminal.arguments import size
 
 
 def paired(plain: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
@@ -65,8 +63,7 @@ def exact(args: argparse.Namespace) -> dict[str, Any]:
         segment = write_random(Path(folder) / "segment", args, space, refinement)
         ranker = Ranker([segment], None, space, refinement)
         plain = faiss.IndexFlatIP(args.dim)
-        for start in range(0, args.items, BLOCK):
-            plain.add(np.ascontiguousarray(segment.features[start : start + BLOCK]))
+        filled(plain, segment)
         queries = unit(rng.standard_normal((256, args.dim), dtype=np.float32))
         result: dict[str, Any] = {name: getattr(args, name) for name in ("items", "dim", "references", "top_r", "candidates")}
         for batch, rounds in ((64, args.rounds), (1, 4 * args.rounds)):
@@ -120,7 +117,7 @@ def approximate(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         index.create(args.data, args.model, f"{folder}/index", workers=0)
         searcher = Searcher(f"{folder}/index")
-        real = np.asarray(searcher.segments[0].features)
+        real = widened(np.asarray(searcher.segments[0].features))
         captions = [c for c in searcher.items["caption"].to_pylist() if c]
         asked = sorted(set(captions))
         rng.shuffle(asked)
@@ -174,7 +171,18 @@ def main() -> None:
     second.add_argument("--queries", type=int, default=500, help="sentences to tune with, and as many to measure with")
     second.add_argument("--recall", type=float, default=0.95)
     second.add_argument("--kinds", nargs="+", default=["ivf", "hnsw"])
-    for part, function in ((first, exact), (second, approximate)):
+    third = parts.add_parser("scale")
+    third.add_argument("--dim", type=int, default=256)
+    third.add_argument("--model", metavar="RUN|EXPORT", help="features are around those of --data, and queries are its captions")
+    third.add_argument("--data", default="data_shards/emoji")
+    third.add_argument("--noise", type=float, default=0.5, help="length of the noise added to each unit vector")
+    third.add_argument("--queries", type=int, default=500, help="to tune with, and as many to measure with")
+    third.add_argument("--recall", type=float, default=0.97, help="that the index is tuned to (default: %(default)s)")
+    third.add_argument("--kind", choices=get_args(Kind), default="auto")
+    third.add_argument("--memory", type=size, metavar="SIZE", help="as of `mmref index --memory`")
+    third.add_argument("--workers", type=int, default=0, help="Ray tasks that encode parts; 0: in this process")
+    third.add_argument("--alone", action="store_true", help="compare with nothing")
+    for part, function in ((first, exact), (second, approximate), (third, scale)):
         part.add_argument("--items", type=int, default=1_000_000)
         part.add_argument("--rounds", type=int, default=10)
         part.add_argument("--scratch", help="where the index is written (default: the system's)")

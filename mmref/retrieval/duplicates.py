@@ -25,7 +25,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from mmref.errors import QueryError, SampleError
-from mmref.retrieval.exact import Features, Rows, gather_features
+from mmref.retrieval.exact import Features, Floats, Rows, gather_features
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.segment import Segment, join_items, joined_uids, open_segments
@@ -39,6 +39,7 @@ Keep: TypeAlias = Literal["first", "largest"]
 KEEP = get_args(Keep)
 ABOVE = 0.97
 BLOCK_ROWS = 2048
+ROUNDED = 2e-3  # how much less a product of features in fp16 may be than their cosine
 MOST_PAIRS = 1 << 20  # in memory
 NEIGHBORS = 64  # of each image, that an approximate index is asked for
 READ_THREADS = 4
@@ -185,19 +186,27 @@ def join_near(
     with Counter("comparing", count, "image") as progress:
         for start in range(0, count, BLOCK_ROWS):
             rows = np.arange(start, min(start + BLOCK_ROWS, count))
-            features = gather_features(matrices, rows)
+            features = _unit(matrices, rows)
             if approximate is not None:
                 scores, found = approximate.search(features, matrices, uids, min(NEIGHBORS, count))
-                near = (scores >= above) & (found >= 0)
-                groups.join(np.broadcast_to(rows[:, None], found.shape)[near], found[near])
+                one, place = np.nonzero((scores >= above - ROUNDED) & (found >= 0))
+                two = found[one, place]
+                near = np.einsum("nd,nd->n", features[one], _unit(matrices, two)) >= above
+                groups.join(rows[one[near]], two[near])
             else:
                 for other in range(start, count, BLOCK_ROWS):
                     columns = np.arange(other, min(other + BLOCK_ROWS, count))
-                    against = features if other == start else gather_features(matrices, columns)
+                    against = features if other == start else _unit(matrices, columns)
                     one, two = np.nonzero(features @ against.T >= above)
                     apart = rows[one] < columns[two]
                     groups.join(rows[one[apart]], columns[two[apart]])
             progress.add(len(rows))
+
+
+def _unit(matrices: Sequence[Features], rows: Rows) -> Floats:
+    """Features of a length of 1: in fp16 they are a little longer or shorter, and copies would be less alike than 1."""
+    features = gather_features(matrices, rows)
+    return features / np.linalg.norm(features, axis=-1, keepdims=True)
 
 
 def _columns(items: pa.Table) -> pa.Table:
@@ -244,7 +253,7 @@ def _group(
     kept = 0
     if keep == "largest":
         kept = int(np.argmax([item["width"] * item["height"] for item in items]))
-    features = gather_features(matrices, rows)
+    features = _unit(matrices, rows)
     cosines = np.clip(features @ features[kept], -1, 1)
     order = sorted(range(len(rows)), key=lambda i: (i != kept, -cosines[i], i))
     told = ("id", "object_id", "split", "path", "width", "height")

@@ -82,7 +82,8 @@ def test_blocks_find_what_a_loop_over_all_pairs_finds(block, pairs, split_index,
     monkeypatch.setattr(module, "BLOCK_ROWS", block)
     monkeypatch.setattr(module, "MOST_PAIRS", pairs)
     searcher = Searcher(str(split_index))
-    features = np.concatenate([s.features for s in searcher.segments])
+    features = np.concatenate([np.asarray(s.features, np.float32) for s in searcher.segments])
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
     ids = searcher.items["id"].to_pylist()
     pairs = np.sort((features @ features.T)[np.triu_indices(len(features), 1)])
     for above in (float(pairs[-3] + pairs[-4]) / 2, float(pairs[-8] + pairs[-9]) / 2, 0.5):
@@ -100,7 +101,7 @@ def test_a_chain_is_one_group_that_tells_how_unlike_its_ends_are(own):
     folder = own / "segments" / "000000"
     features = np.load(folder / "features.npy")
     angle = np.deg2rad(np.array([0, 10, 20, 30, 90, 150, 210, 270, 330]))
-    turned = np.zeros_like(features)
+    turned = np.zeros(features.shape, np.float32)
     turned[:, 0], turned[:, 1] = np.cos(angle), np.sin(angle)
     np.save(folder / "features.npy", turned)
     as_of_old(folder, without="file_sha256")

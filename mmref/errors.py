@@ -203,6 +203,10 @@ class ServiceError(MMRefError):
     """A search service that is asked refuses, fails, or cannot be reached."""
 
 
+class StoreError(MMRefError):
+    """An engine that holds an index's rows does not answer, refuses, or holds something else."""
+
+
 class ServeError(MMRefError):
     """The service cannot be started: no token, a port in use, two indexes of one name."""
 

@@ -18,6 +18,8 @@ EXTRAS = {
     "lora": ("peft",),
     "hub": ("huggingface_hub",),
     "emoji": ("resvg_py",),
+    "lancedb": ("lancedb",),
+    "pgvector": ("psycopg", "pgvector"),
 }
 
 

@@ -23,8 +23,11 @@ DEVICES = ("auto", "cpu", "cuda")
 def index_main(argv: Sequence[str]) -> int:
     """`mmref index IMAGES --model M --out INDEX`, `mmref index VERB INDEX`."""
     from mmref.retrieval.duplicates_command import duplicates_main
+    from mmref.retrieval.export_command import export_main
 
-    verbs = {"add": _add, "sync": _sync, "remove": _remove, "duplicates": duplicates_main, "info": _info}
+    verbs = {
+        "add": _add, "sync": _sync, "remove": _remove, "duplicates": duplicates_main, "info": _info, "export": export_main,
+    }  # fmt: skip
     return verbs[argv[0]](argv[1:]) if argv[:1] and argv[0] in verbs else _create(argv)
 
 
@@ -80,7 +83,8 @@ def _create(argv: Sequence[str]) -> int:
         prog="mmref index",
         description="Make a search index of your images: every kind that Pillow and OpenCV read here, told by its ending, else "
         "by its first bytes; the rest is counted. The same command again goes on after a kill. "
-        "`mmref index add|sync|remove|duplicates|info INDEX` change or describe one; a folder of such a name is given as ./add.",
+        "`mmref index add|sync|remove|duplicates|info|export INDEX` change, describe or copy one; a folder of such a name is "
+        "given as ./add.",
     )
     parser.add_argument(
         "--model",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -104,10 +104,14 @@ class Ranker:
             initial, rows = self.approximate.search(queries.features, self.matrices, self.uids, k)
         else:
             initial, rows = exact(queries.features, self.matrices, k)
-        scores, before = initial, np.broadcast_to(np.arange(1, k + 1), rows.shape)
-        if refining:
+        return self.reranked(rows, initial, self.similarity(queries, rows[:, :p]) if refining else None, top)
+
+    def reranked(self, rows: Rows, initial: Floats, similarity: Floats | None, top: int) -> tuple[Rows, Floats, Floats, Rows]:
+        """What `rank` returns, of a first pass (q, k) and S_ref (q, p) of its first p, None where nothing is refined."""
+        scores, before = initial, np.broadcast_to(np.arange(1, rows.shape[1] + 1), rows.shape)
+        if similarity is not None:
             scores = initial.copy()
-            scores[:, :p] += self.refinement.weight * self.similarity(queries, rows[:, :p])
+            scores[:, : similarity.shape[1]] += self.refinement.weight * similarity
             order = np.lexsort((rows, -scores))
             scores, initial = np.take_along_axis(scores, order, 1), np.take_along_axis(initial, order, 1)
             rows, before = np.take_along_axis(rows, order, 1), np.take_along_axis(before, order, 1)
@@ -120,21 +124,26 @@ class Ranker:
         chosen = asked if asked is not None else self.refinement.top_p or self.top_p
         return min(chosen, available) if chosen else available
 
-    def similarity(self, queries: Encoded, rows: Rows) -> Floats:
-        """S_ref in [0, 1] of each query with its own candidates' rows (q, p); 0 where a row is -1."""
+    def similarity(self, queries: Encoded, rows: Rows, arrays: Mapping[str, NDArray[Any]] | None = None) -> Floats:
+        """S_ref in [0, 1] of each query with its own candidates' rows (q, p); 0 where a row is -1.
+
+        Args:
+            arrays: what a store gave of the candidates, near and weights (q, p, r) or feature (q, p, d); by default the
+                segments are read.
+        """
         assert queries.code is not None and self.space is not None
         known = np.maximum(rows, 0)
         found = np.empty(rows.shape, np.float32)
         if queries.near is not None:
             code = np.zeros(self.space.n_objects, np.float32)
             for i, at in enumerate(queries.near):
-                near, weights = self.codes(known[i])  # (p, r) each
+                near, weights = self.codes(known[i]) if arrays is None else (arrays["near"][i], arrays["weights"][i])  # (p, r)
                 code[at] = queries.code[i]
                 found[i] = np.einsum("pr,pr->p", code[near], weights)
                 code[at] = 0
         else:
             for i, of in enumerate(queries.code):
-                features = gather_features(self.matrices, known[i])
+                features = gather_features(self.matrices, known[i]) if arrays is None else arrays["feature"][i]
                 gallery = self.space.encode(features, self.refinement, self.image_mean, gallery=True)
                 found[i] = reference_similarity(of[None], gallery)[0]
         return np.where(rows >= 0, np.clip(found, 0, 1), 0).astype(np.float32)

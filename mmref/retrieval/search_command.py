@@ -62,8 +62,10 @@ def _check_search(args: argparse.Namespace) -> None:
         if args.text is not None:
             raise UsageError(f"--url asks a service, so that {args.index!r} is no index to open: give the sentence alone.")
         args.index, args.text = None, args.index
-        if args.judge or args.judgements or args.device != "auto":
-            raise UsageError("--judge, --judgements and --device are of an index that is opened here: leave them out, or --url.")
+        if args.judge or args.judgements or args.store or args.device != "auto":
+            raise UsageError(
+                "--judge, --judgements, --store and --device are of an index that is opened here: leave them out, or --url."
+            )
     elif args.index is None:
         raise UsageError("name the INDEX to search, or a service with --url.")
     elif args.token is not None or args.index_name is not None:
@@ -88,9 +90,9 @@ def _searcher(args: argparse.Namespace) -> Any:
     except FilterError as error:  # before the index is opened, which takes seconds
         raise UsageError(str(error)) from None
     from mmref.model.device import described
-    from mmref.retrieval.searcher import Searcher
+    from mmref.retrieval.store_searcher import open_searcher
 
-    searcher = Searcher(args.index, args.device)
+    searcher = open_searcher(args.index, args.device, args.store)
     if searcher.device.type != "cpu":
         say(f"encoding on {described(searcher.device)}")
     return searcher
@@ -124,6 +126,7 @@ def _search_parser() -> Parser:
     parser.add_argument("index", nargs="?", metavar="INDEX", help="directory of `mmref index`")
     parser.add_argument("text", nargs="?", metavar="TEXT", help="what to look for")
     parser.add_argument("--url", metavar="URL", help="a service to ask: http://HOST:PORT")
+    parser.add_argument("--store", metavar="URL", help="what finds the candidates: of `mmref index export`")
     parser.add_argument(
         "--token", help="of the service (default: $MMREF_TOKEN, which others on this machine do not see in the list of processes)"
     )

@@ -12,6 +12,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ CACHED_FILTERS = 16
 OPEN_ATTEMPTS = 3
 ITEM_COLUMNS = ("id", "object_id", "path", "width", "height")
 OWN_COLUMNS = ("id", "object_id", "width", "height")  # of every index: a search may filter and sort by them too
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The items that a search is of."""
+
+    items: int
+    rows: Rows | None = None  # rising; None for all of the index, or where a store finds them
+    conditions: tuple[Condition, ...] = ()  # by which a store finds them, typed
 
 
 class Searcher:
@@ -178,12 +188,18 @@ class Searcher:
         if not 1 <= top <= len(self):
             raise QueryError(f"top is {top}: give 1 to {len(self)}, the number of items in {self.index.name}.")
         self._check_order(offset, sort)
-        among = self.among(where, within)
-        if not queries or (among is not None and not len(among)):
+        chosen = self.select(where, within)
+        if not queries or not chosen.items:
             return [Results([], self.thumbnail) for _ in queries]
         encoded = self.encode([q if isinstance(q, Query) else Query(q) for q in queries])
-        ranked = self.ranker.rank(encoded, offset + top, refine, candidates, among)
+        ranked = self.ranked(encoded, offset + top, refine, candidates, chosen)
         return [self.in_order(found, sort) for found in self.results(encoded, *ranked, first=offset)]
+
+    def ranked(
+        self, queries: Encoded, top: int, refine: bool, candidates: int | None, chosen: Selection
+    ) -> tuple[Rows, Floats, Floats, Rows]:
+        """As `Ranker.rank`, of chosen items, which must be some."""
+        return self.ranker.rank(queries, top, refine, candidates, chosen.rows)
 
     def search_objects(
         self,
@@ -235,11 +251,11 @@ class Searcher:
         if images < 1:
             raise QueryError(f"images of each object: give at least 1, found {images}.")
         self._check_order(offset, sort)
-        among = self.among(where, within)
-        if not queries or (among is not None and not len(among)):
+        chosen = self.select(where, within)
+        if not queries or not chosen.items:
             return [[] for _ in queries]
         encoded = self.encode([q if isinstance(q, Query) else Query(q) for q in queries])
-        ranked = rank_objects(self.ranker, objects, encoded, offset + top, images, refine, candidates, among)
+        ranked = rank_objects(self.ranker, objects, encoded, offset + top, images, refine, candidates, chosen.rows)
         found = self.object_results(encoded, ranked, offset)
         return [sorted_by(answer, sort) if sort else answer for answer in found]
 
@@ -438,13 +454,13 @@ class Searcher:
 
     # -- items -------------------------------------------------------------------------------------------------------
 
-    def among(self, where: Where | None = None, within: Sequence[str] | None = None) -> Rows | None:
-        """Rising rows of the items that a search is of, None where it is of all. Raises QueryError."""
+    def select(self, where: Where | None = None, within: Sequence[str] | None = None) -> Selection:
+        """The items that meet conditions, or those of them with some ids. Raises QueryError."""
         rows = self.matching(where) if where else None
-        if within is None:
-            return rows
-        chosen = np.unique(np.array([self.row(item_id) for item_id in within], np.int64))
-        return chosen if rows is None else np.intersect1d(rows, chosen, assume_unique=True)
+        if within is not None:
+            some = np.unique(np.array([self.row(item_id) for item_id in within], np.int64))
+            rows = some if rows is None else np.intersect1d(rows, some, assume_unique=True)
+        return Selection(len(self) if rows is None else len(rows), rows)
 
     def matching(self, where: Where) -> Rows:
         """Rising rows of the items that meet conditions. Raises QueryError."""

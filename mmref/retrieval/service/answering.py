@@ -29,6 +29,7 @@ from mmref.errors import (
     QueryError,
     SampleError,
     StorageError,
+    StoreError,
     UnknownColumnError,
 )
 from mmref.model.device import described
@@ -36,10 +37,11 @@ from mmref.retrieval.columns import to_plain
 from mmref.retrieval.filters import Condition, check_column, kind_of
 from mmref.retrieval.objects import Objects, rank_objects
 from mmref.retrieval.results import ObjectResult, Query, Result, sort_column, sorted_by
-from mmref.retrieval.searcher import Searcher
+from mmref.retrieval.searcher import Searcher, Selection
 from mmref.retrieval.service.examples import examples
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused, refuse
+from mmref.retrieval.store_searcher import open_searcher
 from mmref.storage.locations import is_url
 from mmref.terminal.progress import say
 
@@ -92,14 +94,15 @@ class Engine:
     Args:
         index: directory of `mmref index`.
         watch: follow changes on disk.
+        store: URL of what finds candidates in place of the index.
 
     Raises:
-        SearchIndexError: no complete index.
+        SearchIndexError: no complete index. StoreError.
     """
 
-    def __init__(self, index: str, limits: Limits, watch: bool = True) -> None:
+    def __init__(self, index: str, limits: Limits, watch: bool = True, store: str | None = None) -> None:
         self.limits = limits
-        self._searcher = Searcher(index)
+        self._searcher = open_searcher(index, store=store)
         if self._searcher.device.type != "cpu":
             say(f"{Path(index).name}: queries are encoded on {described(self._searcher.device)}")
         self._info: tuple[Searcher, dict[str, Any]] | None = None
@@ -139,7 +142,7 @@ class Engine:
         """Check an ask and decode its image, so that one that cannot be answered spoils no batch. Raises Refused."""
         if not (ask.text or "").strip() and ask.image is None:
             raise refuse(400, "EmptyQuery", "the query is empty.", "Give a sentence (text), an image, or both.")
-        _rows(self._searcher, ask)
+        _select(self._searcher, ask)
         if ask.sort:
             _check_sort(self._searcher, ask.sort)
         if ask.images:
@@ -162,24 +165,29 @@ class Engine:
         for members in groups.values():
             ask = batch[members[0]].ask
             try:
-                among = _rows(searcher, ask)
+                chosen = _select(searcher, ask)
                 objects = _objects(searcher) if ask.images else None
                 for sort in {batch[i].ask.sort for i in members} - {None}:
                     _check_sort(searcher, str(sort))
-            except Refused as refused:  # the index has changed since the query was prepared
+                if not chosen.items:
+                    continue
+                some = encoded.take(members)
+                most, last = self._candidates(searcher, ask.candidates, chosen.items), ask.offset + ask.top
+                with clock.stage("rank"):
+                    if objects:
+                        ranked_objects = rank_objects(
+                            searcher.ranker, objects, some, last, ask.images, ask.refine, most, chosen.rows
+                        )
+                    else:
+                        ranked = searcher.ranked(some, min(last, len(searcher)), ask.refine, most, chosen)
+            except Refused as refused:  # the index has changed since the query was prepared, or the store does not answer
                 for i in members:
                     found[i] = [], refused.problem
                 continue
-            if among is not None and not len(among):
+            except StoreError as error:
+                for i in members:
+                    found[i] = [], _no_store(error).problem
                 continue
-            some = encoded.take(members)
-            most = self._candidates(searcher, ask.candidates, len(searcher) if among is None else len(among))
-            last = ask.offset + ask.top
-            with clock.stage("rank"):
-                if objects:
-                    ranked_objects = rank_objects(searcher.ranker, objects, some, last, ask.images, ask.refine, most, among)
-                else:
-                    ranked = searcher.ranker.rank(some, min(last, len(searcher)), ask.refine, most, among)
             with clock.stage("describe"):
                 answers: Sequence[Sequence[Any]] = (
                     searcher.object_results(some, ranked_objects, ask.offset)
@@ -354,10 +362,12 @@ def decode_query(data: bytes, limits: Limits, fit: Fit) -> NDArray[np.uint8]:
         raise refuse(429, "Busy", "too many large images are being decoded.", "Ask again in a moment.", 1) from None
 
 
-def _rows(searcher: Searcher, ask: Ask) -> NDArray[np.int64] | None:
-    """Rows that an ask is of, None where it is of all. Raises Refused."""
+def _select(searcher: Searcher, ask: Ask) -> Selection:
+    """The items that an ask is of. Raises Refused."""
     try:
-        return searcher.among(ask.where, ask.within)
+        return searcher.select(ask.where, ask.within)
+    except StoreError as error:
+        raise _no_store(error) from None
     except UnknownColumnError as error:
         raise _unknown_column(error) from None
     except FilterError as error:
@@ -395,6 +405,11 @@ def _is_close(searcher: Searcher, ask: Ask, results: Sequence[Result | ObjectRes
     if enough is None or ask.image is not None or not results:
         return None
     return any(result.initial >= enough for result in results)
+
+
+def _no_store(error: StoreError) -> Refused:
+    log.warning("%s", error)
+    return refuse(503, "StoreUnavailable", "the store of the index does not answer.", "Ask again later.", 5)
 
 
 def _objects(searcher: Searcher) -> Objects:

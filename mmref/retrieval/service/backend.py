@@ -159,9 +159,9 @@ def _answered(reply: Reply) -> Any:
 class Replica(Worker):
     """What Ray Serve runs."""
 
-    def __init__(self, index: str, limits: Limits, replicas: int) -> None:
+    def __init__(self, index: str, limits: Limits, replicas: int, store: str | None) -> None:
         calm_opencv()
-        super().__init__(Engine(index, limits), replicas)
+        super().__init__(Engine(index, limits, store=store), replicas)
 
 
 class Replicated:
@@ -245,12 +245,13 @@ def _brief(args: tuple[Any, ...]) -> str:
     )[:2000]
 
 
-def deploy(index: str, name: str, limits: Limits, replicas: int, kept: int = 1) -> Replicated:
+def deploy(index: str, name: str, limits: Limits, replicas: int, kept: int = 1, store: str | None = None) -> Replicated:
     """Start replicas of an index on the Ray cluster this process is connected to, `kept` and up to `replicas` by load; no
     HTTP port of Ray Serve is opened.
 
     Args:
         name: of the index. The Serve application is called by this job of the cluster too: no other service has that name.
+        store: URL of what finds the candidates of the index.
     """
     import ray
     from ray import serve
@@ -268,7 +269,7 @@ def deploy(index: str, name: str, limits: Limits, replicas: int, kept: int = 1) 
         graceful_shutdown_timeout_s=ANSWER_S,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
-    application: Any = deployment.bind(os.path.abspath(os.path.expanduser(index)), limits, replicas)
+    application: Any = deployment.bind(os.path.abspath(os.path.expanduser(index)), limits, replicas, store)
     called = f"mmref-{ray.get_runtime_context().get_job_id()}-{name}"
     try:
         with in_time(f"{'a replica' if kept == 1 else f'{kept} replicas'} of {index} (a CPU each)", DEPLOY_LIMIT_S):

@@ -58,6 +58,7 @@ def serve_main(argv: Sequence[str]) -> int:
         action="store_true",
         help="give images out with what cameras and programs wrote into them (GPS, ...)",
     )
+    parser.add_argument("--store", metavar="URL", help="what finds the candidates: of `mmref index export`, for one index alone")
     defaults = Limits()
     for name, text in (
         ("text", "longest query, characters"),
@@ -71,6 +72,8 @@ def serve_main(argv: Sequence[str]) -> int:
         flag = f"--max-{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.store and len(args.indexes) > 1:
+        raise UsageError("--store is of one index: serve the others on another port.")
     need("serve", "mmref serve")
     if args.replicas:
         need("replicas", f"--replicas {args.replicas}", otherwise="Or serve in one process: `--replicas 0`.")
@@ -86,7 +89,7 @@ def serve_main(argv: Sequence[str]) -> int:
 
     status: Any = 0
     try:
-        serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy, kept)
+        serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy, kept, args.store)
     except SystemExit as stopped:
         status = stopped.code
     sys.stdout.flush()

@@ -34,6 +34,7 @@ def serve(
     limits: Limits,
     proxies: Sequence[Network] = (),
     kept: int = 1,
+    store: str | None = None,
 ) -> None:
     """Answer until SIGINT or SIGTERM; requests that have begun are answered first, for as long as `leaving.py` gives them.
 
@@ -43,9 +44,10 @@ def serve(
         token: that requests must bring; needed where `host` is not loopback.
         proxies: whose word on the address of a client is taken.
         kept: replicas of each index that run whatever the load.
+        store: URL of what finds the candidates of the one index.
 
     Raises:
-        ServeError: no token, a port in use, two indexes of one name. SearchIndexError: no complete index.
+        ServeError: no token, a port in use, two indexes of one name. SearchIndexError: no complete index. StoreError.
     """
     from mmref.retrieval.manifest import Manifest
 
@@ -60,7 +62,7 @@ def serve(
     with (
         _listening(host, port) as listener,
         leaving() as end,
-        _backends(named, limits, replicas, kept, end) as backends,
+        _backends(named, limits, replicas, kept, end, store) as backends,
     ):
         from mmref.retrieval.service.app import build_app
 
@@ -110,10 +112,12 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def _backends(named: dict[str, str], limits: Limits, replicas: int, kept: int, end: Leaving) -> Iterator[dict[str, Backend]]:
+def _backends(
+    named: dict[str, str], limits: Limits, replicas: int, kept: int, end: Leaving, store: str | None
+) -> Iterator[dict[str, Backend]]:
     """Engines of all indexes, here or on Ray."""
     if replicas == 0:
-        engines = {name: Engine(path, limits) for name, path in named.items()}
+        engines = {name: Engine(path, limits, store=store) for name, path in named.items()}
         try:
             yield {name: Local(engine) for name, engine in engines.items()}
         finally:
@@ -130,7 +134,7 @@ def _backends(named: dict[str, str], limits: Limits, replicas: int, kept: int, e
         try:
             for number, (name, path) in enumerate(named.items()):
                 # A number stands for the index's own name, which may hold what Ray Serve takes for a separator.
-                deployed[name] = deploy(path, str(number), limits, replicas, kept)
+                deployed[name] = deploy(path, str(number), limits, replicas, kept, store)
             yield dict(deployed)
         finally:
             _stop(deployed.values())

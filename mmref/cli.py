@@ -34,7 +34,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "shards": Command("mmref.shards.command:main", "build, inspect and verify shard sets (your own data: `build table`)"),
-    "train": Command("mmref.train.command:train_main", "train, evaluate and report"),
+    "train": Command("mmref.retrieval.fine_tune_command:train_main", "train, evaluate and report"),
     "sizing": Command("mmref.sizing.command:main", "memory, bytes and FLOPs of a run before it is started"),
     "evaluate": Command("mmref.evaluate.command:main", "score a run, an export or a pretrained model on a split"),
     "explain": Command("mmref.explain.command:main", "where a match lies, what references say, why a result moved"),

@@ -100,6 +100,10 @@ class TooFewPairsError(ConfigError):
     """The train split has fewer pairs of images and captions than `loss.align: rde` can divide."""
 
 
+class TooFewJudgementsError(MMRefError):
+    """There are too few judgements to train on, or to evaluate with."""
+
+
 class ModelError(MMRefError):
     """A backbone or tokenizer cannot be loaded or does not fit the config."""
 

@@ -97,7 +97,8 @@ def build_parser(section: str = "") -> Any:
         exit_on_error=False,
         usage="mmref train [--preset NAME | --config FILE] [--run_dir DIR] [--SECTION.FIELD VALUE ...]",
         description="Train MMRef, evaluate it on val and test, write a report. `--log-level` as of every command.",
-        epilog=f"`mmref train --help SECTION` tells of one section alone: {', '.join(SECTIONS)}.",
+        epilog=f"`mmref train --help SECTION` tells of one section alone: {', '.join(SECTIONS)}. `mmref train --from-judgements "
+        "INDEX` fine-tunes on judgements of results, and has a help of its own.",
     )
     parser.add_argument(
         "--config",

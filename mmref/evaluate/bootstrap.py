@@ -56,6 +56,11 @@ def paired_difference(
     }
 
 
+def resampled(values: np.ndarray, n: int = 1000, seed: int = 0, level: float = 0.95) -> list[list[float]]:
+    """[low, high] of the mean of each column of values (q, c), by resampling rows, which are alone and without NaN."""
+    return _intervals(_replicates(values, np.ones(len(values)), n, seed), level)
+
+
 def _object_sums(values: np.ndarray, valid: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sum of values (q, 7) and number of valid queries of each object: (o, 7) and (o,) float64."""
     objects = np.asarray(objects)

@@ -17,6 +17,7 @@ from mmref.config.packages import check_imports
 from mmref.data.sample_reader import SampleReader, sound
 from mmref.data.shard_set import ShardSet
 from mmref.errors import RunDirectoryError, ShardSetError, StorageError
+from mmref.evaluate import judged as judgements
 from mmref.evaluate.ambiguity import ambiguity
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
 from mmref.evaluate.choose import choose_on_val, settings_of, trained_space
@@ -27,6 +28,7 @@ from mmref.evaluate.metrics import METRIC_NAMES, PerQuery, ScoreFn, evaluate_fea
 from mmref.evaluate.protocols import CAPTIONS_AS_ONE, IMAGE_TO_IMAGE, Chosen, protocols
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.evaluate.report import (
+    JUDGED,
     Metrics,
     format_table,
     metrics_path,
@@ -235,6 +237,9 @@ def evaluate_run(
         )
         if run.exists(section := section_path(checkpoint.folder, view)):
             page = with_section(page, run.read_text(section))
+        judged = run.read_json(judgements.FILE) if own and run.exists(judgements.FILE) else {}
+        if judged.get("checkpoint") == checkpoint.folder:
+            page = with_section(page, judgements.section(judged), JUDGED)
         run.write_text(report_path(view), page)
     print(printable(format_table(metrics), lines=True))
     return metrics

@@ -29,7 +29,7 @@ _VAL_STYLES = (("#010000", "o", "-"), ("#020000", "s", "--"), ("#030000", "^", "
 _SMOOTH_ABOVE = 60  # log lines from which a curve is drawn as a rolling mean
 _TRIED_SHOWN = 12
 EXPLANATIONS = "explain"  # folder of a run; explain-<view> of another set or split
-_OPEN, _CLOSE = "<!-- explanations -->", "<!-- end of explanations -->"  # around them in a report
+EXPLAINED, JUDGED = "explanations", "judgements"  # sections that a report gets after it was written, by the comments around them
 
 
 def metrics_path(view: str = "") -> str:
@@ -52,12 +52,18 @@ def section_path(checkpoint: str, view: str = "") -> str:
     return f"{explanations_folder(view)}/{checkpoint.rsplit('/', 1)[-1]}.html"
 
 
-def with_section(report: str, section: str) -> str:
-    """A report with a section of explanations, in place of an earlier one."""
-    start, end = report.find(_OPEN), report.find(_CLOSE)
+def with_section(report: str, section: str, kind: str = EXPLAINED) -> str:
+    """A report with a section, EXPLAINED or JUDGED, in place of an earlier one."""
+    opening, closing = f"<!-- {kind} -->", f"<!-- end of {kind} -->"
+    start, end = report.find(opening), report.find(closing)
     if start < 0 or end < 0:  # written by an older version
         return report
-    return report[: start + len(_OPEN)] + "\n" + section + report[end:]
+    return report[: start + len(opening)] + "\n" + section + report[end:]
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A part of a page by its template."""
+    return _environment().get_template(template).render(**values)
 
 
 def render_report(

@@ -34,9 +34,9 @@ from mmref.evaluate.judged import JudgedQuery, compared, measure
 from mmref.evaluate.report import JUDGED, report_path, with_section
 from mmref.export.model import Model, load
 from mmref.export.write import export_run
+from mmref.retrieval.exact import gather_features
 from mmref.retrieval.feedback import TABLE, Judgement, Judgements, export_table
 from mmref.retrieval.searcher import Searcher
-from mmref.retrieval.vectors import gather
 from mmref.shards.build import BuildOptions, build_shards, make_source
 from mmref.terminal.output import printable
 from mmref.terminal.progress import Counter, say
@@ -291,7 +291,7 @@ def judge_models(searcher: Searcher, trained: Model, judgements: Sequence[Judgem
         )
         for i, q in enumerate(queries)
     ]
-    old = gather([s.features for s in searcher.segments], gallery)
+    old = gather_features([s.features for s in searcher.segments], gallery)
     images = {searcher.model: old, trained: _embedded(searcher, trained, ids)}
     found: dict[str, Any] = {"gallery": len(gallery)}
     initial, refined = [], []

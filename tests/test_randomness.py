@@ -43,6 +43,8 @@ PINNED = {
     "HARD_GROUPS": "dd1199c45432d089",
     "LEDGER": "fc48f5ebc4ceca25",
     "DOUBTED_PAIRS": "526ac2c0337a70b4",
+    "CHOSEN_OBJECTS": "14c00f0b034c5c81",
+    "CHOSEN_IMAGES": "1e5ba957e7a1e915",
 }
 
 

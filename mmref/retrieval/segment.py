@@ -1,6 +1,6 @@
 """A segment: the arrays of a run of items, each a file that is mapped into memory, never changed once written.
 
-features.npy    (n, d) float16, L2-normalised; float32 in indexes of older versions
+features.npy    (n, d) float32, L2-normalised; float16 in large indexes
 near.npy        (n, r) int32 and weights.npy (n, r) float32: sparse codes over the references, where there are any
 uids.npy        (n,) int64, rising: numbers that items keep for life
 items.arrow     id, path, offset, length, object_id, file_stamp, width, height (pixels), file_sha256 (of the image's bytes;
@@ -31,6 +31,7 @@ from mmref.storage.array_file import ArrayFile, save_array
 from mmref.storage.disk import sync_files, told_when_full
 from mmref.storage.parquet import read_parquet
 
+FULL_PRECISION_UP_TO = 100_000  # items of an index: 0.2 GB at a width of 512
 CODES = ("near", "weights")
 ITEMS = "items.arrow"
 ITEMS_OF_A_BATCH = 65_536
@@ -99,6 +100,12 @@ def open_segments(index: Path, manifest: Manifest) -> list[Segment]:
     return [Segment(index / "segments" / name) for name in manifest.segments]
 
 
+def stored_as(items: int) -> type[np.float16] | type[np.float32]:
+    """The numbers that features of an index of so many items are kept in: in fp32 results are those of an evaluation to the last
+    digit, and fp16 is half to read."""
+    return np.float16 if items > FULL_PRECISION_UP_TO else np.float32
+
+
 def write_segment(folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first_uid: int, count: int, dim: int) -> None:
     """Write the embedded chunks of a listing, `count` readable images.
 
@@ -109,13 +116,14 @@ def write_segment(folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first
     codes: dict[str, ArrayFile] = {}
     tables, spans, done, end = [], [], 0, 0
     with contextlib.ExitStack() as stack:
-        features = stack.enter_context(ArrayFile(folder / "features.npy", (count, dim), np.float16))
+        kind = stored_as(first_uid + count)
+        features = stack.enter_context(ArrayFile(folder / "features.npy", (count, dim), kind))
         file = stack.enter_context(open(folder / "thumbnails.bin", "wb"))
         for rows, arrays in chunks:
             n = len(arrays["position"])
             if not n:
                 continue
-            features.write(arrays["features"].astype(np.float16))
+            features.write(arrays["features"].astype(kind))
             for name in CODES:
                 if name in arrays:
                     if name not in codes:

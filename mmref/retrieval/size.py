@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmref.retrieval.manifest import Manifest
-from mmref.retrieval.segment import Segment
+from mmref.retrieval.segment import Segment, stored_as
 from mmref.retrieval.vectors import HNSW_LINKS, Kind, code_bytes
 
 FLAT_UP_TO = 1_000_000  # items that `auto` searches exactly
@@ -30,7 +30,7 @@ def memory_for(kind: str, items: int, dim: int) -> int:
     """Bytes that a search of `items` features (n, dim) reads again and again: with less memory than that it waits for the
     disk. Flat reads the features; the others their index, and few features."""
     numbers = {
-        "flat": dim * np.dtype(np.float16).itemsize,
+        "flat": dim * np.dtype(stored_as(items)).itemsize,
         "ivf": dim + UID_BYTES,
         "hnsw": dim + UID_BYTES + 2 * HNSW_LINKS * np.dtype(np.int32).itemsize,
         "ivfpq": code_bytes(dim) + UID_BYTES,

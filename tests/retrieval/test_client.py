@@ -94,7 +94,10 @@ def test_options_that_do_not_go_together_are_named(split_index, capsys):
     for argv, words in (
         (["--url", "http://h", str(split_index), "x"], "is no index to open"),
         (["--url", "localhost:8000", "x"], "is no address of a service: give it as http://HOST:PORT"),
-        (["--url", "http://h", "x", "--judge"], "--judge, --judgements and --device are of an index that is opened here"),
+        (
+            ["--url", "http://h", "x", "--judge"],
+            "--judge, --judgements, --store and --device are of an index that is opened here",
+        ),
         ([], "name the INDEX to search, or a service with --url"),
         ([str(split_index), "x", "--token", "t"], "--token and --index are of a service"),
     ):

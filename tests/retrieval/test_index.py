@@ -40,7 +40,7 @@ def test_a_folder_becomes_an_index_and_broken_images_are_listed(folder, run, tmp
     assert searcher.image_bytes("deep/03.png") == (folder / "deep" / "03.png").read_bytes()
     pixels = np.asarray(Image.open(folder / "04.png"))
     row = searcher.row("04.png")
-    np.testing.assert_allclose(searcher.segments[0].features[row], searcher.model.encode_images([pixels])[0], atol=3e-4)
+    np.testing.assert_allclose(searcher.segments[0].features[row], searcher.model.encode_images([pixels])[0], atol=1e-6)
     assert not list(tmp_path.glob("*.partial")) and not list((tmp_path / "out").glob("chunks"))
 
 

@@ -135,5 +135,5 @@ def test_ray_workers_die_of_it_twice_at_a_time_and_the_rest_is_embedded(folder, 
     found, wanted = (Searcher(str(tmp_path / name)) for name in ("out", "reference"))
     for name in found.items["id"].to_pylist():
         of = [s.segments[0].features[s.row(name)] for s in (found, wanted)]
-        np.testing.assert_allclose(*of, atol=1e-3)
+        np.testing.assert_allclose(*of, atol=1e-5)
     assert len(found) == len(wanted) - 1 == 10

@@ -13,7 +13,7 @@ from support.old_index import as_of_old
 
 from mmref.cli import main
 from mmref.errors import SearchIndexError
-from mmref.retrieval import index, parts, size, vectors
+from mmref.retrieval import index, parts, segment, size, vectors
 from mmref.retrieval.exact import exact
 from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.searcher import Searcher
@@ -32,14 +32,14 @@ def segment_of(folder: Path, features: np.ndarray, first_uid: int = 0) -> Segmen
     """A segment of features alone, with items that are numbers."""
     import pyarrow as pa
 
-    from mmref.retrieval.segment import write_segment
-
     n = len(features)
     names = [str(first_uid + i) for i in range(n)]
     rows = pa.table({"id": names, "path": names, "object_id": names})
     arrays = {"position": np.arange(n), "features": features, "size": np.zeros((n, 2), np.int32),
               "thumbnail_bytes": np.zeros(n, np.int64), "thumbnails": np.zeros(0, np.uint8)}  # fmt: skip
-    write_segment(folder, [(rows, arrays)], first_uid, n, features.shape[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment, "FULL_PRECISION_UP_TO", 0)  # as in an index that is large
+        segment.write_segment(folder, [(rows, arrays)], first_uid, n, features.shape[1])
     return Segment(folder)
 
 
@@ -141,6 +141,7 @@ def test_an_index_of_an_older_version_opens_grows_and_is_joined(folder, run, tmp
     as_of_old(out / "segments" / "000000", without="file_sha256")
     assert Searcher(str(out)).segments[0].features.dtype == np.float32
     write_images(folder, range(11, 14))
+    monkeypatch.setattr(segment, "FULL_PRECISION_UP_TO", 12)
     index.add(str(out), str(folder), workers=0)
     grown = Searcher(str(out))
     assert [s.features.dtype for s in grown.segments] == [np.float32, np.float16]

@@ -232,7 +232,7 @@ def test_further_columns_are_values_of_json(tmp_path: Path) -> None:
     frame["price"], frame["tags"] = [Decimal("2.50")], [["new"]]
     frame.to_parquet(tmp_path / "t.parquet")
     (row,) = list_images(str(tmp_path / "t.parquet")).items.to_pylist()
-    assert (row["made"], row["price"], "tags" in row) == ("2026-01-02 00:00:00", "2.50", False)
+    assert (row["made"], row["price"], "tags" in row) == (pd.Timestamp("2026-01-02"), 2.5, False)
 
 
 # -- rows and columns ------------------------------------------------------------------------------------------------

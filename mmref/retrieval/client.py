@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from mmref.errors import QueryError, SampleError, ServiceError, StorageError, UsageError
-from mmref.retrieval.results import ObjectResult, Query, Result
+from mmref.retrieval.results import Answer, ObjectResult, Query, Result
 
 TIMEOUT_S = 75.0  # more than the service gives itself for an answer
 AT_ONCE = 8  # searches of a batch, which the service encodes and ranks together
@@ -56,8 +56,8 @@ class ServiceClient:
         self.name, self.items = index or "", 0
         self._opener = urllib.request.build_opener(_NoRedirects)
 
-    def search_many(self, queries: Sequence[Query], asked: Mapping[str, Any]) -> list[list[Result]] | list[list[ObjectResult]]:
-        """Results of each query.
+    def search_many(self, queries: Sequence[Query], asked: Mapping[str, Any]) -> list[Answer]:
+        """The answer to each query.
 
         Args:
             asked: further fields of a search as the service takes them (`GET /openapi.json`); those that are None are left out.
@@ -69,7 +69,7 @@ class ServiceClient:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(lambda query: self._search(query, shared), queries))
 
-    def _search(self, query: Query, shared: Mapping[str, Any]) -> Any:
+    def _search(self, query: Query, shared: Mapping[str, Any]) -> Answer:
         body = {**shared, "text": query.text}
         if query.image is not None:
             body |= {"image": base64.b64encode(_read_image(str(query.image))).decode(), "image_weight": query.image_weight}
@@ -78,7 +78,7 @@ class ServiceClient:
         try:
             answer = json.loads(data)
             self.name, self.items = answer["index"], answer["items"]
-            return [kind.of(one) for one in answer["results"]]
+            return Answer([kind.of(one) for one in answer["results"]], answer["close_match"])
         except (ValueError, KeyError, TypeError):
             raise ServiceError(f"{self.url} answers, but not as `mmref serve` of this version does.") from None
 

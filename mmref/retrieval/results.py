@@ -89,6 +89,14 @@ class ObjectResult:
         return self.images[0].value(column)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What was found for a query, and whether any of it is close (`Searcher.is_close`)."""
+
+    results: Sequence[Result] | Sequence[ObjectResult]
+    close_match: bool | None
+
+
 R = TypeVar("R", Result, ObjectResult)
 
 

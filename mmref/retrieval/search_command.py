@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmref.errors import FilterError, UsageError
 from mmref.retrieval.command import device_option, lines_of
@@ -16,13 +16,16 @@ from mmref.terminal.output import printable, to_json
 from mmref.terminal.parser import Parser
 from mmref.terminal.progress import say
 
+if TYPE_CHECKING:
+    from mmref.retrieval.results import Answer
+
 
 def search_main(argv: Sequence[str]) -> int:
     """`mmref search INDEX "a sentence"`, `mmref search --url http://HOST:PORT "a sentence"`."""
     args = _search_parser().parse_intermixed_args(_conditions_apart(argv))
     _check_search(args)
     from mmref.retrieval.results import Query
-    from mmref.retrieval.show import format_objects, format_results, render_page
+    from mmref.retrieval.show import NO_CLOSE_MATCH, format_objects, format_results, render_page
 
     queries = [Query(line) for line in lines_of(args.batch)] if args.batch else []
     queries = queries or [Query(args.text, args.image, args.image_weight)]
@@ -32,17 +35,20 @@ def search_main(argv: Sequence[str]) -> int:
         from mmref.retrieval.client import ServiceClient
 
         service = ServiceClient(args.url, args.token, args.index_name)
-        answers: Sequence[Sequence[Any]] = service.search_many(queries, _asked(args))
+        answers = service.search_many(queries, _asked(args))
     else:
         searcher = _searcher(args)
         answers = _answers(searcher, queries, args)
     shown: Any = format_objects if args.by == "object" else format_results
     names = [query.text or str(query.image) for query in queries]
-    for name, results in zip(names, answers):
+    for name, answer in zip(names, answers):
         if args.json:
-            print(to_json({"query": name, "results": [r.to_dict() for r in results]}))
+            found = [r.to_dict() for r in answer.results]
+            print(to_json({"query": name, "close_match": answer.close_match, "results": found}))
         elif not args.html:
-            print(printable(name) if len(names) > 1 else "", shown(results), sep="\n" if len(names) > 1 else "")
+            print(printable(name) if len(names) > 1 else "", shown(answer.results), sep="\n" if len(names) > 1 else "")
+            if answer.close_match is False:
+                print(NO_CLOSE_MATCH)
     if args.html:
         told = list(zip(names, answers))
         if args.url:
@@ -52,7 +58,7 @@ def search_main(argv: Sequence[str]) -> int:
         write_output("--html", args.html, page)
         print(f"written to {args.html}")
     if args.judge:
-        _ask(searcher, queries, answers, args.judgements)
+        _ask(searcher, queries, [answer.results for answer in answers], args.judgements)
     return 0
 
 
@@ -98,15 +104,17 @@ def _searcher(args: argparse.Namespace) -> Any:
     return searcher
 
 
-def _answers(searcher: Any, queries: Sequence[Any], args: argparse.Namespace) -> Sequence[Sequence[Any]]:
-    """Results of each query, images or objects."""
-    from mmref.retrieval.results import DEFAULT_IMAGES
+def _answers(searcher: Any, queries: Sequence[Any], args: argparse.Namespace) -> list[Answer]:
+    """The answer to each query, images or objects."""
+    from mmref.retrieval.results import DEFAULT_IMAGES, Answer
 
     how = {"refine": not args.no_refine, "candidates": args.candidates, "where": args.where}
     how |= {"offset": args.offset, "sort": args.sort}
     if args.by == "object":
-        return searcher.search_many_objects(queries, args.top, args.images or DEFAULT_IMAGES, **how)
-    return searcher.search_many(queries, args.top, **how)
+        found = searcher.search_many_objects(queries, args.top, args.images or DEFAULT_IMAGES, **how)
+    else:
+        found = searcher.search_many(queries, args.top, **how)
+    return [Answer(results, searcher.is_close(query, results)) for query, results in zip(queries, found)]
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:

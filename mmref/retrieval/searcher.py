@@ -341,6 +341,14 @@ class Searcher:
 
         return references
 
+    def is_close(self, query: Query, results: Sequence[Result | ObjectResult]) -> bool | None:
+        """Whether one of the results of a query is as like its sentence as right images mostly are. None where nothing says how
+        like that is, as of images, whose cosines with one another are others."""
+        enough = self.model.close_cosine
+        if enough is None or query.image is not None or not results:
+            return None
+        return any(result.initial >= enough for result in results)
+
     def explain(self, query: Query | str, item_id: str, grid: int = GRID, encoded: bytes | None = None) -> Explanation:
         """Why an item ranks where it does: where in its image the match lies, and the references that the two resemble.
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mmref.retrieval.notebook import template
-from mmref.retrieval.results import ObjectResult, Result
+from mmref.retrieval.results import Answer, ObjectResult, Result
 from mmref.terminal.output import printable
 
 if TYPE_CHECKING:  # it imports torch, and results of a service are shown without
     from mmref.retrieval.duplicates import Found
 
+NO_CLOSE_MATCH = "no close match: right images are mostly more like a sentence than these are"
 WIDEST_ID = 48  # characters
 MOST_GROUPS, MOST_MEMBERS = 300, 24  # of duplicates on a page: a thumbnail is a few kB
 
@@ -50,17 +51,21 @@ def render_page(
     index: str,
     items: int,
     thumbnail: Callable[[str], bytes],
-    answers: Sequence[tuple[str, Sequence[Result] | Sequence[ObjectResult]]],
+    answers: Sequence[tuple[str, Answer]],
 ) -> str:
-    """A self-contained page: a grid of thumbnails for each (query, results), or one for each object found.
+    """A self-contained page: a grid of thumbnails for each (query, answer), or one for each object found.
 
     Args:
         index, items: its name, and how many it has.
         thumbnail: WebP of an item by its id.
     """
     shown = [
-        (query, [(of, [(r, base64.b64encode(thumbnail(r.id)).decode()) for r in images]) for of, images in _groups(results)])
-        for query, results in answers
+        (
+            query,
+            [(of, [(r, base64.b64encode(thumbnail(r.id)).decode()) for r in images]) for of, images in _groups(answer.results)],
+            NO_CLOSE_MATCH if answer.close_match is False else "",
+        )
+        for query, answer in answers
     ]
     return template("results.html.j2").render(index=index, items=items, answers=shown)
 

@@ -120,7 +120,7 @@ def test_a_batch_waits_where_the_service_is_busy(split_index):
     with listening(split_index, Limits(rate=20, burst=2)) as service:
         client = ServiceClient(f"http://127.0.0.1:{service.address[1]}")
         found = client.search_many([Query(f"thing {n}") for n in range(12)], {"top": 1})
-        assert [len(one) for one in found] == [1] * 12
+        assert [len(one.results) for one in found] == [1] * 12
         assert 'status="429"' in service.ask("/metrics", source="127.0.0.9")[1].decode(), "it was"
     assert LIMITS.rate == 0
 

@@ -14,6 +14,7 @@ from PIL import Image
 from support.images import write_images
 
 from mmref.cli import main
+from mmref.export.model import Model
 from mmref.retrieval import index
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.set_aside import read_skipped
@@ -98,6 +99,28 @@ def test_json_batches_filters_and_images(split_index, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["results"]
     assert {r["object_id"] for r in found} == {searcher.item(item)["object_id"]}
     assert main(["search", str(split_index), "red", *argv, "--image-weight", "0.2"]) == 0
+
+
+def test_a_search_says_that_nothing_is_close(split_index, tmp_path, capsys, monkeypatch):
+    search = ["search", str(split_index), "a red star", "--top", "2"]
+    page = tmp_path / "page.html"
+    for enough, close in ((None, None), (-2.0, True), (2.0, False)):
+        monkeypatch.setattr(Model, "close_cosine", enough)
+        for more in ([], ["--by", "object"]):
+            assert main([*search, *more]) == 0
+            assert ("no close match" in capsys.readouterr().out) is (close is False)
+        assert main([*search, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["close_match"] is close
+        assert main([*search, "--html", str(page)]) == 0
+        assert ("<p>No close match" in page.read_text()) is (close is False)
+        capsys.readouterr()
+    assert main([*search[:2], "--image", str(drawing(tmp_path)), "--top", "2"]) == 0
+    assert "no close match" not in capsys.readouterr().out, "cosines of images with one another are others"
+
+
+def drawing(folder):
+    Image.new("RGB", (16, 16), "red").save(folder / "red.png")
+    return folder / "red.png"
 
 
 def test_the_page_is_self_contained(split_index, tmp_path, capsys):

@@ -207,7 +207,7 @@ class Engine:
         }
         replies: list[Reply] = []
         for p, n, (results, problem) in zip(batch, refined, found):
-            own = {"candidates": n, "close_match": _is_close(searcher, p.ask, results), "results": [describe(r) for r in results]}
+            own = {"candidates": n, "close_match": searcher.is_close(p.query, results), "results": [describe(r) for r in results]}
             replies.append((None if problem else shared | own, problem))
         return replies
 
@@ -396,15 +396,6 @@ def describe(result: Result | ObjectResult) -> dict[str, Any]:
         return found | {"images": [describe(image) for image in result.images]}
     del found["path"]
     return found
-
-
-def _is_close(searcher: Searcher, ask: Ask, results: Sequence[Result | ObjectResult]) -> bool | None:
-    """Whether one of the results is as like the sentence as right images mostly are. None where nothing says how like that is,
-    as of images, whose cosines with one another are others."""
-    enough = searcher.model.close_cosine
-    if enough is None or ask.image is not None or not results:
-        return None
-    return any(result.initial >= enough for result in results)
 
 
 def _no_store(error: StoreError) -> Refused:

@@ -280,16 +280,12 @@ def judge_models(searcher: Searcher, trained: Model, judgements: Sequence[Judgem
     gallery = _gallery(searcher, judgements, seed)
     ids = searcher.items["id"].take(gallery).to_pylist()
     at = {name: i for i, name in enumerate(ids)}
-    queries = list(dict.fromkeys(j.query for j in judgements))
+    by_query: dict[str, tuple[list[int], list[int]]] = {}  # rows of what was wrong, and of what was right
+    for judgement in judgements:
+        by_query.setdefault(judgement.query, ([], []))[judgement.relevant].append(at[judgement.id])
+    queries = list(by_query)
     judged = [
-        JudgedQuery(
-            i,
-            *(
-                np.array([at[j.id] for j in judgements if j.query == q and j.relevant is kind], np.int64)
-                for kind in (True, False)
-            ),
-        )
-        for i, q in enumerate(queries)
+        JudgedQuery(i, np.array(right, np.int64), np.array(wrong, np.int64)) for i, (wrong, right) in enumerate(by_query.values())
     ]
     old = gather_features([s.features for s in searcher.segments], gallery)
     images = {searcher.model: old, trained: _embedded(searcher, trained, ids)}

@@ -264,7 +264,11 @@ class Searcher:
         if offset < 0:
             raise QueryError(f"offset is {offset}: give the number of results to pass over, 0 or more.")
         if sort:
-            check_column(sort_column(sort)[0], list(self.filter_columns), self.index.name)
+            self.check_sort(sort)
+
+    def check_sort(self, sort: str) -> None:
+        """Raise UnknownColumnError where there is no column to sort by."""
+        check_column(sort_column(sort)[0], list(self.filter_columns), self.index.name)
 
     def in_order(self, results: Results[Result], sort: str | None) -> Results[Result]:
         """Results by a column, or as they are."""

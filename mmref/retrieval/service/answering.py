@@ -34,9 +34,9 @@ from mmref.errors import (
 )
 from mmref.model.device import described
 from mmref.retrieval.columns import to_plain
-from mmref.retrieval.filters import Condition, check_column, kind_of
+from mmref.retrieval.filters import Condition, kind_of
 from mmref.retrieval.objects import Objects, rank_objects
-from mmref.retrieval.results import ObjectResult, Query, Result, sort_column, sorted_by
+from mmref.retrieval.results import ObjectResult, Query, Result, sorted_by
 from mmref.retrieval.searcher import Searcher, Selection
 from mmref.retrieval.service.examples import examples
 from mmref.retrieval.service.limits import Limits
@@ -380,7 +380,7 @@ def _select(searcher: Searcher, ask: Ask) -> Selection:
 def _check_sort(searcher: Searcher, sort: str) -> None:
     """Raise Refused."""
     try:
-        check_column(sort_column(sort)[0], list(searcher.filter_columns), searcher.index.name)
+        searcher.check_sort(sort)
     except UnknownColumnError as error:
         raise _unknown_column(error) from None
 

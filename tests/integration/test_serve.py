@@ -81,8 +81,8 @@ def test_it_answers_as_the_searcher_and_leaves_nothing_behind(own_index, tmp_pat
         400,
         {
             "error": "UnknownColumn",
-            "message": "own has no column 'colour' to filter by. It has: split, caption.",
-            "fix": "Filter by one of its columns: split, caption.",
+            "message": "own has no column 'colour' to filter or sort by. It has: split, caption, id, object_id, width, height.",
+            "fix": "Name one of its columns.",
         },
     )
     assert get(f"{url}explain?text=x&id={answer['results'][0]['id']}")[0] == 200
@@ -186,7 +186,7 @@ def test_a_request_that_kills_its_replica_costs_two_and_nobody_else(own_index, m
     from mmref.retrieval.service.problems import Refused
 
     class Poisoned(backend.Worker):
-        def __init__(self, index: str, limits: Limits, replicas: int) -> None:
+        def __init__(self, index: str, limits: Limits, *_: Any) -> None:
             super().__init__(Engine(index, limits), 1)
 
         async def search(self, ask: Ask) -> Any:

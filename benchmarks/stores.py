@@ -1,5 +1,5 @@
-"""The same queries through an index, LanceDB and PostgreSQL with pgvector: are the refined results equal, and how long does each
-take?
+"""The same queries through an index, and through LanceDB, Qdrant and PostgreSQL with pgvector: are the refined results equal, and
+how long does each take?
 
 Sentences are captions of the run's val and train splits, encoded once before the clock starts: what is timed is the first pass,
 the way of the codes, and the refinement. Two results are equal up to ties where scores in each place differ by at most 1e-5, and
@@ -86,11 +86,14 @@ if __name__ == "__main__":
     parser.add_argument("run", help="run of `mmref train`")
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--postgres", nargs="?", const="", metavar="URL", help="a database; without a URL one is started")
+    parser.add_argument("--qdrant", metavar="URL", help="of a server")
     parser.add_argument("--out")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         places = {"lancedb": f"lancedb://{folder}/lance"}
+        if args.qdrant:
+            places["qdrant"] = args.qdrant
         if args.postgres is not None:
             sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
             from support.postgres import postgres

@@ -19,6 +19,7 @@ EXTRAS = {
     "hub": ("huggingface_hub",),
     "emoji": ("resvg_py",),
     "lancedb": ("lancedb",),
+    "qdrant": ("qdrant_client",),
     "pgvector": ("psycopg", "pgvector"),
 }
 

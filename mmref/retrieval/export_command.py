@@ -18,10 +18,11 @@ def export_main(argv: Sequence[str]) -> int:
         "Model and thumbnails stay in the index. Export again when it has changed.",
     )
     parser.add_argument("index", type=local_path, metavar="INDEX")
-    parser.add_argument("--to", required=True, choices=("parquet", "lancedb", "pgvector"), help="what is written to")
+    parser.add_argument("--to", required=True, choices=("parquet", "lancedb", "qdrant", "pgvector"), help="what is written to")
     parser.add_argument(
         "--out", required=True, metavar="FILE|URL",
-        help="a file for parquet; else lancedb://FOLDER or postgresql://USER@HOST/DATABASE, and #TABLE (default: #mmref)",
+        help="a file for parquet; else lancedb://FOLDER, qdrant://HOST:PORT or postgresql://USER@HOST/DATABASE, and #TABLE "
+        "(default: #mmref)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     from mmref.retrieval.stores.export import export_index

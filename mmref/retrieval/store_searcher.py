@@ -10,12 +10,12 @@ import numpy as np
 
 from mmref.errors import QueryError, StoreError
 from mmref.retrieval.exact import Floats, Rows
-from mmref.retrieval.filters import Condition, Where, read_where, typed
+from mmref.retrieval.filters import Condition, Where, matches, read_where, typed
 from mmref.retrieval.objects import Objects
 from mmref.retrieval.ranking import Encoded
 from mmref.retrieval.searcher import Searcher, Selection
 from mmref.retrieval.stores.places import open_store
-from mmref.retrieval.stores.store import CODES, FEATURE, Store
+from mmref.retrieval.stores.store import CODES, FEATURE, UID, Store
 
 
 def open_searcher(index: str | os.PathLike[str], device: str = "auto", store: str | None = None) -> Searcher:
@@ -63,6 +63,11 @@ class StoreSearcher(Searcher):
             if not within:
                 return Selection(0)
             conditions = (*conditions, Condition("id", "in", tuple(within)))
+        if unsaid := [one for one in conditions if not self.store.says(one)]:
+            uids = self.ranker.uids[matches(unsaid, self.items)].tolist()
+            if not uids:
+                return Selection(0)
+            conditions = (*(one for one in conditions if one not in unsaid), Condition(UID, "in", tuple(uids)))
         return Selection(self.store.count(conditions) if conditions else len(self), conditions=conditions)
 
     @cached_property

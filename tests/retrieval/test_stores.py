@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.postgres import binaries, postgres
+from support.qdrant import qdrant
 
 from mmref.cli import main
 from mmref.errors import ExtraMissingError, QueryError, SearchIndexError, StoreError
@@ -28,7 +29,7 @@ from mmref.retrieval.stores import places
 from mmref.retrieval.stores.export import export_index
 
 SENTENCES = ["a red circle", "green square 17", "drawing 0 of a blue star", "grey"]
-ENGINES = ("lancedb", "pgvector")
+ENGINES = ("lancedb", "qdrant", "pgvector")
 
 
 @pytest.fixture(scope="session")
@@ -42,11 +43,23 @@ def database() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def qdrant_server() -> Iterator[str]:
+    """URL of Qdrant's engine behind its HTTP."""
+    pytest.importorskip("qdrant_client")
+    pytest.importorskip("qdrant_edge")
+    with qdrant() as url:
+        yield url
+
+
 @pytest.fixture(params=ENGINES)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place of its own in each engine."""
+    table = tmp_path.name.replace("-", "_")
     if request.param == "pgvector":
-        return f"{request.getfixturevalue('database')}#{tmp_path.name.replace('-', '_')}"
+        return f"{request.getfixturevalue('database')}#{table}"
+    if request.param == "qdrant":
+        return f"{request.getfixturevalue('qdrant_server')}#{table}"
     pytest.importorskip("lancedb")
     return f"lancedb://{tmp_path}/lance"
 
@@ -125,7 +138,11 @@ def test_engines_filter_as_the_index_does(typed_index, url):
         "name~%", "name~\\", "name!=x", "name in x,it's", "price is missing", "price is not missing", "name is missing",
         "name is not missing", "day>=2024-05-03", "day=2024-05-02", "day in 2024-05-01,2024-05-04", "taken=2024-05-02",
         "taken>2024-05-02T06:30", "taken<=2024-05-03", "seen=2024-05-02", "seen>=2024-05-02T06:30", "seen is missing",
-        "share % off>0.5",
+        "share % off>0.5", "name>it", "name<=x", "sold!=true", "sold in true,false", "price!=2", "stock in 0,7",
+        "day!=2024-05-02",
+        "day<2024-05-03", "day>2024-05-02", "taken!=2024-05-02", "taken>2024-05-02", "taken<2024-05-03", "taken>=2024-05-02",
+        "taken in 2024-05-01,2024-05-03", "seen!=2024-05-02T05:00", "taken is not missing", "stock<9007199254740993",
+        "id~drawing", ["name~a", "stock!=1", "taken>2024-05-02"],
     ]  # fmt: skip
     counts = set()
     for where in filters:
@@ -202,7 +219,7 @@ def test_commands(split_index, url, capsys):
     assert main(["search", str(split_index), "a red circle", "--json", "--top", "3", "--store", url]) == 0
     theirs = json.loads(capsys.readouterr().out)
     assert [r["id"] for r in theirs["results"]] == [r["id"] for r in mine["results"]]
-    other = {"lancedb": "pgvector", "pgvector": "lancedb"}[engine_of(url)]
+    other = next(name for name in ENGINES if name != engine_of(url))
     assert main(["index", "export", str(split_index), "--to", other, "--out", url]) == 2
     assert "do not go together" in capsys.readouterr().err
 
@@ -234,7 +251,7 @@ def test_what_is_no_store_is_said(split_index, tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="a table's name has"):
         places.open_store("lancedb:///here#a;b")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for url, extra in (("lancedb:///here", "lancedb"), ("postgresql://here/x", "pgvector")):
+    for url, extra in (("lancedb:///here", "lancedb"), ("qdrant://here", "qdrant"), ("postgresql://here/x", "pgvector")):
         with pytest.raises(ExtraMissingError, match=rf"pip install 'mmref\[{extra}\]'"):
             places.open_store(url)
 
@@ -244,6 +261,12 @@ def test_a_server_that_is_not_there_is_said():
     with pytest.raises(StoreError, match="PostgreSQL failed") as caught:
         places.open_store("postgresql://me:secret@127.0.0.1:1/db")
     assert "secret" not in str(caught.value)
+
+
+def test_a_qdrant_that_is_not_there_is_said():
+    pytest.importorskip("qdrant_client")
+    with pytest.raises(StoreError, match=r"Qdrant at 127\.0\.0\.1:1 failed"):
+        places.open_store("qdrant://127.0.0.1:1")
 
 
 def test_a_server_that_comes_back_is_asked_again(split_index, database):

@@ -14,7 +14,7 @@ from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.segment import Segment, join_items, open_segments
 from mmref.retrieval.stores.parquet_file import write_parquet
 from mmref.retrieval.stores.places import open_store
-from mmref.retrieval.stores.store import CODES, FEATURE, OWN, About, check_columns
+from mmref.retrieval.stores.store import CODES, FEATURE, OWN, UID, About, check_columns
 
 ROWS = 8192  # at a time
 HIDDEN = ("offset", "length", "file_stamp", "file_sha256")  # of items: where bytes lie, which means something here alone
@@ -24,7 +24,7 @@ def export_index(index: str, engine: str, place: str) -> About:
     """Write all rows of an index to the table at a URL, or to a Parquet file, in the place of what was there.
 
     Args:
-        engine: parquet, lancedb or pgvector.
+        engine: parquet, lancedb, qdrant or pgvector.
         place: a path for parquet; else a URL as of `open_store`.
 
     Raises:
@@ -54,7 +54,7 @@ def export_index(index: str, engine: str, place: str) -> About:
 
 def store_schema(items: pa.Schema, names: list[str], segment: Segment, codes: list[str]) -> pa.Schema:
     """Columns of an export: those of every row, metadata, the feature, and sparse codes where there are any."""
-    own = [pa.field("uid", pa.int64(), False), *(items.field(name) for name in OWN[1:])]
+    own = [pa.field(UID, pa.int64(), False), *(items.field(name) for name in OWN[1:])]
     metadata = [items.field(name) for name in names if name not in OWN]
     arrays = [pa.field(FEATURE, pa.list_(pa.float32(), segment.features.shape[1]), False)]
     for name in codes:
@@ -71,7 +71,7 @@ def _batches(items: pa.Table, segments: list[Segment], schema: pa.Schema) -> Ite
             some = items.slice(first + start, stop - start)
             columns = []
             for field in schema:
-                if field.name == "uid":
+                if field.name == UID:
                     columns.append(pa.array(segment.uids[start:stop], pa.int64()))
                 elif field.name == FEATURE or field.name in CODES:
                     array = segment.features if field.name == FEATURE else segment.codes[field.name]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mmref.errors import StoreError
 from mmref.extras import need
+from mmref.retrieval.filters import Condition
 from mmref.retrieval.stores.sql import Dialect, literal, where_clause
 from mmref.retrieval.stores.store import FEATURE, KEY, About, Conditions, Found, padded
 from mmref.storage.locations import absolute
@@ -45,6 +46,10 @@ class Lance:
         except self._errors as error:
             raise self._failed(error) from None
         self.about = about
+
+    def says(self, condition: Condition) -> bool:
+        """As Store.says: it has SQL."""
+        return True
 
     def search(self, queries: NDArray[np.float32], k: int, where: Conditions, arrays: Sequence[str] = ()) -> Found:
         """As Store.search."""

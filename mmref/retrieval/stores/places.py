@@ -1,11 +1,13 @@
-"""Which engine a URL is of: `lancedb://folder`, `postgresql://host/database`, with `#table` behind it."""
+"""Which engine a URL is of: `lancedb://folder`, `qdrant://host:port`, `postgresql://host/database`, with `#table` behind it."""
 
 from __future__ import annotations
 
 from mmref.errors import StoreError
 from mmref.retrieval.stores.store import TABLE, Store
 
-SCHEMES = {"lancedb": "lancedb", "postgresql": "pgvector", "postgres": "pgvector"}
+SCHEMES = {
+    "lancedb": "lancedb", "qdrant": "qdrant", "qdrants": "qdrant", "postgresql": "pgvector", "postgres": "pgvector",
+}  # fmt: skip
 """Scheme of a URL -> the engine, by the name that `mmref index export --to` has for it."""
 
 
@@ -14,7 +16,7 @@ def engine_of(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in SCHEMES or not rest:
         named = scheme if separator else url  # all of a URL may hold a password
-        raise StoreError(f"{named} names no store: give lancedb://FOLDER or postgresql://HOST/DATABASE.")
+        raise StoreError(f"{named} names no store: give lancedb://FOLDER, qdrant://HOST:PORT or postgresql://HOST/DATABASE.")
     return SCHEMES[scheme]
 
 
@@ -29,6 +31,10 @@ def open_store(url: str) -> Store:
         from mmref.retrieval.stores.lance import Lance
 
         return Lance(rest, table)
+    if engine == "qdrant":
+        from mmref.retrieval.stores.qdrant import Qdrant
+
+        return Qdrant(place, table)
     from mmref.retrieval.stores.postgres import Postgres
 
     return Postgres(place, table)

@@ -20,7 +20,8 @@ from mmref.retrieval.filters import Condition
 
 KEY = "mmref"  # of what says whose rows a table holds, in the engine's own place for such
 TABLE = "mmref"  # where a URL names no other
-OWN = ("uid", "id", "object_id", "path", "width", "height")  # columns that every row has, before those of metadata
+UID = "uid"  # a number that no other item of the index ever had
+OWN = (UID, "id", "object_id", "path", "width", "height")  # columns that every row has, before those of metadata
 FEATURE, CODES = "feature", ("near", "weights")  # behind them
 Conditions = Sequence[Condition]
 """Filters of a search, all of which an item must meet, with values of the columns' types (`mmref.retrieval.filters.typed`)."""
@@ -66,6 +67,9 @@ class Store(Protocol):
     def write(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch], about: About) -> None:
         """Put rows in the place of what the table held, as a whole or not at all. Raises StoreError."""
 
+    def says(self, condition: Condition) -> bool:
+        """Whether the engine can filter by a condition as the index does. It can by a set of uids."""
+
     def search(self, queries: NDArray[np.float32], k: int, where: Conditions, arrays: Sequence[str] = ()) -> Found:
         """The k rows of each query with the highest inner product, of equal ones the lower uid first; no row is missed.
 
@@ -81,7 +85,7 @@ class Store(Protocol):
 
 def check_columns(names: Sequence[str], index: str) -> None:
     """Raise SearchIndexError for metadata that has the name of a column of ours."""
-    if taken := [name for name in names if name in ("uid", FEATURE, *CODES)]:
+    if taken := [name for name in names if name in (UID, FEATURE, *CODES)]:
         raise SearchIndexError(
             f"{index} has a metadata column {taken[0]!r}, which is the name of a column that an export adds: make the index of a "
             "table in which it has another name."

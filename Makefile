@@ -8,13 +8,14 @@ TORCH ?= torch<2.14
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTED := $(VENV)/.tested
 
 .PHONY: help setup demo serve test test-unit test-slow test-pythons lint format docs sweep chaos clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-setup: $(READY)  ## create .venv and install mmref with what its tests need
+setup: $(TESTED)  ## create .venv and install mmref with what its tests need
 
 # the CPU communication of DeepSpeed is compiled here once, not in the first minute of the first run
 $(READY): pyproject.toml
@@ -25,15 +26,20 @@ $(READY): pyproject.toml
 		exit 1 ;; esac
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e ".[dev,tune,replicas,lora,hub]" "$(TORCH)"
+	$(BIN)/pip install --quiet -e ".[tune,replicas,lora,hub]" "$(TORCH)"
 	$(BIN)/python -m mmref.train.build_ops
 	touch $(READY)
 
-demo: setup  ## train on the bundled data, evaluate, print the table, write runs/demo/report.html
+# the demo does without
+$(TESTED): $(READY)
+	$(BIN)/pip install --quiet -e ".[dev]" "$(TORCH)"
+	touch $(TESTED)
+
+demo: $(READY)  ## train on the bundled data, evaluate, print the table, write runs/demo/report.html
 	$(BIN)/python jobs/demo.py
 
 # options of mmref serve: make serve SERVE="--port 9000"
-serve: setup runs/demo-index/manifest.json  ## search the bundled images with the demo's model, on a page in your browser
+serve: $(READY) runs/demo-index/manifest.json  ## search the bundled images with the demo's model, on a page in your browser
 	$(BIN)/mmref serve runs/demo-index $(SERVE)
 
 # the index of a demo that was trained again is made again

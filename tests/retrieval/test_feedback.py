@@ -28,6 +28,8 @@ def test_the_last_judgement_of_a_pair_counts(own_index):
     found = judgements.read()
     assert [(j.id, j.relevant) for j in found] == [(first, True), (second, False)]
     assert found[0].object_id == searcher.item(first)["object_id"]
+    judgements.save(searcher, "red circle", second, None)
+    assert [(j.id, j.relevant) for j in judgements.read()] == [(first, True)], "taken back"
     pasted = "red\u2028circle"  # Unicode's own end of a line
     judgements.save(searcher, pasted, first, True)
     assert judgements.read()[-1].query == pasted
@@ -37,7 +39,7 @@ def test_the_last_judgement_of_a_pair_counts(own_index):
         judgements.save(searcher, " ", first, True)
     with open(own_index / "judgements.jsonl", "a") as file:
         file.write('{"query": "half')
-    with pytest.raises(QueryError, match="line 5 is no judgement"):
+    with pytest.raises(QueryError, match="line 6 is no judgement"):
         judgements.read()
 
 

@@ -16,6 +16,7 @@ from support.images import write_images
 
 from mmref.export.model import Model
 from mmref.retrieval import index
+from mmref.retrieval.feedback import FILE, Judgements
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.access import Access
 from mmref.retrieval.service.answering import Engine
@@ -38,10 +39,11 @@ QUIET = "document.querySelector('#results').getAttribute('aria-busy') === 'false
 class Server:
     """The service on a port of this machine; `asked` holds the targets of its searches."""
 
-    def __init__(self, index: Path, access: Access | None = None) -> None:
+    def __init__(self, index: Path, access: Access | None = None, judge: bool = False) -> None:
         self.asked: list[str] = []
         self.engine = Engine(str(index), LIMITS, watch=False)
-        app = build_app({index.name: Local(self.engine)}, access, LIMITS)
+        self.judgements = Judgements(index / FILE)
+        app = build_app({index.name: Local(self.engine)}, access, LIMITS, {index.name: self.judgements} if judge else {})
 
         async def noted(scope, receive, send):
             if scope["type"] == "http" and scope["path"] == "/search":
@@ -88,7 +90,7 @@ def page(tab: Page, server: Server) -> Page:
 
 
 def search(page: Page, text: str) -> None:
-    page.run("document.querySelector('#text').focus()")
+    page.run("document.querySelector('#text').select()")
     page.type(text)
     page.wait(f"{RESULTS} > 0 && {QUIET} && document.title.startsWith({text!r})")
 
@@ -627,6 +629,230 @@ def test_a_phone_and_the_dark(page):
     assert box[0] >= 0 and box[0] + box[1] <= 375
     page.screen(1100, 800)
     assert page.run("getComputedStyle(document.body).backgroundColor") != dark
+
+
+# -- judging ---------------------------------------------------------------------------------------------------------
+
+CARDS = "[...document.querySelectorAll('#results .card')].map(b => b.dataset.id)"
+SAID = (  # what the page shows of each result: true, false or null
+    "Object.fromEntries([...document.querySelectorAll('#results .judge')].map(pair => ["
+    "pair.dataset.judged, [...pair.children].map(b => b.ariaPressed).join() === 'true,false' ? true"
+    " : [...pair.children].map(b => b.ariaPressed).join() === 'false,true' ? false : null]))"
+)
+FAILING = (  # what is judged does not arrive while `window.failing`
+    "window.real ||= window.fetch; window.fetch = async (path, options) =>"
+    "  window.failing && options?.method === 'POST' && `${path}` === 'judgements'"
+    "    ? Response.json({error: 'NotWritten', message: 'the disk is full.', fix: 'Make room.'}, {status: 503})"
+    "    : real(path, options)"
+)
+
+
+@pytest.fixture
+def judging(tab: Page, own_index: Path) -> Iterator[Server]:
+    """A service whose visitors may judge, and its page just opened."""
+    with Server(own_index, judge=True) as server:
+        tab.screen(1100, 800)
+        tab.errors.clear()
+        tab.open(server.url)
+        tab.wait("document.querySelector('#status').textContent.includes('12 images')")
+        yield server
+
+
+def button(at: int, relevant: bool) -> str:
+    return f"#results li:nth-child({at}) [data-relevant={str(relevant).lower()}]"
+
+
+def kept(server: Server) -> dict[tuple[str, str], bool]:
+    """What is read for an export or a training."""
+    return {(j.query, j.id): j.relevant for j in server.judgements.read()} if server.judgements.path.exists() else {}
+
+
+def wait_until_kept(page: Page, server: Server, expected: dict[tuple[str, str], bool]) -> None:
+    for _ in range(200):
+        if kept(server) == expected:
+            return
+        page.run("new Promise(done => setTimeout(done, 50))")
+    assert kept(server) == expected
+
+
+def test_results_are_judged_and_what_was_said_is_seen_again(tab, judging):
+    search(tab, "red circle")
+    ids = tab.run(CARDS)
+    assert tab.run(SAID) == dict.fromkeys(ids) and "Say which are right" in tab.text("#judged")
+    tab.click(button(1, True))
+    tab.click(button(2, False))
+    wait_until_kept(tab, judging, {("red circle", ids[0]): True, ("red circle", ids[1]): False})
+    said = dict.fromkeys(ids) | {ids[0]: True, ids[1]: False}
+    assert tab.run(SAID) == said and "2 judged for this sentence" in tab.text("#judged")
+    assert "mmref train --from-judgements INDEX" in tab.text("#judged")
+    search(tab, "blue star")
+    assert set(tab.run(SAID).values()) == {None} and "Say which are right" in tab.text("#judged")
+    tab.wait("document.querySelector('#judged').innerText.includes('1 sentence in all')")
+    tab.open("about:blank")
+    tab.open(f"{judging.url}?q=red+circle")
+    tab.wait(f"{RESULTS} > 0 && Object.values({SAID}).filter(said => said !== null).length === 2")
+    assert tab.run(SAID) == said and "2 judged for this sentence" in tab.text("#judged")
+    tab.click("#refine")
+    tab.wait("document.querySelector('#status').textContent.includes('not refined')")
+    assert tab.run(SAID) == said, "whatever their order"
+    tab.click("#refine")
+    tab.wait("!document.querySelector('#status').textContent.includes('not refined')")
+    tab.click(button(1, True))  # again: taken back
+    tab.click(button(2, True))  # another opinion
+    wait_until_kept(tab, judging, {("red circle", ids[1]): True})
+    assert tab.run(SAID) == dict.fromkeys(ids) | {ids[1]: True} and tab.errors == []
+
+
+def test_what_the_terminal_judged_is_shown_too(tab, judging):
+    item = judging.engine._searcher.items["id"][3].as_py()
+    judging.judgements.save(judging.engine._searcher, "red circle", item, False)
+    search(tab, "red circle")
+    tab.wait(f"({SAID})[{json.dumps(item)}] === false")
+
+
+def test_buttons_name_their_images_and_keys_judge(tab, judging):
+    search(tab, "red circle")
+    ids = tab.run(CARDS)
+    for at, name in enumerate(
+        tab.run("[...document.querySelectorAll('#results .card')].map(b => b.ariaLabel.split(', rank')[0])")
+    ):
+        labels = tab.run(f"[...document.querySelectorAll('#results li:nth-child({at + 1}) .judge button')].map(b => b.ariaLabel)")
+        assert labels == [f"Right: {name}", f"Wrong: {name}"]
+    tab.press("ArrowDown")
+    tab.press("ArrowRight")
+    stops = (
+        "[...document.querySelectorAll('#results button')].filter(b => b.tabIndex === 0)"
+        ".map(b => b.closest('li').firstChild.dataset.id)"
+    )
+    assert tab.run(stops) == [ids[1]] * 3, "one result is a stop, with its buttons"
+    tab.type("y")
+    wait_until_kept(tab, judging, {("red circle", ids[1]): True})
+    tab.press("Tab")
+    tab.press("Tab")
+    assert tab.run("document.activeElement.ariaLabel.startsWith('Wrong: ')")
+    tab.press("Enter")
+    wait_until_kept(tab, judging, {("red circle", ids[1]): False})
+    tab.press("ArrowRight")
+    assert tab.run(f"document.activeElement.dataset.id === ({CARDS})[2]")
+    tab.type("n")
+    wait_until_kept(tab, judging, {("red circle", ids[1]): False, ("red circle", ids[2]): False})
+    tab.type("n")
+    wait_until_kept(tab, judging, {("red circle", ids[1]): False})
+    search(tab, "tiny y n")
+    assert kept(judging) == {("red circle", ids[1]): False}, "letters of a sentence judge nothing"
+
+
+def test_what_is_not_kept_is_not_shown_as_kept(tab, judging):
+    tab.run(FAILING)
+    search(tab, "red circle")
+    ids = tab.run(CARDS)
+    tab.click(button(1, True))
+    wait_until_kept(tab, judging, {("red circle", ids[0]): True})
+    tab.run("window.failing = true")
+    for at, relevant in ((1, False), (2, True), (1, True), (1, True)):
+        tab.run(f"document.querySelector({button(at, relevant)!r}).click()")
+    tab.wait("document.querySelector('#judged').innerText.includes('Not kept. The disk is full. Make room.')")
+    tab.wait(f"JSON.stringify({SAID}) === {json.dumps(json.dumps(dict.fromkeys(ids) | {ids[0]: True}, separators=(',', ':')))}")
+    assert tab.run(RESULTS) == 36 and not tab.run(OLD), "the results are as good as before"
+    tab.run("window.failing = false")
+    tab.click(button(2, True))
+    wait_until_kept(tab, judging, {("red circle", ids[0]): True, ("red circle", ids[1]): True})
+    assert "2 judged for this sentence" in tab.text("#judged")
+
+
+def test_the_last_of_quick_presses_counts(tab, judging):
+    tab.run(  # answers to what is judged come ever faster
+        "window.real ||= window.fetch; window.wait = 400; window.fetch = async (path, options) => {"
+        "  if (options?.method === 'POST') await new Promise(done => setTimeout(done, window.wait -= 90));"
+        "  return real(path, options); }"
+    )
+    search(tab, "red circle")
+    ids = tab.run(CARDS)
+    for relevant in (True, False, True, False):
+        tab.run(f"document.querySelector({button(1, relevant)!r}).click()")
+    assert tab.run(SAID)[ids[0]] is False, "shown at once"
+    tab.run("new Promise(done => setTimeout(done, 1500))")
+    assert kept(judging) == {("red circle", ids[0]): False} and tab.run(SAID)[ids[0]] is False
+    assert len(judging.judgements.path.read_text().splitlines()) == 4
+
+
+def test_what_is_opened_is_judged_and_images_of_an_object_each_for_itself(tab, judging):
+    search(tab, "red circle")
+    ids = tab.run(CARDS)
+    tab.run("document.querySelector('#results .card').click()")
+    tab.wait(EXPLAINED)
+    assert tab.text("#asked") == "Is it right for “red circle”?"
+    tab.click("#verdict [data-relevant=true]")
+    tab.press("ArrowRight")
+    tab.wait(f"document.querySelector('#verdict .judge').dataset.judged === {json.dumps(ids[1])}")
+    tab.type("n")
+    wait_until_kept(tab, judging, {("red circle", ids[0]): True, ("red circle", ids[1]): False})
+    assert tab.run("[...document.querySelectorAll('#verdict button')].map(b => b.ariaPressed)") == ["false", "true"]
+    tab.press("Escape")
+    assert tab.run(SAID) == dict.fromkeys(ids) | {ids[0]: True, ids[1]: False}
+    tab.click("#object")
+    tab.wait("document.querySelector('#results .others') !== null")
+    assert tab.run("document.querySelectorAll('#results .judge').length") == 0
+    objects = judging.engine._searcher.search_objects("red circle", images=4)
+    at, other = next((at, image.id) for at, o in enumerate(objects) for image in o.images[1:2] if image.id not in ids[:2])
+    tab.run(f"document.querySelectorAll('#results .card')[{at}].click()")
+    tab.wait("document.querySelector('#images button:nth-child(2)') !== null")
+    tab.click("#images button:nth-child(2)")
+    tab.wait(f"document.querySelector('#verdict .judge').dataset.judged === {json.dumps(other)}")
+    tab.click("#verdict [data-relevant=false]")
+    wait_until_kept(tab, judging, {("red circle", ids[0]): True, ("red circle", ids[1]): False, ("red circle", other): False})
+    tab.press("Escape")
+    tab.click("#object")
+    tab.wait(f"document.querySelectorAll('#results .judge').length === 12 && {QUIET}")
+    assert tab.run(SAID)[other] is False and tab.errors == []
+
+
+def test_what_an_image_finds_is_not_judged(tab, judging, tmp_path):
+    search(tab, "red circle")
+    searcher = judging.engine._searcher
+    (tmp_path / "query.png").write_bytes(searcher.image_bytes(searcher.items["id"][4].as_py()))
+    tab.drop(tmp_path / "query.png")
+    tab.wait(f"document.querySelectorAll('#results .judge').length === 0 && {RESULTS} === 12 && {QUIET}")
+    assert tab.run("document.querySelector('#judged').hidden")
+    tab.run("document.querySelector('#results .card').focus()")
+    tab.type("y")
+    tab.run("document.querySelector('#results .card').click()")
+    tab.wait(EXPLAINED)
+    assert tab.run("document.querySelector('#verdict').hidden")
+    tab.type("y")
+    tab.press("Escape")
+    assert kept(judging) == {}
+
+
+def test_without_the_flag_nothing_is_asked(page, server):
+    search(page, "red circle")
+    page.click("#results button")
+    page.wait(EXPLAINED)
+    assert page.run("document.querySelectorAll('#results .judge').length") == 0
+    assert page.run("document.querySelector('#judged').hidden && document.querySelector('#verdict').hidden")
+    page.press("Escape")
+    page.press("ArrowDown")
+    page.type("y")
+    assert not any("judgements" in url for url in page.requested) and page.errors == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_judging_on_a_phone(tab, judging, dark):
+    tab.screen(375, 700, dark=dark, phone=True)
+    search(tab, "red circle")
+    sizes = (
+        "[...document.querySelectorAll('.judge button')].filter(e => e.offsetParent).map(e => e.getBoundingClientRect())"
+        ".filter(b => b.width < 44 || b.height < 44).length"
+    )
+    tab.click(button(1, True))
+    tab.wait("document.querySelector('#judged').innerText.includes('1 judged')")
+    assert tab.run(sizes) == 0 and tab.run("document.documentElement.scrollWidth <= 375")
+    spills = "[...document.querySelectorAll('.judge button')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert tab.run(spills) == 0
+    tab.run("document.querySelector('#results .card').click()")
+    tab.wait(EXPLAINED)
+    assert tab.run(sizes) == 0
+    tab.press("Escape")
 
 
 def test_a_token_is_asked_for_once(tab, split_index):

@@ -21,7 +21,7 @@ START_S = 120
 WAIT_S = 60
 KEYS = {
     "Enter": (13, "\r"), "Escape": (27, ""), "ArrowLeft": (37, ""), "ArrowUp": (38, ""), "ArrowRight": (39, ""),
-    "ArrowDown": (40, ""),
+    "ArrowDown": (40, ""), "Tab": (9, ""),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
+from mmref.retrieval.feedback import FILE, Judgements
 from mmref.retrieval.service.access import Access
 from mmref.retrieval.service.answering import Engine
 from mmref.retrieval.service.app import build_app
@@ -32,9 +33,11 @@ def client_of(
     limits: Limits = LIMITS,
     host: str = "127.0.0.1",
     peer: str = "testclient",
+    judge: bool = False,
 ) -> TestClient:
     backends = {path.name: Local(Engine(str(path), limits, watch=False)) for path in indexes}
-    app = build_app(backends, access, limits)
+    judgements = {path.name: Judgements(path / FILE) for path in indexes if judge}
+    app = build_app(backends, access, limits, judgements)
     return TestClient(app, base_url=f"http://{host}", raise_server_exceptions=False, client=(peer, 50_000))
 
 
@@ -100,10 +103,11 @@ def everything(connection: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def listening(index: Path, limits: Limits = LIMITS, access: Access | None = None) -> Iterator[Listening]:
+def listening(index: Path, limits: Limits = LIMITS, access: Access | None = None, judge: bool = False) -> Iterator[Listening]:
     """The service on a port of this machine."""
     access = access or Access()
-    app = build_app({index.name: Local(Engine(str(index), limits, watch=False))}, access, limits)
+    backends = {index.name: Local(Engine(str(index), limits, watch=False))}
+    app = build_app(backends, access, limits, {index.name: Judgements(index / FILE)} if judge else {})
     protocol = PatientProtocol.of(limits, access)
     config = uvicorn.Config(app, http=protocol, lifespan="off", ws="none", log_level="warning", proxy_headers=False)
     running = uvicorn.Server(config)

@@ -16,10 +16,12 @@ from pydantic import BaseModel, ValidationError
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
+from mmref.retrieval.feedback import Judgements
 from mmref.retrieval.service.access import Access
 from mmref.retrieval.service.backend import Backend
 from mmref.retrieval.service.counters import Counters
 from mmref.retrieval.service.guard import SEVERAL, Guard
+from mmref.retrieval.service.judging import Judging
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.pools import Pool
 from mmref.retrieval.service.problems import INTERNAL, Problem, Refused, refuse
@@ -27,10 +29,14 @@ from mmref.retrieval.service.queries import (
     EXPLAINED,
     ExplainBody,
     ExplainQuery,
+    JudgedQuery,
+    JudgementBody,
     SearchBody,
     SearchQuery,
     invalid,
+    judged_sentence,
     read_json,
+    read_object,
     to_ask,
 )
 from mmref.version import __version__
@@ -42,6 +48,7 @@ PAGE = {
     "/common.js": ("common.js", "text/javascript"),
     "/detail.js": ("detail.js", "text/javascript"),
     "/filters.js": ("filters.js", "text/javascript"),
+    "/judge.js": ("judge.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 IMAGES_KEPT = {"cache-control": "private, max-age=600"}
@@ -81,11 +88,17 @@ def _posted(query: type[BaseModel], body: type[BaseModel]) -> dict[str, Any]:
     return {"parameters": parameters, "requestBody": {"description": description, "content": content}}
 
 
+JUDGED = {"requestBody": {"content": {"application/json": {"schema": JudgementBody.model_json_schema()}}}}
+
+
 class Service:
     """The endpoints, over backends by the names of their indexes."""
 
-    def __init__(self, backends: Mapping[str, Backend], access: Access, limits: Limits) -> None:
+    def __init__(
+        self, backends: Mapping[str, Backend], access: Access, limits: Limits, judgements: Mapping[str, Judgements]
+    ) -> None:
         self.backends, self.access, self.limits, self.metrics = dict(backends), access, limits, Counters()
+        self.judging = Judging(judgements, limits)
         self._parsing = Pool(PARSERS, "mmref json")
         self._items: dict[str, int] = {}  # of each index, as its last answer said
         self._answered: dict[tuple[str, str], float] = {}  # when an index last did for a method
@@ -129,8 +142,7 @@ class Service:
 
     async def _read(self, request: Request, query: Any, body: Any) -> tuple[SearchQuery, bytes | None]:
         """Parameters and image of a POST. Raises Refused."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        data = await request.body()
+        kind, data = _kind_of(request), await request.body()
         if kind == "application/json":
             return await self._parsing.run(read_json, data, body, self.limits)
         if kind.startswith("image/") or kind == "application/octet-stream":
@@ -175,6 +187,28 @@ class Service:
         self._answered[name, method] = time.monotonic()
         return answer
 
+    # -- judging -----------------------------------------------------------------------------------------------------
+
+    async def judged(self, query: Annotated[JudgedQuery, Query()]) -> Response:
+        """What was judged right or wrong for a sentence, and how many sentences something was judged for."""
+        self.judging.check()
+        (name, _), text = self._backend(query.index), judged_sentence(query, self.limits)
+        found = await self._within(name, "judged", self.judging.judged(name, text))
+        return JSONResponse({"index": name, "text": text} | found)
+
+    async def judge(self, request: Request) -> Response:
+        """Keep whether an item is right for a sentence."""
+        self.judging.check()
+        # A form of another page can send everything else without asking first.
+        if (kind := _kind_of(request)) != "application/json":
+            message = f"a body of type {kind[:100] or 'unknown'!r} is no judgement."
+            raise refuse(415, "UnknownBody", message, "Send application/json.")
+        body = await self._parsing.run(read_object, await request.body(), JudgementBody, self.limits)
+        (name, _), text = self._backend(body.index), judged_sentence(body, self.limits)
+        item = await self._call(name, "item", body.id)
+        found = await self._within(name, "judge", self.judging.judge(name, text, item, body.relevant))
+        return JSONResponse({"index": name, "text": text} | found)
+
     # -- items -------------------------------------------------------------------------------------------------------
 
     async def indexes(self) -> Response:
@@ -186,7 +220,8 @@ class Service:
             found.append(info | {"name": name})
         limits = self.limits
         allowed = {name: getattr(limits, name) for name in TOLD}
-        return JSONResponse({"indexes": found, "limits": allowed, "version": __version__})
+        told = {"indexes": found, "limits": allowed, "judging": self.judging.on, "version": __version__}
+        return JSONResponse(told)
 
     async def item(self, item_id: str, index: str | None = None) -> Response:
         """What is known of an item."""
@@ -246,16 +281,22 @@ class Service:
         return response
 
 
-def build_app(backends: Mapping[str, Backend], access: Access | None = None, limits: Limits | None = None) -> Guard:
+def build_app(
+    backends: Mapping[str, Backend],
+    access: Access | None = None,
+    limits: Limits | None = None,
+    judgements: Mapping[str, Judgements] | None = None,
+) -> Guard:
     """The application, guarded.
 
     Args:
         backends: indexes by name; the first answers where a request names none.
         access: who may ask; by default this machine alone.
         limits: what may be asked.
+        judgements: where those of each index are kept; by default nobody may judge.
     """
     access, limits = access or Access(), limits or Limits()
-    service = Service(backends, access, limits)
+    service = Service(backends, access, limits, judgements or {})
     # FastAPI's own pages of documentation would load scripts from other hosts.
     app = FastAPI(title="mmref", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     errors: Any = {"4XX": {"model": ProblemBody}, "503": {"model": ProblemBody}}
@@ -267,6 +308,8 @@ def build_app(backends: Mapping[str, Backend], access: Access | None = None, lim
     add("/search", "POST", service.search_by_body, openapi_extra=_posted(SearchQuery, SearchBody))
     add("/explain", "GET", service.explain)
     add("/explain", "POST", service.explain_by_body, openapi_extra=_posted(ExplainQuery, ExplainBody))
+    add("/judgements", "GET", service.judged)
+    add("/judgements", "POST", service.judge, openapi_extra=JUDGED)
     add("/indexes", "GET", service.indexes)
     add("/items/{item_id:path}", "GET", service.item)
     add("/thumbnail/{item_id:path}", "GET", service.thumbnail)
@@ -281,6 +324,11 @@ def build_app(backends: Mapping[str, Backend], access: Access | None = None, lim
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(Exception)(lambda _, error: as_response(INTERNAL))  # the guard logs it
     return Guard(app, access, limits, service.metrics)
+
+
+def _kind_of(request: Request) -> str:
+    """Media type of a body."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _static(file: str, kind: str) -> Any:

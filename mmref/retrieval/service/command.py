@@ -59,6 +59,15 @@ def serve_main(argv: Sequence[str]) -> int:
         help="give images out with what cameras and programs wrote into them (GPS, ...)",
     )
     parser.add_argument("--store", metavar="URL", help="what finds the candidates: of `mmref index export`, for one index alone")
+    parser.add_argument(
+        "--judge", action="store_true",
+        help="let visitors say on the page which results are right: what they say is written into a file, for "
+        "`mmref train --from-judgements`",
+    )  # fmt: skip
+    parser.add_argument(
+        "--judgements", type=local_path, metavar="FILE",
+        help="where --judge writes, for one index alone (default: judgements.jsonl in each index)",
+    )  # fmt: skip
     defaults = Limits()
     for name, text in (
         ("text", "longest query, characters"),
@@ -74,6 +83,10 @@ def serve_main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.store and len(args.indexes) > 1:
         raise UsageError("--store is of one index: serve the others on another port.")
+    if args.judgements and not args.judge:
+        raise UsageError("--judgements says where --judge writes: give both.")
+    if args.judgements and len(args.indexes) > 1:
+        raise UsageError("--judgements is of one index: leave it out, so that each keeps its own, or serve the others apart.")
     need("serve", "mmref serve")
     if args.replicas:
         need("replicas", f"--replicas {args.replicas}", otherwise="Or serve in one process: `--replicas 0`.")
@@ -89,7 +102,10 @@ def serve_main(argv: Sequence[str]) -> int:
 
     status: Any = 0
     try:
-        serve(args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy, kept, args.store)
+        serve(
+            args.indexes, args.host, args.port, args.replicas, token, limits, args.trusted_proxy, kept, args.store,
+            args.judge, args.judgements,
+        )  # fmt: skip
     except SystemExit as stopped:
         status = stopped.code
     sys.stdout.flush()

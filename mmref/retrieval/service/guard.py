@@ -27,12 +27,13 @@ from mmref.retrieval.service.transfers import Transfer, Transfers, busy
 
 log = logging.getLogger(__name__)
 
-STATIC = ("/", "/page.css", "/page.js", "/common.js", "/detail.js", "/filters.js", "/icon.svg")
+STATIC = ("/", "/page.css", "/page.js", "/common.js", "/detail.js", "/filters.js", "/judge.js", "/icon.svg")
 OPEN = (*STATIC, "/healthz", "/session")  # need no token: they hold no data
 FREE = (*OPEN, "/metrics")  # are answered however many others are: whoever looks after the service asks them
-BODIES = ("/search", "/explain")  # take one, by POST
+WRITES = ("/judgements",)  # keep what is sent there by POST
+BODIES = ("/search", "/explain", *WRITES)  # take one, by POST
 # These are shares of the rate: an explanation encodes an image 50 times, a page shows a hundred thumbnails at once.
-COSTS = {"search": 1.0, "explain": 5.0, "session": 5.0, "image": 0.5, "thumbnail": 0.1}
+COSTS = {"search": 1.0, "judgements": 1.0, "explain": 5.0, "session": 5.0, "image": 0.5, "thumbnail": 0.1}
 MISSED_TOKEN = 5.0
 PIECE = 65_536  # bytes of an answer that are handed on at once
 SEVERAL = ("where", "within")  # parameters that may come more than once
@@ -46,6 +47,8 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
+
+CROSS_SITE = Problem(403, "CrossSite", "the request comes from another site.", "Open the page of the service.")
 
 Scope = dict[str, Any]
 
@@ -113,7 +116,7 @@ class Guard:
                 scope["method"] = "GET"
             body = b""
             if scope["method"] == "POST" and scope["path"] in BODIES:
-                body = await self._body(receive, exchange)
+                body = await self._body(receive, exchange, scope["path"])
             if scope["path"] not in FREE:
                 exchange.flight.enter_context(self._flying(exchange.client))
             await self._work(scope, body, receive, send, exchange)
@@ -142,7 +145,10 @@ class Guard:
             raise refuse(421, "WrongHost", message, f"Ask for it by {' or '.join(self.access.hosts)}.")
         # The page's own requests say same-origin or none. Another site's are refused before they cost anything.
         if headers.get("sec-fetch-site", "none") == "cross-site" and path != "/":
-            raise refuse(403, "CrossSite", "the request comes from another site.", "Open the page of the service.")
+            raise Refused(CROSS_SITE)
+        # What another port of the same host sends is not of another site, and may need no token.
+        if scope["method"] == "POST" and path in WRITES and not _same_origin(headers):
+            raise Refused(CROSS_SITE)
         admitted = self.access.admits(headers)
         if not admitted and path not in STATIC and path != "/healthz":
             # Guesses have a bucket of their own, so they empty none of a valid user of the same address.
@@ -157,8 +163,8 @@ class Guard:
         if path not in FREE:
             self._check_flight(client)
         length = headers.get("content-length", "0")
-        if not length.isdigit() or len(length) > 20 or int(length) > self.limits.body_bytes:
-            raise self._too_large()
+        if not length.isdigit() or len(length) > 20 or int(length) > self._largest(path):
+            raise self._too_large(path)
         # An endpoint that finds a request to cost more charges the rest; with what has been paid it fits into a full
         # bucket.
         scope["charge"] = lambda more: self._take(client, min(more, self.limits.burst - 1))
@@ -198,7 +204,7 @@ class Guard:
 
     # -- what is sent, worked on, taken ------------------------------------------------------------------------------
 
-    async def _body(self, receive: Any, exchange: Exchange) -> bytes:
+    async def _body(self, receive: Any, exchange: Exchange, path: str) -> bytes:
         """The whole body, as long as it keeps coming. Raises Refused, ClientLeft."""
         limits, transfer, now = self.limits, exchange.transfer, asyncio.get_running_loop().time
         parts: list[bytes] = []
@@ -216,8 +222,8 @@ class Guard:
                         if message["type"] == "http.disconnect":
                             raise ClientLeft
                         parts.append(message.get("body", b""))
-                        if transfer.moved + len(parts[-1]) > limits.body_bytes:
-                            raise self._too_large()
+                        if transfer.moved + len(parts[-1]) > self._largest(path):
+                            raise self._too_large(path)
                         self.transfers.hold(transfer, len(parts[-1]))
                         self.transfers.move(transfer, len(parts[-1]))
                         if not message.get("more_body", False):
@@ -283,9 +289,14 @@ class Guard:
             await exchange.send(message)
         exchange.complete = not more
 
-    def _too_large(self) -> Refused:
-        message = f"the request is larger than {self.limits.body_bytes:,} bytes."
-        return refuse(413, "TooLarge", message, f"Send an image of at most {self.limits.image_bytes:,} bytes.")
+    def _largest(self, path: str) -> int:
+        """Bytes of a body."""
+        return self.limits.json_bytes if path in WRITES else self.limits.body_bytes
+
+    def _too_large(self, path: str) -> Refused:
+        message = f"the request is larger than {self._largest(path):,} bytes."
+        fix = "Send less." if path in WRITES else f"Send an image of at most {self.limits.image_bytes:,} bytes."
+        return refuse(413, "TooLarge", message, fix)
 
 
 async def _left(receive: Any) -> None:
@@ -317,6 +328,15 @@ def _with_headers(headers: Any) -> list[tuple[bytes, bytes]]:
     present = {name.lower() for name, _ in headers}
     added = HEADERS if b"cache-control" in present else HEADERS | {"cache-control": "no-store"}
     return [*headers, *((name.encode(), value.encode()) for name, value in added.items())]
+
+
+def _same_origin(headers: dict[str, str]) -> bool:
+    """Whether a browser says that our own page asks, or that nothing does but its user; other clients say nothing."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None:
+        return site in ("same-origin", "none")
+    # A browser says no more than its origin to a service of another machine without TLS.
+    return origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower()
 
 
 def _host(header: str) -> str:

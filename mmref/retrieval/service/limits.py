@@ -49,6 +49,7 @@ class Limits:
     uploads: int = 256
     bytes: int = 256_000_000
     connections: int = 4096
+    judgements_bytes: int = 50_000_000  # of a file of judgements, 250,000 of them: more are not written
     remote_images: int = 8  # of one index, being fetched from behind URLs
 
     @property

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from mmref.errors import FilterError
 from mmref.retrieval.filters import Condition, read_where
@@ -77,7 +77,26 @@ class ExplainBody(SearchBody):
     id: str = Field(description="Id of an item.")
 
 
+class JudgedQuery(BaseModel):
+    """A sentence whose judgements are asked for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str = Field(description="The sentence that is searched for.")
+    index: str | None = Field(None, description="Name of an index; the first one where it is left out.")
+
+
+class JudgementBody(JudgedQuery):
+    """A judgement as JSON."""
+
+    id: str = Field(description="Id of an item.")
+    relevant: StrictBool | None = Field(
+        description="Whether the item is what the sentence asks for; null takes back what was said."
+    )
+
+
 B = TypeVar("B", bound=SearchBody)
+M = TypeVar("M", bound=BaseModel)
 
 
 def read_json(data: bytes, kind: type[B], limits: Limits) -> tuple[B, bytes | None]:
@@ -87,10 +106,23 @@ def read_json(data: bytes, kind: type[B], limits: Limits) -> tuple[B, bytes | No
     if end <= start or len(data) <= limits.json_bytes:
         start = end = 0
     rest, image = data[:start] + data[end:], data[start:end]
-    if len(rest) > limits.json_bytes:
-        message = f"the JSON has {len(rest):,} bytes beside its image."
+    found = read_object(rest, kind, limits)
+    if found.image is None:
+        return found, None
+    try:
+        # Some writers of JSON escape the slash.
+        return found, base64.b64decode(image.replace(rb"\/", b"/") or found.image.encode(), validate=True)
+    except binascii.Error:
+        message = "the image is not valid base64."
+        raise refuse(400, "UnreadableImage", message, "Encode the bytes of an image file.") from None
+
+
+def read_object(data: bytes, kind: type[M], limits: Limits) -> M:
+    """A body of JSON without an image. Raises Refused."""
+    if len(data) > limits.json_bytes:
+        message = f"the JSON has {len(data):,} bytes beside its image."
         raise refuse(413, "TooLarge", message, f"Send at most {limits.json_bytes:,}.")
-    given = _parsed(rest)
+    given = _parsed(data)
     if unknown := [key for key in given if key not in kind.model_fields]:
         named = ", ".join(repr(key[:50]) for key in unknown[:SHOWN])
         raise refuse(422, "InvalidRequest", f"{len(unknown)} unknown keys: {named}."[:500], EXPLAINED)
@@ -98,16 +130,9 @@ def read_json(data: bytes, kind: type[B], limits: Limits) -> tuple[B, bytes | No
         if isinstance(given.get(name), dict | list):
             _check_count(name, given[name], most)
     try:
-        found = kind.model_validate(given)
-        if found.image is None:
-            return found, None
-        # Some writers of JSON escape the slash.
-        return found, base64.b64decode(image.replace(rb"\/", b"/") or found.image.encode(), validate=True)
+        return kind.model_validate(given)
     except ValidationError as error:
         raise Refused(invalid(error.errors(include_url=False, include_context=False, include_input=False))) from None
-    except binascii.Error:
-        message = "the image is not valid base64."
-        raise refuse(400, "UnreadableImage", message, "Encode the bytes of an image file.") from None
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
@@ -142,9 +167,7 @@ def _no_number(name: str) -> Any:
 
 def to_ask(query: SearchQuery, image: bytes | None, limits: Limits) -> Ask:
     """The search of a query. Raises Refused beyond the limits."""
-    if query.text and len(query.text) > limits.text:
-        message = f"the sentence has {len(query.text):,} characters."
-        raise refuse(400, "TextTooLong", message, f"Give at most {limits.text:,}.")
+    _check_text(query.text or "", limits)
     if query.top > limits.top:
         message = f"top is {_short(query.top)}."
         raise refuse(400, "TooManyResults", message, f"Ask for at most {limits.top} results.")
@@ -177,6 +200,20 @@ def to_ask(query: SearchQuery, image: bytes | None, limits: Limits) -> Ask:
         tuple(query.within) if query.within else None,
         query.sort,
     )
+
+
+def judged_sentence(query: JudgedQuery, limits: Limits) -> str:
+    """The sentence of a judgement, as it is kept. Raises Refused."""
+    _check_text(query.text, limits)
+    if not query.text.strip():
+        raise refuse(400, "EmptyQuery", "a judgement needs the sentence that was searched.", "Give it as text.")
+    return query.text.strip()
+
+
+def _check_text(text: str, limits: Limits) -> None:
+    if len(text) > limits.text:
+        message = f"the sentence has {len(text):,} characters."
+        raise refuse(400, "TextTooLong", message, f"Give at most {limits.text:,}.")
 
 
 def _conditions(where: Any, limits: Limits) -> tuple[Condition, ...]:

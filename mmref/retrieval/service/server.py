@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmref.errors import ServeError
+from mmref.retrieval.feedback import FILE, Judgements
 from mmref.retrieval.service.access import LOOPBACK, TOKEN, Access, Network
 from mmref.retrieval.service.answering import Engine
 from mmref.retrieval.service.backend import Backend, Local, Replicated, deploy, remove_left_behind
@@ -35,6 +36,8 @@ def serve(
     proxies: Sequence[Network] = (),
     kept: int = 1,
     store: str | None = None,
+    judge: bool = False,
+    judgements: str | None = None,
 ) -> None:
     """Answer until SIGINT or SIGTERM; requests that have begun are answered first, for as long as `leaving.py` gives them.
 
@@ -45,9 +48,12 @@ def serve(
         proxies: whose word on the address of a client is taken.
         kept: replicas of each index that run whatever the load.
         store: URL of what finds the candidates of the one index.
+        judge: whether clients may judge results.
+        judgements: file for that of the one index; by default each index holds its own.
 
     Raises:
         ServeError: no token, a port in use, two indexes of one name. SearchIndexError: no complete index. StoreError.
+        StorageError: judgements cannot be written. QueryError: those that are there cannot be read.
     """
     from mmref.retrieval.manifest import Manifest
 
@@ -56,6 +62,7 @@ def serve(
     named = _named(indexes)
     for path in named.values():
         Manifest.read(Path(path))  # before anything is started
+    judged = _judged(named, judgements) if judge else {}
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("mmref: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -66,12 +73,14 @@ def serve(
     ):
         from mmref.retrieval.service.app import build_app
 
-        app = build_app(backends, access, limits)
+        app = build_app(backends, access, limits, judged)
         listener.listen(WAITING)  # who reads the address may ask at once: the system holds the connection
         address = _url(host, listener.getsockname()[1])
         print(f"serving {', '.join(named)} at {address} (Ctrl-C stops it)", flush=True)
         if token:
             print(f"the page asks for the token, or takes it from {address}#TOKEN", flush=True)
+        for kept_in in judged.values():
+            print(f"what is judged is written to {kept_in.path}", flush=True)
         _run(app, listener, end)
     print("stopped", flush=True)
 
@@ -94,6 +103,16 @@ def _named(indexes: Sequence[str]) -> dict[str, str]:
             raise ServeError(f"two indexes are called {name!r}: rename the folder of one, or serve it on another port.")
         named[name] = path
     return named
+
+
+def _judged(named: dict[str, str], file: str | None) -> dict[str, Judgements]:
+    """Judgements of each index, found to be readable and writable. Raises StorageError, QueryError."""
+    found = {name: Judgements(Path(file or Path(path) / FILE)) for name, path in named.items()}
+    for judgements in found.values():
+        judgements.check_writable()
+        if judgements.path.exists():
+            judgements.read()
+    return found
 
 
 @contextlib.contextmanager

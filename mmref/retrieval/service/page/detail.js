@@ -1,11 +1,14 @@
 // One result, opened: the image and where it matches, its facts, why it ranks where it does.
 import { $, ask, captionOf, element, gained, number, picture, readable, state, url, withImage } from "./common.js";
+import { aim, buttons } from "./judge.js";
 
 const LISTED = 4; // references in the list itself; others are folded
 const STRONG = 0.5; // of the strongest cell's loss: so much makes a cell a part of the outline
 const FLAT = 0.05; // of the cosine: where the strongest cell loses less, no cell stands out
 const LEGEND = "Outlined: the match loses most where this is hidden. Found by hiding each part in turn.";
 const FLAT_LEGEND = "No part stands out: whichever is hidden, the match stays about the same.";
+
+$("#verdict").append(buttons());
 
 // A result, or another image of it where it is an object. `asked`: what is searched for; `gone` is told when the item is not
 // in the index any more.
@@ -26,6 +29,7 @@ export async function open(at, asked, gone, shown = state.results[at]) {
     button.addEventListener("click", () => open(at, asked, gone, image));
     return button;
   }));
+  aim($("#verdict .judge"), shown);
   outline(null);
   $("#facts").replaceChildren(...facts(shown));
   $("#reasons").replaceChildren(...reasons(shown, shown === result));

@@ -2,6 +2,7 @@
 import { $, Problem, ask, captionOf, element, gained, lastPart, number, picture, readable, sentence, state, url, withImage } from "./common.js";
 import * as detail from "./detail.js";
 import { conditions, controls, restore } from "./filters.js";
+import * as judge from "./judge.js";
 
 const TYPING_STOPS_MS = 250, KEPT_ANSWERS = 40, IMAGES_OF_OBJECT = 4;
 const AGAIN_MS = 2000, AGAIN_AT_MOST_MS = 30_000; // between looks whether the service is back
@@ -49,6 +50,7 @@ async function search() {
     if (!state.image && !state.within) keep(path, answer);
     if (known?.generation !== answer.generation) show(answer);
     recovered();
+    judge.recall();
   } catch (error) {
     if (mine !== state.asked || error.name === "AbortError") return;
     if (error.kind === "UnknownItem" && state.within) return stayWithin(null); // one of them is not in the index any more
@@ -60,10 +62,12 @@ async function search() {
 
 // Many ids are too long for a URL: a search within results is sent as JSON, with its image.
 async function request(asked, signal) {
+  const sentence = state.image ? "" : asked.text;
   const answer = !state.within ? await ask(url("search", asked), { ...withImage(), signal })
     : await ask("search", { method: "POST", headers: { "content-type": "application/json" }, signal,
       body: JSON.stringify({ ...asked, within: state.within.ids, ...(state.image ? { image: await base64(state.image) } : {}) }) });
   answer.more = answer.results.length === Number(asked.top);
+  answer.sentence = sentence; // that results are judged for
   return answer;
 }
 
@@ -189,11 +193,10 @@ function inOrder(results) {
   return [...results].sort((a, b) => compare(a, b) || a.rank - b.rank);
 }
 
-function card(result, best, at, difference = "") {
-  const up = gained(result), caption = captionOf(result);
+function card(result, best, at, difference, judged) {
+  const up = gained(result), caption = captionOf(result), told = `${caption}${difference && `, ${difference}`}`;
   const moved = up ? `, moved ${up > 0 ? "up" : "down"} by ${number(Math.abs(up))}` : "";
-  const name = `${caption}${difference && `, ${difference}`}, rank ${result.rank}${moved}`;
-  const button = element("button", { type: "button", tabIndex: at ? -1 : 0, "aria-label": name },
+  const button = element("button", { type: "button", className: "card", "aria-label": `${told}, rank ${result.rank}${moved}` },
     element("img", { src: picture("thumbnail", result.id), alt: "", loading: "lazy" }),
     element("span", { className: "words" },
       element("span", { className: "numbers" }, element("b", {}, `${result.rank}`), movement(result)),
@@ -204,13 +207,13 @@ function card(result, best, at, difference = "") {
       element("img", { src: picture("thumbnail", other.id), alt: "", loading: "lazy" }))) : null);
   button.dataset.id = result.id;
   button.addEventListener("click", () => open(at));
-  return element("li", {}, button);
+  return element("li", {}, button, judged ? judge.aim(judge.buttons(), result, told) : null);
 }
 
 function show(answer) {
   const list = $("#results"), before = new Map();
-  for (const button of list.querySelectorAll("button")) before.set(button.dataset.id, button.getBoundingClientRect());
-  const focused = document.activeElement?.dataset?.id;
+  for (const one of list.children) before.set(one.firstChild.dataset.id, one.getBoundingClientRect());
+  const focused = here()?.firstChild.dataset.id;
   state.answer = answer;
   state.results = answer ? inOrder(answer.results.map((result) => result.images ? ofObject(result) : result)) : [];
   $("#error").hidden = true;
@@ -218,11 +221,14 @@ function show(answer) {
   $("#far").hidden = answer?.close_match !== false;
   list.classList.remove("old");
   list.classList.toggle("far", answer?.close_match === false);
+  judge.begin(answer?.sentence || "", state.results.some((result) => result.others));
   const best = Math.max(...state.results.map((result) => result.score)), different = differences(state.results);
-  list.replaceChildren(...state.results.map((result, at) => card(result, best, at, different.get(result.id))));
-  for (const button of list.querySelectorAll("button")) {
-    if (button.dataset.id === focused) focusCard(state.results.findIndex((r) => r.id === focused));
-    glide(button, before.get(button.dataset.id));
+  const judged = (result) => state.info.judging && answer.sentence && !result.others;
+  list.replaceChildren(...state.results.map((result, at) => card(result, best, at, different.get(result.id) || "", judged(result))));
+  rove(list.firstChild);
+  for (const one of list.children) {
+    if (one.firstChild.dataset.id === focused) one.firstChild.focus();
+    glide(one, before.get(one.firstChild.dataset.id));
   }
   const count = state.results.length, all = state.within?.ids.length ?? (byObject() ? state.index.objects : state.index.items);
   $("#further").hidden = !answer?.more || count >= all || count + Number($("#top").value) > state.info.limits.depth;
@@ -231,11 +237,11 @@ function show(answer) {
 }
 
 // A result moves from where it was: the eye follows what refinement changed.
-function glide(button, from) {
+function glide(one, from) {
   if (!from || matchMedia("(prefers-reduced-motion: reduce)").matches) return;
-  const to = button.getBoundingClientRect();
+  const to = one.getBoundingClientRect();
   const [x, y] = [from.left - to.left, from.top - to.top];
-  if (x || y) button.animate([{ transform: `translate(${x}px, ${y}px)` }, { transform: "none" }], { duration: 350, easing: "ease-out" });
+  if (x || y) one.animate([{ transform: `translate(${x}px, ${y}px)` }, { transform: "none" }], { duration: 350, easing: "ease-out" });
 }
 
 function summary(answer) {
@@ -262,7 +268,7 @@ function complain(error) {
   const mayPass = error.status === 0 || error.status === 429 || error.status >= 500;
   $("#retry").hidden = !mayPass;
   $("#error").hidden = false;
-  for (const other of ["#far", "#empty", "#further", "#narrow"]) $(other).hidden = true;
+  for (const other of ["#far", "#empty", "#further", "#narrow", "#judged"]) $(other).hidden = true;
   $("#status").textContent = state.results.length ? "These are the results of an earlier search." : "";
   $("#results").classList.add("old");
   clearTimeout(waiting);
@@ -377,6 +383,7 @@ async function start() {
   $("#index").hidden = indexes.length < 2;
   $("#index select").replaceChildren(...indexes.map((i) => element("option", {}, i.name)));
   $("#refine").disabled = indexes.every((i) => !i.refinement);
+  $("#keys").hidden = !state.info.judging;
   $("#error").hidden = true;
   $("#empty").hidden = false;
   choose(indexes[0]);
@@ -398,16 +405,21 @@ async function enterByAddress() {
 
 // -- keys, drops, clicks ---------------------------------------------------------------------------------------------
 
+// The result that has the focus, itself or one of its buttons.
+const here = () => document.activeElement?.closest("#results > li");
+
+// One result at a time is a stop of the Tab key; arrows go to the others.
+function rove(to) {
+  for (const one of $("#results").children) for (const button of one.querySelectorAll("button")) button.tabIndex = one === to ? 0 : -1;
+}
+
 function focusCard(at) {
-  const cards = [...document.querySelectorAll("#results button")];
-  if (!cards.length) return;
-  const to = cards[Math.max(0, Math.min(at, cards.length - 1))];
-  for (const one of cards) one.tabIndex = one === to ? 0 : -1;
-  to.focus();
+  const cards = [...$("#results").children];
+  cards[Math.max(0, Math.min(at, cards.length - 1))]?.firstChild.focus();
 }
 
 function moveInGrid(key) {
-  const cards = [...document.querySelectorAll("#results button")], at = cards.indexOf(document.activeElement);
+  const cards = [...$("#results").children], at = cards.indexOf(here());
   if (at < 0) return false;
   const columns = cards.filter((one) => one.getBoundingClientRect().top === cards[0].getBoundingClientRect().top).length;
   if (key === "ArrowUp" && at < columns) $("#text").focus();
@@ -415,9 +427,14 @@ function moveInGrid(key) {
   return true;
 }
 
+// The item that a key says something of: what is opened, or has the focus.
+const pointed = () => ($("#detail").open ? $("#verdict .judge")
+  : document.activeElement?.closest("#results:not(.old) > li")?.querySelector(".judge"))?.dataset.judged;
+
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || $("#login").open) return;
   const { key } = event, inText = document.activeElement === $("#text");
+  if ((key === "y" || key === "n") && !event.repeat && pointed()) return judge.press(pointed(), key === "y");
   if ($("#detail").open) {
     if (key === "ArrowLeft") open(state.opened - 1);
     else if (key === "ArrowRight") open(state.opened + 1);
@@ -430,6 +447,7 @@ document.addEventListener("keydown", (event) => {
   else if (key === "Escape" && !inText) $("#text").focus();
 });
 
+$("#results").addEventListener("focusin", () => rove(here()));
 $("#search").addEventListener("submit", (event) => { event.preventDefault(); search(); });
 $("#text").addEventListener("input", () => { $("#weight").hidden = !state.image || !$("#text").value.trim(); searchSoon(); });
 $("#refine").addEventListener("change", search);

@@ -77,8 +77,7 @@ class Judgements:
             if self.path.exists():
                 os.close(os.open(self.path, os.O_WRONLY | os.O_APPEND))
             elif not os.access(self.path.parent, os.W_OK | os.X_OK):
-                code = errno.EACCES if self.path.parent.is_dir() else errno.ENOENT
-                raise OSError(code, os.strerror(code))
+                raise OSError(errno.EACCES, f"its folder {'takes no files' if self.path.parent.is_dir() else 'is not there'}")
         except OSError as error:
             raise self._not_written(error) from None
 

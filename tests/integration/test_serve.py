@@ -23,6 +23,7 @@ import pytest
 from support.jobs import Job, titled, wait_for
 
 from mmref.retrieval import index
+from mmref.retrieval.feedback import FILE, Judgements
 from mmref.retrieval.searcher import Searcher
 
 pytestmark = pytest.mark.timeout(900)
@@ -57,7 +58,7 @@ def start() -> Iterator[Callable[..., tuple[Job, str]]]:
             job.kill()
 
 
-def get(url: str) -> tuple[int, Any]:
+def get(url: str | urllib.request.Request) -> tuple[int, Any]:
     try:
         with urllib.request.urlopen(url, timeout=120) as answer:
             return answer.status, json.load(answer)
@@ -71,7 +72,7 @@ def replicas(job: Job) -> list[psutil.Process]:
 
 def test_it_answers_as_the_searcher_and_leaves_nothing_behind(own_index, tmp_path, start):
     other = Path(shutil.copytree(own_index, tmp_path / "other"))
-    job, url = start(str(own_index), str(other))
+    job, url = start(str(own_index), str(other), "--judge")
     searcher = Searcher(str(own_index))
     for name in ("own", "other"):
         status, answer = get(f"{url}search?text=red+circle&top=5&index={name}")
@@ -87,6 +88,11 @@ def test_it_answers_as_the_searcher_and_leaves_nothing_behind(own_index, tmp_pat
     )
     assert get(f"{url}explain?text=x&id={answer['results'][0]['id']}")[0] == 200
     assert get(f"{url}healthz")[1] == {"status": "ok", "indexes": {"own": "ok", "other": "ok"}}
+    for item, status in ((searcher.items["id"][0].as_py(), 200), ("nobody", 404)):
+        body = json.dumps({"text": "red circle", "id": item, "relevant": True, "index": "other"}).encode()
+        assert get(urllib.request.Request(f"{url}judgements", body, {"content-type": "application/json"}))[0] == status
+    assert [j.object_id for j in Judgements(other / FILE).read()] == [searcher.items["object_id"][0].as_py()]
+    assert not (own_index / FILE).exists()
     started = job.descendants()
     job.process.send_signal(signal.SIGTERM)
     status, output = job.wait()

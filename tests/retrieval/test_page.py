@@ -754,6 +754,9 @@ def test_what_is_not_kept_is_not_shown_as_kept(tab, judging):
     tab.wait("document.querySelector('#judged').innerText.includes('Not kept. The disk is full. Make room.')")
     tab.wait(f"JSON.stringify({SAID}) === {json.dumps(json.dumps(dict.fromkeys(ids) | {ids[0]: True}, separators=(',', ':')))}")
     assert tab.run(RESULTS) == 36 and not tab.run(OLD), "the results are as good as before"
+    tab.run("scrollTo(0, 1e6)")
+    place = "document.querySelector('#counted').getBoundingClientRect()"
+    assert 0 <= tab.run(f"{place}.top") < tab.run(f"{place}.bottom") <= 800, "wherever one is on the page"
     tab.run("window.failing = false")
     tab.click(button(2, True))
     wait_until_kept(tab, judging, {("red circle", ids[0]): True, ("red circle", ids[1]): True})

@@ -308,10 +308,10 @@ def test_what_cannot_be_written_is_said_and_the_file_stays_whole(client, own_ind
 def test_a_folder_that_cannot_be_written_is_said_at_the_start(own_index, monkeypatch):
     monkeypatch.setattr(feedback.os, "access", lambda path, mode: False)
     for argv in (["--judge"], ["--judge", "--judgements", str(own_index / "there.jsonl")]):
-        with pytest.raises(StorageError, match=r"Permission denied.*--judgements FILE"):
+        with pytest.raises(StorageError, match=r"its folder takes no files.*--judgements FILE"):
             command.serve_main([str(own_index), "--replicas", "0", *argv])
     monkeypatch.undo()
-    with pytest.raises(StorageError, match="No such file or directory"):
+    with pytest.raises(StorageError, match="its folder is not there"):
         command.serve_main([str(own_index), "--replicas", "0", "--judge", "--judgements", "/nowhere/j.jsonl"])
     (own_index / FILE).write_text("no judgement\n")
     with pytest.raises(QueryError, match="line 1 is no judgement"):

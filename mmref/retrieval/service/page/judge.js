@@ -1,6 +1,8 @@
 // Judgements: whether a result is right for the sentence that it was found by. The service keeps them.
 import { $, ask, captionOf, element, number, sentence as capital, state, url } from "./common.js";
 
+const SAID_MS = 12_000; // that a failure is shown
+
 // Of the sentence that is shown: what the service has (`kept`) and what the page shows, which runs ahead of it.
 const about = (sentence) =>
   ({ sentence, index: state.index?.name, kept: new Map(), shown: new Map(), presses: new Map(), sentences: 0, objects: false, problem: "" });
@@ -56,7 +58,8 @@ export function press(id, relevant) {
 // One after the other, so that the last press counts and no answer is older than what it changes.
 function inTurn(mine, failed, work) {
   turn = turn.then(work).catch((error) => {
-    mine.problem = `${failed} ${capital(error.message)} ${error.status ? error.fix : "Press again once it does."}`;
+    const said = mine.problem = `${failed} ${capital(error.message)} ${error.status ? error.fix : "Press again once it does."}`;
+    setTimeout(() => { if (mine.problem === said) { mine.problem = ""; paint(); } }, SAID_MS); // it lies over other results
   }).then(() => { if (mine === current) paint(); });
 }
 

@@ -41,7 +41,8 @@ Search = Callable[[Floats, int], NDArray[np.int64]]  # queries (q, d), k -> rows
 BLOCK = 50_000
 BATCH = 32  # queries that wait are answered together, as in the service
 CLIENTS = (1, 8, 32)
-# clip-retrieval has autofaiss choose with 4 GB of memory and 10 ms a query (`clip-retrieval index`), and reads the index mapped.
+# The 4 GB of memory that `clip-retrieval index` gives autofaiss, and autofaiss's own 10 ms a query. As the index is to be mapped,
+# HNSW is no choice.
 OTHERS_MEMORY, OTHERS_MS = 4e9, 10.0
 
 

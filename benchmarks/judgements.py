@@ -47,7 +47,7 @@ def simulate(searcher: Searcher, root: str, sentences: int, top: int) -> dict[st
     for row in rng.permutation(index.n_objects)[:sentences].tolist():
         texts = queries.texts[rng.choice(queries.text[queries.objects == row])]
         asked.setdefault(texts.strip(), index.object_ids[row])
-    judgements = Judgements.of(searcher)
+    judgements = Judgements.of(searcher.index)
     for (text, wanted), results in zip(asked.items(), searcher.search_many(list(asked), top)):
         for result in results:
             judgements.save(searcher, text, result.id, result.object_id == wanted)
@@ -105,7 +105,7 @@ def run(given: argparse.Namespace, flags: list[str], work: str) -> dict[str, Any
     assert not main(["index", root, "--model", given.run, "--split", "test", "--out", index, "--workers", "0"])
     searcher = Searcher(index)
     asked = simulate(searcher, root, given.sentences, given.top)
-    judgements = Judgements.of(searcher).read()
+    judgements = Judgements.of(searcher.index).read()
     rows = []
     for seed in given.seeds:
         began, run_dir = time.perf_counter(), f"{work}/run-{seed}"

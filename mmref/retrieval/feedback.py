@@ -42,9 +42,9 @@ class Judgements:
         self.path = path
 
     @classmethod
-    def of(cls, searcher: Searcher, path: str | None = None) -> Judgements:
-        """The index's own, or another file."""
-        return cls(Path(path) if path else searcher.index / FILE)
+    def of(cls, index: str | os.PathLike[str], path: str | None = None) -> Judgements:
+        """An index's own, or another file."""
+        return cls(Path(path) if path else Path(index) / FILE)
 
     def save(self, searcher: Searcher, query: str, item_id: str, relevant: bool | None) -> None:
         """Append a judgement of an item of an index; None takes an earlier one back. Raises QueryError for an empty query or an

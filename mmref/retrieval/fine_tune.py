@@ -101,7 +101,7 @@ def fine_tune(
         TooFewJudgementsError; QueryError: no judgements; the errors of training.
     """
     searcher = Searcher(index)
-    judgements = Judgements.of(searcher, file).read()
+    judgements = Judgements.of(searcher.index, file).read()
     prepared = prepare(searcher, judgements, run_dir, flags, held_out, seed, mixed)
     for line in prepared.said:
         print(printable(line), flush=True)

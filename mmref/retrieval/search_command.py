@@ -199,7 +199,7 @@ def _ask(searcher: Any, queries: Sequence[Any], answers: Sequence[Sequence[Any]]
     """Ask on the terminal: y, n, enter to pass over, q to stop."""
     from mmref.retrieval.feedback import Judgements
 
-    judgements, saved = Judgements.of(searcher, path), 0
+    judgements, saved = Judgements.of(searcher.index, path), 0
     for query, results in zip(queries, answers):
         for result in results:
             try:
@@ -242,7 +242,7 @@ def judge_main(argv: Sequence[str]) -> int:
     if not (args.right or args.wrong or args.take_back):
         raise UsageError("name items with --right, --wrong or --take-back.")
     searcher = Searcher(args.index)
-    judgements = Judgements.of(searcher, args.judgements)
+    judgements = Judgements.of(searcher.index, args.judgements)
     said = [(i, True) for i in args.right] + [(i, False) for i in args.wrong] + [(i, None) for i in args.take_back]
     for item_id, _ in said:
         searcher.row(item_id)  # all are known before the first is saved
@@ -265,7 +265,7 @@ def _export_judgements(argv: Sequence[str]) -> int:
     from mmref.retrieval.searcher import Searcher
 
     searcher = Searcher(args.index)
-    rows, left_out = export_table(searcher, Judgements.of(searcher, args.judgements).read(), args.out, args.split)
+    rows, left_out = export_table(searcher, Judgements.of(searcher.index, args.judgements).read(), args.out, args.split)
     print(f"{rows} images in {args.out}/table.jsonl; next: mmref shards build table {args.out}/table.jsonl --out SET")
     for line in left_out:
         print(f"left out: {printable(line)}")

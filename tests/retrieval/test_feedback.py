@@ -20,7 +20,7 @@ from mmref.shards.build import BuildOptions, build_shards, make_source
 
 def test_the_last_judgement_of_a_pair_counts(own_index):
     searcher = Searcher(str(own_index))
-    judgements = Judgements.of(searcher)
+    judgements = Judgements.of(searcher.index)
     first, second = searcher.items["id"][0].as_py(), searcher.items["id"][1].as_py()
     judgements.save(searcher, "red circle", first, False)
     judgements.save(searcher, " red circle ", second, False)
@@ -51,7 +51,7 @@ def build(table: Path, out: Path) -> ShardSet:
 def test_judgements_become_an_evaluation_split(own_index, tmp_path):
     """Images of a shard set, whose bytes are copied out; object ids are kept."""
     searcher = Searcher(str(own_index))
-    judgements = Judgements.of(searcher)
+    judgements = Judgements.of(searcher.index)
     ids = searcher.items["id"].to_pylist()
     judgements.save(searcher, "a very red circle", ids[0], True)
     judgements.save(searcher, "another sentence", ids[0], True)
@@ -72,7 +72,7 @@ def test_judgements_become_an_evaluation_split(own_index, tmp_path):
 def test_images_without_objects_are_joined_by_sentences(folder, run, tmp_path):
     index.create(str(folder), str(run), str(tmp_path / "index"), workers=0)
     searcher = Searcher(str(tmp_path / "index"))
-    judgements = Judgements.of(searcher, str(tmp_path / "j.jsonl"))
+    judgements = Judgements.of(searcher.index, str(tmp_path / "j.jsonl"))
     pairs = [("a", "00.png"), ("a", "02.png"), ("b", "02.png"), ("b", "04.png"), ("c", "06.png")]
     for query, item in pairs:
         judgements.save(searcher, query, item, True)
@@ -92,14 +92,14 @@ def test_images_without_objects_are_joined_by_sentences(folder, run, tmp_path):
 def test_nothing_to_export_is_said(own_index, tmp_path):
     searcher = Searcher(str(own_index))
     with pytest.raises(QueryError, match="does not exist: judge results first"):
-        Judgements.of(searcher).read()
+        Judgements.of(searcher.index).read()
     with pytest.raises(QueryError, match="no judged item can be exported"):
         export_table(searcher, [], str(tmp_path / "table"))
 
 
 def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(own_index, tmp_path):
     searcher, out = Searcher(str(own_index)), tmp_path / "table"
-    judgements = Judgements.of(searcher)
+    judgements = Judgements.of(searcher.index)
     ids = searcher.items["id"].to_pylist()
 
     def contents() -> dict[str, bytes]:

@@ -30,7 +30,7 @@ def said(query: str, item: str, relevant: bool = True) -> Judgement:
 def judged(own_index: Path) -> Path:
     """An index in which 40 sentences have two right items and two wrong ones each."""
     searcher, rng = Searcher(own_index), np.random.default_rng(0)
-    judgements, ids = Judgements.of(searcher), searcher.items["id"].to_pylist()
+    judgements, ids = Judgements.of(searcher.index), searcher.items["id"].to_pylist()
     for number in range(40):
         for place, row in enumerate(rng.permutation(len(ids))[:4].tolist()):
             judgements.save(searcher, f"sentence {number}", ids[row], place < 2)
@@ -72,7 +72,7 @@ def test_what_is_built_leaves_out_held_out_sentences(judged, tmp_path):
 
 def test_the_config_goes_on_from_the_model_with_its_own_set(judged, tiny_set, tmp_path):
     searcher = Searcher(judged)
-    judgements = Judgements.of(searcher).read()
+    judgements = Judgements.of(searcher.index).read()
     found = prepare(searcher, judgements, str(tmp_path / "run"), ["--train.max_steps", "7"], seed=3)
     config, base = found.config, searcher.model.config
     assert Path(config.data.root) == tiny_set and list(config.data.mix.values()) == [0.5]
@@ -103,7 +103,7 @@ def test_the_config_goes_on_from_the_model_with_its_own_set(judged, tiny_set, tm
 
 def test_the_same_model_gains_nothing(judged):
     searcher = Searcher(judged)
-    found = judge_models(searcher, load(judged / "model"), Judgements.of(searcher).read())
+    found = judge_models(searcher, load(judged / "model"), Judgements.of(searcher.index).read())
     assert found["gallery"] == len(searcher)
     for kind in ("initial", "refined"):
         for measure in found[kind].values():
@@ -123,7 +123,7 @@ def test_where_judgements_lie(judged, tmp_path):
 def test_an_unknown_field_is_said(judged, tmp_path):
     searcher = Searcher(judged)
     with pytest.raises(ConfigError, match="unknown config key"):
-        prepare(searcher, Judgements.of(searcher).read(), str(tmp_path / "run"), ["--train.speed", "7"])
+        prepare(searcher, Judgements.of(searcher.index).read(), str(tmp_path / "run"), ["--train.speed", "7"])
 
 
 @pytest.mark.ray

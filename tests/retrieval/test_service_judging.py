@@ -67,7 +67,7 @@ def test_what_is_judged_is_kept_told_again_and_read_by_everything_else(client, o
     assert found == {"index": "index", "text": SENTENCE, "judgements": {ids[0]: True, ids[1]: False}, "sentences": 2}
     assert judge(client, ids[0], False)["judged"] == 2, "another opinion takes the place of the first"
     searcher = Searcher(str(own_index))
-    read = Judgements.of(searcher).read()
+    read = Judgements.of(searcher.index).read()
     assert [(j.query, j.id, j.relevant) for j in read] == [
         (SENTENCE, ids[0], False), (SENTENCE, ids[1], False), ("another", ids[0], True),
     ]  # fmt: skip

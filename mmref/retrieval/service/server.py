@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmref.errors import ServeError
-from mmref.retrieval.feedback import FILE, Judgements
+from mmref.retrieval.feedback import Judgements
 from mmref.retrieval.service.access import LOOPBACK, TOKEN, Access, Network
 from mmref.retrieval.service.answering import Engine
 from mmref.retrieval.service.backend import Backend, Local, Replicated, deploy, remove_left_behind
@@ -107,7 +107,7 @@ def _named(indexes: Sequence[str]) -> dict[str, str]:
 
 def _judged(named: dict[str, str], file: str | None) -> dict[str, Judgements]:
     """Judgements of each index, found to be readable and writable. Raises StorageError, QueryError."""
-    found = {name: Judgements(Path(file or Path(path) / FILE)) for name, path in named.items()}
+    found = {name: Judgements.of(path, file) for name, path in named.items()}
     for judgements in found.values():
         judgements.check_writable()
         if judgements.path.exists():

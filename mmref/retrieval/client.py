@@ -65,7 +65,7 @@ class ServiceClient:
         Raises:
             ServiceError: what the service says, or that none answers. QueryError: an image of a query that cannot be read.
         """
-        shared = {name: value for name, value in {**asked, "index": self.index}.items() if value is not None}
+        shared = {name: value for name, value in asked.items() if value is not None} | self._named()
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(lambda query: self._search(query, shared), queries))
 
@@ -85,6 +85,19 @@ class ServiceClient:
     def thumbnail(self, item_id: str) -> bytes:
         """WebP of an item. Raises ServiceError."""
         return self._ask(f"/thumbnail/{quote(item_id, safe='')}?{urlencode({'index': self.name})}")
+
+    def check_judging(self, text: str) -> None:
+        """Raise ServiceError where nobody may judge what a sentence finds."""
+        self._ask(f"/judgements?{urlencode({'text': text} | self._named())}")
+
+    def judge(self, text: str, item_id: str, relevant: bool | None) -> None:
+        """Say whether an item is right for a sentence; None takes it back. Raises ServiceError."""
+        said = {"text": text, "id": item_id, "relevant": relevant} | self._named()
+        self._ask("/judgements", json.dumps(said).encode())
+
+    def _named(self) -> dict[str, str]:
+        """The field that names the index, where the service does not choose it."""
+        return {} if self.index is None else {"index": self.index}
 
     def _ask(self, target: str, body: bytes | None = None) -> bytes:
         """The body of an answer. Raises ServiceError."""

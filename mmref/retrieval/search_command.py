@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmref.errors import FilterError, UsageError
@@ -17,7 +17,7 @@ from mmref.terminal.parser import Parser
 from mmref.terminal.progress import say
 
 if TYPE_CHECKING:
-    from mmref.retrieval.results import Answer
+    from mmref.retrieval.results import Answer, Result
 
 
 def search_main(argv: Sequence[str]) -> int:
@@ -35,6 +35,8 @@ def search_main(argv: Sequence[str]) -> int:
         from mmref.retrieval.client import ServiceClient
 
         service = ServiceClient(args.url, args.token, args.index_name)
+        if args.judge:
+            service.check_judging(queries[0].text or "")  # before anybody is asked
         answers = service.search_many(queries, _asked(args))
     else:
         searcher = _searcher(args)
@@ -58,7 +60,14 @@ def search_main(argv: Sequence[str]) -> int:
         write_output("--html", args.html, page)
         print(f"written to {args.html}")
     if args.judge:
-        _ask(searcher, queries, [answer.results for answer in answers], args.judgements)
+        of_sentences: Any = [(query.text or "", answer.results) for query, answer in zip(queries, answers)]
+        if args.url:
+            _ask(of_sentences, service.judge, service.url)
+        else:
+            from mmref.retrieval.feedback import Judgements
+
+            judgements = Judgements.of(searcher.index, args.judgements)
+            _ask(of_sentences, lambda *said: judgements.save(searcher, *said), judgements.path)
     return 0
 
 
@@ -68,10 +77,8 @@ def _check_search(args: argparse.Namespace) -> None:
         if args.text is not None:
             raise UsageError(f"--url asks a service, so that {args.index!r} is no index to open: give the sentence alone.")
         args.index, args.text = None, args.index
-        if args.judge or args.judgements or args.store or args.device != "auto":
-            raise UsageError(
-                "--judge, --judgements, --store and --device are of an index that is opened here: leave them out, or --url."
-            )
+        if args.judgements or args.store or args.device != "auto":
+            raise UsageError("--judgements, --store and --device are of an index that is opened here: leave them out, or --url.")
     elif args.index is None:
         raise UsageError("name the INDEX to search, or a service with --url.")
     elif args.token is not None or args.index_name is not None:
@@ -84,6 +91,8 @@ def _check_search(args: argparse.Namespace) -> None:
         raise UsageError("--images is of objects: give --by object with it.")
     if args.by == "object" and args.judge:
         raise UsageError("--judge asks of single images: leave out --by object.")
+    if args.judge and args.image:
+        raise UsageError("--judge keeps what a sentence asks for, and an image is none: leave out --image.")
     if args.batch and (args.text or args.image):
         raise UsageError("give one query, or many with --batch, not both.")
 
@@ -195,25 +204,23 @@ def _conditions_apart(argv: Sequence[str]) -> list[str]:
 # -- judgements ------------------------------------------------------------------------------------------------------
 
 
-def _ask(searcher: Any, queries: Sequence[Any], answers: Sequence[Sequence[Any]], path: str | None) -> None:
-    """Ask on the terminal: y, n, enter to pass over, q to stop."""
-    from mmref.retrieval.feedback import Judgements
-
-    judgements, saved = Judgements.of(searcher.index, path), 0
-    for query, results in zip(queries, answers):
+def _ask(found: Sequence[tuple[str, Sequence[Result]]], keep: Callable[[str, str, bool], None], place: object) -> None:
+    """Ask of the results of each sentence on the terminal: y, n, enter to pass over, q to stop."""
+    saved = 0
+    for sentence, results in found:
         for result in results:
             try:
-                asked = f"{result.rank}. {printable(result.id)}: right for {query.text!r}?"
-                answer = input(f"{asked} [y/n, enter: skip, q: stop] ")
+                asked = f"{result.rank}. {printable(result.id)}: right for {sentence!r}?"
+                answer = input(f"{asked} [y/n, enter: skip, q: stop] ").strip().lower()
             except EOFError:
                 answer = "q"
-            if answer.strip().lower() == "q":
-                print(f"\n{saved} judgements saved in {judgements.path}")
+            if answer == "q":
+                print(f"\n{saved} judgements saved in {place}")
                 return
-            if answer.strip().lower() in ("y", "n"):
-                judgements.save(searcher, query.text or "", result.id, answer.strip().lower() == "y")
+            if answer in ("y", "n"):
+                keep(sentence, result.id, answer == "y")
                 saved += 1
-    print(f"{saved} judgements saved in {judgements.path}")
+    print(f"{saved} judgements saved in {place}")
 
 
 def judge_main(argv: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from support.services import LIMITS, TOKEN, listening, png
 from mmref.cli import main
 from mmref.errors import ServiceError
 from mmref.retrieval.client import ServiceClient
+from mmref.retrieval.feedback import FILE, Judgements
 from mmref.retrieval.results import Query
 from mmref.retrieval.service.access import Access
 from mmref.retrieval.service.limits import Limits
@@ -95,14 +97,34 @@ def test_options_that_do_not_go_together_are_named(split_index, capsys):
         (["--url", "http://h", str(split_index), "x"], "is no index to open"),
         (["--url", "localhost:8000", "x"], "is no address of a service: give it as http://HOST:PORT"),
         (
-            ["--url", "http://h", "x", "--judge"],
-            "--judge, --judgements, --store and --device are of an index that is opened here",
+            ["--url", "http://h", "x", "--judge", "--judgements", "f"],
+            "--judgements, --store and --device are of an index that is opened here",
         ),
+        (["--url", "http://h", "--image", "a.png", "--judge"], "an image is none: leave out --image"),
         ([], "name the INDEX to search, or a service with --url"),
         ([str(split_index), "x", "--token", "t"], "--token and --index are of a service"),
     ):
         assert main(["search", *argv]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_service_keeps_what_is_judged_on_the_terminal(own_index, capsys, monkeypatch):
+    answers = iter(["y", "", "N", "q"])
+    monkeypatch.setattr(builtins, "input", lambda _: next(answers))
+    with listening(own_index, judge=True, access=Access(TOKEN)) as service:
+        url = f"http://127.0.0.1:{service.address[1]}"
+        out = said(capsys, "--url", url, "red circle", "--judge", "--top", "6", "--token", TOKEN, "--index", own_index.name)
+        assert f"2 judgements saved in {url}" in out
+        ids = [one.id for one in ServiceClient(url, TOKEN).search_many([Query("red circle")], {"top": 6})[0].results]
+    found = Judgements(own_index / FILE).read()
+    assert [(j.query, j.id, j.relevant) for j in found] == [("red circle", ids[0], True), ("red circle", ids[2], False)]
+
+
+def test_nobody_is_asked_where_a_service_keeps_nothing(url, capsys, monkeypatch):
+    monkeypatch.setattr(builtins, "input", lambda _: pytest.fail("asked"))
+    assert main(["search", "--url", url, "red circle", "--judge"]) == 1
+    printed = capsys.readouterr()
+    assert "JudgingOff" in printed.err and "`mmref serve INDEX --judge`" in printed.err and not printed.out
 
 
 def test_a_token_is_brought(split_index, capsys, monkeypatch):

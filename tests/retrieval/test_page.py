@@ -39,11 +39,13 @@ QUIET = "document.querySelector('#results').getAttribute('aria-busy') === 'false
 class Server:
     """The service on a port of this machine; `asked` holds the targets of its searches."""
 
-    def __init__(self, index: Path, access: Access | None = None, judge: bool = False) -> None:
+    def __init__(self, *indexes: Path, access: Access | None = None, judge: bool = False) -> None:
         self.asked: list[str] = []
-        self.engine = Engine(str(index), LIMITS, watch=False)
-        self.judgements = Judgements(index / FILE)
-        app = build_app({index.name: Local(self.engine)}, access, LIMITS, {index.name: self.judgements} if judge else {})
+        engines = {index.name: Engine(str(index), LIMITS, watch=False) for index in indexes}
+        self.engine = engines[indexes[0].name]
+        self.judgements = Judgements(indexes[0] / FILE)
+        backends = {name: Local(engine) for name, engine in engines.items()}
+        app = build_app(backends, access, LIMITS, {indexes[0].name: self.judgements} if judge else {})
 
         async def noted(scope, receive, send):
             if scope["type"] == "http" and scope["path"] == "/search":
@@ -565,6 +567,74 @@ def test_results_are_put_in_the_order_of_a_column(tab, shop):
     wait_for(tab, [r.id for r in searcher.search("green circle", top=48)])
 
 
+def test_the_address_opens_the_same_search_again(tab, shop):
+    opened(tab, shop)
+    search(tab, "green circle")
+    assert tab.run("location.search") == "?q=green+circle", "nothing of what is as it is at first"
+    for name, op, value in (
+        ("unit_price", ">=", "20"), ("taken", "<=", "2024-09-15"), ("stock>0", "=", "True"), ("title", "~", 'no. "1'),
+    ):  # fmt: skip
+        put(tab, name, op, value)
+    tab.wait("new URLSearchParams(location.search).getAll('where').length === 4")
+    put(tab, "title", "~", "no. ")
+    put(tab, "color", "=", "light blue")
+    change = "(v => {{ const s = document.querySelector('{}'); s.value = v; s.dispatchEvent(new Event('change')); }})"
+    tab.run(f"{change.format('#top')}('12')")
+    tab.run(f"{change.format('#order select')}('-unit_price')")
+    for box in ("#refine", "#object"):
+        tab.click(box)
+    tab.wait(f"{RESULTS} > 0 && {QUIET} && location.search.includes('refine=false')")
+    expected = ["by=object", "q=green+circle", "refine=false", "sort=-unit_price", "top=12", "where=%22stock%3E0%22%3DTrue"]
+    expected += [
+        "where=color%3Dlight+blue",
+        "where=taken%3C%3D2024-09-15",
+        "where=title%7E%22no.+%22",
+        "where=unit_price%3E%3D20",
+    ]
+    told, ids = tab.run("location.search"), tab.run(IDS)
+    assert sorted(told[1:].split("&")) == sorted(expected), told
+    controls = (
+        "[...document.querySelectorAll('#options input, #options select')].map(c => c.type === 'checkbox' ? c.checked : c.value)"
+    )
+    before = tab.run(controls)
+    tab.open(f"{shop.url}?")
+    tab.wait("document.querySelector('#filters select')")
+    assert tab.run(controls) != before
+    tab.open(shop.url + told)
+    wait_for(tab, ids)
+    assert tab.run(controls) == before and tab.run("location.search") == told
+    assert "(5)" in tab.run("document.querySelector('#more').textContent") and tab.errors == []
+
+
+@pytest.mark.parametrize(
+    "address", ["?where=color%3Dgreen&where=none%3D1&where=&sort=-nothing&top=7&by=&index=other", "?where=%FF&top"]
+)
+def test_an_address_that_says_what_is_not_there_is_passed_over(tab, shop, address):
+    searcher = opened(tab, shop)
+    tab.open(f"{shop.url}{address}&q=green+circle")
+    wait_for(tab, [r.id for r in searcher.search("green circle", top=24)])
+    assert tab.run("location.search") == "?q=green+circle" and tab.errors == []
+
+
+def test_the_address_names_the_index(tab, tiny_set, run, tmp_path):
+    found = {}
+    for name in ("val", "test"):
+        index.create(str(tiny_set), str(run), str(tmp_path / name), split=name, workers=0)
+        searcher = Searcher(str(tmp_path / name))
+        found[name] = [r.id for r in searcher.search("red circle", top=len(searcher))]
+    with Server(tmp_path / "val", tmp_path / "test") as server:
+        tab.errors.clear()
+        tab.open(f"{server.url}?q=red+circle&index=test")
+        wait_for(tab, found["test"])
+        assert tab.run("location.search") == "?q=red+circle&index=test"
+        tab.run(
+            "(() => { const s = document.querySelector('#index select'); s.selectedIndex = 0;"
+            "s.dispatchEvent(new Event('change')); })()"
+        )
+        wait_for(tab, found["val"])
+        assert tab.run("location.search") == "?q=red+circle" and tab.errors == []
+
+
 def test_a_search_within_what_is_shown(tab, shop, tmp_path):
     searcher = opened(tab, shop)
     search(tab, "green circle")
@@ -859,7 +929,7 @@ def test_judging_on_a_phone(tab, judging, dark):
 
 
 def test_a_token_is_asked_for_once(tab, split_index):
-    with Server(split_index, Access(TOKEN)) as server:
+    with Server(split_index, access=Access(TOKEN)) as server:
         tab.open(server.url)
         tab.wait("document.querySelector('#login').open")
         tab.run("document.querySelector('#login input').focus()")
@@ -873,7 +943,7 @@ def test_a_token_is_asked_for_once(tab, split_index):
         search(tab, "red circle")
         tab.wait("[...document.images].filter(i => i.offsetParent).every(i => i.complete && i.naturalWidth > 0)")
         assert TOKEN not in tab.run("location.href + document.cookie")
-    with Server(split_index, Access(TOKEN)) as server:
+    with Server(split_index, access=Access(TOKEN)) as server:
         tab.open(f"{server.url}#{TOKEN}")
         tab.wait("document.querySelector('#status').textContent.includes('12 images')")
         assert tab.run("location.hash") == ""

@@ -645,7 +645,7 @@ def test_the_page_names_no_other_host():
     for file in folder.iterdir():
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")
         assert "://" not in text and "//cdn" not in text, file
-    files = ["common.js", "detail.js", "filters.js", "icon.svg", "index.html", "judge.js", "page.css", "page.js"]
+    files = ["address.js", "common.js", "detail.js", "filters.js", "icon.svg", "index.html", "judge.js", "page.css", "page.js"]
     assert sorted(f.name for f in folder.iterdir()) == files
     assert {f"/{name}" for name in files} - {"/index.html"} | {"/"} == set(guard.STATIC) == set(app.PAGE)
 

@@ -46,6 +46,7 @@ PAGE = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
     "/common.js": ("common.js", "text/javascript"),
+    "/address.js": ("address.js", "text/javascript"),
     "/detail.js": ("detail.js", "text/javascript"),
     "/filters.js": ("filters.js", "text/javascript"),
     "/judge.js": ("judge.js", "text/javascript"),

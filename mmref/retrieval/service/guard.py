@@ -27,7 +27,7 @@ from mmref.retrieval.service.transfers import Transfer, Transfers, busy
 
 log = logging.getLogger(__name__)
 
-STATIC = ("/", "/page.css", "/page.js", "/common.js", "/detail.js", "/filters.js", "/judge.js", "/icon.svg")
+STATIC = ("/", "/page.css", "/page.js", "/common.js", "/address.js", "/detail.js", "/filters.js", "/judge.js", "/icon.svg")
 OPEN = (*STATIC, "/healthz", "/session")  # need no token: they hold no data
 FREE = (*OPEN, "/metrics")  # are answered however many others are: whoever looks after the service asks them
 WRITES = ("/judgements",)  # keep what is sent there by POST

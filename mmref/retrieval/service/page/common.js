@@ -44,6 +44,11 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+// Give a control a value; a choice that does not offer it stays as it is.
+export function put(control, value) {
+  if (!control.options || [...control.options].some((option) => option.value === value)) control.value = value;
+}
+
 export const number = (n) => n.toLocaleString("en");
 export const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 // A column as people would call it: "photo_date" is "Photo date".

@@ -1,5 +1,5 @@
 // Filters by column: a choice where there are few values, from and to for numbers and days, what a text contains.
-import { element, number, readable } from "./common.js";
+import { element, number, put, readable } from "./common.js";
 
 const CHOSEN_NUMBERS = 12; // numbers of at most so many values are chosen from, as stars and sizes are
 const set = () => [...document.querySelectorAll("#filters [data-op]")].filter((control) => control.value.trim());
@@ -12,15 +12,15 @@ const ODD_NAME = /[=<>!~"]|^\s|\s$|\s(in|is)\s/, ODD_VALUE = /^[=<>!~]|"|^\s|\s$
 export function conditions() {
   return set().map(({ name, dataset, value }) => `${quoted(name, ODD_NAME)}${dataset.op}${quoted(value, ODD_VALUE)}`);
 }
-conditions.chosen = () => new Map(set().map(({ name, dataset, value }) => [`${dataset.op} ${name}`, value]));
 
-// Put the controls of an index that has changed where those before it were.
-export function restore(chosen) {
+// Put the controls where conditions of ours say.
+export function apply(where) {
   for (const control of document.querySelectorAll("#filters [data-op]")) {
-    const value = chosen.get(`${control.dataset.op} ${control.name}`);
-    if (value !== undefined && (!control.options || [...control.options].some((option) => option.value === value))) control.value = value;
+    const before = `${quoted(control.name, ODD_NAME)}${control.dataset.op}`, told = where.find((one) => one.startsWith(before));
+    if (told) put(control, plain(told.slice(before.length)));
   }
 }
+const plain = (value) => /^".*"$/s.test(value) ? value.slice(1, -1).replaceAll('""', '"') : value;
 
 // `changed` is told whether the visitor may still be typing.
 export function controls(columns, changed) {

@@ -1,7 +1,8 @@
 // The search page. Everything it asks for lies beside it: no other host is contacted.
-import { $, Problem, ask, captionOf, element, gained, lastPart, number, picture, readable, sentence, state, url, withImage } from "./common.js";
+import { $, Problem, ask, captionOf, element, gained, lastPart, number, picture, put, readable, sentence, state, url, withImage } from "./common.js";
+import * as address from "./address.js";
 import * as detail from "./detail.js";
-import { conditions, controls, restore } from "./filters.js";
+import { apply, conditions, controls } from "./filters.js";
 import * as judge from "./judge.js";
 
 const TYPING_STOPS_MS = 250, KEPT_ANSWERS = 40, IMAGES_OF_OBJECT = 4;
@@ -30,7 +31,8 @@ async function search() {
   const mine = ++state.asked;
   if (!state.index) return;
   const asked = state.query = query();
-  remember(asked);
+  address.remember(asked);
+  document.title = asked.text ? `${asked.text} · mmref` : "mmref search";
   if (!asked.text && !state.image) {
     $("#results").setAttribute("aria-busy", "false");
     return show(null);
@@ -125,10 +127,10 @@ async function renew(answer) {
   state.info = await ask("indexes");
   const index = state.info.indexes.find((one) => one.name === state.index.name);
   if (!index) return;
-  const chosen = conditions.chosen(), order = $("#order select").value;
+  const where = conditions(), order = $("#order select").value;
   choose(Object.assign(index, { generation: answer.generation }));
-  restore(chosen);
-  if ([...$("#order select").options].some((option) => option.value === order)) $("#order select").value = order;
+  apply(where);
+  put($("#order select"), order);
   countFilters();
 }
 
@@ -136,13 +138,6 @@ async function renew(answer) {
 function gone() {
   answers.clear();
   search();
-}
-
-function remember(asked) {
-  const here = new URLSearchParams();
-  if (asked.text) here.set("q", asked.text);
-  history.replaceState(null, "", here.size ? `?${here}` : location.pathname); // and without what stood behind #
-  document.title = asked.text ? `${asked.text} · mmref` : "mmref search";
 }
 
 // -- showing ---------------------------------------------------------------------------------------------------------
@@ -386,8 +381,11 @@ async function start() {
   $("#keys").hidden = !state.info.judging;
   $("#error").hidden = true;
   $("#empty").hidden = false;
-  choose(indexes[0]);
-  $("#text").value ||= new URLSearchParams(location.search).get("q") || "";
+  const index = address.named(indexes);
+  $("#index select").selectedIndex = indexes.indexOf(index);
+  choose(index);
+  address.reopen();
+  countFilters();
   recovered();
   await search();
 }
@@ -453,7 +451,10 @@ $("#text").addEventListener("input", () => { $("#weight").hidden = !state.image 
 $("#refine").addEventListener("change", search);
 $("#object").addEventListener("change", search);
 $("#top").addEventListener("change", search);
-$("#order select").addEventListener("change", () => { if (state.answer) show(state.answer); });
+$("#order select").addEventListener("change", () => {
+  address.remember(state.query);
+  if (state.answer) show(state.answer);
+});
 $("#further").addEventListener("click", showMore);
 $("#narrow").addEventListener("click", narrow);
 $("#within button").addEventListener("click", () => stayWithin(null));

@@ -233,6 +233,15 @@ def test_duplicates(tiny_set: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_agreement(tiny_set: Path, tmp_path: Path) -> None:
+    model = str(run_of(tiny_set, tmp_path / "run"))
+    call("jobs/evaluate.py", "--model", model, "--workers", "0")  # chooses the refinement
+    found = run(tmp_path, "agreement.py", model, "--split", "train")
+    assert len(found["rows"]) == 12 and found["equal"] and found["queries"] >= found["sentences"] > 10
+    assert {row["served"] for row in found["rows"]} != {100.0}, "or nothing was told apart"
+
+
+@pytest.mark.slow
 def test_in_place(tmp_path: Path) -> None:
     size = ("--tars", "3", "--images", "40", "--workers", "0", "--folder", str(tmp_path / "tars"))
     found = run(tmp_path, "in_place.py", "index", *size, "--rounds", "1")

@@ -16,6 +16,7 @@ from mmref.retrieval.chunks import code_arrays
 from mmref.retrieval.exact import Floats, Rows, exact, exact_among, gather, gather_features, widened
 from mmref.retrieval.segment import Segment, joined_uids
 from mmref.retrieval.vectors import Approximate
+from mmref.storage.array_file import let_go
 
 SUMMED_ROWS = 65_536  # at a time
 
@@ -100,6 +101,7 @@ class Ranker:
         k = min(max(top, p), available)
         if among is not None:
             initial, rows = exact_among(queries.features, self.matrices, among, k)
+            self._spare_memory()
         elif self.approximate is not None:
             initial, rows = self.approximate.search(queries.features, self.matrices, self.uids, k)
         else:
@@ -141,12 +143,18 @@ class Ranker:
                 code[at] = queries.code[i]
                 found[i] = np.einsum("pr,pr->p", code[near], weights)
                 code[at] = 0
+                self._spare_memory()
         else:
             for i, of in enumerate(queries.code):
                 features = gather_features(self.matrices, known[i]) if arrays is None else arrays["feature"][i]
                 gallery = self.space.encode(features, self.refinement, self.image_mean, gallery=True)
                 found[i] = reference_similarity(of[None], gallery)[0]
+                self._spare_memory()
         return np.where(rows >= 0, np.clip(found, 0, 1), 0).astype(np.float32)
+
+    def _spare_memory(self) -> None:
+        if self.approximate is not None and self.approximate.spares_memory:
+            let_go([*self.matrices, *(codes for segment in self.segments for codes in segment.codes.values())])
 
     def codes(self, rows: Rows) -> tuple[NDArray[np.int32], Floats]:
         return (

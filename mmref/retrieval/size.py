@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ UID_BYTES = 8
 
 def machine_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes of memory of this machine, or of the container."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(whole, int((groups / "memory.max").read_text()))
-    except (OSError, ValueError):  # no limit, or none that is told there
-        return whole
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for version in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no limit, or none that is told there
+            found = min(found, int((groups / version).read_text()))
+    return found
 
 
 def memory_for(kind: str, items: int, dim: int) -> int:

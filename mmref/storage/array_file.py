@@ -1,4 +1,4 @@
-"""Writing .npy files as a stream, first row to last.
+"""Writing .npy files as a stream, first row to last, and mapping them to read.
 
 A file that is mapped into memory before its space is set aside is filled by the kernel, which can tell of a full disk only by
 ending the process (SIGBUS). So arrays are written, and mapped only to be read.
@@ -6,7 +6,9 @@ ending the process (SIGBUS). So arrays are written, and mapped only to be read.
 
 from __future__ import annotations
 
+import mmap
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,3 +52,15 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array as a .npy file; `numpy.save` does not say what a write failed of."""
     with ArrayFile(path, array.shape, array.dtype) as file:
         file.write(array)
+
+
+def let_go(arrays: Iterable[NDArray[Any]]) -> None:
+    """Give up what this process holds of mapped arrays.
+
+    What is read of a mapped file counts as the process's own until somebody else needs the memory, with 64 KB around each row:
+    rows from here and there soon add up to the whole file. The pages stay in the system's cache, and are mapped again when they
+    are read again, also by a thread that reads them meanwhile.
+    """
+    for array in arrays:
+        if isinstance(array.base, mmap.mmap):
+            array.base.madvise(mmap.MADV_DONTNEED)

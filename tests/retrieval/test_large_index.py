@@ -13,9 +13,11 @@ from support.old_index import as_of_old
 
 from mmref.cli import main
 from mmref.errors import SearchIndexError
+from mmref.evaluate.refinement import RefinementSettings
 from mmref.retrieval import index, parts, segment, size, vectors
 from mmref.retrieval.exact import exact
 from mmref.retrieval.manifest import Manifest
+from mmref.retrieval.ranking import Encoded, Ranker
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.segment import Segment
 from mmref.retrieval.vector_file import build_vectors, open_vectors
@@ -72,6 +74,28 @@ def test_an_open_ivfpq_keeps_its_lists_on_the_disk(tmp_path):
     assert len(added) == 3010
 
 
+def held_of(file: Path) -> int:
+    """Bytes of a mapped file that are this process's own."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    return sum(
+        int(next(line for line in lines if line.startswith("Rss:")).split()[1]) * 1024 for line in lines if str(file) in line
+    )
+
+
+@pytest.mark.parametrize("kind", ["ivfpq", "ivf"])
+def test_searches_keep_nothing_of_the_features_where_memory_is_short(tmp_path, monkeypatch, kind):
+    part, found = segment_of(tmp_path / "0", clustered(20_000)), []
+    approximate = Approximate.build(kind, [part.features], part.uids)
+    queries = Encoded(part.features[::500].astype(np.float32))
+    for at_a_time in (100, 7):
+        monkeypatch.setattr(vectors, "SCORED_ROWS", at_a_time)
+        ranker = Ranker([part], approximate, None, RefinementSettings())
+        found.append([ranker.rank(queries, 20)[0], ranker.rank(queries, 20, among=np.arange(0, 20_000, 3))[0]])
+        held = held_of(tmp_path / "0" / "features.npy") / part.features.nbytes
+        assert held < 0.02 if kind == "ivfpq" else held > 0.5
+    np.testing.assert_array_equal(*found)
+
+
 def test_parts_make_what_one_process_makes(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "PART_ROWS", 700)
     features = clustered(3000)
@@ -107,6 +131,12 @@ def test_memory_of_a_container_counts(tmp_path):
     whole = size.machine_memory(tmp_path)
     (tmp_path / "memory.max").write_text("1000000\n")
     assert size.machine_memory(tmp_path) == 1_000_000 < whole
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory").mkdir()  # of version 1, where a number beyond all memory says that there is no limit
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("2000000\n")
+    assert size.machine_memory(tmp_path) == 2_000_000
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert size.machine_memory(tmp_path) == whole
     (tmp_path / "memory.max").write_text("max\n")
     assert size.machine_memory(tmp_path) == whole
 

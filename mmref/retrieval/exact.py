@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from mmref.storage.array_file import RowFile
+
 Floats = NDArray[np.float32]
 Features = NDArray[np.float16] | NDArray[np.float32]  # as stored
 Rows = NDArray[np.int64]
@@ -69,13 +71,13 @@ def exact_among(queries: Floats, matrices: Sequence[Features], among: Rows, k: i
     return scores, rows
 
 
-def gather(matrices: Sequence[NDArray[Any]], rows: Rows) -> NDArray[Any]:
+def gather(matrices: Sequence[NDArray[Any] | RowFile], rows: Rows) -> NDArray[Any]:
     """Rows (any shape) of matrices that lie end to end: rows.shape + (width,), in the widest of their types."""
     if len(matrices) == 1:
         return matrices[0][rows]
     edges = np.cumsum([len(m) for m in matrices])
     of = np.searchsorted(edges, rows, side="right")
-    result = np.empty((*rows.shape, matrices[0].shape[1]), np.result_type(*matrices))
+    result = np.empty((*rows.shape, matrices[0].shape[1]), np.result_type(*(m.dtype for m in matrices)))
     for i, matrix in enumerate(matrices):
         inside = of == i
         if inside.any():
@@ -83,7 +85,7 @@ def gather(matrices: Sequence[NDArray[Any]], rows: Rows) -> NDArray[Any]:
     return result
 
 
-def gather_features(matrices: Sequence[Features], rows: Rows) -> Floats:
+def gather_features(matrices: Sequence[Features | RowFile], rows: Rows) -> Floats:
     """As `gather`, of features, in fp32 to compute with."""
     return widened(gather(matrices, rows))
 

@@ -16,7 +16,7 @@ from mmref.retrieval.chunks import code_arrays
 from mmref.retrieval.exact import Floats, Rows, exact, exact_among, gather, gather_features, widened
 from mmref.retrieval.segment import Segment, joined_uids
 from mmref.retrieval.vectors import Approximate
-from mmref.storage.array_file import let_go
+from mmref.storage.array_file import RowFile, let_go
 
 SUMMED_ROWS = 65_536  # at a time
 
@@ -70,6 +70,7 @@ class Ranker:
         self.segments, self.approximate = list(segments), approximate
         self.space, self.refinement, self.text_mean, self.top_p = space, refinement, text_mean, top_p
         self.matrices = [s.features for s in segments]
+        self._spares = approximate is not None and approximate.spares_memory
         self.uids = joined_uids(segments)
 
     def __len__(self) -> int:
@@ -101,9 +102,10 @@ class Ranker:
         k = min(max(top, p), available)
         if among is not None:
             initial, rows = exact_among(queries.features, self.matrices, among, k)
-            self._spare_memory()
+            if self._spares:
+                let_go(self.matrices)
         elif self.approximate is not None:
-            initial, rows = self.approximate.search(queries.features, self.matrices, self.uids, k)
+            initial, rows = self.approximate.search(queries.features, self._stored("features"), self.uids, k)
         else:
             initial, rows = exact(queries.features, self.matrices, k)
         return self.reranked(rows, initial, self.similarity(queries, rows[:, :p]) if refining else None, top)
@@ -143,23 +145,23 @@ class Ranker:
                 code[at] = queries.code[i]
                 found[i] = np.einsum("pr,pr->p", code[near], weights)
                 code[at] = 0
-                self._spare_memory()
         else:
             for i, of in enumerate(queries.code):
-                features = gather_features(self.matrices, known[i]) if arrays is None else arrays["feature"][i]
+                features = gather_features(self._stored("features"), known[i]) if arrays is None else arrays["feature"][i]
                 gallery = self.space.encode(features, self.refinement, self.image_mean, gallery=True)
                 found[i] = reference_similarity(of[None], gallery)[0]
-                self._spare_memory()
         return np.where(rows >= 0, np.clip(found, 0, 1), 0).astype(np.float32)
 
-    def _spare_memory(self) -> None:
-        if self.approximate is not None and self.approximate.spares_memory:
-            let_go([*self.matrices, *(codes for segment in self.segments for codes in segment.codes.values())])
+    def _stored(self, name: str) -> list[NDArray[Any] | RowFile]:
+        """Arrays of the segments that few rows are taken from: features, near or weights."""
+        if self._spares:
+            return [s.rows[name] for s in self.segments]
+        return [s.features if name == "features" else s.codes[name] for s in self.segments]
 
     def codes(self, rows: Rows) -> tuple[NDArray[np.int32], Floats]:
         return (
-            gather([s.codes["near"] for s in self.segments], rows),
-            gather([s.codes["weights"] for s in self.segments], rows),
+            gather(self._stored("near"), rows),
+            gather(self._stored("weights"), rows),
         )
 
     @cached_property

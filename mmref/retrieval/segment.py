@@ -27,7 +27,7 @@ from mmref.errors import SearchIndexError
 from mmref.retrieval.chunks import Arrays
 from mmref.retrieval.exact import Features
 from mmref.retrieval.manifest import Manifest
-from mmref.storage.array_file import ArrayFile, save_array
+from mmref.storage.array_file import ArrayFile, RowFile, save_array
 from mmref.storage.disk import sync_files, told_when_full
 from mmref.storage.parquet import read_parquet
 
@@ -46,6 +46,8 @@ class Segment:
         try:
             self.features: Features = np.load(folder / "features.npy", mmap_mode="r")
             self.codes = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in CODES if (folder / f"{n}.npy").exists()}
+            mapped = {"features": self.features, **self.codes}
+            self.rows = {name: RowFile(folder / f"{name}.npy", array) for name, array in mapped.items()}
             self.uids: NDArray[np.int64] = np.load(folder / "uids.npy", mmap_mode="r")
             self.spans: NDArray[np.int64] = np.load(folder / "thumbnails.npy", mmap_mode="r")
             self.items: pa.Table = read_items(folder)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmref.errors import SearchIndexError
 from mmref.retrieval.exact import Features, Floats, Rows, best, exact, gather_features, widened
-from mmref.storage.array_file import let_go
+from mmref.storage.array_file import RowFile
 
 Kind = Literal["auto", "flat", "ivf", "hnsw", "ivfpq"]
 
@@ -22,7 +22,6 @@ RECALL_AT = 10
 TRAINED_PER_LIST = 64  # vectors an IVF list is trained on
 MOST_TRAINED = 500_000  # vectors that are copied to train on, whatever the number of lists
 HNSW_LINKS, HNSW_BUILD = 32, 100
-SCORED_ROWS = 4_096  # candidates whose features are read at a time
 OVERFETCH = 2  # candidates for each result: 8 bits cannot tell close neighbours apart, the features can
 PQ_NUMBERS, PQ_MOST_BYTES, PQ_BITS = 4, 64, 8  # of IVF-PQ: numbers to a byte, bytes of a vector, bits to each
 PQ_CANDIDATES = (40, 80, 160, 320, 640)  # of IVF-PQ, compared by their features: the first that reaches the recall is kept
@@ -111,7 +110,7 @@ class Approximate:
 
     @property
     def spares_memory(self) -> bool:
-        """Whether what searches read of mapped arrays is given up at once: the kind is chosen where memory is short."""
+        """Whether searches are to hold nothing of the features: the kind is chosen where memory is short."""
         return self.kind == "ivfpq"
 
     def _apply(self, setting: int) -> None:
@@ -137,21 +136,14 @@ class Approximate:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 
-    def search(self, queries: Floats, matrices: Sequence[Features], uids: Rows, k: int) -> tuple[Floats, Rows]:
+    def search(self, queries: Floats, matrices: Sequence[Features | RowFile], uids: Rows, k: int) -> tuple[Floats, Rows]:
         """As `exact`, nearly. Where fewer than k are found, rows are -1 with scores of minus infinity."""
         removed = len(self) - len(uids)
         _, found = self.index.search(queries, min(len(self), max(self.candidates, OVERFETCH * k) + min(removed, k)))
         at = np.minimum(np.searchsorted(uids, found), len(uids) - 1)
         known = (found >= 0) & (uids[at] == found)
         rows = np.where(known, at, -1)
-        scores = np.empty(rows.shape, np.float32)
-        step = max(1, SCORED_ROWS // rows.shape[1])
-        for start in range(0, len(queries), step):
-            part = slice(start, start + step)
-            features = gather_features(matrices, np.where(known[part], at[part], 0))
-            scores[part] = np.einsum("qkd,qd->qk", features, queries[part], optimize=True)
-            if self.spares_memory:
-                let_go(matrices)
+        scores = np.einsum("qkd,qd->qk", gather_features(matrices, np.where(known, at, 0)), queries, optimize=True)
         return best(np.where(known, scores, -np.inf).astype(np.float32), rows, k)
 
     def tune(self, queries: Floats, matrices: Sequence[Features], uids: Rows, recall: float) -> float:

@@ -6,6 +6,7 @@ ending the process (SIGBUS). So arrays are written, and mapped only to be read.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterable
@@ -54,13 +55,38 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
         file.write(array)
 
 
-def let_go(arrays: Iterable[NDArray[Any]]) -> None:
-    """Give up what this process holds of mapped arrays.
+class RowFile:
+    """Rows of a .npy file that are read one by one, for few rows of a large file. Thread-safe.
 
-    What is read of a mapped file counts as the process's own until somebody else needs the memory, with 64 KB around each row:
-    rows from here and there soon add up to the whole file. The pages stay in the system's cache, and are mapped again when they
-    are read again, also by a thread that reads them meanwhile.
+    Of a mapped file a process comes to hold what it reads, with up to 2 MB around each row, until somebody else needs the memory:
+    rows from here and there soon add up to the whole file. What is read so stays in the system's cache alone, and of a disk
+    no more is read than the row.
+
+    Args:
+        mapped: the same file as NumPy maps it, of two dimensions.
     """
+
+    def __init__(self, path: Path, mapped: np.memmap[Any, Any]) -> None:
+        self.shape, self.dtype, self._offset = mapped.shape, mapped.dtype, mapped.offset
+        self._handle = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self._handle)
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows (any shape) of 0 and more: rows.shape + (width,)."""
+        size, handle = self.shape[1] * self.dtype.itemsize, self._handle
+        data = b"".join([os.pread(handle, size, start) for start in (rows.reshape(-1) * size + self._offset).tolist()])
+        return np.frombuffer(data, self.dtype).reshape(*rows.shape, self.shape[1])
+
+
+def let_go(arrays: Iterable[NDArray[Any]]) -> None:
+    """Give up what this process holds of mapped arrays: it is mapped again when it is read again, also by another thread."""
     for array in arrays:
         if isinstance(array.base, mmap.mmap):
             array.base.madvise(mmap.MADV_DONTNEED)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmref.errors import StorageError
-from mmref.storage.array_file import ArrayFile, save_array
+from mmref.storage.array_file import ArrayFile, RowFile, save_array
 
 
 @pytest.mark.parametrize("array", [np.arange(12, dtype=np.float32).reshape(4, 3), np.arange(4), np.zeros((0, 2), np.int32)])
@@ -33,3 +33,15 @@ def test_a_full_disk_is_told_with_the_bytes_needed():
         ArrayFile(Path("/dev/full"), rows.shape, rows.dtype) as file,
     ):
         file.write(rows[:1])  # fits in the buffer: found at the end
+
+
+def test_rows_of_a_file_are_those_of_the_array_and_nothing_stays_mapped(tmp_path):
+    for dtype in (np.float16, np.float32, np.int32):
+        path, array = tmp_path / "a.npy", np.arange(1200).reshape(300, 4).astype(dtype)
+        np.save(path, array)
+        rows = RowFile(path, np.load(path, mmap_mode="r"))
+        path.unlink()  # behind a reader's back
+        for at in (np.array([299, 0, 7, 7]), np.array([[3, 2], [1, 0]]), np.empty(0, np.int64)):
+            found = rows[at]
+            assert found.dtype == dtype and len(rows) == 300
+            np.testing.assert_array_equal(found, array[at])

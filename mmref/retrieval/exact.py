@@ -139,7 +139,9 @@ def multiplies_bf16() -> bool:
 def _nearest(queries: Floats, matrix: Features, k: int, first: int) -> tuple[Floats, Rows]:
     """The min(k, rows) nearest of a part whose first row has a number, in this thread."""
     k = min(k, len(matrix))
-    if len(queries) >= BF16_FROM and k <= BF16_K and len(matrix) >= 2 * BLOCK_ROWS and multiplies_bf16():
+    # Features in fp32, of small indexes, are multiplied as they are sooner than they are rounded and proved.
+    large = matrix.dtype == np.float16 and len(matrix) >= 2 * BLOCK_ROWS
+    if large and len(queries) >= BF16_FROM and k <= BF16_K and multiplies_bf16():
         blocks = [_proved(queries[i : i + BF16_MOST], matrix, k) for i in range(0, len(queries), BF16_MOST)]
         scores, rows = (np.concatenate(parts) for parts in zip(*blocks))
         return scores, rows + first

@@ -308,13 +308,13 @@ class Searcher:
         # Each row is sliced: `take` would first join the chunks of the whole table, 5 ms for a million items.
         items = [self.items.slice(row, 1).to_pylist()[0] for row in distinct.tolist()]
         at = at.reshape(rows.shape)
-        shared = self._shared(queries, rows)
+        shared, columns = self._shared(queries, rows), self.metadata_columns
         answers = []
         for q in range(len(rows)):
             found: list[Result] = []
             for j in np.flatnonzero(rows[q] >= 0).tolist():
                 item = items[at[q, j]]
-                metadata = {name: item[name] for name in self.metadata_columns if item[name] is not None}
+                metadata = {name: item[name] for name in columns if item[name] is not None}
                 refined = bool(scores[q, j] != initial[q, j])
                 found.append(
                     Result(
@@ -332,16 +332,20 @@ class Searcher:
 
     def _shared(self, queries: Encoded, rows: Rows) -> Callable[[int, int], list[Reference]]:
         """A function (query, place) -> the references with the largest gains; sparse codes only."""
-        if queries.near is None or queries.code is None:
+        space = self.ranker.space
+        if queries.near is None or queries.code is None or space is None:
             return lambda q, j: []
         near, weights = self.ranker.codes(np.maximum(rows, 0))
-        asked, codes = queries.near, queries.code
+        gains, code = np.empty(near.shape, np.float32), np.zeros(space.n_objects, np.float32)
+        for q, (asked, of) in enumerate(zip(queries.near, queries.code)):
+            code[asked] = of
+            gains[q] = self.model.refinement.weight * code[near[q]] * weights[q]
+            code[asked] = 0
+        order = np.lexsort((near, -gains))[..., :SHARED]
 
         def references(q: int, j: int) -> list[Reference]:
-            _, mine, its = np.intersect1d(asked[q], near[q, j], return_indices=True)
-            gains = self.model.refinement.weight * codes[q, mine] * weights[q, j, its]
-            order = np.argsort(-gains, kind="stable")[:SHARED]
-            return [self.reference(int(asked[q, mine[i]]), float(gains[i])) for i in order if gains[i] > 0]
+            largest = [(int(near[q, j, i]), float(gains[q, j, i])) for i in order[q, j].tolist()]
+            return [self.reference(row, gain) for row, gain in largest if gain > 0]
 
         return references
 

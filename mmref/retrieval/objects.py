@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mmref.retrieval.exact import Floats, Rows, exact_among
+from mmref.retrieval.exact import Floats, Rows
 from mmref.retrieval.ranking import Encoded, Ranker
 
 FIRST = 8  # images of the first look for each object wanted
@@ -126,7 +126,7 @@ def _with_images(
         rest = rest if among is None else np.intersect1d(rest, among, assume_unique=True)
         more = min(images - held, len(rest))
         if more:
-            (scores,), (rows,) = exact_among(query.features, ranker.matrices, rest, more)
+            (scores,), (rows,) = ranker.exact_among(query.features, rest, more)
             further = [rows, scores, scores, np.arange(held + 1, held + more + 1)]
             parts = [np.concatenate([first, last]) for first, last in zip(parts, further)]
     return RankedObject(found.number, found.best_initial, found.rank_before, *(part[:images] for part in parts))

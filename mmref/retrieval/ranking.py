@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,6 +44,15 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def sparse_codes(self, objects: int) -> Iterator[Floats]:
+        """The sparse code of each query over all objects (objects,), in an array that is the next one's, too."""
+        assert self.code is not None and self.near is not None
+        whole = np.zeros(objects, np.float32)
+        for near, code in zip(self.near, self.code):
+            whole[near] = code
+            yield whole
+            whole[near] = 0
 
 
 class Ranker:
@@ -101,9 +110,7 @@ class Ranker:
         p = self.candidates(candidates, available) if refining else 0
         k = min(max(top, p), available)
         if among is not None:
-            initial, rows = exact_among(queries.features, self.matrices, among, k)
-            if self._spares:
-                let_go(self.matrices)
+            initial, rows = self.exact_among(queries.features, among, k)
         elif self.approximate is not None:
             initial, rows = self.approximate.search(queries.features, self._stored("features"), self.uids, k)
         else:
@@ -120,6 +127,13 @@ class Ranker:
             scores, initial = np.take_along_axis(scores, order, 1), np.take_along_axis(initial, order, 1)
             rows, before = np.take_along_axis(rows, order, 1), np.take_along_axis(before, order, 1)
         return rows[:, :top], scores[:, :top], initial[:, :top], before[:, :top]
+
+    def exact_among(self, features: Floats, among: Rows, k: int) -> tuple[Floats, Rows]:
+        """Scores and rows (q, k) of the nearest among rising row numbers, as of `exact.exact_among`."""
+        found = exact_among(features, self.matrices, among, k)
+        if self._spares:
+            let_go(self.matrices)
+        return found
 
     def candidates(self, asked: int | None, available: int) -> int:
         """How many of the first pass are refined."""
@@ -139,12 +153,9 @@ class Ranker:
         known = np.maximum(rows, 0)
         found = np.empty(rows.shape, np.float32)
         if queries.near is not None:
-            code = np.zeros(self.space.n_objects, np.float32)
-            for i, at in enumerate(queries.near):
+            for i, code in enumerate(queries.sparse_codes(self.space.n_objects)):
                 near, weights = self.codes(known[i]) if arrays is None else (arrays["near"][i], arrays["weights"][i])  # (p, r)
-                code[at] = queries.code[i]
                 found[i] = np.einsum("pr,pr->p", code[near], weights)
-                code[at] = 0
         else:
             for i, of in enumerate(queries.code):
                 features = gather_features(self._stored("features"), known[i]) if arrays is None else arrays["feature"][i]

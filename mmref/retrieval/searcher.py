@@ -336,11 +336,9 @@ class Searcher:
         if queries.near is None or queries.code is None or space is None:
             return lambda q, j: []
         near, weights = self.ranker.codes(np.maximum(rows, 0))
-        gains, code = np.empty(near.shape, np.float32), np.zeros(space.n_objects, np.float32)
-        for q, (asked, of) in enumerate(zip(queries.near, queries.code)):
-            code[asked] = of
+        gains = np.empty(near.shape, np.float32)
+        for q, code in enumerate(queries.sparse_codes(space.n_objects)):
             gains[q] = self.model.refinement.weight * code[near[q]] * weights[q]
-            code[asked] = 0
         order = np.lexsort((near, -gains))[..., :SHARED]
 
         def references(q: int, j: int) -> list[Reference]:

@@ -1,4 +1,4 @@
-"""Writing .npy files as a stream, first row to last, and mapping them to read.
+"""Writing .npy files as a stream, first row to last, and reading few rows of large ones.
 
 A file that is mapped into memory before its space is set aside is filled by the kernel, which can tell of a full disk only by
 ending the process (SIGBUS). So arrays are written, and mapped only to be read.

@@ -264,8 +264,8 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
     """A file system of its own of this size, with an empty file `ballast`. Needs to be root, as in a container."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
-    (folder / "ballast").touch()  # there is room for a new file's own page now
     try:
+        (folder / "ballast").touch()  # there is room for a new file's own page now
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -81,6 +81,16 @@ async def remote_images(target: Target, rng: random.Random) -> list[int]:
     return list(await asyncio.gather(*(ask(target, rng, path) for path in paths)))
 
 
+async def judgements(target: Target, rng: random.Random) -> list[int]:
+    """Sentences judged by the hundred, and bodies that are no judgement."""
+    item = rng.choice(target.large + target.remote)
+    right = {"id": item, "index": TRAP, "relevant": True}
+    bodies: list[dict[str, Any]] = [right | {"text": f"{rng.randrange(10**9)} " + "x" * 200} for _ in range(100)]
+    bodies += [bodies[0] | odd for odd in ODD_JUDGEMENTS]
+    sent = [json.dumps(body).encode() for body in bodies]
+    return list(await asyncio.gather(*(ask(target, rng, "/judgements", body, "application/json") for body in sent)))
+
+
 async def guessed_tokens(target: Target, rng: random.Random) -> list[int]:
     """Wrong tokens, from the address of valid users."""
     wrong = Target(target.port, "wrong", [], [])
@@ -127,8 +137,8 @@ async def leaving(target: Target, rng: random.Random) -> list[int]:
 
 
 ATTACKS = (
-    heavy_images, bodies_of_keys, parameters, all_candidates, remote_images, guessed_tokens, begun_uploads, half_sent,
-    slow_readers, tiny_chunks, leaving,
+    heavy_images, bodies_of_keys, parameters, all_candidates, remote_images, judgements, guessed_tokens, begun_uploads,
+    half_sent, slow_readers, tiny_chunks, leaving,
 )  # fmt: skip
 
 
@@ -209,6 +219,11 @@ def plain_webp(width: int, height: int) -> bytes:
     chunk = b"VP8L" + len(data).to_bytes(4, "little") + data
     return b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk
 
+
+ODD_JUDGEMENTS: tuple[dict[str, Any], ...] = (
+    {"text": "x" * 200_000}, {"text": ["x"]}, {"text": "\ud800"}, {"text": "line\nbreak\0"}, {"id": "../../etc/passwd"},
+    {"id": {}}, {"relevant": "yes"}, {"relevant": None}, {"relevant": 1e300}, {"index": "../.."}, {"path": "/etc/passwd"},
+)  # fmt: skip
 
 # images that cost the service more than they cost to send; those that end a replica belong here too
 HEAVY = (plain_webp(4096, 3072), plain_webp(6324, 6324), plain_webp(16_383, 16_383))

@@ -3,10 +3,10 @@
 load   p50 and p95 of a search and searches a second at 1, 8 and 32 clients that ask again as soon as they are answered,
        with sentences never asked before and with repeated ones; and what each stage of one search takes. The index is
        that of real images, repeated to --items with noise.
-soak   valid and hostile requests side by side for --minutes, and attacks (attacks.py: heavy images, bodies of keys, begun
-       uploads, half-sent requests, answers not taken, a slow host, guessed tokens): every valid request is answered, no
-       client gets a 5xx, memory and descriptors do not grow. With --kill a replica of each index is killed in turn, one a
-       minute, and two of each are kept: what is killed is then one of two, as where a service must not stand still.
+soak   valid and hostile requests side by side for --minutes, and attacks (attacks.py: heavy images, bodies of keys, floods
+       of judgements, begun uploads, half-sent requests, answers not taken, a slow host, guessed tokens): every valid request is
+       answered, no client gets a 5xx, memory and descriptors do not grow. With --kill a replica of each index is killed in
+       turn, one a minute, and two of each are kept: what is killed is then one of two, as where a service must not stand still.
 
 python benchmarks/serve.py load --index INDEX --items 10000 --out load.json
 python benchmarks/serve.py soak --index INDEX --minutes 10 --kill --out soak.json
@@ -431,17 +431,27 @@ def _kill_replica(process: psutil.Process, index: int) -> bool:
     return False
 
 
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # of another file system
+        os.symlink(source, target)
+
+
 def soak(args: argparse.Namespace) -> dict[str, Any]:
     raise_file_limit()
     token = os.urandom(16).hex()
 
     async def run(folder: Path) -> dict[str, Any]:
         async with slow_host() as port:
-            large, remote = make_trap(Path(args.index).absolute(), folder / TRAP, port)
-            indexes = [Path(args.index).absolute(), folder / TRAP]
+            index = Path(args.index).absolute()
+            large, remote = make_trap(index, folder / TRAP, port)
+            judged = folder / index.name  # an index of the same files: what attackers judge is not written into the user's
+            shutil.copytree(index, judged, copy_function=_linked)
+            indexes = [judged, folder / TRAP]
             (folder / "token").write_text(token)
             # a rate that valid clients do not reach, or guessed tokens would cost nothing
-            options = ("--max-rate", "5000", "--token-file", str(folder / "token"))
+            options = ("--max-rate", "5000", "--token-file", str(folder / "token"), "--judge")
             options += ("--min-replicas", str(args.replicas)) if args.kill else ()
             with serving(indexes, args.replicas, *options) as (process, served):
                 return await soak_for(args, process, Target(served, token, large, remote))

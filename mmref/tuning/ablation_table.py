@@ -141,7 +141,8 @@ def markdown(table: list[dict[str, Any]], baseline: str) -> str:
     keys = dict.fromkeys(key for entry in table for key, value in entry.items() if isinstance(value, dict))
     metrics = [key for key in keys if not key.startswith(DIFFERENCES)]
     over = any(entry["at"] is not None for entry in table)
-    lost = ["lost", f"of what {baseline} loses"] if over else []
+    loses = any(entry["name"] == baseline and entry.get("lost_R@1", {"mean": 0})["mean"] > 0 for entry in table)
+    lost = ["lost", f"of what {baseline} loses"] if loses else []
     head = ["row", *(["at"] if over else []), *metrics, f"over {baseline}", "contribution", *lost, "step time"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for entry in table:
@@ -150,7 +151,7 @@ def markdown(table: list[dict[str, Any]], baseline: str) -> str:
         cells.append(_signed_cells(entry, "delta"))
         contribution = _signed_cells(entry, "contribution")
         cells.append(f"{contribution} over {entry['against']}" if contribution else "")
-        if over:
+        if lost:
             cells.append(_signed_cells(entry, "lost", "{:.1f}"))
             cells.append(_signed_cells(entry, "lost_ratio", "{:.2f}"))
         cells.append("" if entry["step_ratio"] is None else f"{entry['step_ratio']:.2f}")
@@ -185,25 +186,21 @@ def table_csv(table: list[dict[str, Any]]) -> str:
 
 def plot(table: list[dict[str, Any]], baseline: str, over: str) -> bytes:
     """PNG of R@1: a point with its interval for each row, and its difference to the baseline; or a curve a row over the values
-    of a field."""
+    of a field, and of its differences."""
     from matplotlib.figure import Figure
 
-    compared = not over and any("delta_R@1" in entry for entry in table)
+    compared = any("delta_R@1" in entry for entry in table)
     figure = Figure(figsize=(9 if compared else 7, 4.5 if over else 0.4 * len(table) + 1.4), layout="constrained")
-    axes, *others = figure.subplots(1, 2 if compared else 1, squeeze=False, sharey=True)[0]
+    axes, *others = figure.subplots(1, 2 if compared else 1, squeeze=False, sharey=not over)[0]
     for side in ("top", "right"):
         for panel in (axes, *others):
             panel.spines[side].set_visible(False)
     if over:
-        for name in dict.fromkeys(entry["name"] for entry in table):
-            own = [entry for entry in table if entry["name"] == name]
-            axes.errorbar(
-                [entry["at"] for entry in own], [entry["R@1"]["mean"] for entry in own],
-                yerr=[_half(entry["R@1"]) for entry in own], marker="o", capsize=3, label=name,
-            )  # fmt: skip
-        axes.set_xlabel(over)
-        axes.set_ylabel("R@1, percent")
+        _curves(axes, table, "R@1", over, "R@1, percent; 95 % over seeds")
         axes.legend(frameon=False)
+        if compared:
+            _curves(others[0], table, "delta_R@1", over, f"R@1, points over {baseline}, paired by seed")
+            others[0].axhline(0.0, color="grey", linewidth=0.8)
     else:
         names = [entry["name"] for entry in table]
         _points(axes, names, [entry["R@1"] for entry in table], "R@1, percent; 95 % over seeds")
@@ -217,6 +214,23 @@ def plot(table: list[dict[str, Any]], baseline: str, over: str) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130)
     return out.getvalue()
+
+
+def _curves(axes: Any, table: list[dict[str, Any]], number: str, over: str, label: str) -> None:
+    """A curve of a number for each row that has it, in the color of its place among all rows."""
+    for place, name in enumerate(dict.fromkeys(entry["name"] for entry in table)):
+        own = [entry for entry in table if entry["name"] == name and number in entry]
+        axes.errorbar(
+            [entry["at"] for entry in own], [entry[number]["mean"] for entry in own],
+            yerr=[_half(entry[number]) for entry in own], marker="o", capsize=3, label=name, color=f"C{place}",
+        )  # fmt: skip
+    values = sorted({entry["at"] for entry in table if isinstance(entry["at"], (int, float))})
+    if values and values[0] > 0 and values[-1] >= 10 * values[0]:
+        axes.set_xscale("log")
+        axes.set_xticks(values, [f"{value:,}" for value in values])
+        axes.minorticks_off()
+    axes.set_xlabel(over)
+    axes.set_ylabel(label)
 
 
 def _points(axes: Any, names: list[str], values: list[dict[str, Any]], label: str) -> None:

@@ -61,8 +61,10 @@ class Neighbors:
 
 
 def index_fingerprint(index: SplitIndex) -> str:
-    """12 hex digits of the contents of the shards of an index, in order, wherever they lie."""
-    contents = [list(index.shard_sha256), list(index.first_objects)]
+    """12 hex digits of the contents of the shards of an index, in order, wherever they lie; of a part also of its objects."""
+    contents: list[list[Any]] = [list(index.shard_sha256), list(index.first_objects)]
+    if index.chosen is not None:
+        contents.append(index.chosen.tolist())
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]
 
 

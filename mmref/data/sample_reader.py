@@ -94,7 +94,8 @@ class SplitIndex:
     where the set was built, in any order where tars were indexed in place.
 
     `object_start` has n_objects + 1 entries: the images of object row r are object_start[r] .. object_start[r + 1] - 1.
-    `object_ids` has one entry per object row; `shard_paths` one per shard; `shard` indexes it.
+    `object_ids` has one entry per object row; `shard_paths` one per shard; `shard` indexes it. `chosen` has the rows that the
+    objects of a part have in the whole index.
     """
 
     split: str
@@ -114,6 +115,7 @@ class SplitIndex:
     first_objects: tuple[int, ...] = (0,)  # first object row of each shard set; more than one after `merge`
     shard_sha256: tuple[str, ...] = ()  # of each shard, as the manifests have it
     json_paths: tuple[str, ...] = ()  # of each shard the file with its samples' json; "" (or no entry) where that is the tar
+    chosen: np.ndarray | None = field(default=None, repr=False)  # object rows of the whole that these are, None: all of them
     stamps: tuple[str, ...] = ()  # of each shard that lies outside of its set, as `storage.tars.tar_stamp`; else "" (or no entry)
 
     def __len__(self) -> int:
@@ -204,8 +206,9 @@ class SplitIndex:
             objects: (m,) rising object rows.
             images: (n,) rising image positions, one or more of each of these objects and none of others.
         """
-        chosen: dict[str, Any] = {name: getattr(self, name)[images] for name in INDEX_ARRAYS if name != "object_row"}
+        arrays: dict[str, Any] = {name: getattr(self, name)[images] for name in INDEX_ARRAYS if name != "object_row"}
         rows = np.searchsorted(objects, self.object_row[images])
+        whole = objects if self.chosen is None else self.chosen[objects]
         return replace(
             self,
             object_ids=[self.object_ids[row] for row in objects.tolist()],
@@ -215,7 +218,8 @@ class SplitIndex:
             object_row=rows.astype(np.int32),
             object_start=np.searchsorted(rows, np.arange(len(objects) + 1)),
             first_objects=tuple(np.searchsorted(objects, self.first_objects).tolist()),
-            **chosen,
+            chosen=None if self.chosen is None and len(objects) == self.n_objects else whole,
+            **arrays,
         )
 
 

@@ -78,6 +78,7 @@ def mine(
     if rows is None:
         roots = [data] if data else [config.data.root, *config.data.mix]
         rows = _by_features(run, checkpoint, config, roots, workers)
+        rows = rows if index.chosen is None else rows[torch.from_numpy(index.chosen)]
     nearest, similarity = _within_sets(rows, index, count)
     made = f"{config_hash(config)} {checkpoint.folder}"
     neighbors = Neighbors(nearest, similarity, index_fingerprint(index), made, found_by)

@@ -219,6 +219,8 @@ def derive(searcher: Searcher, run_dir: str, shards: str, own: str | None, flags
         "data.neighbors": str(Path(run_dir) / FOLDER / "neighbors.parquet"),
         "data.tokenizer": str(searcher.index / "model" / "tokenizer"),
         "data.window_shards": 0,
+        "data.max_objects": 0,
+        "data.max_images": 0,
         "train.start_from": str(searcher.index / "model"),
         "train.global_batch": per_step * q,
         "train.max_steps": steps,
@@ -249,8 +251,11 @@ def hard_negatives(config: Config, shards: str, judgements: Sequence[Judgement])
     index = train_index(config)
     table = [json.loads(line) for line in (Path(shards).parent / "table" / TABLE).read_text("utf-8").split("\n") if line]
     of_item = {row["item"]: row["object_id"] for row in table}
-    first = index.first_objects[-1] if config.data.mix else 0
-    row_of = {name: first + i for i, name in enumerate(ShardSet.open(shards).index("train").object_ids)}
+    judged = ShardSet.open(shards).index("train").object_ids
+    whole = index if index.chosen is None else train_index(make_config(config, {"data.max_objects": 0}))
+    before = whole.n_objects - len(judged)  # objects of the set that they are mixed with
+    rows_in_whole = range(index.n_objects) if index.chosen is None else index.chosen.tolist()
+    row_of = {judged[at - before]: row for row, at in enumerate(rows_in_whole) if at >= before}
     by_query: dict[str, tuple[set[int], set[int]]] = {}
     for judgement in judgements:
         row = row_of.get(of_item.get(judgement.id, ""))

@@ -8,9 +8,9 @@ import torch
 from support.tiny_run import UNSEEN, make_run, random_features
 
 from mmref.cli import main
-from mmref.data.neighbors import NONE, read_neighbors
+from mmref.data.neighbors import NONE, index_fingerprint, read_neighbors
 from mmref.data.plan import build_plan
-from mmref.data.shard_set import train_index
+from mmref.data.shard_set import ShardSet, train_index
 from mmref.errors import NeighborsError
 from mmref.references import mine as mining
 from mmref.references.mine import mine, nearest_objects, object_features
@@ -117,6 +117,25 @@ def test_a_run_that_lacks_some_references_is_mined_by_features(run, features, ma
     assert np.array_equal(made.neighbors.rows, expected[0])
     trained = make_config({"data.neighbors": made.place, "data.group_size": 2})
     assert len(build_plan(trained, train_index(trained))(0).objects) == 8
+
+
+def test_neighbors_are_those_of_the_objects_that_were_drawn(make_config, tmp_path, features):
+    drawn, other = (make_config({"data.max_objects": 6, "train.seed": seed}) for seed in (0, 7))
+    make_run(drawn, str(tmp_path / "run"), {})
+    made = mine(str(tmp_path / "run"), count=3, by="features")
+    of_all = object_features(random_features(None, drawn, None, drawn.data.root, ["train"])[0]["train"])[:, None]
+    whole = list(ShardSet.open(drawn.data.root).index("train").object_ids)
+    index = train_index(drawn)
+    assert np.array_equal(made.neighbors.rows, nearest_objects(of_all[[whole.index(i) for i in index.object_ids]], 3)[0])
+    assert np.array_equal(read_neighbors(made.place, index).rows, made.neighbors.rows)
+    assert train_index(other).n_objects == 6 and train_index(other).object_ids != index.object_ids
+    with pytest.raises(NeighborsError, match="of another set"):
+        read_neighbors(made.place, train_index(other))
+
+
+def test_fewer_images_of_each_object_are_the_same_set_to_neighbors(make_config):
+    whole, part = (train_index(make_config({"data.max_images": n})) for n in (0, 1))
+    assert len(part) < len(whole) and index_fingerprint(part) == index_fingerprint(whole)
 
 
 def test_a_mixture_is_mined_set_by_set(make_config, tmp_path, features):

@@ -97,6 +97,20 @@ def test_the_config_goes_on_from_the_model_with_its_own_set(judged, tiny_set, tm
         tuple(sorted(pair)) for pair in near
     }, "wrong ones lie beside what was right"
 
+    searcher.model.config.data.max_objects = 3  # of the model's own training
+    again = prepare(searcher, judgements, str(tmp_path / "again"), seed=3).config
+    assert again.data.max_objects == 0 and np.array_equal(read_neighbors(again.data.neighbors, index).rows, rows)
+    few = prepare(searcher, judgements, str(tmp_path / "few"), ["--data.max_objects", "16"], seed=3).config
+    drawn = train_index(few)
+    pairs = {
+        frozenset((drawn.object_ids[a], drawn.object_ids[b]))
+        for a, others in enumerate(read_neighbors(few.data.neighbors, drawn).rows.tolist())
+        for b in others
+        if b != NONE
+    }
+    whole_pairs = {frozenset(index.object_ids[row] for row in pair) for pair in near}
+    assert pairs == {pair for pair in whole_pairs if pair <= set(drawn.object_ids)}, "only those that were drawn"
+
     alone = prepare(searcher, judgements, str(tmp_path / "alone"), mixed=False).config
     assert not alone.data.mix and sorted(ShardSet.open(alone.data.root).splits) <= ["train", "val"]
 

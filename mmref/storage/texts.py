@@ -128,7 +128,8 @@ def read_lines(place: str, wrong: type[MMRefError]) -> list[str]:
 def parse_yaml(text: str, place: str, wrong: type[MMRefError]) -> dict[str, Any]:
     """Keys and values of a YAML text, {} for an empty one. `place` names it in messages.
 
-    Raises `wrong` where it is no YAML, holds something else than keys and values, or a key twice at any depth.
+    Raises `wrong` where it is no YAML, holds something else than keys and values, a key that is no text, or a key twice at any
+    depth.
     """
     try:
         loaded = yaml.load(text, _DistinctKeys)
@@ -143,6 +144,8 @@ def parse_yaml(text: str, place: str, wrong: type[MMRefError]) -> dict[str, Any]
         raise wrong(f"{place} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(loaded or {}, dict):
         raise wrong(f"{place} must hold keys and values, found a {type(loaded).__name__}.")
+    if odd := [key for key in loaded or {} if not isinstance(key, str)]:
+        raise wrong(f"{place}: the key `{odd[0]}` is no text to YAML, but a {type(odd[0]).__name__}: put it in quotes.")
     return loaded or {}
 
 

@@ -187,6 +187,13 @@ def table_csv(table: list[dict[str, Any]]) -> str:
 def plot(table: list[dict[str, Any]], baseline: str, over: str) -> bytes:
     """PNG of R@1: a point with its interval for each row, and its difference to the baseline; or a curve a row over the values
     of a field, and of its differences."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"text.parse_math": False}):  # a row may be called what it costs in $
+        return _plot(table, baseline, over)
+
+
+def _plot(table: list[dict[str, Any]], baseline: str, over: str) -> bytes:
     from matplotlib.figure import Figure
 
     compared = any("delta_R@1" in entry for entry in table)
@@ -217,15 +224,20 @@ def plot(table: list[dict[str, Any]], baseline: str, over: str) -> bytes:
 
 
 def _curves(axes: Any, table: list[dict[str, Any]], number: str, over: str, label: str) -> None:
-    """A curve of a number for each row that has it, in the color of its place among all rows."""
+    """A curve of a number for each row that has it, in the color of its place among all rows. Values that are not all numbers
+    stand side by side."""
+    values = list(dict.fromkeys(entry["at"] for entry in table))
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    at = {value: value if numbers else i for i, value in enumerate(values)}
     for place, name in enumerate(dict.fromkeys(entry["name"] for entry in table)):
         own = [entry for entry in table if entry["name"] == name and number in entry]
         axes.errorbar(
-            [entry["at"] for entry in own], [entry[number]["mean"] for entry in own],
+            [at[entry["at"]] for entry in own], [entry[number]["mean"] for entry in own],
             yerr=[_half(entry[number]) for entry in own], marker="o", capsize=3, label=name, color=f"C{place}",
         )  # fmt: skip
-    values = sorted({entry["at"] for entry in table if isinstance(entry["at"], (int, float))})
-    if values and values[0] > 0 and values[-1] >= 10 * values[0]:
+    if not numbers:
+        axes.set_xticks(list(at.values()), [str(value) for value in values])
+    elif min(values) > 0 and max(values) >= 10 * min(values):
         axes.set_xscale("log")
         axes.set_xticks(values, [f"{value:,}" for value in values])
         axes.minorticks_off()

@@ -16,6 +16,7 @@ from mmref.tuning.space import REFINEMENT, get_value
 CHOICES = ("train.eval_every", "eval.metric", "eval.top_p", "eval.refine_in_training", *REFINEMENT.values())
 """Fields that choose a checkpoint and its refinement: results are compared only where they agree."""
 STATES = ("initial", "refined")
+ENTRY = {"row": str, "seed": int, "config_hash": str, "choices": dict, "initial": dict, "by_caption_kind": dict}  # of a training
 
 
 def choices(config: Config) -> dict[str, Any]:
@@ -101,4 +102,10 @@ def _read(path: str, split: str) -> list[dict[str, Any]]:
         raise ConfigError(f"`--results {path}` holds no `trainings`: it takes the ablation.json of an ablation.")
     if found.get("split") != split:
         raise ConfigError(f"`--results {path}` has the split `{found.get('split')}`, and `{split}` is reported here.")
+    for number, entry in enumerate(found["trainings"]):
+        wrong = [key for key, kind in ENTRY.items() if not isinstance(entry, dict) or not isinstance(entry.get(key), kind)]
+        if wrong:
+            raise ConfigError(
+                f"`--results {path}`: training {number} is damaged, or of another version: no `{wrong[0]}` of it can be read."
+            )
     return found["trainings"]

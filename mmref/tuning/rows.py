@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,14 +144,18 @@ def read_rows(path: str, base: Config) -> Rows:
 def _read_row(name: str, entry: Any, path: str) -> Row:
     if not isinstance(entry, dict) or set(entry) - KEYS:
         raise ConfigError(f"{path}: row `{name}` takes {', '.join(sorted(KEYS))}; found {entry!r}.")
-    values, steps = entry.get("set") or {}, entry.get("steps", 1.0)
-    if not isinstance(steps, int | float) or not steps >= 0:
+    values, steps, refined = entry.get("set") or {}, entry.get("steps", 1.0), entry.get("refined", False)
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: row `{name}`: `set` takes fields with values, as {{loss.w_guide: 0.0}}; found {values!r}.")
+    if not isinstance(refined, bool):
+        raise ConfigError(f"{path}: row `{name}`: `refined` is true or false, found {refined!r}.")
+    if not isinstance(steps, int | float) or not 0 <= steps < math.inf:
         raise ConfigError(
             f"{path}: row `{name}`: `steps` multiplies the length of training (0: the starting weights alone), found {steps!r}."
         )
     values = {key: _value(key, value, path) for key, value in values.items()}
     text = [str(entry.get(key, "")) for key in ("of", "against")]
-    return Row(name, values, float(steps), text[0], bool(entry.get("refined", False)), text[1])
+    return Row(name, values, float(steps), text[0], refined, text[1])
 
 
 def _read_over(entry: Any, path: str) -> tuple[str, tuple[Any, ...]]:
@@ -159,9 +164,14 @@ def _read_over(entry: Any, path: str) -> tuple[str, tuple[Any, ...]]:
     if not isinstance(entry, dict) or len(entry) != 1 or not all(isinstance(v, list) and v for v in entry.values()):
         raise ConfigError(f"{path}: `over` takes one field and its values, as {{data.caption_noise: [0.0, 0.2, 0.5]}}.")
     ((name, values),) = entry.items()
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: `over` takes a config field and its values, found {name!r}.")
     if any(isinstance(value, dict | list) for value in values):
         raise ConfigError(f"{path}: `over` takes single values of `{name}`, a point of the curve each; make rows of the others.")
-    return name, tuple(_value(name, value, path) for value in values)
+    points = tuple(_value(name, value, path) for value in values)
+    if twice := [value for i, value in enumerate(points) if value in points[:i]]:
+        raise ConfigError(f"{path}: `over` has {twice[0]!r} twice among the values of `{name}`.")
+    return name, points
 
 
 def _value(name: str, value: Any, path: str) -> Any:

@@ -51,6 +51,7 @@ FIXED = {
 }
 UNIONS = (typing.Union, types.UnionType)
 COMPARED_BY = "it is how trials are compared, all of them alike"
+LISTED = 10_000  # values of a range that a grid may have
 DRAWS = 256  # of a space, to see that its fields go together
 
 
@@ -78,12 +79,16 @@ class Parameter:
         """Every value, where they can be counted."""
         if self.kind == "choice":
             return self.values
-        return tuple(range(int(self.low), int(self.high) + 1)) if self.kind == "int" else None
+        if self.kind != "int" or self.high - self.low >= LISTED:
+            return None
+        return tuple(range(int(self.low), int(self.high) + 1))
 
     def contains(self, value: Any) -> bool:
         if self.kind == "choice":
             return value in self.values
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        if not isinstance(value, int | float) or (self.kind == "int" and not float(value).is_integer()):
+            return False
+        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,8 @@ class Space:
         lists = {p.name: p.listed() for p in self.parameters}
         if ranges := [name for name, values in lists.items() if values is None]:
             raise ConfigError(
-                f"`--searcher grid` needs fields of type choice or int; {', '.join(ranges)} are ranges. List the values to "
-                "try, or search with optuna or random."
+                f"`--searcher grid` needs fields of type choice, or int of at most {LISTED:,} values; {', '.join(ranges)} are "
+                "ranges. List the values to try, or search with optuna or random."
             )
         return [dict(zip(lists, values)) for values in itertools.product(*(v for v in lists.values() if v is not None))]
 
@@ -214,7 +219,7 @@ def _refinement(name: str, entry: Any, path: str) -> dict[str, list[Any]]:
 def _kind(name: str, entry: Any, path: str) -> Any:
     """The type of an entry, its keys checked."""
     kind = entry.get("type") if isinstance(entry, dict) else None
-    if kind not in KEYS:
+    if not isinstance(kind, str) or kind not in KEYS:
         raise ConfigError(f"{path}: `{name}` needs {{type: {'|'.join(KEYS)}, ...}}, found {entry!r}.")
     keys = set(entry) - {"type"}
     if keys != KEYS[kind]:

@@ -24,6 +24,7 @@ from mmref.tuning import ablate as module
 from mmref.tuning.ablate import ablate, result_name
 from mmref.tuning.command import ablate_main as main
 from mmref.tuning.failure import reason
+from mmref.tuning.reuse import Recorded
 from mmref.tuning.rows import Row, Rows, Training
 from mmref.tuning.space import with_values
 
@@ -286,3 +287,11 @@ def test_the_reason_of_a_failure_is_one_line() -> None:
     deep = RuntimeError("the actor died\n  File x\nmmref.errors.CheckpointError: another model. Use its config.\n")
     assert reason(deep) == "CheckpointError: another model. Use its config."
     assert reason(ValueError("no\nmore")) == "ValueError: no"
+
+
+@pytest.mark.parametrize("trainings, said", [([{}], "no `row`"), (["a"], "no `row`"), ([{"row": "a", "seed": "0"}], "no `seed`")])
+def test_a_training_that_cannot_be_read_is_named(tmp_path: Path, trainings: list[Any], said: str) -> None:
+    path = tmp_path / "ablation.json"
+    path.write_text(json.dumps({"split": "test", "trainings": trainings}))
+    with pytest.raises(ConfigError, match=f"ablation.json`: training 0 is damaged, or of another version: {said}"):
+        Recorded([str(path)], "test")

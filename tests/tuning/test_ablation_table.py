@@ -120,16 +120,16 @@ def test_what_is_lost_over_the_values_of_a_field() -> None:
 
 def test_where_more_of_a_field_is_better_nothing_is_called_lost() -> None:
     rows = Rows((Row("plain"), Row("full")), "plain", "data.max_objects", (100, 2232))
-    found = {Training(row.name, at, 0): metrics(at / 100, 0) for row in rows for at in rows.points}
+    found = {Training(row.name, at, 0): metrics(at / 100, 0) for row in rows.rows for at in rows.points}
     table = summarise(rows, found, [0])
     assert "lost" not in (text := markdown(table, "plain")) and len({line.count("|") for line in text.splitlines()}) == 1
     assert plot(table, rows.baseline, rows.over).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("values", [(0.0, 0.5), ("drop", "swap"), (True, False)])
+@pytest.mark.parametrize("values", [(0.0, 0.5), ("drop", "swap"), (True, False), (0, 1, "all")])
 def test_a_curve_may_be_over_anything(values: tuple) -> None:
-    rows = Rows((Row("plain"), Row("full")), "plain", "data.some", values)
-    found = {Training(row.name, at, seed): metrics(50, 0) for row in rows for at in values for seed in (0, 1)}
+    rows = Rows((Row("plain"), Row("full, $1 \\foo$")), "plain", "data.some", values)
+    found = {Training(row.name, at, seed): metrics(50, 0) for row in rows.rows for at in values for seed in (0, 1)}
     assert plot(summarise(rows, found, [0, 1]), rows.baseline, rows.over).startswith(b"\x89PNG")
 
 

@@ -91,6 +91,14 @@ def test_folders_are_plain_names() -> None:
     ("rows: {a: {set: {data.flip: 0.1}}}\nover: {data.flip: [0.0]}", "row `a` sets `data.flip`, which `over` sets"),
     ("rows: {a: {}}\nover: {data.flop: [1.0]}", "unknown config key `data.flop`"),
     ("rows: {a b: {}, a-b: {}}", "share a folder"),
+    ("rows: {a: {}}\nover: {data.flip: [0.2, 0.5, 0.2]}", "`over` has 0.2 twice"),
+    ("rows: {a: {}}\nover: {1: [2]}", "takes a config field and its values, found 1"),
+    ("rows: {a: {set: [train.lr, 0.1]}}", "row `a`: `set` takes fields with values"),
+    ("rows: {a: {set: train.lr}}", "row `a`: `set` takes fields with values"),
+    ("rows: {a: {set: {1: 2}}}", "row `a`: `set` takes fields with values"),
+    ("rows: {a: {steps: .inf}}", "multiplies the length"),
+    ("rows: {a: {}, b: {of: a, refined: 'no'}}", "row `b`: `refined` is true or false, found 'no'"),
+    ("1: {}\nfoo: {}", "the key `1` is no text"),
 ])  # fmt: skip
 def test_mistakes_are_named(rows, text: str, said: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError, match=said):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from mmref.config import Config
+from mmref.config.files import make_config
 from mmref.errors import ConfigError
 from mmref.tuning.space import read_space, with_values
 
@@ -44,6 +45,18 @@ def test_values_take_the_type_of_their_field(tmp_path: Path) -> None:
     assert lr.at(0.0) == pytest.approx(1e-4) and lr.at(0.999) < 1e-2
 
 
+def test_a_whole_number_is_what_a_range_of_them_holds(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("loss.w_rec: {type: int, low: 0, high: 3}\n")
+    space = read_space(str(path))
+    base = make_config("emoji", {"loss.w_rec": 0.3})
+    assert space.outside(base) == ["loss.w_rec 0.3"] and space.default_point(base) is None
+    assert space.default_point(make_config("emoji", {"loss.w_rec": 2.0})) == {"loss.w_rec": 2}
+    path.write_text("reference.per_object: {type: int, low: 1, high: 1000000000000}\n")
+    (large,) = read_space(str(path)).parameters
+    assert large.listed() is None and large.contains(5)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -51,6 +64,8 @@ def test_values_take_the_type_of_their_field(tmp_path: Path) -> None:
         (b"loss.tau: {type: choice, values: [1], values: [2]}\n", "`values` is given twice"),
         ("# Größe\nloss.tau: {}\n".encode("latin-1"), "is not UTF-8: in line 1"),
         (b"- loss.tau\n", "must hold keys and values"),
+        (b"on: {type: choice, values: [1]}\n", "the key `True` is no text to YAML, but a bool: put it in quotes"),
+        (b"loss.tau: {type: [uniform]}\n", "`loss.tau` needs {type: "),
     ],
 )
 def test_a_file_that_is_no_space_is_named(tmp_path: Path, data: bytes, message: str) -> None:

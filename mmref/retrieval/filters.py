@@ -13,7 +13,6 @@ in it. An item without a value meets no condition but `is missing`, as in SQL. `
 
 from __future__ import annotations
 
-import csv
 import difflib
 import functools
 import math
@@ -44,10 +43,12 @@ ALL = "=, !=, <, <=, >, >=, ~ (contains), in, is missing, is not missing"
 
 _SIGNS = r"[=<>!~]+"
 _QUOTED = r'"(?:[^"]|"")*"'
+# Runs of white space are taken whole, of a text without any at its ends: else a thousand spaces are tried in every division.
 _FILTER = re.compile(
-    rf"\s*(?P<column>{_QUOTED}|.+?)(?:\s*(?P<sign>{_SIGNS})(?P<value>.*)|\s+in\s+(?P<several>.+)|\s+is\s+(?P<no>not\s+)?missing\s*)",
+    rf"(?P<column>{_QUOTED}|\S.*?)(?:\s*+(?P<sign>{_SIGNS})(?P<value>.*)|\s++in\s++(?P<several>.+)|\s++is\s++(?P<no>not\s++)?missing)",
     re.DOTALL,
 )
+_ONE_OF_SEVERAL = re.compile(rf"\s*+({_QUOTED}|[^,]*+)\s*+(?=,|\Z)", re.DOTALL)
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -73,7 +74,9 @@ def read_where(where: Where | None) -> tuple[Condition, ...]:
     if isinstance(where, Mapping):
         several = (list, tuple, set, frozenset)
         return tuple(
-            Condition(str(name), "in", tuple(value)) if isinstance(value, several) else Condition(str(name), "=", (value,))
+            Condition(str(name), "missing")
+            if value is None
+            else Condition(str(name), *(("in", tuple(value)) if isinstance(value, several) else ("=", (value,))))
             for name, value in where.items()
         )
     found = [where] if isinstance(where, str | Condition) else where
@@ -82,13 +85,12 @@ def read_where(where: Where | None) -> tuple[Condition, ...]:
 
 def read_filter(text: str) -> Condition:
     """One filter as it is written. Raises FilterError."""
-    found = _FILTER.fullmatch(text)
+    found = _FILTER.fullmatch(text.strip())
     if found is None:
         raise FilterError(f"the filter {text[:100]!r} is not of the form COLUMN=VALUE. It may have one of {ALL}.")
     column, sign = _unquoted(found["column"]), found["sign"]
     if found["several"] is not None:
-        (values,) = csv.reader([found["several"].replace("\n", " ").strip()], skipinitialspace=True)
-        return Condition(column, "in", tuple(value.strip() for value in values))
+        return Condition(column, "in", _several(found["several"]))
     if sign is None:
         return Condition(column, "present" if found["no"] else "missing")
     if sign not in COMPARED:
@@ -102,6 +104,17 @@ def read_filter(text: str) -> Condition:
 def _unquoted(text: str) -> str:
     text = text.strip()
     return text[1:-1].replace('""', '"') if re.fullmatch(_QUOTED, text, re.DOTALL) else text
+
+
+def _several(text: str) -> tuple[str, ...]:
+    """Values with commas between them."""
+    found, at = [], -1
+    while at < len(text):
+        one = _ONE_OF_SEVERAL.match(text, at + 1)
+        assert one is not None  # the second of its forms takes anything
+        found.append(_unquoted(one[1]))
+        at = one.end()
+    return tuple(found)
 
 
 # -- types -----------------------------------------------------------------------------------------------------------
@@ -158,6 +171,8 @@ def typed(conditions: Sequence[Condition], columns: Mapping[str, pa.DataType], i
 def _fit(condition: Condition, value: Any, kind: Kind, type_: pa.DataType) -> Value:
     """A value as its column holds it. Raises FilterError."""
     said = str(value).strip()
+    if value is None:
+        raise FilterError(f"{condition.column} is to be one of several, None among them: `is missing` finds what has no value.")
     try:
         if kind == "text":
             text = str(value).encode(errors="replace").decode()  # half a surrogate pair equals nothing
@@ -174,7 +189,7 @@ def _fit(condition: Condition, value: Any, kind: Kind, type_: pa.DataType) -> Va
         if kind == "date":
             return date.fromisoformat(said)
         return _time(value if isinstance(value, date) else said, type_)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):  # the last of a time that has no place in UTC
         example = f"{condition.column}{condition.op if condition.op in COMPARED else '='}{EXAMPLES[kind]}"
         raise FilterError(
             f"{condition.column} holds {HOLDS[kind]}, and {said[:100]!r} is not of them: write such as {example}."
@@ -243,4 +258,6 @@ def _array(values: Sequence[Value], type_: pa.DataType) -> Any:
     """Values in the widest type of the column's kind."""
     if pa.types.is_integer(type_):
         type_ = pa.int64()
+    elif pa.types.is_floating(type_):
+        values = [float(cast(float, value)) for value in values]  # as the column is: whole numbers beyond 2**53 are rounded
     return pa.array(values, type_)

@@ -59,9 +59,11 @@ class Judgements:
         found = {"query": query.strip(), "id": item_id, "object_id": object_id, "relevant": relevant, "at": now}
         line = (json.dumps(found, ensure_ascii=False) + "\n").encode()
         try:
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            with os.fdopen(handle, "wb", buffering=0) as file:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            with os.fdopen(handle, "r+b", buffering=0) as file:
                 size = os.fstat(handle).st_size
+                if size and os.pread(handle, 1, size - 1) != b"\n":  # as an editor may leave it: two in one line are none
+                    line = b"\n" + line
                 try:
                     if file.write(line) < len(line):  # one write: lines of two writers do not mix
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -75,7 +77,7 @@ class Judgements:
         """Raise StorageError where nothing can be appended, without making the file."""
         try:
             if self.path.exists():
-                os.close(os.open(self.path, os.O_WRONLY | os.O_APPEND))
+                os.close(os.open(self.path, os.O_RDWR | os.O_APPEND))
             elif not os.access(self.path.parent, os.W_OK | os.X_OK):
                 raise OSError(errno.EACCES, f"its folder {'takes no files' if self.path.parent.is_dir() else 'is not there'}")
         except OSError as error:
@@ -91,6 +93,8 @@ class Judgements:
             raise QueryError(f"{self.path} does not exist: judge results first (`mmref serve INDEX --judge`).")
         found: dict[tuple[str, str], Judgement] = {}
         for number, line in enumerate(read_lines(str(self.path), QueryError), 1):
+            if not line.strip():
+                continue
             try:
                 of, judgement = read_judgement(line)
             except ValueError as error:

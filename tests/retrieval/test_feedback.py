@@ -37,9 +37,13 @@ def test_the_last_judgement_of_a_pair_counts(own_index):
         judgements.save(searcher, "red", "nobody", True)
     with pytest.raises(QueryError, match="needs the sentence"):
         judgements.save(searcher, " ", first, True)
-    with open(own_index / "judgements.jsonl", "a") as file:
+    path = own_index / "judgements.jsonl"
+    path.write_text(path.read_text().rstrip("\n") + "\n\n \n" + path.read_text().rstrip("\n"))  # as an editor may leave it
+    judgements.save(searcher, "blue", first, True)
+    assert [(j.query, j.id) for j in judgements.read()] == [("red circle", first), (pasted, first), ("blue", first)]
+    with open(path, "a") as file:
         file.write('{"query": "half')
-    with pytest.raises(QueryError, match="line 6 is no judgement"):
+    with pytest.raises(QueryError, match="line 14 is no judgement"):
         judgements.read()
 
 

@@ -106,6 +106,21 @@ def test_what_others_write_is_seen(client, own_index, ids):
     assert judged(client) == {ids[2]: True} and len(Judgements(own_index / "before.jsonl").read()) == 2
 
 
+def test_a_file_that_is_edited_where_it_lies_is_read_anew(client, own_index, ids):
+    """Editors that write in place, and a copy over the file, leave its inode."""
+    judge(client, ids[0], True)
+    judge(client, ids[1], True)
+    path = own_index / FILE
+    before = path.read_text()
+    path.write_text(before.replace("true", "null", 1))  # as long as it was
+    os.utime(path, ns=(1, 1))
+    assert judged(client) == {ids[1]: True}
+    judge(client, ids[0], True)
+    assert judged(client) == {ids[0]: True, ids[1]: True} == {j.id: j.relevant for j in Judgements(path).read()}
+    path.write_text(before.splitlines(keepends=True)[1] + 3 * before.replace("true", "false"))  # longer, with other lines
+    assert judged(client) == {ids[0]: False, ids[1]: False}
+
+
 def test_a_line_that_is_no_judgement_or_half_of_one_spoils_no_other(own_index, ids, caplog):
     judgements, searcher = Judgements(own_index / FILE), Searcher(str(own_index))
     judgements.save(searcher, SENTENCE, ids[0], True)
@@ -277,7 +292,7 @@ def test_what_cannot_be_written_is_said_and_the_file_stays_whole(client, own_ind
     opened = os.open
 
     def read_only(path, flags, *more):
-        if str(path).endswith(FILE) and flags & os.O_WRONLY:
+        if str(path).endswith(FILE) and flags & os.O_RDWR:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return opened(path, flags, *more)
 

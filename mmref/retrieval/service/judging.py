@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from mmref.errors import StorageError
 from mmref.retrieval.feedback import Judgements, read_judgement
@@ -17,12 +17,14 @@ log = logging.getLogger(__name__)
 
 
 class Followed:
-    """A file of judgements, which others may write too: each look reads what has been added. Not thread-safe."""
+    """A file of judgements, which others may write too: each look reads what has been added, or all of it where it was edited.
+    Not thread-safe."""
 
     def __init__(self, judgements: Judgements) -> None:
         self.judgements = judgements
         self._marks: dict[str, dict[str, bool]] = {}  # of items, by sentence
         self._file, self._read = 0, 0  # which, and how far
+        self._last, self._changed = b"", 0  # the line before that, and when the file was changed
 
     def sentences(self) -> dict[str, dict[str, bool]]:
         """Items that are right or wrong, by sentence. Raises OSError."""
@@ -34,20 +36,30 @@ class Followed:
             return self._marks
         with file:
             found = os.fstat(file.fileno())
-            if found.st_ino != self._file or found.st_size < self._read:  # another one, or one that was cut
+            if found.st_ino != self._file or self._edited(file, found):
                 self._begin(found.st_ino)
+            self._changed = found.st_mtime_ns
             file.seek(self._read)
             for line in file:
                 if not line.endswith(b"\n"):  # somebody is writing it
                     break
-                self._read += len(line)
+                self._read, self._last = self._read + len(line), line
                 self._take(line)
         return self._marks
 
     def _begin(self, file: int) -> None:
-        self._marks, self._file, self._read = {}, file, 0
+        self._marks, self._file, self._read, self._last, self._changed = {}, file, 0, b"", 0
+
+    def _edited(self, file: BinaryIO, found: os.stat_result) -> bool:
+        """Whether something else has happened to the file than that lines were added."""
+        if found.st_size <= self._read:
+            return found.st_size < self._read or found.st_mtime_ns != self._changed
+        file.seek(self._read - len(self._last))
+        return file.read(len(self._last)) != self._last
 
     def _take(self, line: bytes) -> None:
+        if not line.strip():
+            return
         try:
             (text, item), judgement = read_judgement(line)
         except ValueError as error:

@@ -25,6 +25,7 @@ BUNDLED = "data_shards/emoji"
 AGAIN = "Build the shard set again."
 SHARD_FIELDS: dict[str, type] = {"file": str, "samples": int, "bytes": int, "sha256": str}
 IN_PLACE_FIELDS: dict[str, type] = {"stamp": str, "headers": str, "json": str, "json_bytes": int, "json_sha256": str}
+OF_ANYTHING = ("table", "dataset", "folder")  # sources whose name, as that of a set, tells it from no other
 COUNTS = ("objects", "images", "captions")
 STORAGES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs")  # URLs of tars that are indexed in place
 

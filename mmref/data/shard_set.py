@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmref.data.columns import Strings, texts
-from mmref.data.manifest import json_of, read_manifest, tar_of
+from mmref.data.manifest import OF_ANYTHING, json_of, read_manifest, tar_of
 from mmref.data.sample_reader import Ends, SampleReader, SplitIndex
 from mmref.data.shard_checks import check_shards, verify_shard
 from mmref.errors import NeighborsError, ShardSetError
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmref.config import Config
+
+
+LONGEST_NAME = 100  # characters of a set's name that are taken into names of files
 
 
 class ShardSet:
@@ -50,6 +53,15 @@ class ShardSet:
         found = cls(root, read_manifest(root))
         found._unpack()
         return found
+
+    @property
+    def name(self) -> str:
+        """What the set is called where it stands beside others, and in names of files: as its manifest says, or as its folder
+        where that is the name of many sets, or could not be that of a file."""
+        given = self.manifest.get("name")
+        if not isinstance(given, str) or not given.strip() or given in OF_ANYTHING:
+            return folder_name(self.root)
+        return folder_name(self.root) if set(given) & {"/", "\0"} or len(given) > LONGEST_NAME else given
 
     @property
     def splits(self) -> list[str]:

@@ -77,7 +77,7 @@ def is_own(config: Config, root: str) -> bool:
 def view_of(config: Config, shards: ShardSet, split: str) -> str:
     """Name of what a run's files of an evaluation are of, "" for the reported split of the run's own set: of another set its
     name, of another split the split."""
-    other = [] if is_own(config, shards.root) else [shards.manifest["name"]]
+    other = [] if is_own(config, shards.root) else [shards.name]
     return "-".join([*other, *([] if split == reported_split(shards) else [split])])
 
 
@@ -197,12 +197,12 @@ def evaluate_run(
     embedded = time.perf_counter() - began
     before = {} if own or space is None else chosen_before(run, checkpoint)
     if any(chosen.chosen_on for chosen in before.values()):
-        name = ShardSet.open(config.data.root).manifest["name"]
+        name = ShardSet.open(config.data.root).name
         before = {k: replace(c, chosen_on=f"{c.chosen_on} of {name}" if c.chosen_on else "") for k, c in before.items()}
     evaluation = chosen_evaluation(config, features, space, split, before)
     metrics = Metrics(
         {
-            "data": shards.manifest["name"],
+            "data": shards.name,
             "split": split,
             **evaluation.metrics(),
             "wall_seconds": time.perf_counter() - began,
@@ -232,7 +232,7 @@ def evaluate_run(
             history=read_jsonl(run),
             opening=opening,
             examples=further,
-            title=f"{shards.manifest['name']} · {run.path.rsplit('/', 1)[-1]}",
+            title=f"{shards.name} · {run.path.rsplit('/', 1)[-1]}",
             config=to_dict(config),
         )
         if run.exists(section := section_path(checkpoint.folder, view)):
@@ -369,6 +369,7 @@ class Evaluation:
             "n_excluded": initial.n_excluded,
             "n_gallery": len(f.image),
             "n_objects": len(np.unique(f.image_objects)),
+            "n_references": self.space.n_objects if self.space else 0,
             "initial": summarize(initial),
             "refined": summarize(refined),
             "by_object": {"initial": summarize_objects(initial), "refined": summarize_objects(refined)},

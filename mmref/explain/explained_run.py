@@ -117,7 +117,7 @@ class ExplainedRun:
         info = self.checkpoint
         self.shards, self.grid = ShardSet.open(data or self.config.data.root), grid
         if split not in self.shards.splits:
-            raise ShardSetError(f"{self.shards.manifest['name']} has no split `{split}`, only {self.shards.splits}.")
+            raise ShardSetError(f"{self.shards.name} has no split `{split}`, only {self.shards.splits}.")
         self.split, self.view = split, view_of(self.config, self.shards, split)
         self.device = chosen_device()
         self.tokens = load_tokens(self.config)
@@ -302,9 +302,7 @@ class ExplainedRun:
             ids = list(self.shards.index(split).object_ids)
             if object_id in ids:
                 return split, ids.index(object_id)
-        raise QueryError(
-            f"{self.shards.manifest['name']} has no object {object_id!r}: `mmref shards inspect` shows some of each split."
-        )
+        raise QueryError(f"{self.shards.name} has no object {object_id!r}: `mmref shards inspect` shows some of each split.")
 
     def _reference_of(
         self, object_id: str, reader: SampleReader, images: list[int], texts: Floats

@@ -110,7 +110,7 @@ def model_card(
     text = CARD.format(
         name=name,
         version=__version__,
-        set_name=shards.manifest["name"],
+        set_name=shards.name,
         licence=shards.manifest.get("licence", "not stated"),
         steps=info.step,
         config_hash=config_hash(config),
@@ -145,7 +145,7 @@ def front_matter(name: str, config: Config, metrics: dict[str, Any], shards: Sha
     found: dict[str, Any] = {"library_name": "mmref", "tags": TAGS}
     if bases := base_models(config):
         found |= {"base_model": bases if len(bases) > 1 else bases[0], "base_model_relation": "finetune"}
-    set_name = str(shards.manifest["name"])
+    set_name = shards.name
     values = [
         {"type": METRICS[metric], "name": f"{metric}{suffix}", "value": round(float(metrics[state][metric]), 2)}
         for state, suffix in (("initial", ""), ("refined", ", refined by references"))

@@ -146,8 +146,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         check_output("--sheet", args.sheet)
     shards = ShardSet.open(args.root)
     manifest = shards.manifest
-    print(printable(f"{manifest['name']}: {manifest['source']}"))
-    print(printable(f"licence: {manifest['licence']}"))
+    print(printable(f"{shards.name}: {manifest.get('source', 'of an unknown source')}"))
+    print(printable(f"licence: {manifest.get('licence', 'not stated')}"))
     splits = [args.split] if args.split else shards.splits
     for split in splits:
         found = split_summary(shards, split, args.samples)

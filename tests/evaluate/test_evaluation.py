@@ -14,7 +14,7 @@ from support.tiny_set import TinySource, build_tiny_set, tiny_config
 from mmref.data.shard_set import ShardSet
 from mmref.errors import StorageError
 from mmref.evaluate import evaluation as module
-from mmref.evaluate.evaluation import evaluate_run, reported_split
+from mmref.evaluate.evaluation import evaluate_run, reported_split, view_of
 from mmref.evaluate.split_features import SplitFeatures
 
 CHOSEN = {"kind": "sparse", "weight": 0.4, "top_r": 4, "tau": 0.05}
@@ -89,6 +89,19 @@ def test_an_evaluation_of_another_split_or_set_has_files_of_its_own(run_on, tiny
         assert (metrics["split"], metrics["data"]) == (split, name or "tiny")
         page = Path(path, f"report{view}.html").read_text()
         assert f"{split}: {metrics['n_queries']}" in page and ("optimistic" in page) == (split == "val")
+
+
+def test_sets_that_are_called_by_their_source_have_the_names_of_their_folders(tiny_set, tmp_path):
+    """Every set that is built of a table is called `table`."""
+    config = tiny_config(tiny_set, {})
+    given = {"a": "table", "b": "table", "c": "folder", "d": None, "e": "../../etc", "f": "birds"}
+    views = []
+    for folder, name in given.items():
+        root = build_tiny_set(tmp_path / folder, TinySource("other"))
+        manifest = json.loads((root / "manifest.json").read_text()) | {"name": name}
+        (root / "manifest.json").write_text(json.dumps(manifest))
+        views.append(view_of(config, ShardSet.open(str(root)), "test"))
+    assert views == ["a", "b", "c", "d", "e", "birds"]
 
 
 def test_a_kind_whose_images_cannot_be_read_is_left_out(run_on, tiny_set, monkeypatch):

@@ -140,6 +140,8 @@ def rank_objects(scores: np.ndarray, query_labels: np.ndarray, gallery_labels: n
     Args:
         scores: (q, G) float32 without NaN. Others as in `rank_positives`.
     """
+    if not len(gallery_labels):
+        return np.zeros(len(scores), np.int64)
     by_object = np.argsort(gallery_labels, kind="stable")
     labels, starts = np.unique(gallery_labels[by_object], return_index=True)
     own = np.minimum(np.searchsorted(labels, query_labels), len(labels) - 1)

@@ -29,6 +29,7 @@ from mmref.evaluate.split_features import SplitFeatures, embed_splits
 from mmref.model.reference_rows import warm_rows
 from mmref.run.checkpoints import FOLDER, CheckpointInfo, best_checkpoint, fetched, list_checkpoints
 from mmref.run.directory import RunDir
+from mmref.run.models import START
 from mmref.run.row_file import RowFile, StoredReferences, are_set, pack_ids, row_files
 from mmref.run.tensor_files import write_file
 
@@ -236,6 +237,7 @@ def _remove_everywhere(run: RunDir, wanted: set[str]) -> Removed:
     unfinished = {n for n in run.list(FOLDER) if n.startswith("step-")} - {i.folder.rsplit("/", 1)[-1] for i in complete}
     for name in unfinished:
         run.remove(f"{FOLDER}/{name}")
+    run.remove(START)  # an interrupted training makes it anew
     found = [_remove(run, info, wanted) for info in complete]
     reports = [name for name in run.list("") if name.endswith(REPORTS) and _strike(run, name, wanted)]
     known = set().union(*found)

@@ -195,6 +195,14 @@ def test_no_queries_is_an_error():
         evaluate_features(np.zeros((0, 4)), np.zeros((3, 4)), np.zeros(0), np.zeros(3))
 
 
+def test_among_no_images_no_object_has_a_rank():
+    none = np.zeros((0, 4), np.float32)
+    assert rank_objects(np.zeros((3, 0), np.float32), np.arange(3), np.zeros(0)).tolist() == [0, 0, 0]
+    found = evaluate_features(np.zeros((3, 4), np.float32), none, np.arange(3), np.zeros(0), by_object=True)
+    with pytest.raises(EvaluationError, match="None of the 3 queries has an item"):
+        summarize(found)
+
+
 def test_objects_rank_by_their_best_item():
     """Against a twin in loops, with ties, and queries of objects that the gallery does not hold."""
     rng = np.random.default_rng(0)

@@ -97,6 +97,7 @@ def test_a_removed_object_is_in_no_file_and_the_others_are_as_before(run, config
     run.write_text("report.html", "<div>thing.5</div>")
     run.write_text("report-other.html", "<div>thing.55</div>")
     run.write_bytes("explain/1-object-5.png", b"a picture of thing.5")
+    run.write_text("start/checkpoints/step-00000000-s/references-0.safetensors", "what training began with: thing.5")
     gone = {"thing.5", "thing.0", "thing.13"}
     removed = bank_rows.remove_objects(run.path, gone)
     assert (removed.objects, removed.checkpoints, removed.unfinished) == (3, 2, 1)

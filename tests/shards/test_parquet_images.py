@@ -130,6 +130,13 @@ def test_several_columns_of_texts_are_named(tmp_path):
         source.objects()
 
 
+def test_a_path_that_no_file_can_have_costs_its_row_alone(tmp_path):
+    rows = rows_of(3)
+    rows[1]["image"] = {"bytes": None, "path": "a\0b.png"}
+    source = make_source("table", path=str(write_table(tmp_path / "t.parquet", rows)), object_id="label", captions=["text"])
+    assert [image.captions for image in source.images()] == [["thing 0"], ["thing 2"]]
+
+
 def test_a_damaged_file_is_named(tmp_path):
     file = write_table(tmp_path / "t.parquet", rows_of(3))
     whole = file.read_bytes()

@@ -276,7 +276,7 @@ def image_row(
         return ImageRow(number, inside, name, cells)
     try:
         return ImageRow(number, Place(locate(path, root)), name, cells)
-    except SampleError as error:
+    except (SampleError, ValueError) as error:  # a path that no file can have
         return ImageRow(number, None, name, cells, str(error))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
+from mmref.evaluate.few_objects import few_objects
 from mmref.evaluate.metrics import FURTHER_METRICS, MAIN_METRICS
 from mmref.evaluate.plotting import FAINT, axes_of, legend, to_svg
 from mmref.losses.objective import LOSSES, TOTAL
@@ -104,6 +105,7 @@ def render_report(
             other_refinements=_other_refinements(metrics),
             excluded=excluded(metrics),
             ambiguous=ambiguous(metrics),
+            few=few_objects(metrics.get("n_references", 0)),
             tried=_best_tried(metrics.get("refinement") or {}),
             loss_figure=_loss_figure(history),
             val_figure=_val_figure(history),
@@ -181,6 +183,8 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         table.append(said)
     table.append("refinement: " + _describe_refinement(metrics))
     table += [f"refinement, {label}: {how}" for label, how in _other_refinements(metrics)]
+    if few := few_objects(metrics.get("n_references", 0)):
+        table.append(f"note: {few}")
     if best := metrics.get("best_on_test"):
         chosen = ", ".join(f"{name} {_number(best[name])}" for name in ("R@1", "mAP"))
         table.append(f"best on test, chosen on test as some papers do (step {_count(best['step'])}, before refinement): {chosen}")

@@ -19,6 +19,7 @@ from mmref.data.shard_set import ShardSet, data_fingerprint, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import RunDirectoryError, ShardSetError
 from mmref.evaluate.choose import config_grid
+from mmref.evaluate.few_objects import few_objects
 from mmref.evaluate.refinement import check_dense
 from mmref.evaluate.report import Metrics
 from mmref.model.backbone import check_towers
@@ -92,7 +93,8 @@ def evaluate_before(config: Config, run: RunDir, split: str) -> None:
 
 
 def check_inputs(config: Config) -> None:
-    """Everything that can be known before Ray starts: data, objects, tokenizer. Raises the named error."""
+    """Everything that can be known before Ray starts: data, objects, tokenizer. Raises the named error, and says where objects
+    are few for references."""
     trust_own(config.model)
     index = train_index(config)
     for root in (config.data.root, *config.data.mix):
@@ -111,6 +113,8 @@ def check_inputs(config: Config) -> None:
     tokens = load_tokens(config)
     size = config.data.image_height, config.data.image_width
     check_towers(config.model, tokens.tokenizer.eos_token_id, size)
+    if config.loss.uses_references and (said := few_objects(index.n_objects)):
+        print(f"note: {said}", flush=True)
 
 
 def check_codes(config: Config, objects: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmref.evaluate import report
+from mmref.evaluate.few_objects import ENOUGH
 from mmref.evaluate.metrics import FURTHER_METRICS, MAIN_METRICS, METRIC_NAMES
 from mmref.evaluate.plotting import CSS_COLOURS
 from mmref.evaluate.report import format_table, render_report
@@ -348,6 +349,13 @@ def test_what_ambiguous_captions_leave_is_said_where_it_was_counted():
     said = "eiling of R@1: 99.9, as 18 captions are those of several objects word for word; 2,158 fit several"
     assert f"c{said}" in format_table(metrics) and f"<p>C{said}" in render(metrics=metrics)
     assert said not in render() + format_table(some_metrics())
+
+
+def test_few_objects_are_said_where_there_are_references():
+    said = "41 objects are few for references"
+    assert said in format_table(some_metrics(n_references=41)) and said in render(metrics=some_metrics(n_references=41))
+    for enough in (0, ENOUGH):
+        assert "few for references" not in format_table(some_metrics(n_references=enough)) + render()
 
 
 def test_an_expansion_is_called_one():

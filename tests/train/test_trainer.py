@@ -29,6 +29,13 @@ def test_too_few_pairs_to_divide_are_named_before_the_first_step(make_config, mo
         check_inputs(make_config({"loss.align": "rde"}))
 
 
+def test_few_objects_are_said_before_the_first_step(make_config, capsys):
+    check_inputs(make_config({}))
+    assert "objects are few for references" in capsys.readouterr().out
+    check_inputs(make_config({"loss.w_fuse": 0.0, "loss.w_guide": 0.0, "loss.w_rec": 0.0}))
+    assert not capsys.readouterr().out
+
+
 def test_codes_that_an_evaluation_could_not_hold_are_refused_before_the_first_step(make_config, monkeypatch):
     config = make_config({"reference.per_object": 2})
     shards = ShardSet.open(config.data.root)

@@ -212,6 +212,7 @@ def _chosen(args: argparse.Namespace, known: list[Any]) -> list[Any]:
 
 def _remove(argv: Sequence[str]) -> int:
     from mmref.retrieval import index
+    from mmref.retrieval.set_aside import read_ids
 
     parser = Parser(prog="mmref index remove", description="Remove items from an index.")
     parser.add_argument("index", type=local_path, metavar="INDEX")
@@ -219,7 +220,7 @@ def _remove(argv: Sequence[str]) -> int:
     parser.add_argument("--ids-file", type=local_path, metavar="FILE", help="more ids, one a line")
     parser.add_argument("--for-good", action="store_true", help="`add` and `sync` do not take them in again (left_out.jsonl)")
     args = parser.parse_args(argv)
-    ids = args.ids + (lines_of(args.ids_file) if args.ids_file else [])
+    ids = args.ids + (read_ids(args.ids_file) if args.ids_file else [])
     if not ids:
         raise UsageError("name the items to remove: ids, or a file of them with --ids-file.")
     _report(args.index, index.remove(args.index, ids, args.for_good))
@@ -244,7 +245,8 @@ def _info(argv: Sequence[str]) -> int:
     _report(args.index, manifest)
     segments = open_segments(folder, manifest)
     on_disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(printable(f"columns: {', '.join(segments[0].items.column_names)}"))
+    columns = dict.fromkeys(name for segment in segments for name in segment.items.column_names)
+    print(printable(f"columns: {', '.join(columns)}"))
     print(f"model {manifest.model[:12]}, generation {manifest.generation}, {on_disk / 1e6:,.1f} MB on disk")
     print(printable(f"from: {', '.join(manifest.sources)}"))
     return 0

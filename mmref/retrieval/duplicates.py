@@ -29,10 +29,10 @@ from mmref.retrieval.exact import Features, Floats, Rows, gather_features
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.segment import Segment, join_items, joined_uids, open_segments
+from mmref.retrieval.set_aside import read_ids
 from mmref.retrieval.vector_file import open_vectors
 from mmref.retrieval.vectors import Approximate
 from mmref.storage.tables import TABLE_ENDINGS, read_table
-from mmref.storage.texts import read_lines
 from mmref.terminal.progress import Counter
 
 Keep: TypeAlias = Literal["first", "largest"]
@@ -291,7 +291,7 @@ def read_choice(path: str) -> list[str]:
         QueryError: it is empty, or a cell is neither yes nor no. SourceError: a damaged table.
     """
     if not path.lower().endswith(TABLE_ENDINGS):
-        chosen = [line for line in read_lines(path, QueryError) if line]
+        chosen = read_ids(path)
     else:
         table = read_table(path)
         table.require({"id": "id", "leave_out": "leave_out"}, QueryError)
@@ -300,7 +300,9 @@ def read_choice(path: str) -> list[str]:
             answer = row.text("leave_out").strip().lower()
             if answer not in ("yes", "no", ""):
                 raise QueryError(f"{path}, row {row.number}: leave_out is {answer!r}; write yes or no.")
-            chosen += [row.needed("id")] if answer == "yes" else []
+            if answer == "yes":
+                name, cell = row.needed("id"), row.cell("id")
+                chosen.append(cell if isinstance(cell, str) else name)  # a name may begin or end with a space
     if not chosen:
         raise QueryError(f"{path} names no image to leave out.")
     return list(dict.fromkeys(chosen))

@@ -36,6 +36,7 @@ CODES = ("near", "weights")
 ITEMS = "items.arrow"
 ITEMS_OF_A_BATCH = 65_536
 COPIED_ROWS = 65_536  # at a time
+NOT_JOINED = (pa.ArrowTypeError, pa.ArrowInvalid)  # types that do not go together; a whole number that no float holds
 
 
 class Segment:
@@ -154,24 +155,22 @@ def write_segment(folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first
 
 
 def join_items(tables: Sequence[pa.Table]) -> pa.Table:
-    """Items of several segments as one table; a metadata column of types that do not go together becomes text, as it does
-    within one source."""
+    """Items of several segments as one table; a metadata column whose cells do not go together becomes text, as it does within
+    one source."""
     try:
         return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowTypeError:
-        kinds: dict[str, set[pa.DataType]] = {}
-        for table in tables:
-            for field in table.schema:
-                kinds.setdefault(field.name, set()).add(field.type)
-        mixed = {name for name, types in kinds.items() if not _go_together(types)}
+    except NOT_JOINED:
+        names = {name for table in tables for name in table.column_names}
+        mixed = {name for name in names if not _go_together([t.select([name]) for t in tables if name in t.column_names])}
         as_text = [pa.schema([f.with_type(pa.string()) if f.name in mixed else f for f in table.schema]) for table in tables]
         return pa.concat_tables([t.cast(schema) for t, schema in zip(tables, as_text)], promote_options="permissive")
 
 
-def _go_together(types: Iterable[pa.DataType]) -> bool:
+def _go_together(columns: Sequence[pa.Table]) -> bool:
+    """Whether tables of one column can be joined without loss."""
     try:
-        pa.unify_schemas([pa.schema([("", kind)]) for kind in types], promote_options="permissive")
-    except pa.ArrowTypeError:
+        pa.concat_tables(columns, promote_options="permissive")
+    except NOT_JOINED:
         return False
     return True
 

@@ -4,6 +4,7 @@ good."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,56 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmref.data.folder import describe
+from mmref.errors import QueryError, SearchIndexError
 from mmref.retrieval.chunks import PLACE
 from mmref.retrieval.images import Listing
 from mmref.retrieval.manifest import encoded
 from mmref.retrieval.segment import Segment
 from mmref.storage.locations import to_text
+from mmref.storage.texts import read_lines, read_text
 from mmref.storage.whole_folder import write_whole
 from mmref.terminal.output import printable
 
-LEFT_OUT = "left_out.jsonl"
+SKIPPED, LEFT_OUT = "skipped.jsonl", "left_out.jsonl"
+FIX = "mend the line, or delete it."
 
 
 def read_skipped(index: Path) -> list[dict[str, Any]]:
     """Images that could not be read or taken: id, path (of what could not be taken: its source), problem; of one that ended
-    processes, all of its place (see `embed.identity`)."""
-    # `splitlines` would also break where a name has one of Unicode's own line ends.
-    return [json.loads(line) for line in (index / "skipped.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    processes, all of its place (see `embed.identity`). None without the
+    file. Raises SearchIndexError for a line that is none."""
+    return _read_lines(index / SKIPPED, ("id", "problem", "path"))
 
 
 def read_left_out(index: Path) -> list[dict[str, Any]]:
-    """Items that were removed for good: id, path, offset, length, file_stamp and file_sha256 (in hex) of each."""
-    path = index / LEFT_OUT
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    """Items that were removed for good: id, path, offset, length, file_stamp and file_sha256 (in hex) of each. None without the
+    file. Raises SearchIndexError for a line that is none."""
+    return _read_lines(index / LEFT_OUT, ("id", *PLACE, "file_sha256"))
+
+
+def _read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Lines of JSON that have these keys, as a user may have edited them: lines are deleted to have images back."""
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(read_lines(str(path), SearchIndexError) if path.exists() else (), 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise SearchIndexError(f"{path}, line {number} is not JSON ({error}): {FIX}") from None
+        if not isinstance(row, dict):
+            raise SearchIndexError(f"{path}, line {number}: expected an object {{...}}, found {type(row).__name__}: {FIX}")
+        if missing := [key for key in keys if key not in row]:
+            raise SearchIndexError(f"{path}, line {number} has no {missing[0]!r}: {FIX}")
+        found.append(row)
+    return found
+
+
+def read_ids(path: str) -> list[str]:
+    """Ids of a file, one a line, as they are: a name may begin or end with a space. Raises QueryError, also for none."""
+    if not (ids := [line for line in read_text(path, QueryError).split("\n") if line.strip()]):
+        raise QueryError(f"{path} names no image: write one id a line.")
+    return ids
 
 
 def add_left_out(index: Path, segments: list[Segment], ids: set[str]) -> None:
@@ -48,7 +77,7 @@ def add_left_out(index: Path, segments: list[Segment], ids: set[str]) -> None:
 
 def write_skipped(index: Path, skipped: list[dict[str, Any]]) -> None:
     lines = (json.dumps(s, ensure_ascii=False) + "\n" for s in skipped)
-    write_whole(index / "skipped.jsonl", encoded("".join(lines)))
+    write_whole(index / SKIPPED, encoded("".join(lines)))
 
 
 def not_taken(source: str, listing: Listing) -> list[dict[str, Any]]:

@@ -85,7 +85,13 @@ class StoreSearcher(Searcher):
         arrays = () if not refining else CODES if queries.near is not None else (FEATURE,)
         found = self.store.search(queries.features, min(max(top, p), chosen.items), chosen.conditions, arrays)
         at = np.minimum(np.searchsorted(ranker.uids, found.uids), len(ranker.uids) - 1)
-        rows = np.where((found.uids >= 0) & (ranker.uids[at] == found.uids), at, -1)
+        known = ranker.uids[at] == found.uids
+        if np.any((found.uids >= 0) & ~known):  # -1 where a filter leaves fewer
+            raise StoreError(
+                f"the store holds items that {self.index} did not have when it was opened: the index was exported again. Start "
+                "the service anew."
+            )
+        rows = np.where(known, at, -1)
         similarity = None
         if refining:
             similarity = ranker.similarity(queries, rows[:, :p], {name: of[:, :p] for name, of in found.arrays.items()})

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import faiss
 import numpy as np
+from numpy.typing import NDArray
 
 from mmref.errors import SearchIndexError
 from mmref.retrieval.exact import Features, Floats, Rows, best, exact, gather_features, widened
@@ -23,6 +24,7 @@ TRAINED_PER_LIST = 64  # vectors an IVF list is trained on
 MOST_TRAINED = 500_000  # vectors that are copied to train on, whatever the number of lists
 HNSW_LINKS, HNSW_BUILD = 32, 100
 OVERFETCH = 2  # candidates for each result: 8 bits cannot tell close neighbours apart, the features can
+WIDENED = 4  # times as many are asked for again, where removed items fill the places
 PQ_NUMBERS, PQ_MOST_BYTES, PQ_BITS = 4, 64, 8  # of IVF-PQ: numbers to a byte, bytes of a vector, bits to each
 PQ_CANDIDATES = (40, 80, 160, 320, 640)  # of IVF-PQ, compared by their features: the first that reaches the recall is kept
 
@@ -139,12 +141,24 @@ class Approximate:
     def search(self, queries: Floats, matrices: Sequence[Features | RowFile], uids: Rows, k: int) -> tuple[Floats, Rows]:
         """As `exact`, nearly. Where fewer than k are found, rows are -1 with scores of minus infinity."""
         removed = len(self) - len(uids)
-        _, found = self.index.search(queries, min(len(self), max(self.candidates, OVERFETCH * k) + min(removed, k)))
-        at = np.minimum(np.searchsorted(uids, found), len(uids) - 1)
-        known = (found >= 0) & (uids[at] == found)
-        rows = np.where(known, at, -1)
-        scores = np.einsum("qkd,qd->qk", gather_features(matrices, np.where(known, at, 0)), queries, optimize=True)
+        count = asked = min(len(self), max(self.candidates, OVERFETCH * k) + min(removed, k))
+        rows, more = self._proposed(queries, uids, count)
+        # Items that were removed are proposed all the same, and where they are the nearest of a query they take its places.
+        while len(short := np.flatnonzero(more & (np.count_nonzero(rows >= 0, axis=1) < min(k, len(uids))))):
+            asked = min(count + removed, WIDENED * asked)
+            wider, more[short] = self._proposed(queries[short], uids, asked)
+            rows[short] = np.take_along_axis(wider, np.argsort(wider < 0, axis=1, kind="stable")[:, :count], 1)
+        known = rows >= 0
+        scores = np.einsum("qkd,qd->qk", gather_features(matrices, np.maximum(rows, 0)), queries, optimize=True)
         return best(np.where(known, scores, -np.inf).astype(np.float32), rows, k)
+
+    def _proposed(self, queries: Floats, uids: Rows, count: int) -> tuple[Rows, NDArray[np.bool_]]:
+        """Rows (q, count) that the index proposes, the best first, -1 for what was removed and where no more are found; and
+        whether a query that asks for more may find more (q,)."""
+        count = min(count, len(self))
+        _, found = self.index.search(queries, count)
+        at = np.minimum(np.searchsorted(uids, found), len(uids) - 1)
+        return np.where((found >= 0) & (uids[at] == found), at, -1), (found[:, -1] >= 0) & (count < len(self))
 
     def tune(self, queries: Floats, matrices: Sequence[Features], uids: Rows, recall: float) -> float:
         """Raise nprobe or efSearch until recall@10 against the exact search is reached; returns the recall. Of IVF-PQ also as

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from mmref.retrieval import chunks, index
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.manifest import Manifest, Source
 from mmref.retrieval.searcher import Searcher
-from mmref.retrieval.set_aside import read_skipped
+from mmref.retrieval.set_aside import read_left_out, read_skipped
 
 OF_FOLDERS = "2 folders taken as objects (--folders plain: they mean nothing)"  # of `photos`
 
@@ -139,6 +141,35 @@ def test_what_cannot_be_looked_into_is_not_gone(places, monkeypatch):
     assert read_skipped(out) == [
         {"id": "deep/", "path": str(first), "problem": "a folder that cannot be listed: Permission denied"}
     ]
+
+
+def test_lists_that_were_edited_are_read(places):
+    """A line is deleted to have an image back, by programs that leave a mark, empty lines or none of the file."""
+    first, _, out = places
+    (first / "broken.png").write_bytes(b"no image")
+    index.add(str(out), str(first), workers=0)
+    index.remove(str(out), ["a.png"], for_good=True)
+    for name, read in (("skipped.jsonl", read_skipped), ("left_out.jsonl", read_left_out)):
+        lines = read(out)
+        assert len(lines) == 1
+        (out / name).write_bytes(codecs.BOM_UTF8 + (out / name).read_bytes() + b"\n  \r\n")
+        assert read(out) == lines
+    assert index.sync(str(out), Source(str(first)), workers=0).skipped == 1 and set(paths(out)) == {"b.png"}
+    for name in ("skipped.jsonl", "left_out.jsonl"):
+        (out / name).unlink()
+    assert index.add(str(out), str(first), workers=0).skipped == 1 and set(paths(out)) == {"a.png", "b.png"}
+
+
+@pytest.mark.parametrize("name", ["skipped.jsonl", "left_out.jsonl"])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("{'id': 1}", "is not JSON"), ("[1]", "expected an object {...}, found list"), ('{"id": "x"}', "has no '")],
+)
+def test_a_line_that_is_none_is_named(places, name, line, said):
+    first, _, out = places
+    (out / name).write_text(f"\n{line}\n")
+    with pytest.raises(SearchIndexError, match=re.escape(f"{name}, line 2 {said}".replace("2 exp", "2: exp"))):
+        index.add(str(out), str(first), workers=0)
 
 
 def test_a_moved_folder_keeps_its_ids_and_a_disk_that_is_away_its_items(places, tmp_path):

@@ -69,6 +69,17 @@ def test_a_folder_is_followed(folder, run, tmp_path, capsys):
     assert "ManyMissingError" in said and "Nothing was removed" in said
 
 
+def test_columns_of_all_sources_are_named(own_index, tmp_path, capsys):
+    write_images(tmp_path, range(2))
+    (tmp_path / "t.csv").write_text("image,mood\n00.png,glad\n")
+    assert main(["index", "add", str(own_index), str(tmp_path / "t.csv"), "--workers", "0"]) == 0
+    capsys.readouterr()
+    assert main(["index", "info", str(own_index)]) == 0
+    (columns,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("columns: ")]
+    names = columns.removeprefix("columns: ").split(", ")
+    assert names[:2] == ["id", "path"] and names[-1] == "mood" and len(names) == len(set(names))
+
+
 def test_a_table_is_read_as_it_was_the_first_time(run, tmp_path, capsys):
     write_images(tmp_path, range(4))
     table, out = tmp_path / "t.csv", str(tmp_path / "out")

@@ -166,6 +166,21 @@ def test_a_choice_that_cannot_be_read_is_named(tmp_path):
     assert read_choice(str(tmp_path / "ids.txt")) == ["a.png", "b c.png"]
 
 
+def test_names_may_begin_and_end_with_spaces(tmp_path, run):
+    chosen = [" a.png", "b.png "]
+    (tmp_path / "ids.txt").write_bytes(" a.png\r\n  \r\nb.png ".encode("utf-8-sig"))
+    (tmp_path / "t.csv").write_text('id,leave_out\n" a.png",yes\nb.png , yes \nc.png,no\n')
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"id": name, "leave_out": "yes"}) + "\n" for name in chosen))
+    for name in ("ids.txt", "t.csv", "t.jsonl"):
+        assert read_choice(str(tmp_path / name)) == chosen
+    for number, name in enumerate((" a.png", "b.png")):
+        picture(tmp_path / "photos" / name, number)
+    index.create(str(tmp_path / "photos"), str(run), str(tmp_path / "out"), workers=0)
+    (tmp_path / "ids.txt").write_text(" a.png\n")
+    assert main(["index", "remove", str(tmp_path / "out"), "--ids-file", str(tmp_path / "ids.txt")]) == 0
+    assert Searcher(str(tmp_path / "out")).items["id"].to_pylist() == ["b.png"]
+
+
 def test_remove_takes_all_but_one_of_each_group_but_not_most_of_an_index(own, capsys):
     before = (own / "manifest.json").read_bytes()
     with pytest.raises(SearchIndexError, match=r"8 of 9 images would go\. Nothing was removed"):

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.disks import files_below
@@ -20,6 +21,7 @@ from mmref.retrieval.images import TableColumns, list_images
 from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.set_aside import read_skipped
+from mmref.retrieval.stores.export import export_index
 from mmref.retrieval.vector_file import open_vectors
 
 
@@ -213,6 +215,28 @@ def test_columns_of_two_sources_may_have_other_types(folder, run, tmp_path, monk
         assert [r.id for r in searcher.search("x", where={"year": 2024})] == ["04.png"]
         assert searcher.items["price"].to_pylist()[:4] == [1.0, 2.0, 2.0, 3.0]
         assert {r.id for r in searcher.search("x", where={"new": True})} == {"04.png", "06.png"}
+
+
+def test_whole_numbers_that_no_float_holds_become_text(folder, run, tmp_path, monkeypatch):
+    """They stay what they are, in an index that opens, is joined and exported."""
+    large = 2**53 + 1
+    for name, rows in (("a", {"00.png": large, "02.png": 7}), ("b", {"04.png": 0.5, "06.png": 16.0})):
+        lines = [json.dumps({"image": image, "number": number, "price": number % 3}) for image, number in rows.items()]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    index.create(str(folder / "a.jsonl"), str(run), str(out), workers=0)
+    index.add(str(out), str(folder / "b.jsonl"), workers=0)
+    export_index(str(out), "parquet", str(tmp_path / "out.parquet"))
+    expected = [str(large), "7", "0.5", "16"]
+    assert pq.read_table(tmp_path / "out.parquet")["number"].to_pylist() == expected
+    monkeypatch.setattr(index, "MOST_SEGMENTS", 2)
+    for joined in (False, True):
+        if joined:
+            index.add(str(out), str(folder / "deep"), workers=0)
+        searcher = Searcher(str(out))
+        assert searcher.items["number"].to_pylist()[:4] == expected and len(searcher.segments) == (1 if joined else 2)
+        assert [r.id for r in searcher.search("x", where={"number": large})] == ["00.png"]
+        assert searcher.items["price"].to_pylist()[:4] == [large % 3, 1.0, 0.5, 1.0]
 
 
 def test_a_source_of_broken_images_is_listed(own_index, tmp_path):

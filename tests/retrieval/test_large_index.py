@@ -60,6 +60,26 @@ def test_ivfpq_is_tuned_to_the_recall_and_scores_by_the_features(tmp_path):
     assert (tmp_path / "file").stat().st_size < 0.5 * features.nbytes
 
 
+@pytest.mark.parametrize("kind", ["ivf", "hnsw", "ivfpq"])
+def test_items_that_were_removed_take_no_places(kind):
+    """All of a query's nearest are removed, and many more than are asked for."""
+    others = clustered(400).astype(np.float32)
+    theme = others[:1] + 0.03 * np.random.default_rng(1).standard_normal((150, 64)).astype(np.float32)
+    features = np.concatenate([theme, others])
+    found = Approximate.build(kind, [features], np.arange(550))
+    found._apply(512 if kind == "hnsw" else found.index.nlist)
+    queries, left = np.stack([others[0], others[-1]]), np.arange(150, 550)
+    for k in (5, 20):
+        scores, rows = found.search(queries, [others], left, k)
+        assert rows.shape == (2, k) and (rows >= 0).all()
+        np.testing.assert_allclose(scores, np.einsum("qkd,qd->qk", others[rows], queries), atol=1e-5)
+        nearest = exact(queries, [others], k)[1]
+        assert min(len(np.intersect1d(a, b)) for a, b in zip(rows, nearest)) >= 0.5 * k, "the nearest of those that remain"
+    if kind != "hnsw":  # links of a graph may not lead to all
+        _, rows = found.search(queries, [others[:3]], left[:3], 3)
+        assert sorted(rows[0]) == sorted(rows[1]) == [0, 1, 2], "all that remain"
+
+
 def test_an_open_ivfpq_keeps_its_lists_on_the_disk(tmp_path):
     features = clustered(3000)
     built = Approximate.build("ivfpq", [features], np.arange(3000))

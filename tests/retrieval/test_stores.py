@@ -19,7 +19,7 @@ from support.qdrant import qdrant
 from mmref.cli import main
 from mmref.errors import ExtraMissingError, QueryError, SearchIndexError, StoreError
 from mmref.retrieval import index
-from mmref.retrieval.filters import read_where
+from mmref.retrieval.filters import read_where, typed
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.service.answering import Ask, Engine
 from mmref.retrieval.service.limits import Limits
@@ -27,6 +27,9 @@ from mmref.retrieval.service.problems import Refused
 from mmref.retrieval.store_searcher import StoreSearcher
 from mmref.retrieval.stores import places
 from mmref.retrieval.stores.export import export_index
+from mmref.retrieval.stores.lance import DATA_FUSION
+from mmref.retrieval.stores.postgres import translated as of_postgresql
+from mmref.retrieval.stores.sql import where_clause
 
 SENTENCES = ["a red circle", "green square 17", "drawing 0 of a blue star", "grey"]
 ENGINES = ("lancedb", "qdrant", "pgvector")
@@ -157,6 +160,55 @@ def test_engines_filter_as_the_index_does(typed_index, url):
     assert_same(*([s.search("red", top=3, offset=2, sort="-price")] for s in (theirs, mine)))
     with pytest.raises(QueryError, match="has no column 'colour'"):
         theirs.search("a red circle", where={"colour": "red"})
+
+
+def test_texts_are_compared_by_code_points_in_postgresql():
+    """A database may have an order of its own, in which `a` comes before `Z`."""
+    pytest.importorskip("psycopg")
+    columns = {"name": pa.string(), "price": pa.float64()}
+    for where in ("name<m", "name<=m", "name>m", "name>=m"):
+        condition = typed(read_where(where), columns, "index")
+        clause, values = of_postgresql(condition)
+        assert (clause.as_string(None), values) == (f'"name" COLLATE "C" {where[4:-1]} %s', ["m"])
+        assert where_clause(condition, DATA_FUSION) == f"`name` {where[4:-1]} 'm'"
+    for where in ("name=m", "name in m,n", "name~m", "price<1.5", "price>1"):
+        assert "COLLATE" not in of_postgresql(typed(read_where(where), columns, "index"))[0].as_string(None)
+
+
+def test_who_may_only_read_can_search(split_index, database):
+    url = f"{database}?options=-cdefault_transaction_read_only%3Don"
+    export_index(str(split_index), "pgvector", f"{database}#only_read")
+    assert len(StoreSearcher(split_index, f"{url}#only_read").search("red", top=3)) == 3
+    import psycopg
+
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE bare")
+    bare = database.rpartition("/")[0] + "/bare"
+    with pytest.raises(StoreError, match="has no such table"):
+        StoreSearcher(split_index, bare)
+    export_index(str(split_index), "pgvector", bare)
+    assert len(StoreSearcher(split_index, bare).search("red", top=3)) == 3
+
+
+def test_an_index_that_is_exported_again_behind_a_search_is_said(own_index, tmp_path, url):
+    from support.images import write_images
+
+    export_index(str(own_index), engine_of(url), url)
+    theirs = StoreSearcher(own_index, url)
+    write_images(tmp_path / "more", range(3))
+    index.add(str(own_index), str(tmp_path / "more"), workers=0)
+    added = Searcher(own_index).items["id"].to_pylist()[-3:]
+    mine = theirs.items["id"][0].as_py()
+    before = [r.id for r in theirs.search("red", top=len(theirs))]
+    export_index(str(own_index), engine_of(url), url)
+    if engine_of(url) == "lancedb":
+        assert [r.id for r in theirs.search("red", top=len(theirs))] == before, "the table that was opened stays"
+        return
+    assert [r.id for r in theirs.search("red", where={"id": mine})] == [mine], "a filter that leaves fewer than are asked for"
+    for where in ({"id": added[0]}, {"id": [mine, *added]}):
+        with pytest.raises(StoreError, match=r"was exported again\. Start the service anew"):
+            theirs.search("red", where=where)
+    assert len(StoreSearcher(own_index, url).search("red", top=len(before) + 3)) == len(before) + 3
 
 
 def test_a_store_of_another_state_of_the_index_is_refused(own_index, url):

@@ -30,17 +30,18 @@ class Postgres:
         need("pgvector", "a store of postgresql://")
         import psycopg
         from pgvector.psycopg import register_vector
+        from psycopg.types import TypeInfo
 
         self.table, self._failures = table, (psycopg.Error, OSError)
 
         def connected() -> Any:
             connection = psycopg.connect(url, autocommit=True, connect_timeout=CONNECT_S)
-            connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
             connection.execute("SET TIME ZONE 'UTC'")  # in which a time is of a day
-            register_vector(connection)
+            if TypeInfo.fetch(connection, "vector") is not None:  # else nothing was exported yet
+                register_vector(connection)
             return connection
 
-        self._connected = connected
+        self._connected, self._register = connected, register_vector
         try:
             self._connection = connected()
             there = self._run("SELECT obj_description(to_regclass(%s)), to_regclass(%s)", [f'"{table}"', f'"{table}"'])[0]
@@ -68,6 +69,8 @@ class Postgres:
         columns = sql.SQL(", ").join(sql.SQL("{} {}").format(sql.Identifier(n), sql.SQL(kind)) for n, kind in kinds.items())
         names = sql.SQL(", ").join(map(sql.Identifier, kinds))
         try:
+            self._run("CREATE EXTENSION IF NOT EXISTS vector")  # here alone: who searches may have no right to, or be a standby
+            self._register(self._connection)
             with self._connection.transaction(), self._connection.cursor() as cursor:
                 cursor.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(new))
                 cursor.execute(sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY (uid))").format(new, columns))
@@ -141,7 +144,7 @@ def translated(where: Conditions) -> tuple[Any, list[Any]]:
     def named(name: str) -> str:
         return sql.Identifier(name).as_string(None).replace("%", "%%")  # a single one is a place
 
-    clause: Any = where_clause(where, Dialect(named, place, "text", "float8"))
+    clause: Any = where_clause(where, Dialect(named, place, "text", "float8", ' COLLATE "C"'))
     return sql.SQL(clause), values
 
 

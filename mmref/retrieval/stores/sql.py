@@ -6,18 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, datetime
 
-from mmref.retrieval.filters import Condition, Value
+from mmref.retrieval.filters import ORDERED, Condition, Value
 from mmref.retrieval.stores.store import Conditions
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """What engines write each in a way of their own: names of columns, values, and the types of texts and of numbers."""
+    """What engines write each in a way of their own: names of columns, values, and the types of texts and of numbers.
+
+    Args:
+        by_code_points: what stands behind a column of texts so that their order is that of their code points, as in the index;
+            empty where the engine knows no other.
+    """
 
     column: Callable[[str], str]
     value: Callable[[Value], str]
     text: str
     double: str
+    by_code_points: str = ""
 
 
 def where_clause(conditions: Conditions, dialect: Dialect) -> str:
@@ -33,7 +39,9 @@ def _clause(one: Condition, dialect: Dialect) -> str:
     first = one.values[0]
     if one.op == "~":
         return f"strpos(lower({column}), {dialect.value(str(first).lower())}) > 0"
-    if any(isinstance(value, float) for value in one.values):
+    if one.op in ORDERED and isinstance(first, str):
+        column += dialect.by_code_points
+    elif any(isinstance(value, float) for value in one.values):
         column = f"CAST({column} AS {dialect.double})"
     elif isinstance(first, date) and not isinstance(first, datetime):
         column = f"CAST({column} AS date)"  # of a time: that whole day

@@ -46,8 +46,10 @@ class ServiceClient:
     """
 
     def __init__(self, url: str, token: str | None = None, index: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        if not url.isascii():
+            fix = "write those of its host as xn--..., and those of its path as %XX."
+            raise UsageError(f"--url {url} has letters that no address holds as they are: {fix}")
+        if not _is_address(url):
             raise UsageError(f"--url {url} is no address of a service: give it as http://HOST:PORT.")
         self.url, self.index = url.rstrip("/"), index
         self.token = (os.environ.get(TOKEN, "") if token is None else token).strip()
@@ -130,6 +132,16 @@ class ServiceClient:
         if error.code == 401:
             message += f" Give it with --token, or in ${TOKEN}."
         return f"{self.url} answers {message}"
+
+
+def _is_address(url: str) -> bool:
+    """Whether a service may have such a URL. What Python cannot split, or look up, is found here and not at the first request."""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        return parts.scheme in ("http", "https") and bool(host) and parts.port != 0 and not (parts.query or parts.fragment)
+    except ValueError:  # brackets without an IPv6 address between them, empty parts of a host, a port that is none
+        return False
 
 
 def _wait_s(error: urllib.error.HTTPError) -> float:

@@ -127,6 +127,11 @@ class Searcher:
         return stamp(self.index) != self._stamp
 
     @property
+    def written_ns(self) -> int:
+        """When the manifest that was opened was written; the one on disk may be another by now."""
+        return self._stamp[1]
+
+    @property
     def metadata_columns(self) -> list[str]:
         """Columns of the source that are shown with a result."""
         hidden = {*ITEM_COLUMNS, "offset", "length", "file_stamp", "file_sha256"}

@@ -96,6 +96,11 @@ def test_options_that_do_not_go_together_are_named(split_index, capsys):
     for argv, words in (
         (["--url", "http://h", str(split_index), "x"], "is no index to open"),
         (["--url", "localhost:8000", "x"], "is no address of a service: give it as http://HOST:PORT"),
+        (["--url", "http://[::1:8000", "x"], "is no address of a service: give it as http://HOST:PORT"),
+        (["--url", "http://[bad]/", "x"], "is no address of a service: give it as http://HOST:PORT"),
+        (["--url", "http://..:1", "x"], "is no address of a service: give it as http://HOST:PORT"),
+        (["--url", "http://localhost:99999", "x"], "is no address of a service: give it as http://HOST:PORT"),
+        (["--url", "http://localhost:1/ü", "x"], "write those of its host as xn--..., and those of its path as %XX"),
         (
             ["--url", "http://h", "x", "--judge", "--judgements", "f"],
             "--judgements, --store and --device are of an index that is opened here",
@@ -125,6 +130,12 @@ def test_nobody_is_asked_where_a_service_keeps_nothing(url, capsys, monkeypatch)
     assert main(["search", "--url", url, "red circle", "--judge"]) == 1
     printed = capsys.readouterr()
     assert "JudgingOff" in printed.err and "`mmref serve INDEX --judge`" in printed.err and not printed.out
+
+
+def test_without_top_as_many_results_come_as_the_service_allows(split_index, capsys):
+    with listening(split_index, Limits(rate=0, top=3)) as service:
+        url = f"http://127.0.0.1:{service.address[1]}"
+        assert len(said(capsys, "--url", url, "red circle").splitlines()) == 1 + 3
 
 
 def test_a_token_is_brought(split_index, capsys, monkeypatch):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 import uvicorn
@@ -39,13 +42,13 @@ QUIET = "document.querySelector('#results').getAttribute('aria-busy') === 'false
 class Server:
     """The service on a port of this machine; `asked` holds the targets of its searches."""
 
-    def __init__(self, *indexes: Path, access: Access | None = None, judge: bool = False) -> None:
+    def __init__(self, *indexes: Path, access: Access | None = None, judge: bool = False, limits: Limits = LIMITS) -> None:
         self.asked: list[str] = []
-        engines = {index.name: Engine(str(index), LIMITS, watch=False) for index in indexes}
+        engines = {index.name: Engine(str(index), limits, watch=False) for index in indexes}
         self.engine = engines[indexes[0].name]
         self.judgements = Judgements(indexes[0] / FILE)
         backends = {name: Local(engine) for name, engine in engines.items()}
-        app = build_app(backends, access, LIMITS, {indexes[0].name: self.judgements} if judge else {})
+        app = build_app(backends, access, limits, {indexes[0].name: self.judgements} if judge else {})
 
         async def noted(scope, receive, send):
             if scope["type"] == "http" and scope["path"] == "/search":
@@ -436,6 +439,36 @@ def test_what_was_removed_is_not_shown_from_memory(tab, own_index):
         tab.press("Escape")
 
 
+def test_nothing_of_an_index_is_shown_for_another_in_its_place(tab, own_index, tiny_set, run, tmp_path):
+    """The generation of both is 1."""
+    index.create(str(tiny_set), str(run), str(tmp_path / "all"), workers=0)
+    with Server(own_index) as server:
+        tab.open(server.url)
+        tab.wait("document.querySelector('#status').textContent.includes('12 images')")
+        search(tab, "red circle")
+        pictures = "[...document.querySelectorAll('#results .card > img')].map(i => i.src)"
+        before = tab.run(pictures)
+        shutil.rmtree(own_index)
+        (tmp_path / "all").rename(own_index)
+        assert server.engine.refresh()
+        tab.run("document.querySelector('#search').requestSubmit()")
+        expected = server.engine._searcher.search("red circle", top=24)
+        wait_for(tab, [r.id for r in expected])
+        tab.wait("document.querySelector('#filters select[name=split]')")
+        assert not set(before) & set(tab.run(pictures)), "the browser would show them from its memory"
+
+
+@pytest.mark.parametrize(("most", "offered", "first"), [(30, ["12", "24"], "24"), (20, ["12"], "12"), (7, ["7"], "7")])
+def test_no_more_results_are_offered_than_the_service_allows(tab, split_index, most, offered, first):
+    with Server(split_index, limits=replace(LIMITS, top=most)) as server:
+        tab.open(f"{server.url}?q=red+circle&top=48")
+        found = server.engine._searcher.search("red circle", top=min(12, int(first)))
+        wait_for(tab, [r.id for r in found])
+        assert tab.run("[...document.querySelector('#top').options].map(o => o.value)") == offered
+        assert f"top={first}&" in server.asked[-1] and tab.run("location.search") == "?q=red+circle"
+        assert not [error for error in tab.errors if server.url in error], "the service before is gone while its page is left"
+
+
 def test_filters_narrow_the_results(tab, tiny_set, run, tmp_path):
     index.create(str(tiny_set), str(run), str(tmp_path / "all"), workers=0)
     with Server(tmp_path / "all") as server:
@@ -606,14 +639,62 @@ def test_the_address_opens_the_same_search_again(tab, shop):
     assert "(5)" in tab.run("document.querySelector('#more').textContent") and tab.errors == []
 
 
-@pytest.mark.parametrize(
-    "address", ["?where=color%3Dgreen&where=none%3D1&where=&sort=-nothing&top=7&by=&index=other", "?where=%FF&top"]
-)
+@pytest.mark.parametrize("address", ["?where=&sort=-nothing&top=7&by=&index=other", "?where=+&top&refine=%FF"])
 def test_an_address_that_says_what_is_not_there_is_passed_over(tab, shop, address):
     searcher = opened(tab, shop)
     tab.open(f"{shop.url}{address}&q=green+circle")
     wait_for(tab, [r.id for r in searcher.search("green circle", top=24)])
     assert tab.run("location.search") == "?q=green+circle" and tab.errors == []
+
+
+def test_the_address_is_kept_by_browsers_that_do_not_count_its_parameters(tab, shop):
+    opened(tab, shop)
+    tab.run("delete URLSearchParams.prototype.size")
+    search(tab, "green circle")
+    assert tab.run("location.search") == "?q=green+circle"
+
+
+def test_filters_without_a_control_stay_until_they_are_taken_away(tab, shop):
+    """A link may be older than the values of a column, or written by hand."""
+    searcher = opened(tab, shop)
+    where = ["color=red", "color!=blue", "title=Hat no. 12", "unit_price>=5", "unit_price>=20", "taken!=2024-06-15"]
+    tab.open(f"{shop.url}?{urlencode({'q': 'green circle', 'where': where}, doseq=True)}")
+    chips = "[...document.querySelectorAll('#filters .chip span')].map(e => e.textContent)"
+    wait_for(tab, [r.id for r in searcher.search("green circle", top=24, where=where)])
+    assert tab.run(chips) == ["color!=blue", "title=Hat no. 12", "unit_price>=20", "taken!=2024-06-15"]
+    assert tab.run("document.querySelector('#filters select[name=color]').value") == "red"
+    assert "(6)" in tab.run("document.querySelector('#more').textContent")
+    told = tab.run("new URLSearchParams(location.search).getAll('where')")
+    assert sorted(told) == sorted(where)
+    tab.click("#filters .chip:nth-last-child(3) button")
+    tab.click("#filters .chip:last-child button")
+    left = [one for one in where if one not in ("title=Hat no. 12", where[-1])]
+    wait_for(tab, [r.id for r in searcher.search("green circle", top=24, where=left)])
+    assert tab.run(chips) == ["color!=blue", "unit_price>=20"]
+    assert sorted(tab.run("new URLSearchParams(location.search).getAll('where')")) == sorted(left) and tab.errors == []
+    tab.open(f"{shop.url}?q=green+circle&where=none%3D1")
+    tab.wait("!document.querySelector('#error').hidden")
+    assert "no column 'none'" in tab.text("#error")
+    tab.click("#filters .chip button")
+    wait_for(tab, [r.id for r in searcher.search("green circle", top=24)])
+
+
+def test_filters_stay_when_an_index_loses_their_controls(tab, tiny_set, run, tmp_path):
+    """The last item with another value of a column goes: there is nothing to choose from any more."""
+    index.create(str(tiny_set), str(run), str(tmp_path / "all"), workers=0)
+    with Server(tmp_path / "all") as server:
+        tab.open(f"{server.url}?q=red+circle&where=split%3Dval")
+        searcher = server.engine._searcher
+        wait_for(tab, [r.id for r in searcher.search("red circle", top=24, where="split=val")])
+        assert tab.run("document.querySelector('#filters .chip') === null")
+        others = [r.id for r in searcher.search("red", top=len(searcher), where="split!=val")]
+        index.remove(str(tmp_path / "all"), others)
+        assert server.engine.refresh()
+        tab.run("document.querySelector('#search').requestSubmit()")
+        tab.wait("document.querySelector('#filters .chip') !== null")
+        assert tab.text("#filters .chip span") == "split=val" and tab.run("location.search").endswith("where=split%3Dval")
+        left = server.engine._searcher
+        wait_for(tab, [r.id for r in left.search("red circle", top=len(left))])
 
 
 def test_the_address_names_the_index(tab, tiny_set, run, tmp_path):
@@ -658,6 +739,23 @@ def test_a_search_within_what_is_shown(tab, shop, tmp_path):
     assert tab.run("document.querySelector('#within').hidden") and tab.errors == []
 
 
+@pytest.mark.parametrize("limits", [{"within": 10}, {"within_bytes": 2 + 10 * len('"00.png",')}])
+def test_a_search_within_more_than_is_allowed_is_of_the_first(tab, shop, tmp_path, limits):
+    shutil.copytree(shop.engine._searcher.index, tmp_path / "shop")
+    with Server(tmp_path / "shop", limits=replace(LIMITS, **limits)) as server:
+        searcher = opened(tab, server)
+        search(tab, "green circle")
+        ids = tab.run(IDS)
+        tab.click("#narrow")
+        tab.wait(f"!document.querySelector('#within').hidden && {QUIET}")
+        most = int(tab.text("#within").split("first ")[1].split()[0])
+        assert f"Only among the first {most} of 24 images of “green circle”" in tab.text("#within") and 5 <= most <= 10
+        if "within_bytes" in limits:
+            told = [len(json.dumps(ids[:count], separators=(",", ":"))) for count in (most, most + 1)]
+            assert told[0] <= limits["within_bytes"] < told[1]
+        wait_for(tab, [r.id for r in searcher.search("green circle", top=24, within=ids[:most])])
+
+
 def test_filters_on_a_phone(tab, shop):
     opened(tab, shop)
     tab.screen(375, 700, phone=True)
@@ -671,6 +769,10 @@ def test_filters_on_a_phone(tab, shop):
     assert tab.run(small) == []
     put(tab, "unit_price", "<=", "9")
     tab.wait("document.querySelector('#more').textContent.includes('(1)')")
+    tab.open(f"{shop.url}?q=green+circle&where=title%3D{'Hat' * 40}")
+    tab.wait(f"document.querySelector('#filters .chip') && {QUIET}")
+    tab.click("#more")
+    assert tab.run(small) == [] and tab.run("document.documentElement.scrollWidth <= 375")
 
 
 def test_a_phone_and_the_dark(page):

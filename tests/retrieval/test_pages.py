@@ -74,6 +74,7 @@ def test_a_search_within_results(searcher, client):
     assert searcher.search("blue star", within=[]) == []
     with pytest.raises(QueryError, match="has no item 'nobody'"):
         searcher.search("x", within=["nobody"])
+    assert client.post("/search", json={"text": "blue star", "within": []}).json()["results"] == []
     asked = {"text": "blue star", "within": within}
     image = client.post("/search", params={"within": within}, content=png(), headers={"content-type": "image/png"})
     assert {r["id"] for r in image.json()["results"]} == set(within)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -29,7 +30,7 @@ from mmref.retrieval import bundle, index
 from mmref.retrieval.filters import read_where
 from mmref.retrieval.manifest import Manifest
 from mmref.retrieval.searcher import Searcher
-from mmref.retrieval.service import app, command, guard, server
+from mmref.retrieval.service import answering, app, command, guard, server
 from mmref.retrieval.service.access import Access, Rates
 from mmref.retrieval.service.answering import Ask, Engine
 from mmref.retrieval.service.app import build_app
@@ -203,6 +204,15 @@ def test_several_indexes(split_index, run, folder, tmp_path):
 def test_filters_that_can_be_chosen_are_listed(client):
     columns = {c["name"]: c["values"] for c in client.get("/indexes").json()["indexes"][0]["columns"]}
     assert columns["split"] == [["test", 12]] and "path" not in columns and "object_id" not in columns
+
+
+def test_numbers_that_a_page_cannot_hold_are_not_offered():
+    """JavaScript reads 2**53 + 1 as 2**53, of which there is no item."""
+    whole = pa.chunked_array([[2**53 - 1, 2**53 - 1, -3, None]])
+    assert answering._values(whole) == [[2**53 - 1, 2], [-3, 1]]
+    for far in (2**53 + 1, -(2**53) - 1):
+        assert answering._values(pa.chunked_array([[far, 3]])) is None
+    assert answering._values(pa.chunked_array([[1e300]])) == [[1e300, 1]], "as it is in JavaScript"
 
 
 def test_health_metrics_and_description(client):
@@ -584,6 +594,24 @@ def test_an_index_in_the_place_of_another_is_opened_and_a_missing_one_is_not(own
     assert client.get("/search?text=x").json()["items"] == 12, "what was open answers on"
     (tmp_path / "other").rename(own_index)
     assert engine.refresh() and client.get("/search?text=x").json()["items"] == 11
+
+
+def test_an_index_that_looks_like_the_one_before_it_is_told_apart(own_index):
+    """Its generation is the same, and so is the rest of its manifest where it was made of as many other files."""
+    engine = Engine(str(own_index), LIMITS, watch=False)
+    client = TestClient(build_app({"index": Local(engine)}, None, LIMITS), base_url="http://localhost")
+
+    def identity() -> str:
+        (told,) = client.get("/indexes").json()["indexes"]
+        assert client.get("/search?text=x").json()["identity"] == told["identity"]
+        return told["identity"]
+
+    before = identity()
+    assert Engine(str(own_index), LIMITS, watch=False).info()["identity"] == before, "not of this start of the service"
+    manifest = Manifest.read(own_index)
+    manifest.write(own_index)
+    assert engine.refresh() and Manifest.read(own_index) == manifest
+    assert identity() != before
 
 
 def test_the_watch_follows_by_itself(own_index, monkeypatch):

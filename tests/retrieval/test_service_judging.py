@@ -340,6 +340,12 @@ def test_options_that_do_not_go_together(own_index):
         command.serve_main([str(own_index), str(own_index), "--judge", "--judgements", "j.jsonl"])
 
 
+@pytest.mark.parametrize("flag", ["--max-top", "--max-text", "--max-candidates"])
+def test_a_limit_of_nothing_is_refused(own_index, flag):
+    with pytest.raises(UsageError, match=flag):
+        command.serve_main([str(own_index), flag, "0"])
+
+
 def test_another_file(own_index, tmp_path):
     judgements = server._judged({"index": str(own_index)}, str(tmp_path / "mine.jsonl"))["index"]
     assert judgements.path == tmp_path / "mine.jsonl" and not judgements.path.exists()

@@ -84,6 +84,19 @@ def test_odd_json_is_refused(client, body, status, error):
     said(client, body, status, error)
 
 
+def test_ids_of_a_search_within_results_have_room_of_their_own(client):
+    """A thousand of 500 bytes; nothing else may be as long, and they may not be longer."""
+    ids = [f"{n:04d}" + "é" * 248 for n in range(1000)]
+    body = json.dumps({"text": "x", "within": ids, "where": ["split=test"]}, ensure_ascii=False).encode()
+    assert len(body) > 500_000
+    assert "0000é" in said(client, body, 404, "UnknownItem")["message"]
+    said(client, {"text": "x", "within": ["a" * 600] * 1000}, 413, "TooLarge")
+    said(client, {"text": "x" * 66_000, "within": ["a" * 500] * 100}, 413, "TooLarge")
+    said(client, {"text": "x", "where": ["a" * 500] * 1000}, 413, "TooLarge")
+    image = base64.b64encode(b"x" * 50_000).decode()
+    said(client, {"text": "x", "image": image, "within": ["a" * 500] * 1000}, 404, "UnknownItem")
+
+
 def test_json_is_read_beside_the_loop(client, monkeypatch):
     threads, read = [], app.read_json
     monkeypatch.setattr(app, "read_json", lambda *a: threads.append(threading.current_thread().name) or read(*a))
@@ -154,6 +167,16 @@ def test_candidates_are_limited_and_the_answer_says_how_many(split_index):
     assert all_of_them["candidates"] == len(searcher), "0 is all where the limit allows it"
 
 
+def test_without_top_no_more_results_are_asked_for_than_are_allowed(split_index):
+    small, large = client_of(split_index, limits=Limits(rate=0, top=4)), client_of(split_index)
+    for client, count in ((small, 4), (large, 10)):
+        asked: dict = {"text": "red circle"}
+        assert len(client.get("/search", params=asked).json()["results"]) == count
+        assert len(client.post("/search", json=asked).json()["results"]) == count
+    assert len(small.get("/search", params={"text": "red circle", "by": "object"}).json()["results"]) == 4
+    assert small.get("/search", params={"text": "x", "top": 5}).json()["error"] == "TooManyResults"
+
+
 def test_candidates_are_charged(split_index, monkeypatch):
     monkeypatch.setattr(app, "CANDIDATES", 2)
     client = client_of(split_index, limits=Limits(rate=0.001, burst=14))
@@ -175,5 +198,6 @@ def test_the_limits_are_told(client):
         "candidates": 10_000,
         "filters": 16,
         "within": 1000,
+        "within_bytes": 512_000,
     }
     assert told["text"] == LIMITS.text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import logging
 import threading
 import time
@@ -50,6 +52,7 @@ log = logging.getLogger(__name__)
 WATCH_S = 2.0  # between looks at the index on disk
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # of images that are searched with
 LISTED_VALUES = 100  # columns with at most as many distinct values are offered as filters
+EXACT = 2**53 - 1  # JavaScript rounds whole numbers beyond, and a rounded choice finds nothing
 SHOWN = {  # by browsers
     "JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif", "AVIF": "image/avif",
 }  # fmt: skip
@@ -202,6 +205,7 @@ class Engine:
             "index": searcher.index.name,
             "items": len(searcher),
             "generation": searcher.manifest.generation,
+            "identity": identity_of(searcher),
             "seconds": clock.seconds,
             "batch": len(batch),
         }
@@ -259,6 +263,7 @@ class Engine:
                     "items": len(searcher),
                     "objects": _object_count(searcher),
                     "generation": searcher.manifest.generation,
+                    "identity": identity_of(searcher),
                     "kind": searcher.manifest.kind,
                     "model": searcher.manifest.model[:12],
                     "refinement": searcher.model.space is not None,
@@ -329,6 +334,14 @@ class Engine:
             log.warning("the image of %s: nothing within %g s", item_id, self.limits.remote_s)
             message = f"the image of {item_id!r} has not come from where it lies within {self.limits.remote_s:g} s."
             raise refuse(404, "ImageUnreachable", message, "Ask again later: its host is slow, or down.", 30) from None
+
+
+def identity_of(searcher: Searcher) -> str:
+    """What tells an index as it is now from every other, and from itself before a change. It stays the same when the service
+    starts again, and is the same in all replicas. Generations do not tell two indexes apart, as each begins with 1. An index that
+    is made again of other files of the same number may have the manifest of the one before, but not its time."""
+    told = json.dumps([asdict(searcher.manifest), searcher.written_ns], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 class Clock:
@@ -448,9 +461,12 @@ def _column(searcher: Searcher, name: str) -> dict[str, Any]:
 
 
 def _values(cells: Any) -> list[list[Any]] | None:
-    """[value, items] of each value of a column, the frequent first; None where there are too many to choose from."""
+    """[value, items] of each value of a column, the frequent first; None where there are too many to choose from, or numbers
+    that a page cannot hold as they are."""
     counted = pc.value_counts(cells.combine_chunks())
     if len(counted) > LISTED_VALUES:
         return None
     pairs = [(v["values"].as_py(), v["counts"].as_py()) for v in counted]
+    if any(isinstance(value, int) and abs(value) > EXACT for value, _ in pairs):
+        return None
     return [[to_plain(value), count] for value, count in sorted(pairs, key=lambda p: -p[1]) if value is not None]

@@ -53,7 +53,8 @@ PAGE = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 IMAGES_KEPT = {"cache-control": "private, max-age=600"}
-TOLD = ("text", "image_bytes", "pixels", "top", "depth", "candidates", "filters", "within")  # limits that clients should know
+# Limits that clients should know.
+TOLD = ("text", "image_bytes", "pixels", "top", "depth", "candidates", "filters", "within", "within_bytes")
 HEALTH_S = 5.0  # an index that does not answer within is not well
 HEALTH_KEPT_S = 1.0  # however often it is asked for
 PARSERS = 2  # bodies of JSON that are read at once, beside the loop

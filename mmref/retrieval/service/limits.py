@@ -17,13 +17,14 @@ class Limits:
     text: int = 1000  # characters of a query
     image_bytes: int = 10_000_000
     pixels: int = 12 * 1024 * 1024  # of an image that is searched with: 4096 x 3072, a photograph of a phone
-    json_bytes: int = 65_536  # of a JSON body without its image
+    json_bytes: int = 65_536  # of a JSON body without its image, and without the ids of `within`
     top: int = 100  # results
     candidates: int = 10_000  # that are refined
     depth: int = 10_000  # rank of the last result that may be asked for
     filters: int = 16
     filter_text: int = 500  # characters of a filter's column, and of its values
     within: int = 1000  # items that a search is of
+    within_bytes: int = 512_000  # of their ids as a list of JSON: 512 for each
     parameters: int = 64  # of a URL
     timeout_s: float = 60.0  # to be answered
     remote_s: float = 10.0  # for an image that lies behind a URL
@@ -54,8 +55,8 @@ class Limits:
 
     @property
     def body_bytes(self) -> int:
-        """A body may hold the image in base64, and words beside it."""
-        return self.image_bytes * 4 // 3 + self.json_bytes
+        """A body may hold the image in base64, and words and ids beside it."""
+        return self.image_bytes * 4 // 3 + self.json_bytes + self.within_bytes
 
 
 def room_for_connections() -> int:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from mmref.errors import FilterError
 from mmref.retrieval.filters import Condition, read_where
 from mmref.retrieval.results import DEFAULT_IMAGES
+from mmref.retrieval.searcher import DEFAULT_TOP
 from mmref.retrieval.service.answering import Ask
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused, refuse
@@ -24,6 +25,10 @@ MOST_IMAGES = 20  # of an object
 SHOWN = 3  # things that are wrong, of all that may be
 # This matches an image in JSON as far as its first letter. Base64 has no quotes, so the image ends at the next one.
 IMAGE = re.compile(rb'"image"[ \t\r\n]*:[ \t\r\n]*"')
+# This matches the list of `within` in JSON, as far as it holds texts. Nothing of it is tried twice.
+WITHIN = re.compile(
+    rb'"within"[ \t\r\n]*+:[ \t\r\n]*+(\[(?:[ \t\r\n]*+"(?:[^"\\]++|(?:\\.)++)*+"[ \t\r\n]*+,?)*+(?:[ \t\r\n]*+\])?)', re.DOTALL
+)
 
 
 class SearchQuery(BaseModel):
@@ -36,7 +41,9 @@ class SearchQuery(BaseModel):
     by: Literal["image", "object"] = Field(
         "image", description="What the results are: images, or objects, each by its best image."
     )
-    top: int = Field(10, ge=1, description="Results wanted.")
+    top: int | None = Field(
+        None, ge=1, description=f"Results wanted; default: {DEFAULT_TOP}, or as many as the limit allows."
+    )  # fmt: skip
     offset: int = Field(0, ge=0, description="Results to pass over: with top=10, 10 gives ranks 11 to 20.")
     sort: str | None = Field(
         None, min_length=1, max_length=500,
@@ -53,7 +60,11 @@ class SearchQuery(BaseModel):
         description="Only items that meet this: COLUMN=VALUE, !=, <, <=, > or >=; COLUMN~TEXT (contains); COLUMN in VALUE,VALUE; "
         "COLUMN is missing, COLUMN is not missing. Repeated: that meet all of them.",
     )
-    within: list[str] = Field([], description="Only these items, by their ids: a search in what was found. Repeated for each.")
+    within: list[str] | None = Field(
+        None,
+        description="Only these items, by their ids: a search in what was found. Repeated for each; as JSON an empty list finds "
+        "nothing.",
+    )
 
 
 class ExplainQuery(SearchQuery):
@@ -119,9 +130,7 @@ def read_json(data: bytes, kind: type[B], limits: Limits) -> tuple[B, bytes | No
 
 def read_object(data: bytes, kind: type[M], limits: Limits) -> M:
     """A body of JSON without an image. Raises Refused."""
-    if len(data) > limits.json_bytes:
-        message = f"the JSON has {len(data):,} bytes beside its image."
-        raise refuse(413, "TooLarge", message, f"Send at most {limits.json_bytes:,}.")
+    _check_bytes(data, kind, limits)
     given = _parsed(data)
     if unknown := [key for key in given if key not in kind.model_fields]:
         named = ", ".join(repr(key[:50]) for key in unknown[:SHOWN])
@@ -133,6 +142,17 @@ def read_object(data: bytes, kind: type[M], limits: Limits) -> M:
         return kind.model_validate(given)
     except ValidationError as error:
         raise Refused(invalid(error.errors(include_url=False, include_context=False, include_input=False))) from None
+
+
+def _check_bytes(data: bytes, kind: type[BaseModel], limits: Limits) -> None:
+    """Raise Refused for JSON that is too large to be parsed. The ids of a search within results have room of their own."""
+    room, listed = limits.within_bytes if "within" in kind.model_fields else 0, 0
+    if limits.json_bytes < len(data) <= limits.json_bytes + room and (ids := WITHIN.search(data)):
+        listed = min(len(ids[1]), room)
+    if (others := len(data) - listed) > limits.json_bytes:
+        message = f"the JSON has {others:,} bytes beside its image and {listed:,} of ids."
+        more = f", and {room:,} of ids in `within`" if room else ""
+        raise refuse(413, "TooLarge", message, f"Send at most {limits.json_bytes:,}{more}.")
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
@@ -168,8 +188,9 @@ def _no_number(name: str) -> Any:
 def to_ask(query: SearchQuery, image: bytes | None, limits: Limits) -> Ask:
     """The search of a query. Raises Refused beyond the limits."""
     _check_text(query.text or "", limits)
-    if query.top > limits.top:
-        message = f"top is {_short(query.top)}."
+    top = min(DEFAULT_TOP, limits.top) if query.top is None else query.top
+    if top > limits.top:
+        message = f"top is {_short(top)}."
         raise refuse(400, "TooManyResults", message, f"Ask for at most {limits.top} results.")
     if query.by == "object" and query.images > MOST_IMAGES:
         message = f"images is {_short(query.images)}."
@@ -183,21 +204,21 @@ def to_ask(query: SearchQuery, image: bytes | None, limits: Limits) -> Ask:
     if image is not None and len(image) > limits.image_bytes:
         message = f"the image has {len(image):,} bytes."
         raise refuse(413, "TooLarge", message, f"Send at most {limits.image_bytes:,}.")
-    if query.offset + query.top > limits.depth:
+    if query.offset + top > limits.depth:
         message = f"offset is {_short(query.offset)}."
         raise refuse(400, "TooDeep", message, f"Ask for results up to rank {limits.depth:,}, or filter for others.")
-    _check_count("within", query.within, limits.within)
+    _check_count("within", query.within or (), limits.within)
     return Ask(
         query.text,
         image,
         query.image_weight,
-        query.top,
+        top,
         query.refine,
         query.candidates,
         _conditions(query.where, limits),
         query.images if query.by == "object" else 0,
         query.offset,
-        tuple(query.within) if query.within else None,
+        None if query.within is None else tuple(query.within),
         query.sort,
     )
 

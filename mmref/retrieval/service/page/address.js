@@ -15,18 +15,20 @@ export function remember({ text, index, where }) {
   for (const one of where) here.append("where", one);
   for (const [name, [of, value, says]] of Object.entries(switches)) if ($(of).checked === says) here.set(name, value);
   for (const [name, of] of Object.entries(selects)) if ($(of).selectedIndex !== firstOf($(of))) here.set(name, $(of).value);
-  history.replaceState(null, "", here.size ? `?${here}` : location.pathname);
+  const told = here.toString(); // Safari before 17 does not know how many parameters there are
+  history.replaceState(null, "", told ? `?${told}` : location.pathname);
 }
 const firstOf = (select) => Math.max(0, [...select.options].findIndex((option) => option.defaultSelected));
 
 // The index that the address names, else the first.
 export const named = (indexes) => indexes.find((one) => one.name === given().get("index")) ?? indexes[0];
 
-// Put the controls of an index where the address says; what it has no control for is passed over.
-export function reopen() {
+// Put the controls of an index where the address says. Filters without a control are kept beside them; of other things what
+// there is no control for is passed over.
+export function reopen(changed) {
   const told = given();
   $("#text").value ||= told.get("q") || "";
   for (const [name, [of, value, says]] of Object.entries(switches)) if (told.get(name) === value) $(of).checked = says;
   for (const [name, of] of Object.entries(selects)) if (told.has(name)) put($(of), told.get(name));
-  apply(told.getAll("where"));
+  apply(told.getAll("where"), changed);
 }

@@ -32,7 +32,7 @@ export const url = (path, parameters = {}) => {
   return `${path}?${query}`;
 };
 export const picture = (kind, id) =>
-  url(`${kind}/${encodeURIComponent(id)}`, { index: state.index.name, generation: state.index.generation });
+  url(`${kind}/${encodeURIComponent(id)}`, { index: state.index.name, identity: state.index.identity });
 export const withImage = () => state.image
   ? { method: "POST", headers: { "content-type": state.image.type || "application/octet-stream" }, body: state.image } : {};
 

@@ -1,26 +1,48 @@
-// Filters by column: a choice where there are few values, from and to for numbers and days, what a text contains.
-import { element, number, put, readable } from "./common.js";
+// Filters by column: a choice where there are few values, from and to for numbers and days, what a text contains. A condition
+// that no control can say, as an old address may hold, stands beside them until it is taken away.
+import { $, element, number, put, readable } from "./common.js";
 
 const CHOSEN_NUMBERS = 12; // numbers of at most so many values are chosen from, as stars and sizes are
-const set = () => [...document.querySelectorAll("#filters [data-op]")].filter((control) => control.value.trim());
+const all = () => [...document.querySelectorAll("#filters [data-op]")];
+const set = () => all().filter((control) => control.value.trim());
+const kept = () => [...document.querySelectorAll("#filters [data-condition]")].map((one) => one.dataset.condition);
 
 // A name or value as it is, whatever signs it holds: see the language of filters in docs/search.md.
 const quoted = (text, odd) => odd.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 const ODD_NAME = /[=<>!~"]|^\s|\s$|\s(in|is)\s/, ODD_VALUE = /^[=<>!~]|"|^\s|\s$/;
 
-// What the controls say, as the service takes it.
+const begin = ({ name, dataset }) => `${quoted(name, ODD_NAME)}${dataset.op}`;
+
+// What the controls say, and what is kept beside them, as the service takes it.
 export function conditions() {
-  return set().map(({ name, dataset, value }) => `${quoted(name, ODD_NAME)}${dataset.op}${quoted(value, ODD_VALUE)}`);
+  return [...set().map((control) => `${begin(control)}${quoted(control.value, ODD_VALUE)}`), ...kept()];
 }
 
-// Put the controls where conditions of ours say.
-export function apply(where) {
-  for (const control of document.querySelectorAll("#filters [data-op]")) {
-    const before = `${quoted(control.name, ODD_NAME)}${control.dataset.op}`, told = where.find((one) => one.startsWith(before));
-    if (told) put(control, plain(told.slice(before.length)));
-  }
+// Put the controls, which say nothing yet, where conditions say; keep those that none of them can say. `changed` is told when
+// one of these is taken away.
+export function apply(where, changed) {
+  const told = where.filter((one) => one.trim() && !all().some((control) => takes(control, one)));
+  $("#filters").append(...told.map((one) => chip(one, changed)));
+}
+
+// Whether a control says a condition from now on. A choice may not offer the value, and a field of days holds no text.
+function takes(control, condition) {
+  const before = begin(control), value = plain(condition.slice(before.length));
+  if (control.value || !value.trim() || !condition.startsWith(before)) return false;
+  put(control, value);
+  if (control.value === value) return true;
+  control.value = "";
+  return false;
 }
 const plain = (value) => /^".*"$/s.test(value) ? value.slice(1, -1).replaceAll('""', '"') : value;
+
+function chip(condition, changed) {
+  const remove = element("button", { type: "button", "aria-label": `Take away the filter ${condition}` }, "×");
+  const made = element("span", { className: "button chip" }, element("span", {}, condition), remove);
+  made.dataset.condition = condition;
+  remove.addEventListener("click", () => { made.remove(); changed(false); });
+  return made;
+}
 
 // `changed` is told whether the visitor may still be typing.
 export function controls(columns, changed) {

@@ -47,10 +47,10 @@ async function search() {
     const answer = await request(asked, running.signal);
     answer.milliseconds = performance.now() - began;
     if (mine !== state.asked) return; // a newer search has been asked
-    if (answer.generation !== state.index.generation) await renew(answer);
+    if (answer.identity !== state.index.identity) await renew(answer);
     if (mine !== state.asked) return;
     if (!state.image && !state.within) keep(path, answer);
-    if (known?.generation !== answer.generation) show(answer);
+    if (known?.identity !== answer.identity) show(answer);
     recovered();
     judge.recall();
   } catch (error) {
@@ -89,7 +89,7 @@ async function showMore() {
   try {
     const next = await request({ ...state.query, offset: answer.results.length });
     if (mine !== state.asked) return;
-    if (next.generation !== answer.generation) return search(); // ranks are others by now
+    if (next.identity !== answer.identity) return search(); // ranks are others by now
     answer.results.push(...next.results);
     answer.more = next.more;
     show(answer);
@@ -109,11 +109,20 @@ function stayWithin(within) {
 }
 
 function narrow() {
-  const ids = state.results.flatMap((one) => [one, ...(one.others || [])]).map((one) => one.id).slice(0, state.info.limits.within);
+  const shown = state.results.flatMap((one) => [one, ...(one.others || [])]).map((one) => one.id), ids = fitting(shown);
   const of = state.query.text ? ` of “${state.query.text}”` : " of an image";
-  stayWithin({ ids, words: `${number(ids.length)} images${of}` });
+  const first = ids.length < shown.length ? `the first ${number(ids.length)} of ` : "";
+  stayWithin({ ids, words: `${first}${number(shown.length)} images${of}` });
   $("#text").focus();
   $("#text").select();
+}
+
+// The first of some ids, as many as the service takes.
+function fitting(ids) {
+  const { within, within_bytes } = state.info.limits, encoder = new TextEncoder();
+  let bytes = 1; // the brackets of the list, less a comma
+  const over = ids.findIndex((id) => (bytes += encoder.encode(JSON.stringify(id)).length + 1) > within_bytes);
+  return ids.slice(0, over < 0 ? within : Math.min(within, over));
 }
 
 function keep(path, answer) {
@@ -121,15 +130,15 @@ function keep(path, answer) {
   if (answers.size > KEPT_ANSWERS) answers.delete(answers.keys().next().value);
 }
 
-// The index has changed: nothing that was known of it is shown again.
+// The index has changed, or another lies in its place: nothing that was known of it is shown again.
 async function renew(answer) {
   answers.clear();
   state.info = await ask("indexes");
   const index = state.info.indexes.find((one) => one.name === state.index.name);
   if (!index) return;
   const where = conditions(), order = $("#order select").value;
-  choose(Object.assign(index, { generation: answer.generation }));
-  apply(where);
+  choose(Object.assign(index, { identity: answer.identity }));
+  apply(where, filtered);
   put($("#order select"), order);
   countFilters();
 }
@@ -319,10 +328,22 @@ function choose(index) {
   state.index = index;
   answers.clear();
   $("#grouped").hidden = !index.objects;
-  $("#filters").replaceChildren(...controls(index.columns, (soon) => { countFilters(); if (soon) searchSoon(); else search(); }));
+  $("#filters").replaceChildren(...controls(index.columns, filtered));
   offerOrders(index.columns);
   offer(index.examples);
   countFilters();
+}
+
+// A filter has changed; `soon`: by typing, which may go on.
+function filtered(soon) {
+  countFilters();
+  if (soon) searchSoon(); else search();
+}
+
+// Numbers of results that the service allows.
+function offerTops(most) {
+  for (const option of [...$("#top").options]) if (Number(option.value) > most) option.remove();
+  if (!$("#top").options.length) $("#top").append(element("option", {}, `${most}`));
 }
 
 // Numbers and times have an order that means something.
@@ -375,6 +396,7 @@ async function start() {
     return complain(error);
   }
   const { indexes } = state.info;
+  offerTops(state.info.limits.top);
   $("#index").hidden = indexes.length < 2;
   $("#index select").replaceChildren(...indexes.map((i) => element("option", {}, i.name)));
   $("#refine").disabled = indexes.every((i) => !i.refinement);
@@ -384,7 +406,7 @@ async function start() {
   const index = address.named(indexes);
   $("#index select").selectedIndex = indexes.indexOf(index);
   choose(index);
-  address.reopen();
+  address.reopen(filtered);
   countFilters();
   recovered();
   await search();

@@ -66,6 +66,12 @@ class Page:
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
+    def leave(self) -> None:
+        """Leave the page, whose service may have ended, and forget what it asked for and what went wrong there."""
+        self.open("about:blank")
+        self.requested.clear()
+        self.errors.clear()
+
     def run(self, script: str) -> Any:
         """Value of an expression, awaited."""
         found = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)

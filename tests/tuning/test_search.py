@@ -79,7 +79,7 @@ def test_the_grid_is_every_combination_once() -> None:
     propose = proposer(space, "grid", 0, None, False, 9)
     found = [tuple(propose(n, []).values()) for n in range(9)]
     assert sorted(found) == sorted((k, m) for k in (1, 2, 4) for m in (1, 2, 3))
-    with pytest.raises(ConfigError, match=r"choice or int; loss\.w_guide, train\.lr are ranges"):
+    with pytest.raises(ConfigError, match=r"int of at most 10,000 values; loss\.w_guide, train\.lr are ranges"):
         proposer(SPACE, "grid", 0, None, False, 9)
 
 

@@ -8,11 +8,13 @@ for result in Searcher("INDEX").search("a small yellow bird with black wings", t
 from __future__ import annotations
 
 import bisect
+import hashlib
+import json
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,10 +128,14 @@ class Searcher:
         """Whether the index on disk has changed, or another lies in its place, since it was opened."""
         return stamp(self.index) != self._stamp
 
-    @property
-    def written_ns(self) -> int:
-        """When the manifest that was opened was written; the one on disk may be another by now."""
-        return self._stamp[1]
+    @cached_property
+    def identity(self) -> str:
+        """What tells the index as it was opened from every other, and from itself before a change. It stays the same when it is
+        opened again, and is the same in all replicas. Generations do not tell two indexes apart, as each begins with 1. An index
+        that is made again of other files of the same number may have the manifest of the one before, but not its time."""
+        _, written_ns = self._stamp
+        told = json.dumps([asdict(self.manifest), written_ns], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
     def metadata_columns(self) -> list[str]:

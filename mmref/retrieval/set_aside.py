@@ -28,8 +28,7 @@ FIX = "mend the line, or delete it."
 
 def read_skipped(index: Path) -> list[dict[str, Any]]:
     """Images that could not be read or taken: id, path (of what could not be taken: its source), problem; of one that ended
-    processes, all of its place (see `embed.identity`). None without the
-    file. Raises SearchIndexError for a line that is none."""
+    processes, all of its place (see `embed.identity`). None without the file. Raises SearchIndexError for a line that is none."""
     return _read_lines(index / SKIPPED, ("id", "problem", "path"))
 
 

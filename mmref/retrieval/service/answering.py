@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import logging
 import threading
 import time
@@ -205,7 +203,7 @@ class Engine:
             "index": searcher.index.name,
             "items": len(searcher),
             "generation": searcher.manifest.generation,
-            "identity": identity_of(searcher),
+            "identity": searcher.identity,
             "seconds": clock.seconds,
             "batch": len(batch),
         }
@@ -263,7 +261,7 @@ class Engine:
                     "items": len(searcher),
                     "objects": _object_count(searcher),
                     "generation": searcher.manifest.generation,
-                    "identity": identity_of(searcher),
+                    "identity": searcher.identity,
                     "kind": searcher.manifest.kind,
                     "model": searcher.manifest.model[:12],
                     "refinement": searcher.model.space is not None,
@@ -334,14 +332,6 @@ class Engine:
             log.warning("the image of %s: nothing within %g s", item_id, self.limits.remote_s)
             message = f"the image of {item_id!r} has not come from where it lies within {self.limits.remote_s:g} s."
             raise refuse(404, "ImageUnreachable", message, "Ask again later: its host is slow, or down.", 30) from None
-
-
-def identity_of(searcher: Searcher) -> str:
-    """What tells an index as it is now from every other, and from itself before a change. It stays the same when the service
-    starts again, and is the same in all replicas. Generations do not tell two indexes apart, as each begins with 1. An index that
-    is made again of other files of the same number may have the manifest of the one before, but not its time."""
-    told = json.dumps([asdict(searcher.manifest), searcher.written_ns], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 class Clock:

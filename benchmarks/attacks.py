@@ -45,6 +45,11 @@ async def attack(target: Target, rng: random.Random) -> tuple[str, list[int]]:
     return one.__name__, await one(target, rng)
 
 
+async def each_attack(target: Target, rng: random.Random) -> list[tuple[str, list[int]]]:
+    """All of them once, as `attack` tells of one."""
+    return [(one.__name__, await one(target, rng)) for one in ATTACKS]
+
+
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ from urllib.parse import quote
 import numpy as np
 import psutil
 import pyarrow as pa
-from attacks import TRAP, Target, attack, head, make_trap, server_errors, slow_host
+from attacks import TRAP, Target, attack, each_attack, head, make_trap, server_errors, slow_host
 from output import write_figures
 from PIL import Image
 
@@ -55,7 +55,6 @@ START_S = 300
 WARM_UP_S = 2.0
 NOISE = 0.3  # length of what is added to a repeated image's unit vector
 SAMPLE_S = 5.0  # between looks at memory
-GROWTH_FROM = 24  # samples: a shorter soak ends before each attack has come, and its first time takes memory
 SETTLED = 0.25  # of a soak, after which memory should not grow
 KILL_S, BACK_S = 60.0, 45.0  # between kills of replicas; until another has taken its place
 
@@ -335,7 +334,6 @@ async def soak_for(args: argparse.Namespace, process: psutil.Process, target: Ta
     ids = searcher.items["id"].to_pylist()[:2000]
     words = [c for c in searcher.items["caption"].to_pylist()[:2000] if c] or ids
     del searcher
-    end = time.monotonic() + 60 * args.minutes
     answers: Counter[str] = Counter()
     wrong: list[str] = []
     took: list[float] = []
@@ -345,6 +343,12 @@ async def soak_for(args: argparse.Namespace, process: psutil.Process, target: Ta
         # an attack may hit upon something that is right to answer
         if status >= 500 or (name in ("valid", "hostile") and (status == 200) != (name == "valid")):
             wrong.append(f"{name} {status}: {said!r}")
+
+    # The first time of an attack takes memory that is kept, and is not to look like growth wherever it comes by chance.
+    for name, statuses in await each_attack(target, random.Random(0)):
+        for status in statuses:
+            note(name, status, "")
+    end = time.monotonic() + 60 * args.minutes
 
     async def keep(seed: int, ask: Callable[[Client, random.Random], Coroutine[Any, Any, Any]], name: str) -> None:
         client, rng = Client(target.port, head(target)), random.Random(seed)
@@ -488,8 +492,7 @@ def main() -> None:
     result = args.run(args)
     result |= {"cores": os.cpu_count(), "wall_s": time.perf_counter() - began}
     write_figures(result, args.out)
-    grown = result.get("growth", 0) > 0.1 and len(result["memory_mb"]) >= GROWTH_FROM
-    if result.get("n_wrong") or result.get("counted_5xx") or grown:
+    if result.get("n_wrong") or result.get("counted_5xx") or result.get("growth", 0) > 0.1:
         raise SystemExit(1)
 
 

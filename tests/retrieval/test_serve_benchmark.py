@@ -72,7 +72,7 @@ def test_load(split_index, tmp_path):
 
 @pytest.mark.slow
 def test_soak(split_index, tmp_path):
-    found = run(split_index, tmp_path / "out.json", "soak", "--minutes", "0.3")
+    found = run(split_index, tmp_path / "out.json", "soak", "--minutes", "1")
     answers = found["answers"]
     assert found["wrong"] == [] and not any(name.startswith("valid") and name != "valid 200" for name in answers)
     assert answers["valid 200"] > 0 and sum(n for name, n in answers.items() if name.startswith("hostile 4")) > 0

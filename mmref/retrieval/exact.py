@@ -27,10 +27,11 @@ Rows = NDArray[np.int64]
 
 GATHERED_ROWS = 65_536  # at a time for a search among some of them
 SPLIT_ROWS = 20_000  # fewer rows than this for each thread are not worth a thread
-BLOCK_ROWS = 4_096  # multiplied at a time: they stay in the processor's cache
+BLOCK_ROWS = 8_192  # multiplied at a time: they stay in the processor's cache
+ROUNDED_ROWS = 512  # rounded to bf16 at a time: their fp32 stays in a core's own cache
 SCANNED = 8  # so many queries and fewer are compared with each row as it is read; more are a matrix product
 BF16_FROM = 7  # queries from which on a product in bf16, with what it takes to prove it, is quicker
-BF16_MOST = 256  # queries multiplied at a time
+BF16_MOST = 256  # queries multiplied at a time; their numbers fit 16 bits
 BF16_K = 1_024  # the most results that are worth it
 BF16_ERROR = 2.0**-8  # relative error of a number rounded to bf16
 LONGEST = 1.01  # length of a feature: 1, and what rounding adds
@@ -202,13 +203,15 @@ def _proved(queries: Floats, matrix: Features, k: int) -> tuple[Floats, Rows]:
     # of the query's numbers, of the row's, and of sums of d products in fp32; that of the result depends on its size
     error = LONGEST * (lost + (BF16_ERROR + matrix.shape[1] * 2.0**-23) * length)
     found = _Candidates(len(queries), k, error)
-    wide = torch.empty((BLOCK_ROWS, matrix.shape[1]))
+    wide = torch.empty((ROUNDED_ROWS, matrix.shape[1]))
     narrow = torch.empty((BLOCK_ROWS, matrix.shape[1]), dtype=torch.bfloat16)
     mapped = _tensor(matrix)
     for start in range(0, len(matrix), BLOCK_ROWS):
         size = min(BLOCK_ROWS, len(matrix) - start)
-        # by way of fp32: both steps are instructions, and fp16 to bf16 is not
-        narrow[:size].copy_(wide[:size].copy_(mapped[start : start + size]))
+        for at in range(0, size, ROUNDED_ROWS):
+            some = min(ROUNDED_ROWS, size - at)
+            # by way of fp32: both steps are instructions, and fp16 to bf16 is not
+            narrow[at : at + some].copy_(wide[:some].copy_(mapped[start + at : start + at + some]))
         found.take(torch.mm(narrow[:size], columns), start)
     scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     for i, chosen in enumerate(found.finished()):
@@ -233,7 +236,7 @@ class _Candidates:
         self.left_out = np.zeros(queries, bool)  # whose bound says too little
         # As integers bf16 numbers above 0 keep their order, and those below 0 lie below all of these.
         self._least = np.zeros(queries, np.int16)
-        self._found: list[tuple[Rows, Rows, Floats]] = []  # rows, queries, scores
+        self._found: list[tuple[Rows, NDArray[np.int16], Floats]] = []  # rows, queries, scores
         self._blocks, self._pending = 0, 0
 
     def take(self, scores: torch.Tensor, first: int) -> None:
@@ -244,7 +247,8 @@ class _Candidates:
         hits = np.flatnonzero(bits >= self._least)
         rows, queries = np.divmod(hits, bits.shape[1])
         values = (bits.reshape(-1)[hits].astype(np.int32) << 16).view(np.float32)
-        self._found.append((rows + first, queries, values))
+        # 16 bits are grouped by counting, wider numbers by comparing
+        self._found.append((rows + first, queries.astype(np.int16), values))
         self._blocks, self._pending = self._blocks + 1, self._pending + len(hits)
         if self._blocks & (self._blocks - 1) == 0 or self._pending > MOST_CANDIDATES * len(self.error):
             self._tighten()
@@ -261,7 +265,7 @@ class _Candidates:
         """Raise the bounds by what has been found, and drop what is below."""
         rows, queries, values = (np.concatenate(parts) for parts in zip(*self._found))
         order = np.argsort(queries, kind="stable")
-        edges = np.searchsorted(queries[order], np.arange(len(self.error) + 1))
+        edges = np.searchsorted(queries[order], np.arange(len(self.error) + 1, dtype=np.int16))
         kth = np.full(len(self.error), -np.inf, np.float32)
         for i, (start, stop) in enumerate(pairwise(edges)):
             if stop - start >= self.k and not self.left_out[i]:

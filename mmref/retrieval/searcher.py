@@ -316,8 +316,7 @@ class Searcher:
         """Results of ranked rows (q, top) without the `first` ones: their items, and the references that raised them."""
         rows, scores, initial, before = rows[:, first:], scores[:, first:], initial[:, first:], before[:, first:]
         distinct, at = np.unique(np.maximum(rows, 0), return_inverse=True)
-        # Each row is sliced: `take` would first join the chunks of the whole table, 5 ms for a million items.
-        items = [self.items.slice(row, 1).to_pylist()[0] for row in distinct.tolist()]
+        items = self._columns_of(distinct)
         at = at.reshape(rows.shape)
         shared, columns = self._shared(queries, rows), self.metadata_columns
         answers = []
@@ -514,6 +513,20 @@ class Searcher:
     def _by_id(self) -> Rows:
         """Rows in the order of their ids: Arrow orders by UTF-8, which is the order of Python's strings."""
         return pc.sort_indices(self.items["id"]).to_numpy().astype(np.int64)
+
+    def _columns_of(self, rows: Rows) -> list[dict[str, Any]]:
+        """Columns of items, by their rising rows."""
+        starts, batches = self._batches
+        of, found = np.searchsorted(starts, rows, side="right") - 1, []
+        for i in np.unique(of).tolist():
+            found += batches[i].take(pa.array(rows[of == i] - starts[i])).to_pylist()
+        return found
+
+    @cached_property
+    def _batches(self) -> tuple[Rows, list[pa.RecordBatch]]:
+        """First rows, and parts of the items, each in one piece: of a table `take` first joins all pieces, 5 ms for a million."""
+        batches = self.items.to_batches()
+        return np.cumsum([0, *(len(batch) for batch in batches)])[:-1], batches
 
     def item_of(self, object_id: str) -> str | None:
         """Id of the first item of an object, None where the index has none."""

@@ -8,12 +8,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-# These must be set before any import of ray, transformers or OpenCV: they are quieter then, no hub is asked for a local path,
-# and OpenCV leaves the cores to us.
+# These must be set before any import of ray, torch, transformers or OpenCV: they are quieter then, no hub is asked for a local
+# path, and OpenCV leaves the cores to us.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+# Threads of PyTorch and faiss wait for each other by spinning. Where other programs want the cores, each wait then lasts until
+# the system takes the core away, and what takes milliseconds takes a second (benchmarks/busy_cores.py). These spin shortly, and
+# sleep: on idle cores that costs nothing.
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 from mmref.terminal.parser import Parser
 from mmref.terminal.run_command import run_command

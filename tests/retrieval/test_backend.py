@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from mmref.retrieval.service import backend
 from mmref.retrieval.service.answering import Ask
-from mmref.retrieval.service.backend import Replicated
+from mmref.retrieval.service.backend import Replicated, Worker
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.problems import Problem, Refused
 
@@ -195,3 +197,92 @@ def test_what_no_replica_has_taken_waits_and_is_told_so_in_the_end(monkeypatch: 
     monkeypatch.setattr(backend, "PATIENCE_S", 0.0)
     problem = asyncio.run(outcome(Replicated(handle, "x").call("info")))
     assert (problem.status, problem.error) == (503, "Unavailable") and problem.retry_after_s
+
+
+class Slow:
+    """An engine that says when it begins with a batch, and ends with it when it may."""
+
+    limits = Limits()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, may_end: threading.Semaphore | None = None) -> None:
+        self.batches: list[list[str]] = []
+        self.loop, self.begun, self.may_end = loop, asyncio.Event(), may_end
+
+    def prepare(self, ask: Any) -> Any:
+        return ask
+
+    def search(self, batch: Any) -> Any:
+        self.batches.append(list(batch))
+        self.loop.call_soon_threadsafe(self.begun.set)
+        time.sleep(0.02)
+        assert self.may_end is None or self.may_end.acquire(timeout=60)
+        return [(one, None) for one in batch]
+
+
+def counted(worker: Worker) -> list[int]:
+    """How many were expected whenever a batch waited."""
+    waits: list[int] = []
+
+    class Counted(asyncio.Event):
+        async def wait(self) -> Any:
+            waits.append(worker._expected)
+            return await super().wait()
+
+    worker._gathered = Counted()
+    return waits
+
+
+def test_who_asks_again_at_once_is_answered_in_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "GATHER_SHARE", 100.0)  # a busy machine may keep them long
+
+    async def ask() -> None:
+        engine = Slow(asyncio.get_running_loop())
+        worker = Worker(engine)  # type: ignore[arg-type]
+
+        async def client(name: str) -> None:
+            for _ in range(6):
+                assert (await worker.search(SimpleNamespace(image=None, name=name)))[1] is None  # type: ignore[arg-type]
+
+        await asyncio.gather(*(client(name) for name in "abcdefgh"))
+        whole = [batch for batch in engine.batches if len(batch) == 8]
+        assert len(whole) >= 4 and sum(map(len, engine.batches)) == 48, [len(batch) for batch in engine.batches]
+
+    asyncio.run(ask())
+
+
+def test_a_search_that_comes_later_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        engine = Slow(asyncio.get_running_loop())
+        worker = Worker(engine)  # type: ignore[arg-type]
+        waits = counted(worker)
+        some = [SimpleNamespace(image=None) for _ in range(9)]
+        await asyncio.gather(*(worker.search(one) for one in some[:8]))  # type: ignore[arg-type]
+        waits.clear()
+        await asyncio.sleep(0.1)
+        assert worker._expected > 1
+        await worker.search(some[8])  # type: ignore[arg-type]
+        assert waits == []
+
+    asyncio.run(ask())
+
+
+def test_waiting_in_vain_is_not_repeated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        may_end = threading.Semaphore(0)
+        engine = Slow(asyncio.get_running_loop(), may_end)
+        worker = Worker(engine)  # type: ignore[arg-type]
+        waits = counted(worker)
+        asked = []
+        for n in range(backend.GATHER_AGAIN):  # each comes from somebody else, while the one before is answered
+            asked.append(asyncio.create_task(worker.search(SimpleNamespace(image=None))))  # type: ignore[arg-type]
+            while n and not worker._waiting:
+                await asyncio.sleep(0)
+            if n:
+                may_end.release()
+            await engine.begun.wait()
+            engine.begun.clear()
+        may_end.release()
+        await asyncio.gather(*asked)
+        assert len(engine.batches) == backend.GATHER_AGAIN and waits == [2]
+
+    asyncio.run(ask())

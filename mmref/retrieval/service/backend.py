@@ -27,6 +27,8 @@ from mmref.retrieval.service.problems import Problem, Refused, refuse
 log = logging.getLogger(__name__)
 
 BATCH = 32  # queries encoded and ranked together
+GATHER_SHARE = 0.3  # of a batch's time, after it, that the next one waits at most for who may come back
+GATHER_AGAIN = 16  # batches that begin at once where that was in vain
 # So many requests of each kind one engine works on at once: what is slow keeps none of another kind waiting.
 THREADS = {"search": 1, "prepare": 2, "decode": 4, "explain": 2, "items": 2, "thumbnails": 2, "images": 4, "health": 1}
 POOLS = {  # of the methods of an engine
@@ -57,6 +59,9 @@ class Worker:
 
     Ray Serve's own batching closes a batch before it waits for its turn: under load each search would be alone in its own.
 
+    Who has been answered may ask again at once. A batch that began without them would leave two halves that take turns, and a
+    half takes much more than half of the time. So a batch waits for a moment, as long as that brings what it waits for.
+
     Args:
         processes: of this kind, which share the cores of the node.
     """
@@ -69,6 +74,10 @@ class Worker:
         self._waiting: deque[tuple[Prepared, asyncio.Future[Reply]]] = deque()
         self._batches: asyncio.Task[None] | None = None
         self._searching_since: float | None = None  # a batch
+        self._expected = 0  # searches: those that the last batch answered and those that waited by then
+        self._gather_until = 0.0
+        self._at_once = 0  # batches that are to begin so
+        self._gathered = asyncio.Event()
 
     async def search(self, ask: Ask) -> Reply:
         """Prepared alone, answered with whatever else has arrived."""
@@ -78,6 +87,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Reply] = loop.create_future()
         self._waiting.append((prepared, reply))
+        if len(self._waiting) >= self._expected:
+            self._gathered.set()
         if self._batches is None:
             self._batches = loop.create_task(self._answer())
         try:
@@ -89,6 +100,7 @@ class Worker:
     async def _answer(self) -> None:
         try:
             while self._waiting:
+                await self._gather()
                 batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
                 batch = [(prepared, reply) for prepared, reply in batch if not reply.done()]  # whose clients have left
                 if batch:
@@ -96,8 +108,22 @@ class Worker:
         finally:
             self._batches = None
 
+    async def _gather(self) -> None:
+        """Wait for who may come back after the last batch, if that was worth it when it was tried last."""
+        missing, patience_s = self._expected - len(self._waiting), self._gather_until - time.monotonic()
+        if missing <= 0 or patience_s <= 0:
+            return
+        if self._at_once:
+            self._at_once -= 1
+            return
+        self._gathered.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._gathered.wait(), patience_s)
+        if 2 * (self._expected - len(self._waiting)) > missing:
+            self._at_once = GATHER_AGAIN
+
     async def _answer_batch(self, batch: tuple[Prepared, ...], replies: tuple[asyncio.Future[Reply], ...]) -> None:
-        self._searching_since = time.monotonic()
+        began = self._searching_since = time.monotonic()
         try:
             found = await self._pools["search"].run(self.engine.search, batch)
         except Exception as error:
@@ -107,6 +133,8 @@ class Worker:
             return
         finally:
             self._searching_since = None
+            self._expected = min(BATCH, len(batch) + len(self._waiting))
+            self._gather_until = time.monotonic() + GATHER_SHARE * (time.monotonic() - began)
         for reply, answer in zip(replies, found):
             if not reply.done():
                 reply.set_result(answer)

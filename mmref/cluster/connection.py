@@ -230,8 +230,13 @@ def _start_local(cpus: int, storage_gb: float) -> None:
                 )
                 return
             except Exception as error:  # Ray raises a bare Exception here
-                if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+                if "timed out during startup" not in str(error):
                     raise
+                if attempt == START_ATTEMPTS - 1:
+                    raise TimeoutError(
+                        f"its own processes were not up in time, {START_ATTEMPTS} times over. That is so where other programs want "
+                        "the cores: try again when they have ended, or leave them some."
+                    ) from error
                 ray.shutdown()
 
 

@@ -215,6 +215,20 @@ def test_what_keeps_ray_from_starting_is_named(monkeypatch: pytest.MonkeyPatch, 
         pass
 
 
+def test_a_machine_too_busy_for_ray_is_tried_again_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def fail(**_: object) -> None:
+        tried.append(1)
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", fail)
+    with pytest.raises(ClusterStartError, match=r"not up in time, 3 times over.*other programs want the cores"), connect():
+        pass
+    assert len(tried) == 3
+
+
 def test_where_sessions_of_a_local_cluster_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     long = str(tmp_path / ("x" * 100))
     monkeypatch.delenv("RAY_TMPDIR", raising=False)

@@ -234,8 +234,8 @@ def _start_local(cpus: int, storage_gb: float) -> None:
                     raise
                 if attempt == START_ATTEMPTS - 1:
                     raise TimeoutError(
-                        f"its own processes were not up in time, {START_ATTEMPTS} times over. That is so where other programs want "
-                        "the cores: try again when they have ended, or leave them some."
+                        f"its own processes were not up in time, {START_ATTEMPTS} times over. That is so where other programs "
+                        "want the cores: try again when they have ended, or leave them some."
                     ) from error
                 ray.shutdown()
 

@@ -254,13 +254,14 @@ def _group(
     if keep == "largest":
         kept = int(np.argmax([item["width"] * item["height"] for item in items]))
     features = _unit(matrices, rows)
-    cosines = np.clip(features @ features[kept], -1, 1)
+    # Rounded, so that of equal images the first comes first: a product may differ in its last bits by where a row lies in it.
+    cosines = [round(float(cosine), 4) for cosine in np.clip(features @ features[kept], -1, 1)]
     order = sorted(range(len(rows)), key=lambda i: (i != kept, -cosines[i], i))
     told = ("id", "object_id", "split", "path", "width", "height")
     members = []
     for i in order:
         same = i == kept or (hashes[rows[i]] is not None and hashes[rows[i]] == hashes[rows[kept]])
-        members.append(Member(i != kept, **{n: items[i][n] for n in told}, cosine=round(float(cosines[i]), 4), same_bytes=same))
+        members.append(Member(i != kept, **{n: items[i][n] for n in told}, cosine=cosines[i], same_bytes=same))
     return Group(members), [int(rows[i]) for i in order]
 
 

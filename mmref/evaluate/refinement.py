@@ -139,8 +139,8 @@ class ReferenceSpace:
             shard = self._rows[start : start + _SHARD_ROWS]
             found, at = faiss.knn(queries, shard, min(wanted, len(shard)), metric=faiss.METRIC_INNER_PRODUCT)
             ids, cosines = np.hstack([ids, at + start]), np.hstack([cosines, found])
-            # They are ordered by cosine, equal ones by the lower id. Rounded, as a product may differ in its last bits by where a row
-            # lies in it.
+            # They are ordered by cosine, equal ones by the lower id. Rounded, as a product may differ in its last bits by where
+            # a row lies in it.
             order = np.lexsort((ids, -np.round(cosines, 6)), axis=1)[:, :wanted]
             ids = np.take_along_axis(ids, order, axis=1)
             cosines = np.take_along_axis(cosines, order, axis=1)

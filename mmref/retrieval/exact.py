@@ -28,6 +28,7 @@ Rows = NDArray[np.int64]
 GATHERED_ROWS = 65_536  # at a time for a search among some of them
 SPLIT_ROWS = 20_000  # fewer rows than this for each thread are not worth a thread
 BLOCK_ROWS = 8_192  # multiplied at a time: they stay in the processor's cache
+WIDENED_ROWS = 16_384  # of fp16 compared in fp32 at a time
 ROUNDED_ROWS = 512  # rounded to bf16 at a time: their fp32 stays in a core's own cache
 SCANNED = 8  # so many queries and fewer are compared with each row as it is read; more are a matrix product
 BF16_FROM = 7  # queries from which on a product in bf16, with what it takes to prove it, is quicker
@@ -141,7 +142,7 @@ def _nearest(queries: Floats, matrix: Features, k: int, first: int) -> tuple[Flo
     """The min(k, rows) nearest of a part whose first row has a number, in this thread."""
     k = min(k, len(matrix))
     # Features in fp32, of small indexes, are multiplied as they are sooner than they are rounded and proved.
-    large = matrix.dtype == np.float16 and len(matrix) >= 2 * BLOCK_ROWS
+    large = matrix.dtype == np.float16 and len(matrix) >= BLOCK_ROWS
     if large and len(queries) >= BF16_FROM and k <= BF16_K and multiplies_bf16():
         blocks = [_proved(queries[i : i + BF16_MOST], matrix, k) for i in range(0, len(queries), BF16_MOST)]
         scores, rows = (np.concatenate(parts) for parts in zip(*blocks))
@@ -157,7 +158,7 @@ def _compared(queries: Floats, matrix: Features, k: int, first: int) -> tuple[Fl
         scores, rows = (np.stack(parts) for parts in zip(*(_scan(query, matrix, k) for query in queries)))
         return best(scores, rows + first, k)
     scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    size = max(4 * BLOCK_ROWS, 4 * k)
+    size = max(WIDENED_ROWS, 4 * k)
     wide, mapped = torch.empty((min(size, len(matrix)), matrix.shape[1])), _tensor(matrix)
     for start in range(0, len(matrix), size):
         rows_here = min(size, len(matrix) - start)

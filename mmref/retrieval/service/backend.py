@@ -132,9 +132,9 @@ class Worker:
                     reply.set_exception(error)
             return
         finally:
-            self._searching_since = None
+            ended, self._searching_since = time.monotonic(), None
             self._expected = min(BATCH, len(batch) + len(self._waiting))
-            self._gather_until = time.monotonic() + GATHER_SHARE * (time.monotonic() - began)
+            self._gather_until = ended + GATHER_SHARE * (ended - began)
         for reply, answer in zip(replies, found):
             if not reply.done():
                 reply.set_result(answer)

@@ -20,13 +20,15 @@ from collections.abc import Iterator
 import numpy as np
 from output import write_figures
 
-SPIN = {"as PyTorch does": {}, "as mmref does": {"GOMP_SPINCOUNT": "1000"}}
+WAYS = ("as PyTorch does", "as mmref does")
 BATCHES = (1, 8, 32)
 BUSY = "while True: sum(range(1_000_000))"
 
 
-def encode(index: str, rounds: int) -> dict[str, float]:
+def encode(index: str, rounds: int, way: str) -> dict[str, float]:
     """Median milliseconds of sentences by their number, in this process."""
+    if way == "as mmref does":
+        import mmref.cli  # noqa: F401  # which sets it, before PyTorch is imported
     import torch
 
     from mmref.cluster.resources import cores
@@ -65,20 +67,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of each number of sentences")
     parser.add_argument("--turns", type=int, default=2, help="of each way to wait; the median is reported")
     parser.add_argument("--out", help="also write the figures to this file")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(encode(args.index, args.rounds)))
+        print(json.dumps(encode(args.index, args.rounds, args.worker)))
         return
     plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    command = [sys.executable, __file__, "--worker", "--index", args.index, "--rounds", str(args.rounds)]
+    command = [sys.executable, __file__, "--index", args.index, "--rounds", str(args.rounds)]
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for others in (0, os.cpu_count() or 1):
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in SPIN}
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
         with busy(others):
             for _ in range(args.turns):
-                for name, variables in SPIN.items():
-                    done = subprocess.run(command, env=plain | variables, text=True, stdout=subprocess.PIPE, check=True)
+                for name in WAYS:
+                    done = subprocess.run([*command, "--worker", name], env=plain, text=True, stdout=subprocess.PIPE, check=True)
                     runs[name].append(json.loads(done.stdout.splitlines()[-1]))
         figures[f"{others} others"] = {
             name: {f"{n} sentences, ms": float(np.median([run[str(n)] for run in found])) for n in BATCHES}

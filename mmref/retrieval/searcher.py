@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from mmref.data.decode import decode_rgb
 from mmref.data.fit import Fit, Fitted
-from mmref.errors import QueryError, SampleError, SearchIndexError
+from mmref.errors import QueryError, SearchIndexError
 from mmref.evaluate.refinement import ReferenceSpace
 from mmref.export.model import ImageLike, Model, load
 from mmref.model.device import chosen_device
@@ -37,6 +37,7 @@ from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.manifest import Manifest, stamp
 from mmref.retrieval.notebook import Results
 from mmref.retrieval.objects import Objects, RankedObject, rank_objects
+from mmref.retrieval.query_encoder import QueryEncoder
 from mmref.retrieval.ranking import Encoded, Ranker
 from mmref.retrieval.results import DEFAULT_IMAGES, ObjectResult, Query, Reference, Result, sort_column, sorted_by
 from mmref.retrieval.segment import join_items, open_segments
@@ -84,18 +85,15 @@ class Searcher:
         self.model: Model = previous.model if previous and same else load(self.index / "model", self.device)
         model = self.model
         self.ranker = Ranker(self.segments, approximate, model.space, model.refinement, model.text_mean, model.config.eval.top_p)
-        self._cached = cached
-        self._cache: OrderedDict[str, Encoded] = OrderedDict()
+        self._encoder: QueryEncoder = QueryEncoder(model, self.ranker, cached, previous._encoder if previous and same else None)
         self._filters: OrderedDict[frozenset[Condition], Rows] = OrderedDict()
-        self._lock = threading.Lock()  # of the caches
-        # This lock is the model's, which is not thread-safe.
-        self._encoding: threading.Lock = previous._encoding if previous and same else threading.Lock()
+        self._lock = threading.Lock()  # of the filters
 
     def reopened(self) -> Searcher:
         """Another searcher, of the index as it is on disk now; the model is loaded again only if it has changed."""
         fresh = Searcher.__new__(Searcher)
         fresh.index, fresh.device = self.index, self.device
-        fresh._start(self._cached, self)
+        fresh._start(self._encoder.cached, self)
         return fresh
 
     def _open(self, previous: Searcher | None) -> Approximate | None:
@@ -420,61 +418,12 @@ class Searcher:
     # -- queries -----------------------------------------------------------------------------------------------------
 
     def encode(self, queries: Sequence[Query]) -> Encoded:
-        """Features and codes of queries; those of sentences alone are kept. Raises QueryError."""
-        for query in queries:
-            if (query.text or "").encode(errors="ignore").decode() != (query.text or ""):  # half a surrogate pair
-                raise QueryError(f"the query {query.text!a} is no text that UTF-8 can hold.")
-            if not (query.text or "").strip() and query.image is None:
-                raise QueryError("the query is empty: give a sentence, an image, or both.")
-            if not 0 <= query.image_weight <= 1:
-                raise QueryError(f"the weight of the image is {query.image_weight}: give 0 to 1.")
-        texts = dict.fromkeys(query.text.strip() for query in queries if query.text and query.text.strip())
-        known = self._encode_texts(list(texts))
-        seen = iter(self._encode_query_images([query.image for query in queries if query.image is not None]))
-        return Encoded.join(
-            [
-                known[(query.text or "").strip()] if query.image is None else self._mix(query, next(seen)[None], known)
-                for query in queries
-            ]
-        )
-
-    def _encode_texts(self, texts: list[str]) -> dict[str, Encoded]:
-        with self._lock:
-            known = {text: self._cache[text] for text in texts if text in self._cache}
-            for text in known:
-                self._cache.move_to_end(text)
-        missing = [text for text in texts if text not in known]
-        if missing:
-            with self._encoding:
-                features = self.model.encode_text(missing)
-            encoded = self.ranker.encode(features, image_share=0.0)
-            new = {text: encoded.take([i]) for i, text in enumerate(missing)}
-            known |= new
-            with self._lock:
-                self._cache |= new
-                while len(self._cache) > self._cached:
-                    self._cache.popitem(last=False)
-        return known
-
-    def _encode_query_images(self, images: list[ImageLike]) -> Floats:
-        try:
-            return self.encode_pixels(images)
-        except SampleError as error:
-            raise QueryError(f"the image of the query cannot be used: {error}") from None
-
-    def _mix(self, query: Query, feature: Floats, texts: dict[str, Encoded]) -> Encoded:
-        """An image, or the weighted mean of the features of an image and a sentence."""
-        text, share = (query.text or "").strip(), 1.0
-        if text:
-            share = query.image_weight
-            feature = share * feature + (1 - share) * texts[text].features
-            feature = (feature / max(float(np.linalg.norm(feature)), 1e-12)).astype(np.float32)
-        return self.ranker.encode(feature, share)
+        """Features and codes of queries. Raises QueryError."""
+        return self._encoder.encode(queries)
 
     def encode_pixels(self, images: Sequence[ImageLike]) -> Floats:
         """Features (n, d) of images. Raises SampleError."""
-        with self._encoding:
-            return self.model.encode_images(images)
+        return self._encoder.encode_pixels(images)
 
     # -- items -------------------------------------------------------------------------------------------------------
 

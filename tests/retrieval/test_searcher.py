@@ -132,7 +132,7 @@ def test_many_at_once_and_threads_answer_as_one(searcher, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
             same(list(pool.map(lambda text: fresh.search(text, top=4), texts)))
-    assert len(fresh._cache) == 2
+    assert len(fresh._encoder._kept) == 2
     monkeypatch.setattr(searcher.model, "encode_text", None)
     same(searcher.search_many(texts, top=4))  # from the cache
     assert searcher.search_many([]) == []

@@ -10,10 +10,11 @@ from mmref.errors import SearchIndexError
 from mmref.extras import missing
 from mmref.shards.sources.hub_dataset import SAVED, SCHEME, DatasetSource
 from mmref.shards.sources.listed import ListedSource
-from mmref.shards.sources.parquet_images import DEFAULT_IMAGE, DEFAULT_OBJECT, ParquetImages, embedded_column, parquet_files
+from mmref.shards.sources.parquet_images import DEFAULT_IMAGE, DEFAULT_OBJECT, ParquetImages, embedded_column
 from mmref.storage.files import is_glob, matching_files
 from mmref.storage.hub import hub_id
 from mmref.storage.locations import absolute, folder_name, is_url, join
+from mmref.storage.tables import parquet_files
 
 TARS = (".tar", ".tar.gz", ".tgz")
 

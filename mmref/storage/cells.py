@@ -102,7 +102,7 @@ class Batch:
         if not isinstance(cells, list) and _as_strings(cells) is not None:
             texts, faults = self.texts(column)
             rows = np.arange(n)
-        elif not isinstance(cells, list) and pa.types.is_list(cells.type) and _as_strings(cells.flatten()) is not None:
+        elif not isinstance(cells, list) and is_list(cells.type) and _as_strings(cells.flatten()) is not None:
             texts, wrong = _clean(column, _as_strings(cells.flatten()))
             rows = np.repeat(np.arange(n), pc.fill_null(pc.list_value_length(cells), 0).to_numpy(zero_copy_only=False))
             faults = {int(rows[position]): why for position, why in reversed(wrong.items())}
@@ -134,6 +134,14 @@ class Batch:
     def _alone(self, column: str) -> Iterator[Row]:
         """Rows of a column; what is wrong with others is told elsewhere."""
         return Batch(self.numbers, {column: self.cells[column]}).rows()
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether cells of a type are lists, of any or of a fixed length."""
+    t = pa.types
+    return any(
+        is_one(kind) for is_one in (t.is_list, t.is_large_list, t.is_fixed_size_list, t.is_list_view, t.is_large_list_view)
+    )
 
 
 # -- cells -----------------------------------------------------------------------------------------------------------

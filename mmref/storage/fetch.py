@@ -74,6 +74,18 @@ def locate_inside(ref: str, root: str) -> str:
     return place
 
 
+def one_spelling(place: str) -> str:
+    """A place as all of its spellings are that `read_location` takes for one: without a URL's scheme where it is of this machine,
+    without `..` and doubled slashes, composed where Unicode has two forms. Of another URL the form alone is changed: the rest
+    of it may matter there."""
+    place = unicodedata.normalize("NFC", place)
+    if _scheme(place) not in ("", "file"):
+        return place
+    path = _path(place)
+    path = unquote(path) if path != place else path
+    return os.path.normpath(path.replace("\\", "/"))
+
+
 def outside_most(place: str, root: str, refused: list[tuple[str, str]], rows: int) -> str:
     """Why a table is not worth beginning with: most of its rows name images outside of the root; "" where that is not so.
 

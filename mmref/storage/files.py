@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 
 from mmref.storage.locations import file_system, is_url, size_of
@@ -12,6 +13,14 @@ from mmref.storage.retries import retry
 def is_glob(place: str) -> bool:
     """Whether a place is a pattern; a file of that very name is none."""
     return glob.has_magic(place) and not (is_url(place) or os.path.lexists(place))
+
+
+def folder_of(place: str, endings: tuple[str, ...]) -> str:
+    """The folder below which all files lie that `matching_files` finds. It does not depend on what is there yet: of a pattern it
+    is what stands before the first wildcard."""
+    if not glob.has_magic(place) or os.path.isdir(place):
+        return place.rpartition("/")[0] if place.lower().endswith(endings) and not os.path.isdir(place) else place
+    return "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), place.split("/")))
 
 
 def matching_files(place: str, endings: tuple[str, ...]) -> list[str]:

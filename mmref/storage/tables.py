@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import difflib
 import functools
 import io
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 
 from mmref.errors import MMRefError, SourceError
 from mmref.storage.cells import Batch, Row
+from mmref.storage.files import matching_files
 from mmref.storage.locations import file_system, is_url
 from mmref.storage.parquet import BATCH_ROWS, open_parquet, parquet_batches
 from mmref.storage.plain_csv import LARGEST, Piece
@@ -27,6 +29,7 @@ from mmref.storage.plain_json import count_lines, holds_no_other, json_kinds, pl
 from mmref.storage.texts import line_blocks
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+PARQUET = (".parquet",)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 LONGEST_CELL = 2**31 - 1  # characters; a quotation mark that is never closed is found at the end of the file
 FIRST = 1 << 16  # bytes of a CSV that are read for the names of its columns
@@ -61,7 +64,10 @@ class Table:
 
 
 def read_table(place: str) -> Table:
-    """A table by the ending of its name. Raises SourceError where it is missing, damaged or of another kind."""
+    """A table by the ending of its name; a folder or a pattern of Parquet files is one, too, with the rows of all. Raises
+    SourceError where it is missing, damaged or of another kind."""
+    if (files := table_files(place)) != [place]:
+        return _parquet_files(place, files)
     readers = dict(zip(TABLE_ENDINGS, (_csv, _csv, _json_lines, _json_lines, _parquet), strict=True))
     ending = os.path.splitext(place)[1].lower()
     if ending not in readers:
@@ -70,6 +76,27 @@ def read_table(place: str) -> Table:
     if twice := [name for name, count in Counter(table.names).items() if count > 1 and name]:
         raise SourceError(f"{place} has {table.names.count(twice[0])} columns called {twice[0]!r}. Rename one of them.")
     return table
+
+
+def table_files(place: str) -> list[str]:
+    """The files of a table: itself, or the Parquet files that a pattern or a folder names."""
+    other = os.path.splitext(place)[1].lower() in TABLE_ENDINGS and not place.lower().endswith(PARQUET)
+    return [place] if other else parquet_files(place) or [place]
+
+
+def parquet_files(place: str) -> list[str]:
+    """The Parquet files that a file's path, a glob or a folder names, in order; [] where it is none of these."""
+    return matching_files(place, PARQUET)
+
+
+def check_same_columns(columns: Mapping[str, Sequence[str]]) -> None:
+    """Raise SourceError where files have other columns than the first. columns: of each file, by its path."""
+    (first, names), *others = columns.items()
+    for place, found in others:
+        if lost := sorted(set(names) ^ set(found)):
+            raise SourceError(
+                f"{place} and {first} do not both have the column {lost[0]!r}: give files of one kind, with a glob."
+            )
 
 
 # -- formats ---------------------------------------------------------------------------------------------------------
@@ -255,6 +282,23 @@ def _json_row(place: str, number: int, line: str, columns: Sequence[str], first:
         hint = fix if isinstance(row, list) else ""
         raise SourceError(f"{place}, line {number}: expected an object {{...}}, found {type(row).__name__}.{hint}")
     return Row(number, row, f"{twice[0]!r} is given twice" if twice else "")
+
+
+def _parquet_files(place: str, files: list[str]) -> Table:
+    """Files of the same columns as one table, whose rows are numbered through."""
+    tables = [_parquet(file) for file in files]
+    check_same_columns({table.place: table.names for table in tables})
+
+    def batches(columns: Sequence[str]) -> Iterator[Batch]:
+        before = 0
+        for table in tables:
+            number = 0
+            for batch in table.batches(columns):
+                yield dataclasses.replace(batch, numbers=batch.numbers + before)
+                number = int(batch.numbers[-1])
+            before += number
+
+    return Table(place, tables[0].names, batches)
 
 
 def _parquet(place: str) -> Table:

@@ -155,3 +155,47 @@ def test_large_groups_of_rows_are_unpacked_once(tmp_path, monkeypatch):
     build_shards(make_source("table", **options), str(tmp_path / "large"), OPTIONS)
     assert pixels(tmp_path / "large") == pixels(tmp_path / "small") and not read
     assert not list((tmp_path / "large").rglob("*.bin"))
+
+
+def test_paths_are_relative_to_the_file_of_their_row(tmp_path):
+    for part, color in (("a", 1), ("b", 2)):
+        rows = rows_of(1)
+        rows[0]["image"] = {"bytes": None, "path": "1.png"}
+        write_table(tmp_path / "parts" / part / "data.parquet", rows)
+        (tmp_path / "parts" / part / "1.png").write_bytes(encoded(color))
+    for given in ("parts/*/data.parquet", "parts"):
+        source = make_source("table", path=str(tmp_path / given), object_id="label", captions=["text"])
+        images = list(source.images())
+        assert [source.load(image.place) for image in images] == [encoded(1), encoded(2)], given
+        assert [image.image_id for image in images] == ["a/data-1", "b/data-1"], "ids do not tell where the data lies"
+
+
+@pytest.mark.parametrize("path", ["0.png", None])
+def test_a_row_a_caption_is_one_image(tmp_path, path):
+    rows = [{**rows_of(1)[0], "text": text} for text in ("one", "two", "three")]
+    rows += [{**rows_of(5)[4], "text": "four"}]
+    for row in rows:
+        row["image"]["path"] = path
+    source = ParquetImages(str(write_table(tmp_path / "t.parquet", rows)), object_id="label", captions=["text"])
+    first, second = source.images()
+    assert (first.captions, second.captions) == (["one", "two", "three"], ["four"])
+    assert source.warnings == ["2 rows hold the image of an earlier row, byte for byte: its captions are that image's"]
+    rows[1]["label"] = 2
+    write_table(tmp_path / "t.parquet", rows)
+    assert [image.captions for image in source.images()] == [["one", "three"], ["two"], ["four"]], "of another object"
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string(), 2), pa.large_list(pa.string()), pa.list_view(pa.string())])
+def test_lists_of_captions_of_every_kind(tmp_path, kind):
+    texts = pa.array([["a", "b"], ["c", "d"]], kind)
+    table = pa.table({"image": [encoded(0), encoded(1)], "object_id": ["x", "y"], "captions": texts})
+    pq.write_table(table, tmp_path / "t.parquet")
+    images = make_source("table", path=str(tmp_path / "t.parquet"), captions=["captions"]).images()
+    assert [image.captions for image in images] == [["a", "b"], ["c", "d"]]
+
+
+def test_a_column_of_lists_of_images_is_named(tmp_path):
+    table = pa.table({"image": [[{"bytes": encoded(0), "path": "a.png"}]], "object_id": ["x"], "caption": ["a"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(SourceError, match="'image' holds lists of images, and a row is one image"):
+        make_source("table", path=str(tmp_path / "t.parquet")).objects()

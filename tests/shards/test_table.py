@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmref.errors import OutsideError, SourceError
-from mmref.shards.build import BuildOptions, build_shards
+from mmref.shards.build import BuildOptions, build_shards, make_source
 from mmref.shards.sources.table import TableSource
 
 ROWS = [
@@ -80,7 +80,6 @@ def test_missing_column(tmp_path, options, words):
     [
         ({"split": "val"}, ["row 3", "object '007' is in 'train' and in 'val'"]),
         ({"object_id": "8"}, ["row 3", "image 'a.png' belongs to the objects '007' and '8'"]),
-        ({"split": "../up"}, ["row 3", "cannot name a split"]),
     ],
 )
 def test_contradictions(tmp_path, change, words):
@@ -90,11 +89,26 @@ def test_contradictions(tmp_path, change, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("spelled", ["./a.png", ".//a.png", "././a.png"])
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "./s/é a.png",
+        "s/.//é a.png",
+        "s//é a.png",
+        "s/../s/é a.png",
+        "s\\é a.png",
+        "s/e\u0301 a.png",
+        "{}/s/é a.png",
+        "file://{}/s/é%20a.png",
+    ],
+)
 def test_two_spellings_of_a_path_are_one_image(tmp_path, spelled):
-    first, second = ({"image": image, "object_id": "1", "caption": image} for image in ("a.png", spelled))
+    spelled = spelled.format(tmp_path)
+    first, second = ({"image": image, "object_id": "1", "caption": image} for image in ("s/é a.png", spelled))
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "é a.png").touch()
     (found,) = TableSource(write(tmp_path / "t.csv", [first, second])).objects()
-    assert [(image.image_id, image.captions) for image in found.images] == [("a.png", ["a.png", spelled])]
+    assert [(image.image_id, image.captions) for image in found.images] == [("s/é a.png", ["s/é a.png", spelled])]
     with pytest.raises(SourceError, match="belongs to the objects '1' and '2'"):
         TableSource(write(tmp_path / "t.csv", [first, {**second, "object_id": "2"}])).objects()
 
@@ -224,3 +238,39 @@ def test_the_flag_reaches_the_source(tmp_path, encode, capsys):
     ]
     assert main(command) == 1 and "--allow-outside" in capsys.readouterr().err
     assert main([*command, "--allow-outside"]) == 0
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_row_whose_split_cannot_be_one_is_left_out(tmp_path, ending):
+    rows = [ROWS[0], {**ROWS[1], "split": "../up"}, ROWS[2]]
+    source = make_source("table", path=write(tmp_path / f"t.{ending}", rows))
+    kept = [text for item in source.objects() for image in item.images for text in image.captions]
+    assert kept == [ROWS[0]["caption"], ROWS[2]["caption"]]
+    assert [line.split(": ", 1)[1] for line in source.skipped] == ["'../up' (column 'split') cannot name a split"]
+
+
+@pytest.mark.parametrize("given", ["parts/*.parquet", "parts"])
+def test_parquet_files_that_name_images_are_one_table(tmp_path, given):
+    (tmp_path / "parts").mkdir()
+    for number in range(3):
+        rows = [
+            {"image": f"{number}.png", "object_id": str(i), "caption": f"{number} {i}"} for i in range(2 if number < 2 else 1)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "parts" / f"{number}.parquet")
+        (tmp_path / "parts" / f"{number}.png").write_bytes(bytes([number]))
+    with pytest.raises(SourceError, match=r"row 2: image '0.png' belongs to the objects '0' and '1'"):
+        make_source("table", path=str(tmp_path / given)).objects()
+    source = make_source("table", path=str(tmp_path / given), captions=["caption"], object_id="image")
+    found = {image.image_id: (image.captions, source.load(image.ref)) for item in source.objects() for image in item.images}
+    assert found == {"0.png": (["0 0", "0 1"], b"\0"), "1.png": (["1 0", "1 1"], b"\1"), "2.png": (["2 0"], b"\2")}
+    pq.write_table(pa.table({"image": ["x.png"]}), tmp_path / "parts" / "x.parquet")
+    with pytest.raises(SourceError, match=r"x\.parquet and .*0\.parquet do not both have the column 'caption'"):
+        source.objects()
+
+
+def test_names_in_files_of_several_folders_need_a_root(tmp_path):
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        pq.write_table(pa.table({"image": ["1.png"], "object_id": [part], "caption": [part]}), tmp_path / part / "t.parquet")
+    with pytest.raises(SourceError, match=r"files of 2 folders .*--image-root"):
+        make_source("table", path=str(tmp_path))

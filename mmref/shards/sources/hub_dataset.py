@@ -29,9 +29,10 @@ from mmref.shards.sources.image_columns import (
 )
 from mmref.shards.sources.image_rows import ArrowPart, ImageRow, Pack, ParquetPart, Part, image_row, list_rows
 from mmref.shards.sources.listed import ListedImage, ListedSource, split_name
-from mmref.shards.sources.parquet_images import open_parts, pack_name, parquet_files
+from mmref.shards.sources.parquet_images import open_parts, pack_name
 from mmref.storage.fetch import locate, locate_inside
 from mmref.storage.locations import folder_name
+from mmref.storage.tables import parquet_files
 from mmref.terminal.progress import Counter, say
 
 SCHEME = "hf://datasets/"
@@ -95,7 +96,7 @@ class DatasetSource(ListedSource):
             if not parts:
                 raise SourceError(f"{self.dataset} has no rows.")
             columns = self._columns(parts[0].schema)
-            images = list_rows(parts, columns, self.leave_out, self.strict, self.limit)
+            images = list_rows(parts, columns, self, self.strict, self.limit)
         splits = {image.split for image in images}
         if len(splits) == 1 and None not in splits and not self.resplit and not self.split_map and not self.download:
             self.warnings.append(f"all of it is the split {splits.pop()!r}: --resplit divides the objects by --fractions")
@@ -125,7 +126,7 @@ class DatasetSource(ListedSource):
         if place == self.dataset:
             here = os.path.abspath(os.path.expanduser(place))
             if not os.path.isdir(here) and (files := parquet_files(here)):
-                return open_parts(files, os.path.dirname(files[0]), self.locate, scratch=self.scratch)
+                return open_parts(here, files, self.locate, scratch=self.scratch)
             if os.path.lexists(here):
                 return self._here(here)
         found = PLACE.fullmatch(place)
@@ -150,7 +151,7 @@ class DatasetSource(ListedSource):
                     str(file),
                     f"{theirs}-{number:05d}" if len(names) > 1 else str(theirs),
                     ours,
-                    folder,
+                    None,
                     self.locate,
                     pack_name(self.scratch, f"{theirs}-{number}"),
                 )

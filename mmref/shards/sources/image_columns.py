@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmref.errors import SourceError
-from mmref.storage.tables import Row
+from mmref.storage.cells import Row, is_list
 
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "sentence", "sentences", "description", "descriptions")
 
@@ -60,7 +60,7 @@ class ImageColumns:
 
 
 def kinds_of(schema: pa.Schema) -> dict[str, str]:
-    """What each column holds: image, bytes, text, texts, label (a number with a name), value or other."""
+    """What each column holds: image, images, bytes, text, texts, label (a number with a name), value or other."""
     labels = labels_of(schema)
     return {field.name: "label" if field.name in labels else _kind(field.type) for field in schema}
 
@@ -68,15 +68,15 @@ def kinds_of(schema: pa.Schema) -> dict[str, str]:
 def _kind(kind: pa.DataType) -> str:
     if pa.types.is_struct(kind):
         names = {kind.field(i).name for i in range(kind.num_fields)}
-        return "image" if "bytes" in names and names <= {"bytes", "path"} and _is_binary(kind.field("bytes").type) else "other"
+        return "image" if "bytes" in names and _is_binary(kind.field("bytes").type) else "other"
     if _is_binary(kind):
         return "bytes"
     if pa.types.is_dictionary(kind):
         return _kind(kind.value_type)
     if _is_text(kind):
         return "text"
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return "texts" if _is_text(kind.value_type) else "other"
+    if is_list(kind):
+        return {"text": "texts", "image": "images", "bytes": "images"}.get(_kind(kind.value_type), "other")
     return "other" if pa.types.is_nested(kind) else "value"
 
 
@@ -103,7 +103,8 @@ def choose_image(where: str, schema: pa.Schema, named: str | None, option: str =
     if named is not None:
         _require(where, kinds, named, option)
         if kinds[named] not in ("image", "bytes"):
-            raise SourceError(f"{where}: the column {named!r} holds no images ({schema.field(named).type}). {_columns(schema)}")
+            held = "lists of images, and a row is one image" if kinds[named] == "images" else "no images"
+            raise SourceError(f"{where}: the column {named!r} holds {held} ({schema.field(named).type}). {_columns(schema)}")
         return named
     found = [name for name, kind in kinds.items() if kind == "image"]
     found = found or [name for name, kind in kinds.items() if kind == "bytes"]
@@ -157,5 +158,5 @@ def require_columns(where: str, schema: pa.Schema, options: Mapping[str, str]) -
 
 def _columns(schema: pa.Schema) -> str:
     kinds = kinds_of(schema)
-    words = {"image": "images", "texts": "lists of texts", "bytes": "bytes", "label": "labels"}
+    words = {"image": "images", "images": "lists of images", "texts": "lists of texts", "bytes": "bytes", "label": "labels"}
     return f"Its columns: {', '.join(f'{f.name} ({words.get(kinds[f.name], str(f.type))})' for f in schema)}."

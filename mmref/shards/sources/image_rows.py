@@ -5,6 +5,7 @@ An image is a column of bytes, or of mappings with `bytes` and `path`. Its bytes
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections import Counter
@@ -15,13 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from mmref.errors import SampleError, SourceError
+from mmref.shards.samples import can_name_split, common_split
 from mmref.shards.sources.image_columns import ImageColumns, labels_of
-from mmref.shards.sources.listed import ListedImage, split_name
+from mmref.shards.sources.listed import ListedImage, ListedSource
 from mmref.storage.fetch import locate_inside
-from mmref.storage.image_places import BUFFER_BYTES, Place, row_place
+from mmref.storage.image_places import BUFFER_BYTES, Place, read_place, row_place
 from mmref.storage.locations import file_system, is_url
 from mmref.storage.parquet import open_parquet, parquet_batches
 from mmref.storage.tables import Row
+from mmref.terminal.progress import Counter as Progress
 
 LISTED_ROWS = 4096  # at a time
 Locate = Callable[[str, str], str]  # a path that a row names, and the root -> the place
@@ -53,16 +56,15 @@ class Part(Protocol):
 
 
 def list_rows(
-    parts: Iterable[Part],
-    columns: ImageColumns,
-    leave_out: Callable[[str, str], None],
-    needs_object: bool = False,
-    limit: int | None = None,
+    parts: Iterable[Part], columns: ImageColumns, source: ListedSource, strict: bool, limit: int | None = None
 ) -> list[ListedImage]:
-    """The images of some parts in order, of at most `limit` rows of each split. What cannot be used is left out, and told.
-    Raises SourceError.
+    """The images of some parts in order, of at most `limit` rows of each split. What cannot be used is left out of the source,
+    and told. Raises SourceError.
 
     An image has the name that its row gives it where no other has that, else its part and the number of its row.
+
+    Args:
+        strict: an object id is needed where there is such a column, and rows with the same image are one with more captions.
     """
     found: list[ListedImage] = []
     names: list[str] = []
@@ -82,16 +84,53 @@ def list_rows(
                 own = name if columns.item_id is None else cells.needed(columns.item_id)
                 if columns.item_id is not None and own in read_ids:
                     raise SampleError(f"the id {own!r} is that of an earlier row")
-                found.append(_image(own, row.place, cells, columns, keep, part.split, needs_object))
+                found.append(_image(own, row.place, cells, columns, keep, part.split, strict))
                 read_ids.add(own)
                 names.append(row.name if columns.item_id is None else "")
             except SampleError as error:
-                leave_out(f"{part.prefix}, row {row.number}", str(error))
+                source.leave_out(f"{part.prefix}, row {row.number}", str(error))
+    if strict and columns.item_id is None:
+        found, names = _merged(found, names, source.warnings)
     counts = Counter(names)
     for image, name in zip(found, names):
         if name and counts[name] == 1 and name not in read_ids:
             image.image_id = name
     return found
+
+
+def _merged(images: list[ListedImage], names: list[str], warnings: list[str]) -> tuple[list[ListedImage], list[str]]:
+    """Images and their names with the rows of each image as one, the first with the captions of all. Many datasets have a row a
+    caption: taken as images of their own, those would be on both sides of a split.
+
+    Names tell images apart. Where several rows have one, or none, the bytes are compared; rows of other objects or splits stay.
+    """
+    counts = Counter(names)
+    doubtful = sum(not name or counts[name] > 1 for name in names)
+    firsts: dict[tuple[str | None, str | None, bytes], ListedImage] = {}
+    kept, kept_names = [], []
+    with Progress("comparing images", doubtful, "image") as progress:
+        for image, name in zip(images, names):
+            if not name or counts[name] > 1:
+                progress.add(1)
+                first = firsts.setdefault((image.split, image.object_id, _digest(image)), image)
+                if first is not image:
+                    first.captions += image.captions
+                    if first.caption_kinds is not None and image.caption_kinds is not None:
+                        first.caption_kinds += image.caption_kinds
+                    continue
+            kept.append(image)
+            kept_names.append(name)
+    if lost := len(images) - len(kept):
+        warnings.append(f"{lost:,} rows hold the image of an earlier row, byte for byte: its captions are that image's")
+    return kept, kept_names
+
+
+def _digest(image: ListedImage) -> bytes:
+    """Of an image's bytes; of one that cannot be read, which is told when it is loaded, of its id."""
+    try:
+        return hashlib.sha256(read_place(image.place)).digest()
+    except (SampleError, OSError):
+        return image.image_id.encode("utf-8", "surrogatepass")
 
 
 def _labelled(column: str, value: Any, labels: Mapping[str, list[str]]) -> Any:
@@ -111,7 +150,9 @@ def _image(
     if columns.object_id is not None:
         object_id = row.needed(columns.object_id) if needs_object else row.text(columns.object_id) or None
     if columns.split is not None:
-        split = split_name(row.needed(columns.split))
+        split = common_split(row.needed(columns.split))
+        if not can_name_split(split):
+            raise SampleError(f"{split!r:.80} (column {columns.split!r}) cannot name a split")
     captions = [text for found in texts.values() for text in found]
     extra = {column: columns.value(row, column) for column in keep}
     return ListedImage(name, place, captions, object_id, split, kinds, extra)

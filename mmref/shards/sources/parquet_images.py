@@ -23,8 +23,9 @@ from mmref.shards.sources.image_rows import Locate, ParquetPart, first_value, li
 from mmref.shards.sources.listed import ListedImage, ListedSource, split_name
 from mmref.shards.sources.table import TableSource
 from mmref.storage.fetch import locate, locate_inside
-from mmref.storage.files import is_glob, matching_files
+from mmref.storage.files import folder_of
 from mmref.storage.locations import absolute, folder_name
+from mmref.storage.tables import PARQUET, check_same_columns, parquet_files
 
 SPLIT = re.compile(rf"(?:^|[/._-])(train|val|test|{'|'.join(SPLIT_NAMES)})(?=[/._-]|$)")  # in a file's name
 OPTIONS = (  # of `table` that mean something where rows hold their images, so that nothing is fetched
@@ -41,11 +42,6 @@ def table_source(path: str, **options: Any) -> Source:
     return TableSource(path, **options)
 
 
-def parquet_files(place: str) -> list[str]:
-    """The Parquet files that a file's path, a glob or a folder names, in order; [] where it is none of these."""
-    return matching_files(place, (".parquet",))
-
-
 def embedded_column(file: str, named: str) -> str | None:
     """The column of a Parquet file that holds images, None where there is none such: `named`, or the only one of mappings with
     bytes where the name is the default one. Bytes that are a text are a path. Raises SourceError."""
@@ -54,6 +50,8 @@ def embedded_column(file: str, named: str) -> str | None:
     found = [name for name, kind in kinds.items() if kind == "image"]
     if named not in kinds and named == DEFAULT_IMAGE and len(found) == 1:
         return found[0]
+    if kinds.get(named) == "images":
+        choose_image(file, part.schema, named)  # which says what is wrong with it
     if kinds.get(named) == "bytes" and not _is_text(first_value(part, named)):
         return named
     return named if kinds.get(named) == "image" else None
@@ -67,26 +65,28 @@ def _is_text(value: bytes | None) -> bool:
 
 
 def open_parts(
+    place: str,
     files: list[str],
-    folder: str,
     where: Locate,
     splits_by_name: bool = False,
     scratch: str | None = None,
     image_root: str | None = None,
 ) -> list[ParquetPart]:
-    """Files of one kind of rows, whose ids begin with their paths below `folder`. Raises SourceError where their columns differ.
+    """The files of one kind of rows that a place names, whose ids begin with their paths below it. Raises SourceError where their
+    columns differ.
 
     Args:
         scratch: a folder for images that could only be read slowly one by one.
-        image_root: what the paths of images are relative to that are not inside; else `folder`.
+        image_root: what the paths of images are relative to that are not inside; else the folder of their own file.
     """
     parts: list[ParquetPart] = []
+    below = f"{folder.rstrip('/')}/" if (folder := folder_of(place, PARQUET)) else ""
     for file in files:
-        name = file.removeprefix(f"{folder.rstrip('/')}/").removesuffix(".parquet")
+        name = file.removeprefix(below).removesuffix(".parquet")
         told = SPLIT.search(name.lower()) if splits_by_name else None
         split, pack = split_name(told[1]) if told else None, pack_name(scratch, f"{len(parts)}")
-        parts.append(ParquetPart(file, name, split, image_root or folder, where, pack))
-    check_same_columns(parts)
+        parts.append(ParquetPart(file, name, split, image_root, where, pack))
+    check_same_columns({part.path: part.schema.names for part in parts})
     return parts
 
 
@@ -95,18 +95,8 @@ def pack_name(scratch: str | None, name: str) -> str:
     return os.path.join(scratch, f"{name}.bin") if scratch else ""
 
 
-def check_same_columns(parts: list[ParquetPart]) -> None:
-    """Raise SourceError where files have other columns than the first."""
-    first: pa.Schema = parts[0].schema
-    for part in parts[1:]:
-        if lost := sorted(set(first.names) ^ set(part.schema.names)):
-            raise SourceError(
-                f"{part.path} and {parts[0].path} do not both have the column {lost[0]!r}: give files of one kind, with a glob."
-            )
-
-
 class ParquetImages(ListedSource):
-    """A row an image. The options are those of `TableSource`; rows with the same picture are not put together.
+    """A row an image, or one more caption of it. The options are those of `TableSource`.
 
     Args:
         strict: objects and captions are needed. Else they are taken where they are, and all columns of single values are kept.
@@ -138,12 +128,11 @@ class ParquetImages(ListedSource):
     def images(self) -> Iterable[ListedImage]:
         """Rows in order. Raises SourceError: a column is missing, a file damaged, or files have other columns."""
         files = parquet_files(self.path)
-        folder = self.path if self.path not in files and not is_glob(self.path) else os.path.dirname(files[0])
         where = locate if self.allow_outside else locate_inside
-        parts = open_parts(files, folder, where, not self.strict, self.scratch, self.image_root)
+        parts = open_parts(self.path, files, where, not self.strict, self.scratch, self.image_root)
         image = embedded_column(files[0], self.image) or choose_image(self.path, parts[0].schema, self.image)
         columns = self._strict(image, parts[0].schema) if self.strict else self._lenient(image, parts[0].schema)
-        return list_rows(parts, columns, self.leave_out, self.strict)
+        return list_rows(parts, columns, self, self.strict)
 
     def _strict(self, image: str, schema: pa.Schema) -> ImageColumns:
         split = self.split or ("split" if "split" in schema.names else None)

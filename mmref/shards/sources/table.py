@@ -21,14 +21,15 @@ from mmref.shards.rows import ROWS, TEXTS, Conflict, as_lists, image_conflict, m
 from mmref.shards.samples import DEFAULT_FRACTIONS, SourceObject, can_name_split, check_kept, common_split, hash_split
 from mmref.storage.cells import Batch
 from mmref.storage.downloads import DEFAULT, Downloads
-from mmref.storage.fetch import is_web, locate, locate_inside, outside_most, read_location
-from mmref.storage.locations import absolute, is_url, join
-from mmref.storage.tables import Table, read_table
+from mmref.storage.fetch import is_web, locate, locate_inside, one_spelling, outside_most, read_location
+from mmref.storage.locations import absolute, folder_name, is_url, join
+from mmref.storage.tables import Table, read_table, table_files
 
 LOOKED_AT = 10_000  # rows of which links are followed before anything is begun: it takes a look at the disk for each
 WEB = r"(?i)^https?://"
-ODD = r"^[~/]|(^|/)\.{1,2}(/|$)|://|\\"  # names that may lie outside of the root, or have another spelling
+ODD = r"^[~/]|(^|/)\.{1,2}(/|$)|://|\\"  # names that may lie outside of the root
 ODD_AT_URL = ODD + "|%|::"
+RESPELLED = ODD + r"|//|[^\x00-\x7F]"  # names that may have another spelling
 
 
 class TableSource:
@@ -57,11 +58,10 @@ class TableSource:
         to carry in the sample's json. min_images: objects with fewer usable images are left out. allow_outside: images may lie
         outside of image_root. downloads: how http(s) URLs are fetched."""
         self.path, self.image, self.object_id, self.captions, self.split = path, image, object_id, captions, split
-        root = os.path.dirname(path) if image_root is None else image_root
-        self.image_root = absolute(root)  # workers may run in another directory
+        self.image_root = absolute(_root_of(path) if image_root is None else image_root)  # workers may run in another directory
         self.locate = locate if allow_outside else locate_inside
         self.fractions, self.keep, self.licence, self.min_images = dict(fractions), list(keep), licence, min_images
-        self.origin = os.path.basename(path)  # the full path says more of your machine than of the data
+        self.origin = folder_name(path)  # the full path says more of your machine than of the data
         self.downloads = downloads
         self.skipped: list[str] = []
 
@@ -80,8 +80,7 @@ class TableSource:
         left out, and so is one whose image lies where it may not. Links are followed for the first `LOOKED_AT` rows; for
         others `load` finds out.
 
-        Raises SourceError: no such file, unknown ending, missing column, a split that cannot be one, most images outside of the
-        root.
+        Raises SourceError: no such file, unknown ending, missing column, most images outside of the root.
         """
         table = read_table(self.path)
         captions, split = self._columns(table)
@@ -152,21 +151,23 @@ class TableSource:
         web = pc.match_substring_regex(images, WEB).to_numpy(zero_copy_only=False)
         odd = pc.match_substring_regex(images, ODD_AT_URL if is_url(self.image_root) else ODD).to_numpy(zero_copy_only=False)
         odd = odd & ~web
+        respelled = pc.match_substring_regex(images, RESPELLED).to_numpy(zero_copy_only=False) & ~web
+        root = join(one_spelling(self.image_root), "")
         near = np.arange(len(images)) < looked
         checked: dict[str, SampleError | None] = {}
         others: dict[int, str] = {}
-        for i in np.flatnonzero((odd | near) & ~web).tolist():
+        for i in np.flatnonzero((odd | near | respelled) & ~web).tolist():
             name = images[i].as_py()
             if i in faults or not name:
                 continue
             if name not in checked:
-                checked[name] = self._refusal(name)
+                checked[name] = self._refusal(name) if odd[i] or near[i] else None
             if (refusal := checked[name]) is not None:
                 faults[i] = str(refusal)
                 if isinstance(refusal, OutsideError):
                     outside.append((int(numbers[i]), faults[i]))
-            elif odd[i]:
-                others[i] = locate(name, self.image_root).removeprefix(join(self.image_root, ""))
+            elif respelled[i]:
+                others[i] = one_spelling(locate(name, self.image_root)).removeprefix(root)
         if not others:
             return images
         mask = np.zeros(len(images), bool)
@@ -198,7 +199,7 @@ class TableSource:
             raise SourceError(why)
 
     def _splits(self, batch: Batch, column: str | None, object_id: pa.Array, faults: dict[int, str]) -> pa.Array:
-        """Split of each row: as the column says, or by the hash of the object. Raises SourceError for what cannot name one."""
+        """Split of each row: as the column says, or by the hash of the object."""
         if column is None:
             texts, name_of = object_id, lambda text: hash_split(text, self.fractions)
         else:
@@ -207,9 +208,7 @@ class TableSource:
         names = [name_of(text) for text in found.dictionary.to_pylist()]
         wrong = [i for i, name in enumerate(names) if column is not None and not can_name_split(name)]
         for i in np.flatnonzero(np.isin(found.indices.to_numpy(zero_copy_only=False), wrong)).tolist():
-            if i not in faults:
-                name = names[found.indices[i].as_py()]
-                raise SourceError(f"{self.path}, row {batch.numbers[i]}: {name!r} (column {column!r}) cannot name a split.")
+            faults.setdefault(i, f"{names[found.indices[i].as_py()]!r:.80} (column {column!r}) cannot name a split")
         return pa.array(names, pa.string()).take(found.indices)
 
     def load(self, ref: str) -> bytes:
@@ -234,6 +233,18 @@ class TableSource:
 
     def write_extras(self, root: str) -> None:
         """Nothing to add."""
+
+
+def _root_of(path: str) -> str:
+    """The folder that a table lies in. Raises SourceError where its files lie in several, whose paths may mean either."""
+    folders = {os.path.dirname(file) for file in table_files(path)}
+    if len(folders) > 1:
+        named = ", ".join(sorted(folders)[:2])
+        raise SourceError(
+            f"{path} is files of {len(folders)} folders ({named}), and their rows name images: give the folder that these names "
+            "are relative to with --image-root."
+        )
+    return folders.pop()
 
 
 def _add(faults: dict[int, str], more: dict[int, str]) -> None:

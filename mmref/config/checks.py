@@ -45,13 +45,8 @@ def check_config(config: Config) -> Config:
         raise ConfigError(
             "`loss.learn_tau` has no temperature to learn under `loss.align: rde`, whose own is `loss.rde_tau`: leave it out."
         )
-    loss, reference = config.loss, config.reference
-    random = reference.update == "gradient" and reference.init == "random" and not t.start_from
-    if random and loss.w_guide > 0 and not (loss.w_fuse or loss.w_rec):
-        raise ConfigError(
-            "`reference.update: gradient` learns references by fusion, and `loss.w_fuse` is 0: guidance would follow random "
-            "references. Set `loss.w_fuse` to 1, `reference.init: mean` or `reference.update: moving_average`."
-        )
+    if not t.start_from:  # else what it starts from may have references
+        check_taught(config)
     if config.reference.assign == "modality" and config.reference.per_object % 2:
         raise ConfigError("`reference.assign: modality` needs an even `reference.per_object` (image and text references).")
     check_batch(t.global_batch, t.workers, t.accumulation, t.images_per_object)
@@ -84,6 +79,19 @@ def check_config(config: Config) -> Config:
         )
     _check_towers(config)
     return config
+
+
+def check_taught(config: Config) -> None:
+    """Raise ConfigError where random references that no loss teaches would be used."""
+    loss, reference = config.loss, config.reference
+    if reference.update != "gradient" or reference.init != "random" or loss.w_fuse or loss.w_rec:
+        return
+    used = [what for what, weight in (("guidance", loss.w_guide), ("caption weights", loss.caption_weight)) if weight > 0]
+    if used:
+        raise ConfigError(
+            f"`reference.update: gradient` learns references by fusion, and `loss.w_fuse` is 0: {' and '.join(used)} would "
+            "follow random references. Set `loss.w_fuse` to 1, `reference.init: mean` or `reference.update: moving_average`."
+        )
 
 
 def _check_groups(config: Config) -> None:

@@ -278,7 +278,7 @@ class TrainConfig:
     """Learning rate of new modules (projections, heads) as a multiple of `lr`."""
     weight_decay: float = option(0.05, at_least=0)
     """AdamW weight decay (none on biases, norms and embeddings of positions)."""
-    beta2: float = option(0.98, share=True)
+    beta2: float = option(0.98, at_least=0, below=1)
     """AdamW beta2."""
     eps: float = option(1e-6, above=0)
     """AdamW epsilon."""

@@ -39,5 +39,6 @@ def agreement_weights(agreements: Tensor, sharpness: float) -> Tensor:
     """
     known = ~agreements.isnan()
     mean = torch.where(known, agreements, 0.0).sum() / known.sum().clamp(min=1)
-    weights = torch.exp(sharpness * (torch.where(known, agreements, mean) - mean))
+    agreements = torch.where(known, agreements, mean)
+    weights = torch.exp(sharpness * (agreements - agreements.max()))  # at most 1: a sharp weight must not overflow
     return weights / weights.mean()

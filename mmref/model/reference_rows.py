@@ -25,6 +25,13 @@ def initial_rows(first: int, count: int, per_object: int, dim: int, seed: int, d
     return rows
 
 
+def unit_rows(references: Tensor) -> Tensor:
+    """References (..., d) at length 1. Those never seen stay zero and get no gradient: a zero has no direction, and the
+    derivative of one would be without bounds."""
+    unseen = references.detach().abs().amax(-1, keepdim=True) == 0
+    return torch.nn.functional.normalize(references.masked_fill(unseen, 1.0), dim=-1).masked_fill(unseen, 0.0)
+
+
 def assign_features(features: Tensor, is_text: Tensor, references: Tensor, assign: str) -> Tensor:
     """Which of its object's K references each feature updates: (n,) int64.
 

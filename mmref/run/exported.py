@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mmref.config import Config, from_saved
@@ -20,6 +21,7 @@ from mmref.storage.packed_strings import NAMES as ID_TENSORS
 from mmref.storage.packed_strings import unpack_strings
 
 FORMAT = 1
+REFERENCES, ROWS = "references.safetensors", "rows"  # the file, and its tensor of references where there are some
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ def is_export(card: Any) -> bool:
     return isinstance(card, dict) and "format" in card and "model_type" not in card
 
 
+def exported_rows(folder: Path) -> bool:
+    """Whether an export holds references."""
+    with safe_open(folder / REFERENCES, "np") as file:
+        return ROWS in file.keys()  # noqa: SIM118 -- a file is no mapping
+
+
 def read_export(folder: Path) -> Exported:
     """Raises ModelError."""
     try:
@@ -50,7 +58,7 @@ def read_export(folder: Path) -> Exported:
             )
         config = from_saved(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), str(folder / "config.yaml"))
         weights = load_file(folder / "model.safetensors")
-        arrays = {name: tensor.numpy() for name, tensor in load_file(folder / "references.safetensors").items()}  # mapped
+        arrays = {name: tensor.numpy() for name, tensor in load_file(folder / REFERENCES).items()}  # mapped
     except OSError as error:
         raise ModelError(f"{folder} is no exported model: {error}. Write one with `mmref export RUN --out DIR`.") from None
     if named := [n for n in (config.model.dual, config.model.vision, config.model.text) if n]:  # an export names none
@@ -68,4 +76,4 @@ def read_export(folder: Path) -> Exported:
             f"{folder}/model.safetensors does not fit its config: missing {missing[:3]}, unknown {unknown[:3]}. Export again."
         )
     ids = unpack_strings(*(arrays[name] for name in ID_TENSORS)).to_pylist()
-    return Exported(card, config, module, tokens, arrays.get("rows"), ids, arrays.get("text_mean"))
+    return Exported(card, config, module, tokens, arrays.get(ROWS), ids, arrays.get("text_mean"))

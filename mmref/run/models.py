@@ -24,9 +24,9 @@ from mmref.config.packages import check_imports
 from mmref.data.tokens import Tokens, load_tokens
 from mmref.errors import HubError, ModelError, RunDirectoryError
 from mmref.model.mmref import MMRef, build_model
-from mmref.run.checkpoints import FOLDER, list_checkpoints, persistent_buffers
+from mmref.run.checkpoints import FOLDER, best_checkpoint, list_checkpoints, persistent_buffers
 from mmref.run.directory import RunDir
-from mmref.run.exported import is_export, read_export
+from mmref.run.exported import exported_rows, is_export, read_export
 from mmref.run.row_file import pack_ids
 from mmref.run.tensor_files import write_file
 from mmref.storage.hub import SCHEME, hub_file, hub_folder, hub_id
@@ -62,6 +62,13 @@ def find_model(given: str) -> ModelSource:
         return ModelSource("export", hub_folder(given))
     # transformers knows no name of a revision
     return ModelSource("pretrained", hub_folder(given) if "@" in repository else repository)
+
+
+def has_references(source: ModelSource) -> bool:
+    """Whether a model brings references. Raises CheckpointError for a run without a checkpoint."""
+    if source.kind == "run":
+        return int(best_checkpoint(RunDir(source.place)).meta["bank"]["objects"]) > 0
+    return source.kind == "export" and exported_rows(Path(source.place))
 
 
 def _of_folder(folder: Path) -> ModelSource:

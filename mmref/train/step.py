@@ -17,6 +17,7 @@ from mmref.data.tokens import Tokens
 from mmref.losses.agreement import agreement, agreement_weights
 from mmref.losses.objective import TOTAL, References, Share, loss_weights, objective, pack, pair_losses, ramp
 from mmref.model.mmref import Masked, Output
+from mmref.model.reference_rows import unit_rows
 from mmref.randomness import RandomStream, torch_seed
 from mmref.train import collectives
 from mmref.train.bank import ReferenceBank
@@ -214,7 +215,7 @@ class StepRunner:
             return None
         own = None
         if common.references is not None and m.targets is not None:
-            own = torch.nn.functional.normalize(common.references[m.targets], dim=-1)  # (b, K, d)
+            own = unit_rows(common.references[m.targets])  # (b, K, d)
         return Masked(*m.masked, own)
 
     def _seed_dropout(self, step: int) -> None:

@@ -11,6 +11,7 @@ from mmref.cluster.connection import SETTINGS, connect
 from mmref.cluster.reservations import take_place
 from mmref.cluster.resources import check_resources, needed_cpus, with_gpus
 from mmref.config import AUTO, Config, config_hash, dump_yaml, to_dict, with_absolute_paths
+from mmref.config.checks import check_taught
 from mmref.config.inputs import differing, settled
 from mmref.config.packages import trust_own
 from mmref.data.epochs import in_steps
@@ -25,7 +26,7 @@ from mmref.evaluate.report import Metrics
 from mmref.model.backbone import check_towers
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
-from mmref.run.models import START, as_run, find_model, start_of_training
+from mmref.run.models import START, as_run, find_model, has_references, start_of_training
 from mmref.run.progress import Progress
 from mmref.train import checkpoint_files
 from mmref.train.division import Division
@@ -108,8 +109,8 @@ def check_inputs(config: Config) -> None:
     config_grid(config)
     check_codes(config, index.n_objects)
     check_sinks(config)
-    if config.train.start_from and (found := find_model(config.train.start_from)).kind == "run":
-        checkpoints.best_checkpoint(RunDir(found.place))
+    if config.train.start_from and not has_references(find_model(config.train.start_from)):
+        check_taught(config)
     tokens = load_tokens(config)
     size = config.data.image_height, config.data.image_width
     check_towers(config.model, tokens.tokenizer.eos_token_id, size)

@@ -305,6 +305,8 @@ def test_references_that_nothing_teaches_do_not_guide(file):
     random = ["--reference.update", "gradient", "--loss.w_fuse", "0"]
     with pytest.raises(ConfigError, match=r"guidance would follow random references. Set `loss.w_fuse`"):
         load_config(["--config", file(), *random])
+    with pytest.raises(ConfigError, match=r"0: caption weights would follow random references"):
+        load_config(["--config", file(), *random, "--loss.w_guide", "0", "--loss.caption_weight", "20"])
     for also in (
         ["--loss.w_guide", "0"],
         ["--loss.w_rec", "0.1"],

@@ -51,6 +51,7 @@ def test_weights_grow_with_agreement_and_are_one_on_average():
     mean = (0.9 + 0.1 + 0.5) / 3
     raw = [math.exp(3 * ((mean if x != x else x) - mean)) for x in a]
     assert weights.tolist() == pytest.approx([4 * x / sum(raw) for x in raw])
+    assert agreement_weights(torch.tensor(a), 1e4).tolist() == pytest.approx([4, 0, 0, 0]), "sharp weights do not overflow"
     assert agreement_weights(torch.tensor(a), 0.0).tolist() == [1.0] * 4
     assert agreement_weights(torch.full((3,), float("nan")), 3.0).tolist() == [1.0] * 3
 

@@ -271,6 +271,23 @@ def test_options_of_guidance_change_something(make_config):
     assert len({round(value, 5) for value in losses.values()}) == len(losses)
 
 
+@pytest.mark.parametrize("per_object", [1, 2])
+def test_reconstruction_teaches_no_reference_that_is_not_set_yet(make_config, per_object):
+    """A row of zeros has no direction, whose derivative would be without bounds: it becomes the mean at its first visit."""
+    overrides = {
+        "reference.update": "gradient", "reference.init": "mean", "reference.per_object": per_object, "loss.w_rec": 0.3,
+        "loss.guide_from": 0.0, "loss.guide_full": 0.0,
+    }  # fmt: skip
+    run, without = (PlainTraining(make_config({**overrides, "loss.w_rec": weight})) for weight in (0.3, 0.0))
+    for each in (run, without):
+        each.step(0)
+    torch.testing.assert_close(run.references(), without.references(), **CLOSE)
+    for step in range(1, 4):
+        run.step(step)
+        assert run.runner.reference_norm < 100
+    assert run.bank.exp_avg_sq.max() < 1
+
+
 def test_learned_references_may_start_from_the_mean_of_their_object(make_config):
     """They follow until guidance begins, then each is learned; one that comes up later starts from its first features."""
     overrides = {

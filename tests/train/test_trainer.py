@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from support.pretrained import save_pretrained
 from support.tiny_set import tiny_config
 
 from mmref.data.shard_set import ShardSet
-from mmref.errors import DenseCodesError, RunDirectoryError, TooFewPairsError
+from mmref.errors import ConfigError, DenseCodesError, RunDirectoryError, TooFewPairsError
 from mmref.evaluate import refinement
 from mmref.run.directory import RunDir
 from mmref.train import division
@@ -47,3 +48,11 @@ def test_codes_that_an_evaluation_could_not_hold_are_refused_before_the_first_st
         check_inputs(config)
     check_inputs(make_config({"reference.per_object": 2, "eval.refine_kinds": ["sparse"]}))
     check_inputs(make_config({"reference.per_object": 1}))
+
+
+def test_a_start_without_references_teaches_none_either(make_config, tmp_path):
+    """A pretrained model brings no references, so that guidance would follow random ones as without any start."""
+    start = {"train.start_from": str(save_pretrained("clip", tmp_path / "clip")), "reference.update": "gradient"}
+    with pytest.raises(ConfigError, match="guidance would follow random references"):
+        check_inputs(make_config({**start, "loss.w_fuse": 0.0, "loss.w_rec": 0.0}))
+    check_inputs(make_config({**start, "loss.w_fuse": 1.0}))

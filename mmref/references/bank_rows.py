@@ -303,7 +303,9 @@ def _strike(run: RunDir, name: str, wanted: set[str]) -> bool:
         if shown:
             run.remove(name)
         return shown
-    named = re.compile(r"(?<![\w.-])(" + "|".join(re.escape(i) for i in sorted(wanted)) + r")(?![\w-]|\.\w)")
+    # Image ids hold the object's in many ways (a/thing.7.png, thing.7_0), so that only letters and digits go on with an id:
+    # rather an entry of another object than one that tells of a removed object.
+    named = re.compile(r"(?<![^\W_])(" + "|".join(re.escape(i) for i in sorted(wanted)) + r")(?![^\W_])")
     before = run.read_json(name)
     after = _without(before, named)
     if after != before:

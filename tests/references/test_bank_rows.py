@@ -93,7 +93,8 @@ def same(a, b):
 def test_a_removed_object_is_in_no_file_and_the_others_are_as_before(run, config):
     before = contents(run, config)
     run.write_text("checkpoints/step-00000040-c/references-0.safetensors", "half-written thing.5")
-    run.write_text("bad_samples.json", json.dumps(["a.tar:thing.5: broken", "a.tar:thing.55: broken"]))
+    named = "thing.5", "thing.5_0", "thing.5-front", "thing.5.0", "a/thing.5.png", "thing.5/0"
+    run.write_text("bad_samples.json", json.dumps([f"a.tar:{i}: broken" for i in (*named, "thing.55")]))
     run.write_text("report.html", "<div>thing.5</div>")
     run.write_text("report-other.html", "<div>thing.55</div>")
     run.write_bytes("explain/1-object-5.png", b"a picture of thing.5")

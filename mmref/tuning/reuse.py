@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mmref.config import Config, config_hash
 from mmref.errors import ConfigError
+from mmref.evaluate.choose import GRID
 from mmref.storage.texts import read_text
 from mmref.tuning.ablation_table import METRICS
 from mmref.tuning.rows import Training
-from mmref.tuning.space import REFINEMENT, get_value
+from mmref.tuning.space import get_value
 
-CHOICES = ("train.eval_every", "eval.metric", "eval.top_p", "eval.refine_in_training", *REFINEMENT.values())
+EVERY = "train.eval_every"
+CHOICES = (EVERY, "eval.metric", "eval.refine_in_training", *(f"eval.{name}" for name in GRID))
 """Fields that choose a checkpoint and its refinement: results are compared only where they agree."""
 STATES = ("initial", "refined")
 ENTRY = {"row": str, "seed": int, "config_hash": str, "choices": dict, "initial": dict, "by_caption_kind": dict}  # of a training
 
 
 def choices(config: Config) -> dict[str, Any]:
-    """How a training's checkpoint and refinement are chosen: the fields of CHOICES."""
-    return {name: get_value(config, name) for name in CHOICES}
+    """How a training's checkpoint and refinement are chosen: the fields of CHOICES. What 0 stands for is said in steps."""
+    return {name: get_value(config, name) for name in CHOICES} | {EVERY: config.train.steps_between_evaluations}
 
 
 def chosen_otherwise(before: dict[str, Any], config: Config) -> str:
     """Words on the first of CHOICES in which a training `before` differs from what `config` asks for; empty where none does."""
+    if before.get(EVERY) == 0:  # as files of earlier versions have it
+        before = {**before, EVERY: replace(config.train, eval_every=0).steps_between_evaluations}
     for name, now in choices(config).items():
         if before.get(name) != now:
             return f"was trained with `{name}` {before.get(name)}, and is now asked for with {now}"

@@ -161,6 +161,27 @@ def test_results_that_were_chosen_otherwise_are_refused(name: str, value: Any, b
     assert trained == ["plain-seed0", "full-seed0"]
 
 
+def test_evaluations_at_the_same_steps_are_the_same_however_they_are_asked_for(
+    base: Config, trained: list[str], tmp_path: Path
+) -> None:
+    """By default there are ten: every second of 20 steps."""
+    by_default = with_values(base, {"train.eval_every": 0})
+    ablate(by_default, ROWS, [0])
+    ablate(with_values(base, {"train.eval_every": 2}), ROWS, [0])
+    published = Path(base.run_dir, "ablation.json").rename(tmp_path / "published.json")
+    found = json.loads(published.read_text())
+    assert {entry["choices"]["train.eval_every"] for entry in found["trainings"]} == {2}
+    for entry in found["trainings"]:
+        entry["choices"]["train.eval_every"] = 0  # as earlier versions noted it
+    published.write_text(json.dumps(found))
+    elsewhere = {"run_dir": str(tmp_path / "elsewhere")}
+    ablate(with_values(base, {**elsewhere, "train.eval_every": 2}), ROWS, [0], files=[str(published)])
+    ablate(with_values(by_default, elsewhere), ROWS, [0], files=[str(published)])
+    assert trained == ["plain-seed0", "full-seed0"]
+    with pytest.raises(ConfigError, match="trained with `train.eval_every` 2, and is now asked for with 4"):
+        ablate(with_values(base, {**elsewhere, "train.eval_every": 4}), ROWS, [0], files=[str(published)])
+
+
 def test_one_row_again_keeps_the_others_in_the_tables(base: Config, trained: list[str]) -> None:
     rows = Rows((*ROWS.rows, Row("none", {"loss.w_fuse": 0.0})), "plain")
     ablate(base, rows, [0, 1], only=["full"])

@@ -108,7 +108,8 @@ def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None
 def prepare(base: Config, space: Space, options: Options, run: RunDir) -> Config:
     """The config that best.yaml starts from, everything checked that needs no Ray."""
     trial = of_a_trial(base, options)
-    steps, every, grace = trial.train.max_steps, trial.train.eval_every, grace_steps(options.grace_steps, trial)
+    steps, every = trial.train.max_steps, trial.train.steps_between_evaluations
+    grace = grace_steps(options.grace_steps, trial)
     if options.scheduler == "asha" and every > grace:
         raise ConfigError(
             f"ASHA is to judge trials of {steps} steps from step {grace} on, and they are evaluated every {every} steps: set "

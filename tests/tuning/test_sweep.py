@@ -98,6 +98,13 @@ def test_asha_needs_evaluations_as_often_as_it_judges(tmp_path: Path, space: Spa
         sweep(with_values(config, {"loss.w_guide": 0.0}), space, Options(trials=1))
     prepare(config, space, Options(1, scheduler="none"), RunDir(config.run_dir))
     prepare(config, space, Options(1, grace_steps=40), RunDir(config.run_dir))
+    by_default = with_values(config, {"train.eval_every": 0})  # a tenth of the 80 steps
+    with pytest.raises(ConfigError, match=r"from step 5 on.*every 8 steps"):
+        prepare(by_default, space, Options(1, grace_steps=5), RunDir(config.run_dir))
+    prepare(by_default, space, Options(1, grace_steps=8), RunDir(config.run_dir))
+    with pytest.raises(ConfigError, match=r"trials of 80 steps from step 12 on.*every 16 steps"):
+        longer = with_values(by_default, {"train.eval_every": 16})
+        prepare(longer, space, Options(1, grace_steps=12), RunDir(config.run_dir))
 
 
 def test_trials_are_compared_on_the_same_shards(tmp_path: Path, space: Space, make_config: Callable[..., Config]) -> None:
@@ -239,6 +246,18 @@ def test_what_the_end_of_its_training_makes_a_stopped_trial_say_is_no_failure(
     assert read_rows(tmp_path)[0]["status"] == "stopped-early"
 
 
+def test_words_and_numbers_of_a_field_share_a_column(tmp_path: Path) -> None:
+    recorder, trials = started(tmp_path, 2)
+    recorder.names = ["train.lock_image", "train.lr"]
+    for trial, locked in zip(recorder.log.trials.values(), (2, "all")):
+        trial.values.update({"train.lock_image": locked, "train.lr": 0.1})
+    for trial in trials:
+        report(recorder, trial, 6, 5.0, 0.0)
+        recorder.on_trial_complete(0, trials, trial)
+    rows = read_rows(tmp_path)
+    assert [row["train.lock_image"] for row in rows] == ["2", "all"] and [row["train.lr"] for row in rows] == [0.1, 0.1]
+
+
 def test_a_trial_that_ends_early_without_a_word_was_not_stopped(tmp_path: Path) -> None:
     recorder, trials = started(tmp_path, 1)
     report(recorder, trials[0], 2, 5.0, 0.0)
@@ -363,6 +382,12 @@ def test_a_trial_that_goes_on_is_not_judged_again_where_it_had_passed() -> None:
     assert not judge(asha, 0, 2, 1.0) and not judge(asha, 0, 4, 2.0) and asha.stopped == set()
     assert judge(asha, 3, 2, 1.0) and asha.stopped == {3}, "a new one is judged"
     assert not judge(asha, 1, 4, 3.0) and judge(asha, 0, 8, 2.5) is False, "nobody was at step 8 before"
+
+
+def test_nothing_is_stopped_at_its_last_step() -> None:
+    asha = Asha(8, 2, 2.0, [curve(n, {2: 5.0, 4: 5.0, 8: 5.0}) for n in (1, 2, 3)])
+    assert not judge(asha, 0, 8, 1.0) and asha.stopped == set(), "a rung lies at its end"
+    assert judge(asha, 4, 4, 1.0) and asha.stopped == {4}
 
 
 def test_the_config_itself_is_never_stopped() -> None:

@@ -50,8 +50,8 @@ def ablate(
         SweepError: a training failed; those that did not are in the tables.
     """
     run = RunDir(base.run_dir)
-    base = settled(with_absolute_paths(base))
-    check_inputs(base)
+    base = with_absolute_paths(base)
+    check_inputs(settled(base))
     if split not in (splits := ShardSet.open(base.data.root).splits):
         raise ShardSetError(f"{base.data.root} has no split `{split}`, only {splits}.")
     if "val" not in splits and (refined := [row.name for row in rows.rows if row.refined]):
@@ -62,7 +62,9 @@ def ablate(
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"`--seeds` names a seed twice: {seeds}.")
     configs = {
-        t: with_absolute_paths(rows.config(base, t.row, t.point, t.seed, run.join(t.folder))) for t in trainings(rows, seeds)
+        # Settled by each row's own model, as `mmref train` would.
+        t: settled(with_absolute_paths(rows.config(base, t.row, t.point, t.seed, run.join(t.folder))))
+        for t in trainings(rows, seeds)
     }
     wanted = rows.only(only, "--only") if only else rows
     planned = {t: configs[t] for t in trainings(wanted, seeds)}

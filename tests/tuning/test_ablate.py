@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mmref.cluster import connection
-from mmref.config import Config, config_hash, dump_yaml, to_dict
+from mmref.config import AUTO, Config, config_hash, dump_yaml, from_dict, to_dict
+from mmref.config.inputs import BEFORE, PLAIN, settled
 from mmref.data.shard_set import data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.evaluate import split_features
@@ -26,7 +27,7 @@ from mmref.tuning.command import ablate_main as main
 from mmref.tuning.failure import reason
 from mmref.tuning.reuse import Recorded
 from mmref.tuning.rows import Row, Rows, Training
-from mmref.tuning.space import with_values
+from mmref.tuning.space import get_value, with_values
 
 ROWS = Rows((Row("plain", {"loss.w_guide": 0.0}), Row("full"), Row("full, refined", of="full", refined=True)), "plain")
 
@@ -88,6 +89,41 @@ def test_tables_are_there_as_soon_as_a_training_is(base: Config, trained: list[s
     monkeypatch.setattr(module, "_train", watch)
     ablate(base, ROWS, [0])
     assert seen == [["plain"], ["plain", "full", "full, refined"]]
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_each_row_is_prepared_for_its_own_model(
+    over: bool, base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `mmref train` of the row's config would have it, whatever the model of the base."""
+    from support.pretrained import save_pretrained
+
+    clip, siglip = (str(save_pretrained(name, tmp_path / name)) for name in ("clip", "siglip"))
+    values = to_dict(base)
+    values["data"] |= dict.fromkeys({**PLAIN, **BEFORE}, AUTO)
+    pair = from_dict(values)
+    no_pair = {"model.vision_config": None, "model.text_config": None}
+    of = {name: with_values(pair, {**no_pair, "model.dual": name}) for name in (clip, siglip)} | {"": pair}
+    seen: dict[str, Config] = {}
+
+    def note(base: Config, planned: dict, *rest: Any) -> list:
+        seen.update({config.model.dual: config for config in planned.values()})
+        return []
+
+    monkeypatch.setattr(module, "_train", note)
+    monkeypatch.setattr(module, "check_inputs", lambda config: None)
+    if over:
+        ablate(of[clip], Rows((Row("a"),), "a", "model.dual", (clip, siglip)), [0])
+    else:
+        back = {name: get_value(pair, name) for name in no_pair}
+        ablate(of[clip], Rows((Row("a"), Row("b", {"model.dual": siglip}), Row("c", {"model.dual": "", **back})), "a"), [0])
+        clips, seen = seen, {}
+        ablate(pair, Rows((Row("a"), Row("b", {**no_pair, "model.dual": siglip})), "a"), [0])
+        assert seen[""].data == settled(pair).data and seen[siglip].data == clips[siglip].data
+        seen |= clips
+    assert len(seen) == (2 if over else 3)
+    for name, config in seen.items():
+        assert config.data == settled(of[name]).data, name
 
 
 def test_a_row_may_train_on_other_shards(base: Config, trained: list[str], tiny_set: Path, tmp_path: Path) -> None:
@@ -178,7 +214,7 @@ def test_evaluations_at_the_same_steps_are_the_same_however_they_are_asked_for(
     ablate(with_values(base, {**elsewhere, "train.eval_every": 2}), ROWS, [0], files=[str(published)])
     ablate(with_values(by_default, elsewhere), ROWS, [0], files=[str(published)])
     assert trained == ["plain-seed0", "full-seed0"]
-    with pytest.raises(ConfigError, match="trained with `train.eval_every` 2, and is now asked for with 4"):
+    with pytest.raises(ConfigError, match=r"trained with `train.eval_every` 2, and is now asked for with 4"):
         ablate(with_values(base, {**elsewhere, "train.eval_every": 4}), ROWS, [0], files=[str(published)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,8 @@ import pytest
 from support.tiny_set import TinySource, build_tiny_set
 
 from mmref.cluster.connection import connect
-from mmref.config import Config, dump_yaml, load_config, to_dict
+from mmref.config import AUTO, Config, dump_yaml, from_dict, load_config, to_dict
+from mmref.config.inputs import BEFORE, PLAIN, settled
 from mmref.data.shard_set import data_fingerprint
 from mmref.errors import ClusterTooSmallError, ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.run.directory import RunDir
@@ -30,7 +32,7 @@ from mmref.tuning.display import Display
 from mmref.tuning.options import Options, check_options
 from mmref.tuning.recorder import Recorder
 from mmref.tuning.results import format_trials
-from mmref.tuning.space import Space, read_space, with_values
+from mmref.tuning.space import Space, parse_space, read_space, with_values
 from mmref.tuning.sweep import prepare, resume, sweep
 from mmref.tuning.trial_log import Trial, TrialLog
 
@@ -296,6 +298,36 @@ def test_values_that_do_not_go_together_are_the_trial_s_failure(
     RunDir(str(tmp_path)).write_text("sweep.json", "{}")
     trial_module.run_trial({"number": 0, "values": {"train.global_batch": 7}}, to_dict(make_config({"run_dir": str(tmp_path)})))
     assert len(told) == 1 and told[0]["error"].startswith("BatchArithmeticError"), told
+
+
+def test_a_trial_is_prepared_for_its_own_model(
+    tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep leaves `auto` as it is, so that each trial settles it by the model that it has."""
+    from support.pretrained import save_pretrained
+
+    clip, siglip = (str(save_pretrained(name, tmp_path / name)) for name in ("clip", "siglip"))
+    values = to_dict(make_config({"run_dir": str(tmp_path / "sweep")}))
+    values["data"] |= dict.fromkeys({**PLAIN, **BEFORE}, AUTO)
+    base = with_values(from_dict(values), {"model.dual": clip, "model.vision_config": None, "model.text_config": None})
+    checked: list[Config] = []
+    monkeypatch.setattr(sweep_module, "check_inputs", checked.append)
+    space = parse_space(f"model.dual: {{type: choice, values: [{clip}, {siglip}]}}", "space.yaml")
+    run = RunDir(base.run_dir)
+    prepared = prepare(base, space, Options(1, scheduler="none"), run)
+    assert checked[0].data == settled(base).data and prepared.data == base.data
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", told.append)
+    monkeypatch.setattr(trial_module, "Reporter", object)
+    trained: list[Config] = []
+    monkeypatch.setattr(trial_module, "prepare_run", lambda config, run: trained.append(config))
+    monkeypatch.setattr(trial_module, "named_address", contextlib.nullcontext)
+    monkeypatch.setattr(trial_module, "fit", lambda *given, **named: None)
+    run.write_text("sweep.json", "{}")
+    for number, model in enumerate((clip, siglip)):
+        trial_module.run_trial({"number": number, "values": {"model.dual": model}}, to_dict(prepared))
+        assert trained[-1].data == settled(with_values(base, {"model.dual": model})).data
+    assert told == [] and trained[0].data.image_mean != trained[1].data.image_mean
 
 
 def test_the_table_on_a_terminal_has_what_runs_on_top(tmp_path: Path) -> None:

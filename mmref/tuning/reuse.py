@@ -37,6 +37,13 @@ def chosen_otherwise(before: dict[str, Any], config: Config) -> str:
     return ""
 
 
+def evaluated_for_less(metrics: dict[str, Any], config: Config) -> str:
+    """Words on what `config` asks an evaluation for and metrics lack; empty where they have all."""
+    if config.eval.class_protocol and "class_protocol" not in metrics:
+        return "was evaluated without `eval.class_protocol`, which is asked for now"
+    return ""
+
+
 def record(training: Training, config: Config, metrics: dict[str, Any], data: str) -> dict[str, Any]:
     """What the tables take from a training, so that they can be made again, and compared with other rows, without it:
 
@@ -71,14 +78,16 @@ class Recorded:
         """Raises ConfigError for a file that is no ablation.json, holds no trainings or is of another split."""
         # One hash may have several, since it does not say how checkpoint and refinement were chosen.
         self._found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        self.seeds: set[int] = set()
         for path in files:
             for entry in _read(path, split):
+                self.seeds.add(entry["seed"])
                 self._found.setdefault(entry["config_hash"], []).append((path, entry))
 
     def get(self, config: Config, data: str, refined: bool) -> dict[str, Any] | None:
         """Metrics of the training of this config; None where there is none, or none after refinement where `refined` asks
         for them. Raises ConfigError where there are, but their shard set had other contents than `data` (as of
-        `data_fingerprint`), or checkpoint or refinement were chosen in another way."""
+        `data_fingerprint`), checkpoint or refinement were chosen in another way, or they were evaluated for less."""
         wrong = ""
         for path, entry in self._found.get(config_hash(config), []):
             if refined and "refined" not in entry:
@@ -89,7 +98,7 @@ class Recorded:
                     f"{found}was trained on shards with the fingerprint {entry.get('data')}, {config.data.root} has {data}. "
                     "Give the same shard set, or leave that file out of `--results`."
                 )
-            elif otherwise := chosen_otherwise(entry["choices"], config):
+            elif otherwise := chosen_otherwise(entry["choices"], config) or evaluated_for_less(entry, config):
                 wrong = wrong or f"{found}{otherwise}. Give the same, or leave that file out of `--results`."
             else:
                 return entry

@@ -227,6 +227,48 @@ def test_one_row_again_keeps_the_others_in_the_tables(base: Config, trained: lis
     assert [row["name"] for row in table] == ["plain", "full", "full, refined", "none"]
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_seeds_that_are_not_asked_for_stay_in_the_tables(
+    recorded: bool, base: Config, trained: list[str], tmp_path: Path
+) -> None:
+    """Whether their folders are there, or their records alone."""
+    out = Path(base.run_dir)
+    before = ablate(base, ROWS, [0, 1, 2])
+    written = json.loads((out / "ablation.json").read_text())
+    if recorded:
+        for folder in out.glob("*-seed*"):
+            shutil.rmtree(folder)
+    files = [str(out / "ablation.json")] if recorded else []
+    assert ablate(base, ROWS, [0], files=files) == before and len(trained) == 6
+    again = json.loads((out / "ablation.json").read_text())
+    assert again["seeds"] == [0, 1, 2] and again["rows"] == written["rows"]
+    by_training = [sorted(found["trainings"], key=lambda t: (t["row"], t["seed"])) for found in (written, again)]
+    assert by_training[0] == by_training[1]
+    more = ablate(base, ROWS, [4], only=["plain"], files=files)
+    assert trained[6:] == ["plain-seed4"], "the other seeds are not trained, nor are other rows"
+    assert [row["seeds"] for row in more] == [[0, 1, 2, 4], [0, 1, 2], [0, 1, 2]]
+    assert more[1]["delta_R@1"] == before[1]["delta_R@1"], "paired over the seeds that both have"
+
+
+def test_what_was_not_evaluated_is_not_reused_in_silence(
+    base: Config, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablate(base, ROWS, [0])
+    published = str(Path(base.run_dir, "ablation.json").rename(tmp_path / "published.json"))
+    by_class = {"eval.class_protocol": True}
+    with pytest.raises(RunDirectoryError, match=r"plain-seed0 was evaluated without `eval.class_protocol`.*Remove result-test"):
+        ablate(with_values(base, by_class), ROWS, [0])
+    elsewhere = {"run_dir": str(tmp_path / "elsewhere")}
+    with pytest.raises(ConfigError, match=r"`plain`, seed 0, was evaluated without `eval.class_protocol`"):
+        ablate(with_values(base, {**by_class, **elsewhere}), ROWS, [0], files=[published])
+    with pytest.raises(ConfigError, match=r"`--kind names`: no caption of test in .* is of that kind, only name, sentence"):
+        ablate(base, ROWS, [0], kind="names")
+    capsys.readouterr()
+    ablate(with_values(base, elsewhere), ROWS, [0], kind="name", files=[published])
+    assert "note: plain, seed 0: no captions of the kind `name` on record" in capsys.readouterr().out
+    assert trained == ["plain-seed0", "full-seed0"]
+
+
 def test_trainings_of_another_ablation_are_not_repeated(base: Config, trained: list[str], tmp_path: Path) -> None:
     before = ablate(base, ROWS, [0, 1])
     published = tmp_path / "published.json"

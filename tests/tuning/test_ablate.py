@@ -27,7 +27,7 @@ from mmref.tuning.command import ablate_main as main
 from mmref.tuning.failure import reason
 from mmref.tuning.reuse import Recorded
 from mmref.tuning.rows import Row, Rows, Training
-from mmref.tuning.space import get_value, with_values
+from mmref.tuning.space import with_values
 
 ROWS = Rows((Row("plain", {"loss.w_guide": 0.0}), Row("full"), Row("full, refined", of="full", refined=True)), "plain")
 
@@ -101,9 +101,11 @@ def test_each_row_is_prepared_for_its_own_model(
     clip, siglip = (str(save_pretrained(name, tmp_path / name)) for name in ("clip", "siglip"))
     values = to_dict(base)
     values["data"] |= dict.fromkeys({**PLAIN, **BEFORE}, AUTO)
+    towers = {f"model.{name}": values["model"][name] for name in ("vision_config", "text_config")}
+    no_pair = dict.fromkeys(towers)
     pair = from_dict(values)
-    no_pair = {"model.vision_config": None, "model.text_config": None}
-    of = {name: with_values(pair, {**no_pair, "model.dual": name}) for name in (clip, siglip)} | {"": pair}
+    values["model"] |= {"vision_config": None, "text_config": None}
+    of = {name: from_dict({**values, "model": {**values["model"], "dual": name}}) for name in (clip, siglip)} | {"": pair}
     seen: dict[str, Config] = {}
 
     def note(base: Config, planned: dict, *rest: Any) -> list:
@@ -115,8 +117,7 @@ def test_each_row_is_prepared_for_its_own_model(
     if over:
         ablate(of[clip], Rows((Row("a"),), "a", "model.dual", (clip, siglip)), [0])
     else:
-        back = {name: get_value(pair, name) for name in no_pair}
-        ablate(of[clip], Rows((Row("a"), Row("b", {"model.dual": siglip}), Row("c", {"model.dual": "", **back})), "a"), [0])
+        ablate(of[clip], Rows((Row("a"), Row("b", {"model.dual": siglip}), Row("c", {"model.dual": "", **towers})), "a"), [0])
         clips, seen = seen, {}
         ablate(pair, Rows((Row("a"), Row("b", {**no_pair, "model.dual": siglip})), "a"), [0])
         assert seen[""].data == settled(pair).data and seen[siglip].data == clips[siglip].data

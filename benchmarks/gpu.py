@@ -35,6 +35,7 @@ import torch
 from step import VARIANTS, build, variant, with_lengths
 
 from mmref.config import Config, from_dict
+from mmref.config.inputs import settled
 from mmref.data.reader import StepReader
 from mmref.evaluate.metrics import evaluate_features, summarize
 from mmref.evaluate.shares import QueryShare
@@ -125,7 +126,7 @@ def config_of(part: Part, batch: int, losses: dict[str, float], **train: Any) ->
             "warmup_steps": 0, "lr": 1e-5, "lr_new": 5.0, "weight_decay": 4e-5, **train,
         },
     }  # fmt: skip
-    return variant(from_dict(values), losses)
+    return variant(settled(from_dict(values)), losses)
 
 
 def batches_of(config: Config, steps: int) -> tuple[StepReader, list[Any]]:

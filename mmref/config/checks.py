@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 
-from mmref.config.inputs import without_a_model
 from mmref.config.option import options
 from mmref.config.tree import Config, TrainConfig
 from mmref.errors import BatchArithmeticError, ConfigError
 
 
 def check_config(config: Config) -> Config:
-    """Check bounds and combinations; returns the config, its values of `auto` settled where that takes no look at a model.
-
-    Raises ConfigError.
-    """
-    without_a_model(config)
+    """Check bounds and combinations; returns the config. Raises ConfigError."""
     t, m = config.train, config.model
     for name, option, value in options(config):
         option.check(name, value)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mmref.config.checks import check_config
-from mmref.config.inputs import BEFORE, neutral
+from mmref.config.inputs import BEFORE, neutral, settled
 from mmref.config.option import options
 from mmref.config.presets import PRESETS, preset_file, with_files
 from mmref.config.shipped import file_or_name
@@ -283,6 +283,8 @@ def dump_yaml(config: Config) -> str:
 
 def config_hash(config: Config) -> str:
     """12 hex digits of everything that changes results: not the run directory, scale or logging."""
+    if not config.model.dual:  # what `auto` stands for takes no look at a model
+        config = settled(config)
     values = to_dict(config)
     values["data"]["root"] = folder_name(config.data.root)  # a set may be moved
     values["data"]["mix"] = [[folder_name(root), share] for root, share in config.data.mix.items()] or {}  # its order counts

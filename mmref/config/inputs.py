@@ -54,14 +54,11 @@ class Inputs:
         return {name: copy.copy(getattr(self, name)) for name in self.__dataclass_fields__}
 
 
-def without_a_model(config: Config) -> None:
-    """Settle what is `auto` in a config without `model.dual`."""
-    if not config.model.dual:
-        _fill(config.data, PLAIN)
-
-
 def settled(config: Config) -> Config:
-    """A copy of a checked config without `auto` in its `data`. Raises ModelError where `model.dual` cannot be looked at."""
+    """A copy of a checked config without `auto` in its `data`. Raises ModelError where `model.dual` cannot be looked at.
+
+    Only what computes takes such a copy: over a config that is varied, another model settles `auto` in another way.
+    """
     config = copy.deepcopy(config)
     data = config.data
     if AUTO in [value for value in vars(data).values() if isinstance(value, str)]:

@@ -12,6 +12,9 @@ from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, choose
 from mmref.evaluate.shares import ALONE, QueryShare
 from mmref.run.row_file import References, are_set
 
+GRID = ("refine_kinds", "refine_weights", "refine_top_rs", "refine_taus", "top_p")
+"""Fields of `eval` that say which settings are tried. Scores after refinement compare only where they agree."""
+
 
 def trained_space(config: Config, references: References) -> ReferenceSpace | None:
     """The references (m, K, d) that training has set, None for a run that trains none (align-only)."""
@@ -27,9 +30,9 @@ def settings_of(metrics: dict[str, Any]) -> RefinementSettings:
 
 
 def config_grid(config: Config) -> list[RefinementSettings]:
-    """The settings that `eval.refine_*` ask for."""
-    e = config.eval
-    return refinement_grid(e.refine_kinds, e.refine_weights, e.refine_top_rs, e.refine_taus, (e.top_p or None,))
+    """The settings that the fields of GRID ask for."""
+    kinds, weights, top_rs, taus, top_p = (getattr(config.eval, name) for name in GRID)
+    return refinement_grid(kinds, weights, top_rs, taus, (top_p or None,))
 
 
 def gain_by_value(tried: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -68,8 +68,11 @@ class Protocol:
         return evaluate_features(*given, score_fn=score_fn, leave_out=self.leave_out)
 
     def choose(self, config: Config, space: ReferenceSpace | None, split: str) -> Chosen:
-        """The best refinement of the config's grid on this split; none where no query has a hit in its gallery."""
-        if space is None or not self.ranked().valid.any():
+        """The best refinement of the config's grid on this split: no refinement where there are no references; nothing is
+        chosen where no query has a hit in its gallery."""
+        if space is None:
+            return Chosen(chosen_on=split)
+        if not self.ranked().valid.any():
             return Chosen()
         best, tried = choose_refinement(
             space, self.queries, self.gallery, self.objects, self.gallery_objects, config_grid(config), config.eval.metric,

@@ -247,8 +247,9 @@ def _further_rows(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, fl
 
 def _other_refinements(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(label, its refinement in words) of the other kinds of queries."""
+    has_val = (metrics.get("refinement") or {}).get("chosen_on") == "val"  # on which that of the captions was chosen
     return [
-        (label.split(" (")[0], _describe_refinement({**metrics, "refinement": block["refinement"]}))
+        (label.split(" (")[0], _describe_refinement({**metrics, "refinement": block["refinement"]}, has_val))
         for label, block in _protocols(metrics)
     ]
 
@@ -309,8 +310,8 @@ def ambiguous(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _describe_refinement(metrics: Mapping[str, Any]) -> str:
-    """The settings in words."""
+def _describe_refinement(metrics: Mapping[str, Any], has_val: bool = False) -> str:
+    """The settings in words. has_val: there was a val split, so that settings not chosen had nothing there to be chosen by."""
     refinement, images = metrics.get("refinement") or {}, metrics["n_gallery"]
     if not refinement:
         return "none"
@@ -320,8 +321,11 @@ def _describe_refinement(metrics: Mapping[str, Any]) -> str:
         chosen_on += ", the split reported: optimistic"
     if not refinement.get("weight"):
         if on == "":
-            return "none: there is no val split to choose it on"
-        if on == "val" and not any(row["weight"] for row in refinement.get("tried", [{"weight": 1}])):
+            lacking = "no such query on val has anything to find" if has_val else "there is no val split to choose it on"
+            return f"none: {lacking}"
+        # The other kinds of queries do not keep what was tried: without references it was nothing.
+        tried = [] if metrics.get("n_references") == 0 else refinement.get("tried", [{"weight": 1}])
+        if on == "val" and not any(row["weight"] for row in tried):
             return "none: there was no setting to try"
         return f"declined: no setting beat the initial ranking{chosen_on}"
     if refinement.get("kind", "sparse") == "dense":

@@ -19,7 +19,7 @@ from mmref.data.plan import build_plan
 from mmref.data.shard_set import ShardSet, data_fingerprint, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import RunDirectoryError, ShardSetError
-from mmref.evaluate.choose import config_grid
+from mmref.evaluate.choose import GRID, config_grid
 from mmref.evaluate.few_objects import few_objects
 from mmref.evaluate.refinement import check_dense
 from mmref.evaluate.report import Metrics
@@ -179,7 +179,7 @@ def _check_same_scores(before: Config, config: Config, run: RunDir) -> None:
     """Raise RunDirectoryError where the checkpoints of an unfinished run were scored in another way than the next would be."""
     if _latest_step(run) >= config.train.max_steps:
         return
-    for name in ("metric", "refine_in_training"):
+    for name in ("metric", "refine_in_training", *(GRID if config.eval.refine_in_training else ())):
         was, now = getattr(before.eval, name), getattr(config.eval, name)
         if was != now:
             raise RunDirectoryError(

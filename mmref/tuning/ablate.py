@@ -19,13 +19,14 @@ from mmref.config import Config, config_hash, dump_yaml, from_dict, to_dict, wit
 from mmref.config.inputs import settled
 from mmref.data.shard_set import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
+from mmref.evaluate.features import read_queries
 from mmref.run.directory import RunDir
 from mmref.train.trainer import DATA, check_inputs, check_same_data
 from mmref.tuning.ablation_table import markdown, plot, summarise, table_csv
 from mmref.tuning.capacity import TRIAL_CPUS, connected, largest_node, sharing
 from mmref.tuning.failure import reason
-from mmref.tuning.reuse import Recorded, choices, chosen_otherwise, record
-from mmref.tuning.rows import Rows, Training, trainings
+from mmref.tuning.reuse import Recorded, choices, chosen_otherwise, evaluated_for_less, record
+from mmref.tuning.rows import Rows, Training, seed_of, trainings
 from mmref.tuning.trial_log import median_step_seconds
 
 
@@ -43,6 +44,7 @@ def ablate(
     `ablation.summarise` does.
 
     Args:
+        seeds: to train the rows with; of other seeds the tables have what is there.
         only: rows to train, with those they read and the baseline; of the others the tables have what is there. None: all.
         files: ablation.json of other ablations, whose trainings of the same config and seed count as done.
     Raises:
@@ -50,23 +52,22 @@ def ablate(
         SweepError: a training failed; those that did not are in the tables.
     """
     run = RunDir(base.run_dir)
-    base = settled(with_absolute_paths(base))
-    check_inputs(base)
-    if split not in (splits := ShardSet.open(base.data.root).splits):
-        raise ShardSetError(f"{base.data.root} has no split `{split}`, only {splits}.")
-    if "val" not in splits and (refined := [row.name for row in rows.rows if row.refined]):
-        raise ShardSetError(
-            f"{base.data.root} has no val split to choose the refinement of `{refined[0]}` on, only {splits}: build the set with "
-            "`--val-fraction`, or leave refined rows out."
-        )
-    if len(set(seeds)) != len(seeds):
-        raise ConfigError(f"`--seeds` names a seed twice: {seeds}.")
+    base = with_absolute_paths(base)
+    check_inputs(settled(base))
+    _check_asked(base, rows, seeds, split)
+    recorded = Recorded(files, split)
+    others = {seed for name in run.list("") if (seed := seed_of(name)) is not None} | recorded.seeds
+    known = [*seeds, *sorted(others - set(seeds))]
     configs = {
-        t: with_absolute_paths(rows.config(base, t.row, t.point, t.seed, run.join(t.folder))) for t in trainings(rows, seeds)
+        # Settled by each row's own model, as `mmref train` would.
+        t: settled(with_absolute_paths(rows.config(base, t.row, t.point, t.seed, run.join(t.folder))))
+        for t in trainings(rows, known)
     }
+    if kind:
+        check_kind(kind, {config.data.root for config in configs.values()}, split)
     wanted = rows.only(only, "--only") if only else rows
     planned = {t: configs[t] for t in trainings(wanted, seeds)}
-    recorded, data = Recorded(files, split), fingerprints(configs)
+    data = fingerprints(configs)
     refined_too = {row.training for row in rows.rows if row.refined}
     starts = {row.name for row in rows.rows if not row.steps}  # config_hash cannot tell them from trainings
     failures: dict[Training, str] = {}
@@ -79,17 +80,20 @@ def ablate(
             for t, config in configs.items()
         }
         results = {t: metrics for t, metrics in found.items() if metrics}
+        for t in [t for t, metrics in results.items() if kind and kind not in metrics["by_caption_kind"]]:
+            print(f"note: {t}: no captions of the kind `{kind}` on record, so its row has no column of them", flush=True)
         missing = [t for t in planned if t not in results]
         print(
             f"{len(planned)} trainings to {run.path}, {len(planned) - len(missing)} of them are there already",
             flush=True,
         )
-        about = {"split": split, "seeds": seeds, "steps": base.train.max_steps}
 
         def tabulate() -> list[dict[str, Any]]:
-            table = summarise(rows, results, seeds, kind)
+            table = summarise(rows, results, known, kind)
             if table:
                 done = [record(t, configs[t], metrics, data[t]) for t, metrics in results.items() if t.row not in starts]
+                shown = sorted({*seeds, *(t.seed for t in results)})
+                about = {"split": split, "seeds": shown, "steps": base.train.max_steps}
                 write_tables(run, table, rows, {**about, "trainings": done})
             return table
 
@@ -107,6 +111,27 @@ def ablate(
             f"in {run.join('ablation.md')}. The failed ones are tried again when it goes on."
         )
     return table
+
+
+def _check_asked(base: Config, rows: Rows, seeds: list[int], split: str) -> None:
+    """Raise ShardSetError where the base's set lacks a split that the rows need, ConfigError for a seed that is named twice."""
+    if split not in (splits := ShardSet.open(base.data.root).splits):
+        raise ShardSetError(f"{base.data.root} has no split `{split}`, only {splits}.")
+    if "val" not in splits and (refined := [row.name for row in rows.rows if row.refined]):
+        raise ShardSetError(
+            f"{base.data.root} has no val split to choose the refinement of `{refined[0]}` on, only {splits}: build the set with "
+            "`--val-fraction`, or leave refined rows out."
+        )
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"`--seeds` names a seed twice: {seeds}.")
+
+
+def check_kind(kind: str, roots: Collection[str], split: str) -> None:
+    """Raise ConfigError where no caption of the split is of this kind in any of the shard sets."""
+    kinds = {found for root in roots for found in read_queries(ShardSet.open(root).index(split)).kinds.tolist()} - {""}
+    if kind not in kinds:
+        there = f"only {', '.join(sorted(kinds))}" if kinds else "nor of any other: leave it out"
+        raise ConfigError(f"`--kind {kind}`: no caption of {split} in {', '.join(sorted(roots))} is of that kind, {there}.")
 
 
 def result_name(split: str) -> str:
@@ -139,8 +164,8 @@ def check_judged_alike(config: Config) -> None:
 
 
 def read_result(config: Config, split: str, data: str) -> dict[str, Any] | None:
-    """Metrics of a finished training, None where it is not finished. Raises RunDirectoryError for one of another config or of
-    shards with other contents than `data`, as of `data_fingerprint`."""
+    """Metrics of a finished training, None where it is not finished. Raises RunDirectoryError for one of another config, of
+    shards with other contents than `data`, as of `data_fingerprint`, or evaluated for less than is asked for."""
     run = RunDir(config.run_dir)
     if not run.exists(result_name(split)):
         return None
@@ -150,6 +175,10 @@ def read_result(config: Config, split: str, data: str) -> dict[str, Any] | None:
             f"{run.path} holds a training of another config. Give another `--run_dir`, or remove that folder."
         )
     check_same_data(run, config, data)
+    if lacking := evaluated_for_less(metrics, config):
+        raise RunDirectoryError(
+            f"{run.path} {lacking}. Remove {result_name(split)} there to have it evaluated again, or leave that out."
+        )
     metrics["step_seconds"] = median_step_seconds(run)
     metrics.setdefault("machine", None)
     return metrics

@@ -17,7 +17,7 @@ from mmref.tuning.trial_log import Trial
 class Asha(ASHAScheduler):
     """Ray Tune's ASHA (one bracket) on the score by step; trials have their number in `config["number"]`.
 
-    The longest trial ends by itself, so that nothing is stopped at its last step. What a trial repeats after it was started
+    Trials end by themselves: nothing is stopped at its last step. What a trial repeats after it was started
     again is not judged a second time: it passed those rungs when it came by first.
     """
 
@@ -38,7 +38,7 @@ class Asha(ASHAScheduler):
             time_attr="step", metric="score", mode="max", max_t=max_steps + 1, grace_period=grace_steps,
             reduction_factor=reduction,
         )  # fmt: skip
-        self.spared = spared
+        self.spared, self.last = spared, max_steps
         self.stopped: set[int] = set()  # numbers
         for trial in before:
             known: Any = SimpleNamespace(config={"number": trial.number})
@@ -52,8 +52,8 @@ class Asha(ASHAScheduler):
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         number = trial.config["number"]
         action = super().on_trial_result(controller, _named(trial), result)
-        if action == TrialScheduler.STOP and number == self.spared:
-            return TrialScheduler.CONTINUE
+        if action == TrialScheduler.STOP and (number == self.spared or result["step"] >= self.last):
+            return TrialScheduler.CONTINUE  # a rung may lie at the last step, where nothing is left to save
         if action == TrialScheduler.STOP:
             self.stopped.add(number)
         return action

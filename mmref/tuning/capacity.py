@@ -67,11 +67,11 @@ def sharing(config: Config, at_once: int, node_cpus: float) -> Config:
 
 
 def concurrency(have: dict[str, float], config: Config, wanted: int | None, cores: int | None) -> int:
-    """How many trials run at a time.
+    """How many trainings, of a sweep's trials or an ablation's rows, run at a time.
 
     Args:
         have: resources of the cluster.
-        wanted: trials asked for; None for as many as fit.
+        wanted: trainings asked for; None for as many as fit.
         cores: physical cores, where the cluster's CPUs are logical ones.
     Raises:
         ClusterTooSmallError: with the arithmetic, when none or fewer than wanted fit.
@@ -88,7 +88,7 @@ def concurrency(have: dict[str, float], config: Config, wanted: int | None, core
         text = f"the cluster's {have.get('GPU', 0):g} GPUs / {t.workers} workers"
     if fit_in < (wanted or 1):
         raise ClusterTooSmallError(
-            f"{wanted or 1} trials at a time do not fit, only {max(0, fit_in)}: {text}. Lower `--max-concurrent` or "
+            f"{wanted or 1} trainings at a time do not fit, only {max(0, fit_in)}: {text}. Lower `--max-concurrent` or "
             "`--train.workers`, or add nodes."
         )
     if wanted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmref.config import Config
+from mmref.config.inputs import settled
 from mmref.tuning.ablate import ablate
 from mmref.tuning.ablation_table import markdown
 from mmref.tuning.rows import Row, Rows
@@ -25,7 +26,7 @@ def compare(own: Config, prepared: Config, best: Trial, seeds: int, max_concurre
         best: the best trial. Nothing is trained where its values are the config's own.
         seeds: fresh seeds of each.
     """
-    if all(get_value(own, name) == value for name, value in best.values.items()):
+    if all(get_value(settled(own), name) == value for name, value in best.values.items()):
         print("the best trial is the config itself: there is nothing to compare", flush=True)
         return []
     searched = ["eval.refine_in_training", *REFINEMENT.values()]

@@ -18,10 +18,11 @@ def trials_parquet(trials: list[Trial], names: list[str]) -> bytes:
     import pyarrow.parquet as pq
 
     front = {t.number for t in pareto_front(trials)}
+    columns = {name: _of_one_type({t.number: t.values[name] for t in trials}) for name in names}
     rows = [
         {
             "trial": t.number, "status": t.status, "score": t.score, **{m: t.best.get(m) for m in METRICS},
-            **{name: t.values[name] for name in names},
+            **{name: columns[name][t.number] for name in names},
             **{f"refinement.{s}": t.refinement.get(s) for s in SETTINGS},
             "best_step": t.best.get("step"), "steps": t.steps, "seconds": t.seconds, "step_seconds": t.step_seconds,
             "pareto": t.number in front, "error": t.error,
@@ -31,6 +32,12 @@ def trials_parquet(trials: list[Trial], names: list[str]) -> bytes:
     out = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), out)
     return out.getvalue()
+
+
+def _of_one_type(values: dict[int, Any]) -> dict[int, Any]:
+    """Values of a field by trial as one column holds them: all as text where some are words and others numbers."""
+    words = [isinstance(value, str) for value in values.values()]
+    return {n: str(value) for n, value in values.items()} if any(words) and not all(words) else values
 
 
 def best_yaml(config: Config, trial: Trial, metric: str, trial_steps: int) -> str:

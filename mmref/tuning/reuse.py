@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mmref.config import Config, config_hash
 from mmref.errors import ConfigError
+from mmref.evaluate.choose import GRID
 from mmref.storage.texts import read_text
 from mmref.tuning.ablation_table import METRICS
 from mmref.tuning.rows import Training
-from mmref.tuning.space import REFINEMENT, get_value
+from mmref.tuning.space import get_value
 
-CHOICES = ("train.eval_every", "eval.metric", "eval.top_p", "eval.refine_in_training", *REFINEMENT.values())
+EVERY = "train.eval_every"
+CHOICES = (EVERY, "eval.metric", "eval.refine_in_training", *(f"eval.{name}" for name in GRID))
 """Fields that choose a checkpoint and its refinement: results are compared only where they agree."""
 STATES = ("initial", "refined")
 ENTRY = {"row": str, "seed": int, "config_hash": str, "choices": dict, "initial": dict, "by_caption_kind": dict}  # of a training
 
 
 def choices(config: Config) -> dict[str, Any]:
-    """How a training's checkpoint and refinement are chosen: the fields of CHOICES."""
-    return {name: get_value(config, name) for name in CHOICES}
+    """How a training's checkpoint and refinement are chosen: the fields of CHOICES. What 0 stands for is said in steps."""
+    return {name: get_value(config, name) for name in CHOICES} | {EVERY: config.train.steps_between_evaluations}
 
 
 def chosen_otherwise(before: dict[str, Any], config: Config) -> str:
     """Words on the first of CHOICES in which a training `before` differs from what `config` asks for; empty where none does."""
+    if before.get(EVERY) == 0:  # as files of earlier versions have it
+        before = {**before, EVERY: replace(config.train, eval_every=0).steps_between_evaluations}
     for name, now in choices(config).items():
         if before.get(name) != now:
             return f"was trained with `{name}` {before.get(name)}, and is now asked for with {now}"
+    return ""
+
+
+def evaluated_for_less(metrics: dict[str, Any], config: Config) -> str:
+    """Words on what `config` asks an evaluation for and metrics lack; empty where they have all."""
+    if config.eval.class_protocol and "class_protocol" not in metrics:
+        return "was evaluated without `eval.class_protocol`, which is asked for now"
     return ""
 
 
@@ -66,14 +78,16 @@ class Recorded:
         """Raises ConfigError for a file that is no ablation.json, holds no trainings or is of another split."""
         # One hash may have several, since it does not say how checkpoint and refinement were chosen.
         self._found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        self.seeds: set[int] = set()
         for path in files:
             for entry in _read(path, split):
+                self.seeds.add(entry["seed"])
                 self._found.setdefault(entry["config_hash"], []).append((path, entry))
 
     def get(self, config: Config, data: str, refined: bool) -> dict[str, Any] | None:
         """Metrics of the training of this config; None where there is none, or none after refinement where `refined` asks
         for them. Raises ConfigError where there are, but their shard set had other contents than `data` (as of
-        `data_fingerprint`), or checkpoint or refinement were chosen in another way."""
+        `data_fingerprint`), checkpoint or refinement were chosen in another way, or they were evaluated for less."""
         wrong = ""
         for path, entry in self._found.get(config_hash(config), []):
             if refined and "refined" not in entry:
@@ -84,7 +98,7 @@ class Recorded:
                     f"{found}was trained on shards with the fingerprint {entry.get('data')}, {config.data.root} has {data}. "
                     "Give the same shard set, or leave that file out of `--results`."
                 )
-            elif otherwise := chosen_otherwise(entry["choices"], config):
+            elif otherwise := chosen_otherwise(entry["choices"], config) or evaluated_for_less(entry, config):
                 wrong = wrong or f"{found}{otherwise}. Give the same, or leave that file out of `--results`."
             else:
                 return entry

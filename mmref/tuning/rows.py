@@ -92,6 +92,12 @@ class Training:
         return f"{self.row}{'' if self.point is None else f' at {self.point}'}, seed {self.seed}"
 
 
+def seed_of(folder: str) -> int | None:
+    """The seed in the name of a training's run directory; None of any other name."""
+    found = re.search(r"-seed(\d+)$", folder)
+    return int(found[1]) if found else None
+
+
 def trainings(rows: Rows, seeds: list[int]) -> list[Training]:
     """Every training the rows need, each once: seed by seed, so that an interrupted ablation has whole pairs."""
     names = dict.fromkeys(row.training for row in rows.rows)

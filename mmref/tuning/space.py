@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmref.config import Config, EvalConfig, check_config, from_dict, placed, to_dict, unknown_key
+from mmref.config.inputs import settled
 from mmref.config.shipped import file_or_name
 from mmref.errors import ConfigError
 from mmref.storage.locations import absolute, expanded
@@ -134,12 +135,17 @@ class Space:
 
     def outside(self, base: Config) -> list[str]:
         """The fields whose value in the config the space leaves out, as `loss.w_rec 0.3`."""
-        own = {p: get_value(base, p.name) for p in self.parameters}
-        return [f"{p.name} {value}" for p, value in own.items() if not p.contains(value)]
+        own = self.own_values(base)
+        return [f"{p.name} {own[p.name]}" for p in self.parameters if not p.contains(own[p.name])]
 
     def default_point(self, base: Config) -> dict[str, Any] | None:
         """The config's own values, None where the space leaves one of them out."""
-        return None if self.outside(base) else {p.name: get_value(base, p.name) for p in self.parameters}
+        return None if self.outside(base) else self.own_values(base)
+
+    def own_values(self, base: Config) -> dict[str, Any]:
+        """The config's values of the searched fields, `auto` as the number that it stands for."""
+        config = settled(base)
+        return {p.name: get_value(config, p.name) for p in self.parameters}
 
 
 def _union(own: list[Any], more: list[Any]) -> list[Any]:

@@ -45,7 +45,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
         SweepInterruptedError: Ctrl-C; `resume` goes on.
         SweepError: no trial has a score.
     """
-    run, base = RunDir(base.run_dir), settled(base)
+    run = RunDir(base.run_dir)
     check_options(options, space)
     prepared = prepare(base, space, options, run)
     if submitted() and run.local and not os.path.isabs(os.path.expanduser(base.run_dir)):
@@ -106,16 +106,17 @@ def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None
 
 
 def prepare(base: Config, space: Space, options: Options, run: RunDir) -> Config:
-    """The config that best.yaml starts from, everything checked that needs no Ray."""
+    """The config that best.yaml starts from, everything checked that needs no Ray. Its `auto` is for each trial to settle."""
     trial = of_a_trial(base, options)
-    steps, every, grace = trial.train.max_steps, trial.train.eval_every, grace_steps(options.grace_steps, trial)
+    steps, every = trial.train.max_steps, trial.train.steps_between_evaluations
+    grace = grace_steps(options.grace_steps, trial)
     if options.scheduler == "asha" and every > grace:
         raise ConfigError(
             f"ASHA is to judge trials of {steps} steps from step {grace} on, and they are evaluated every {every} steps: set "
             f"`--train.eval_every` to at most {grace}, or `--grace-steps` higher."
         )
     base = with_values(space.prepare(base), {"run_dir": run.path})
-    check_inputs(base)
+    check_inputs(settled(base))
     splits = ShardSet.open(base.data.root).splits
     if "val" not in splits:
         raise ShardSetError(f"{base.data.root} has no val split: trials are compared on it. Build the set with one.")

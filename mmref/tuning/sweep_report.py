@@ -11,7 +11,7 @@ import mmref.evaluate
 from mmref.config import Config
 from mmref.tuning import sweep_figures
 from mmref.tuning.results import refinement_text, short, short_names, steps_text
-from mmref.tuning.space import Space, get_value
+from mmref.tuning.space import Space
 from mmref.tuning.trial_log import Trial, best_of, pareto_front, ranked
 
 GROUPS = {"references": "reference.", "loss weights and temperatures": "loss.", "other fields": ""}
@@ -51,7 +51,7 @@ def render_sweep(trials: list[Trial], space: Space, config: Config, title: str, 
         counts=[(status, sum(t.status == status for t in trials)) for status in dict.fromkeys(t.status for t in trials)],
         steps=steps_text(trials, config.train.max_steps),
         front={t.number for t in pareto_front(trials)},
-        own={name: get_value(config, name) for name in names},
+        own=space.own_values(config),
         history=sweep_figures.history(trials, config.eval.metric),
         curves=sweep_figures.curves(trials, leader, default, config.eval.metric),
         importances=sweep_figures.bars(counted) if counted else None,

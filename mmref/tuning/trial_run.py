@@ -14,6 +14,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from mmref.cluster import ray_private
 from mmref.cluster.connection import SETTINGS, named_address
 from mmref.config import Config, from_dict
+from mmref.config.inputs import settled
 from mmref.errors import StorageError
 from mmref.run.checkpoints import latest_checkpoint
 from mmref.run.directory import RunDir, read_jsonl
@@ -49,7 +50,7 @@ def run_trial(trial: dict[str, Any], base: dict[str, Any]) -> None:
     try:
         RunDir(base["run_dir"]).check_shared("sweep.json")
         run.remove(ERROR_FILE)
-        config = with_values(from_dict(base), {**trial["values"], "run_dir": run.path})
+        config = settled(with_values(from_dict(base), {**trial["values"], "run_dir": run.path}))
         with run.held(), named_address():
             prepare_run(config, run)
             for evaluation in evaluations(config, run):

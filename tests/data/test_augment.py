@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from mmref.config import DataConfig, from_dict
+from mmref.config.inputs import settled
 from mmref.data.augment import augment, augmentation_draws, normalize
 
 TOTAL = 8
 PLAIN = {"flip": 0.0, "crop_padding": 0, "erase": 0.0, "colour_jitter": 0.0}
-PLAIN_CONFIG = from_dict({"model": {"vision_config": {"model_type": "vit"}, "text_config": {"model_type": "bert"}}}).data
+PAIR = {"vision_config": {"model_type": "vit"}, "text_config": {"model_type": "bert"}}
+PLAIN_CONFIG = settled(from_dict({"model": PAIR})).data
 
 
 def batch(n=TOTAL, height=10, width=14):

@@ -24,6 +24,7 @@ from mmref.evaluate.refinement import (
     refine,
     refined_scores,
 )
+from mmref.evaluate.report import format_table
 from mmref.evaluate.split_features import SplitFeatures
 
 
@@ -153,6 +154,18 @@ def test_a_run_reports_what_its_config_or_the_command_asks_for(root, tmp_path, m
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Image to image" in page and "the captions of each image as one query" in page and "NDCG@10 and MRR" in page
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["image_to_image"] == block
+
+
+def test_without_references_there_was_no_setting_to_try(root, tmp_path, monkeypatch):
+    """As for captions: there is a val split, which had no choice."""
+    run = run_on(root, tmp_path / "run", monkeypatch)
+    without = lambda *given: (random_features(*given)[0], None)  # noqa: E731
+    monkeypatch.setattr(evaluation, "run_features", without)
+    metrics = evaluation.evaluate_run(run, report=False, changes=evaluation.changed_options(True, None, "object"))
+    said = [line for line in format_table(metrics).splitlines() if line.startswith("refinement")]
+    assert len(said) == 3 and all(line.endswith("none: there was no setting to try") for line in said)
+    blocks = metrics, metrics["image_to_image"], metrics["captions_as_one"]
+    assert {block["refinement"]["chosen_on"] for block in blocks} == {"val"}
 
 
 def test_where_val_has_nothing_to_find_nothing_is_chosen(features, root):

@@ -376,6 +376,10 @@ def test_other_kinds_of_queries_have_rows_and_refinements_of_their_own():
         assert "the captions of each object as one query (1,203 queries of 3.0 captions on average)" in shown
     assert "refinement, image to image, without images by the same cam: none: there was no setting to try" in text
     assert "the captions of each object as one query: softmax over the 32 nearest" in page
+    images["refinement"]["chosen_on"] = ""
+    assert "same cam: none: no such query on val has anything to find" in format_table(metrics)
+    metrics["refinement"] = {**metrics["refinement"], "chosen_on": "", "weight": 0.0}
+    assert "same cam: none: there is no val split to choose it on" in format_table(metrics)
     widths = {len(line) for line in text.splitlines() if line.startswith("  initial")}
     assert widths == {len(text.splitlines()[0])}, "long labels make no column wider"
 

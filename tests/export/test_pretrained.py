@@ -136,7 +136,7 @@ PAIR = {"vision_config": {"model_type": "vit"}, "text_config": {"model_type": "b
 
 
 def test_without_a_pretrained_dual_encoder_auto_is_what_it_was():
-    data = from_dict({"model": PAIR}).data
+    data = settled(from_dict({"model": PAIR})).data
     assert (data.image_height, data.image_width, data.max_tokens, data.resize, data.padding) == (64, 64, 24, "area", "right")
     assert (data.image_mean, data.image_std) == ([0.481, 0.458, 0.408], [0.269, 0.261, 0.276])
     # and a run has the identity that it had before there were such fields

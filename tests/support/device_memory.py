@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mmref.config import from_dict
+from mmref.config.inputs import settled
 
 
 def _process(rank: int, world: int, folder: str, values: dict[str, Any]) -> None:
@@ -31,7 +32,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any]) -> None
     from mmref.train.engine import build_engine, set_learning_rate
     from mmref.train.step import StepRunner
 
-    config = from_dict(values)
+    config = settled(from_dict(values))
     reader = StepReader(config, rank, world)
     batches = [reader.read_step(step) for step in range(2)]
     with LiveBytes() as memory:

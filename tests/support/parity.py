@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mmref.config import from_dict
+from mmref.config.inputs import settled
 
 STEPS = 10
 
@@ -84,7 +85,7 @@ def _process(rank: int, world: int, folder: str, values: dict[str, Any], stop_at
     from mmref.train.engine import build_engine, iterate_state, set_learning_rate
     from mmref.train.step import StepRunner
 
-    config = from_dict(values)
+    config = settled(from_dict(values))
     reader = StepReader(config, rank, world)
     engine = build_engine(build_model(config, reader.tokens.vocab_size, reader.index.n_objects), config, world)
     bank = ReferenceBank(reader.index.n_objects, engine.module.embed_dim, config.reference, config.train.seed)

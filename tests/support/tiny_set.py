@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mmref.config import Config, from_dict, to_dict
+from mmref.config.inputs import settled
 from mmref.data.shard_set import ShardSet
 from mmref.shards.build import BuildOptions, build_shards
 from mmref.shards.samples import SourceImage, SourceObject
@@ -109,4 +110,4 @@ def tiny_config(root: str | os.PathLike[str], overrides: dict[str, Any]) -> Conf
     }  # fmt: skip
     for name, value in (base | overrides).items():
         set_field(values, name, value)
-    return from_dict(values)
+    return settled(from_dict(values))

@@ -10,6 +10,7 @@ from support.plain_training import PlainTraining
 
 from mmref.cli import main
 from mmref.config import config_hash, from_dict, load_config, to_dict
+from mmref.config.inputs import settled
 from mmref.model.flops import flop_counter
 from mmref.run.directory import JsonLines, RunDir
 from mmref.train import trainer
@@ -60,7 +61,7 @@ def test_the_demo_s_training_costs_at_most_50_tflop():
     values = to_dict(config)
     values["data"]["root"], values["train"]["precision"] = str(ROOT / "data_shards/emoji"), "fp32"
     values["loss"] |= {"guide_from": 0.0, "guide_full": 0.0}  # guidance costs as much once it is there
-    training = PlainTraining(from_dict(values))
+    training = PlainTraining(settled(from_dict(values)))
     with flop_counter() as counter:
         training.step(0)
     assert counter.get_total_flops() * config.train.max_steps < 50e12

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from support.pretrained import save_pretrained
 from support.tiny_set import tiny_config
 
+from mmref.config import dump_yaml
 from mmref.data.shard_set import ShardSet
 from mmref.errors import ConfigError, DenseCodesError, RunDirectoryError, TooFewPairsError
 from mmref.evaluate import refinement
 from mmref.run.directory import RunDir
-from mmref.train import division
+from mmref.train import division, trainer
 from mmref.train.trainer import check_inputs, prepare_run
 
 
@@ -21,6 +24,33 @@ def test_what_another_command_wrote_is_no_run_directory(tiny_set, tmp_path, held
     with pytest.raises(RunDirectoryError, match=f"{tmp_path} is no run's: it holds {held}"):
         prepare_run(tiny_config(tiny_set, {}), RunDir(str(tmp_path)))
     assert (tmp_path / "config.yaml").read_text() == "of an export"
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused_always"),
+    [
+        ({"eval.metric": "R@1"}, True),
+        ({"eval.refine_weights": [1.6]}, False),
+        ({"eval.refine_kinds": ["dense"]}, False),
+        ({"eval.refine_top_rs": [4]}, False),
+        ({"eval.refine_taus": [0.5]}, False),
+        ({"eval.top_p": 10}, False),
+    ],
+)
+def test_a_run_goes_on_only_where_its_checkpoints_scores_compare(make_config, monkeypatch, tmp_path, changed, refused_always):
+    """Another refinement counts in them where training searches it."""
+    run = RunDir(str(tmp_path))
+    monkeypatch.setattr(trainer.checkpoints, "latest_checkpoint", lambda run: SimpleNamespace(step=10))
+    (name,) = changed
+    for searched in (True, False):
+        fields = {"eval.refine_in_training": searched}
+        run.write_text("config.yaml", dump_yaml(make_config(fields)))
+        if searched or refused_always:
+            with pytest.raises(RunDirectoryError, match=f"scored with `{name}` .*, and is to go on with "):
+                prepare_run(make_config(fields | changed), run)
+        prepare_run(make_config(fields), run)
+        if not searched and not refused_always:
+            prepare_run(make_config(fields | changed), run)
 
 
 def test_too_few_pairs_to_divide_are_named_before_the_first_step(make_config, monkeypatch):

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mmref.cluster import connection
-from mmref.config import Config, config_hash, dump_yaml, to_dict
+from mmref.config import AUTO, Config, config_hash, dump_yaml, from_dict, to_dict
+from mmref.config.inputs import BEFORE, PLAIN, settled
 from mmref.data.shard_set import data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.evaluate import split_features
@@ -90,6 +91,42 @@ def test_tables_are_there_as_soon_as_a_training_is(base: Config, trained: list[s
     assert seen == [["plain"], ["plain", "full", "full, refined"]]
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_each_row_is_prepared_for_its_own_model(
+    over: bool, base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `mmref train` of the row's config would have it, whatever the model of the base."""
+    from support.pretrained import save_pretrained
+
+    clip, siglip = (str(save_pretrained(name, tmp_path / name)) for name in ("clip", "siglip"))
+    values = to_dict(base)
+    values["data"] |= dict.fromkeys({**PLAIN, **BEFORE}, AUTO)
+    towers = {f"model.{name}": values["model"][name] for name in ("vision_config", "text_config")}
+    no_pair = dict.fromkeys(towers)
+    pair = from_dict(values)
+    values["model"] |= {"vision_config": None, "text_config": None}
+    of = {name: from_dict({**values, "model": {**values["model"], "dual": name}}) for name in (clip, siglip)} | {"": pair}
+    seen: dict[str, Config] = {}
+
+    def note(base: Config, planned: dict, *rest: Any) -> list:
+        seen.update({config.model.dual: config for config in planned.values()})
+        return []
+
+    monkeypatch.setattr(module, "_train", note)
+    monkeypatch.setattr(module, "check_inputs", lambda config: None)
+    if over:
+        ablate(of[clip], Rows((Row("a"),), "a", "model.dual", (clip, siglip)), [0])
+    else:
+        ablate(of[clip], Rows((Row("a"), Row("b", {"model.dual": siglip}), Row("c", {"model.dual": "", **towers})), "a"), [0])
+        clips, seen = seen, {}
+        ablate(pair, Rows((Row("a"), Row("b", {**no_pair, "model.dual": siglip})), "a"), [0])
+        assert seen[""].data == settled(pair).data and seen[siglip].data == clips[siglip].data
+        seen |= clips
+    assert len(seen) == (2 if over else 3)
+    for name, config in seen.items():
+        assert config.data == settled(of[name]).data, name
+
+
 def test_a_row_may_train_on_other_shards(base: Config, trained: list[str], tiny_set: Path, tmp_path: Path) -> None:
     """What came of each training is noted with the fingerprint of its own shards."""
     other = str(shutil.copytree(tiny_set, tmp_path / "other_set"))
@@ -161,6 +198,27 @@ def test_results_that_were_chosen_otherwise_are_refused(name: str, value: Any, b
     assert trained == ["plain-seed0", "full-seed0"]
 
 
+def test_evaluations_at_the_same_steps_are_the_same_however_they_are_asked_for(
+    base: Config, trained: list[str], tmp_path: Path
+) -> None:
+    """By default there are ten: every second of 20 steps."""
+    by_default = with_values(base, {"train.eval_every": 0})
+    ablate(by_default, ROWS, [0])
+    ablate(with_values(base, {"train.eval_every": 2}), ROWS, [0])
+    published = Path(base.run_dir, "ablation.json").rename(tmp_path / "published.json")
+    found = json.loads(published.read_text())
+    assert {entry["choices"]["train.eval_every"] for entry in found["trainings"]} == {2}
+    for entry in found["trainings"]:
+        entry["choices"]["train.eval_every"] = 0  # as earlier versions noted it
+    published.write_text(json.dumps(found))
+    elsewhere = {"run_dir": str(tmp_path / "elsewhere")}
+    ablate(with_values(base, {**elsewhere, "train.eval_every": 2}), ROWS, [0], files=[str(published)])
+    ablate(with_values(by_default, elsewhere), ROWS, [0], files=[str(published)])
+    assert trained == ["plain-seed0", "full-seed0"]
+    with pytest.raises(ConfigError, match=r"trained with `train.eval_every` 2, and is now asked for with 4"):
+        ablate(with_values(base, {**elsewhere, "train.eval_every": 4}), ROWS, [0], files=[str(published)])
+
+
 def test_one_row_again_keeps_the_others_in_the_tables(base: Config, trained: list[str]) -> None:
     rows = Rows((*ROWS.rows, Row("none", {"loss.w_fuse": 0.0})), "plain")
     ablate(base, rows, [0, 1], only=["full"])
@@ -168,6 +226,48 @@ def test_one_row_again_keeps_the_others_in_the_tables(base: Config, trained: lis
     table = ablate(base, rows, [0, 1], only=["none"])
     assert trained[4:] == ["none-seed0", "none-seed1"]
     assert [row["name"] for row in table] == ["plain", "full", "full, refined", "none"]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_seeds_that_are_not_asked_for_stay_in_the_tables(
+    recorded: bool, base: Config, trained: list[str], tmp_path: Path
+) -> None:
+    """Whether their folders are there, or their records alone."""
+    out = Path(base.run_dir)
+    before = ablate(base, ROWS, [0, 1, 2])
+    written = json.loads((out / "ablation.json").read_text())
+    if recorded:
+        for folder in out.glob("*-seed*"):
+            shutil.rmtree(folder)
+    files = [str(out / "ablation.json")] if recorded else []
+    assert ablate(base, ROWS, [0], files=files) == before and len(trained) == 6
+    again = json.loads((out / "ablation.json").read_text())
+    assert again["seeds"] == [0, 1, 2] and again["rows"] == written["rows"]
+    by_training = [sorted(found["trainings"], key=lambda t: (t["row"], t["seed"])) for found in (written, again)]
+    assert by_training[0] == by_training[1]
+    more = ablate(base, ROWS, [4], only=["plain"], files=files)
+    assert trained[6:] == ["plain-seed4"], "the other seeds are not trained, nor are other rows"
+    assert [row["seeds"] for row in more] == [[0, 1, 2, 4], [0, 1, 2], [0, 1, 2]]
+    assert more[1]["delta_R@1"] == before[1]["delta_R@1"], "paired over the seeds that both have"
+
+
+def test_what_was_not_evaluated_is_not_reused_in_silence(
+    base: Config, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablate(base, ROWS, [0])
+    published = str(Path(base.run_dir, "ablation.json").rename(tmp_path / "published.json"))
+    by_class = {"eval.class_protocol": True}
+    with pytest.raises(RunDirectoryError, match=r"plain-seed0 was evaluated without `eval.class_protocol`.*Remove result-test"):
+        ablate(with_values(base, by_class), ROWS, [0])
+    elsewhere = {"run_dir": str(tmp_path / "elsewhere")}
+    with pytest.raises(ConfigError, match=r"`plain`, seed 0, was evaluated without `eval.class_protocol`"):
+        ablate(with_values(base, {**by_class, **elsewhere}), ROWS, [0], files=[published])
+    with pytest.raises(ConfigError, match=r"`--kind names`: no caption of test in .* is of that kind, only name, sentence"):
+        ablate(base, ROWS, [0], kind="names")
+    capsys.readouterr()
+    ablate(with_values(base, elsewhere), ROWS, [0], kind="name", files=[published])
+    assert "note: plain, seed 0: no captions of the kind `name` on record" in capsys.readouterr().out
+    assert trained == ["plain-seed0", "full-seed0"]
 
 
 def test_trainings_of_another_ablation_are_not_repeated(base: Config, trained: list[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -45,5 +46,7 @@ def test_gpus_bound_the_trials(make_config: Callable[..., Config]) -> None:
 def test_a_sweep_that_cannot_fit_says_so_with_the_arithmetic(make_config: Callable[..., Config]) -> None:
     with pytest.raises(ClusterTooSmallError, match=r"only 0.*3 CPUs - 1 for Ray Data.*1 workers x \(1 CPU \+ 1 readers"):
         concurrency({"CPU": 3}, make_config(), None, None)
-    with pytest.raises(ClusterTooSmallError, match="5 trials at a time do not fit, only 3"):
+    with pytest.raises(ClusterTooSmallError, match="5 trainings at a time do not fit, only 3") as raised:
         concurrency({"CPU": 8}, make_config(), 5, None)
+    page = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text()
+    assert " ".join(f"ClusterTooSmallError: {raised.value}".split()) in " ".join(page.split()), "as the manual quotes it"

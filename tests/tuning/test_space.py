@@ -125,6 +125,13 @@ def test_the_configs_own_point_is_tried_only_where_the_space_contains_it(tmp_pat
     assert space_of(tmp_path, **entries, loss__w_rec={"type": "choice", "values": [0.1]}).default_point(Config()) is None
 
 
+def test_auto_is_the_number_that_it_stands_for(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    config = with_values(make_config(), {"data.max_tokens": "auto"})
+    assert config.data.max_tokens == "auto", "another model settles it in another way"
+    space = space_of(tmp_path, data__max_tokens={"type": "choice", "values": [12, 24]})
+    assert space.default_point(config) == {"data.max_tokens": 24} and space.outside(config) == []
+
+
 def test_with_values_copies(make_config: Callable[..., Config]) -> None:
     base = make_config()
     changed = with_values(base, {"loss.w_rec": 0.3, "run_dir": "elsewhere"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,8 @@ import pytest
 from support.tiny_set import TinySource, build_tiny_set
 
 from mmref.cluster.connection import connect
-from mmref.config import Config, dump_yaml, load_config, to_dict
+from mmref.config import AUTO, Config, dump_yaml, from_dict, load_config, to_dict
+from mmref.config.inputs import BEFORE, PLAIN, settled
 from mmref.data.shard_set import data_fingerprint
 from mmref.errors import ClusterTooSmallError, ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.run.directory import RunDir
@@ -30,7 +32,7 @@ from mmref.tuning.display import Display
 from mmref.tuning.options import Options, check_options
 from mmref.tuning.recorder import Recorder
 from mmref.tuning.results import format_trials
-from mmref.tuning.space import Space, read_space, with_values
+from mmref.tuning.space import Space, parse_space, read_space, with_values
 from mmref.tuning.sweep import prepare, resume, sweep
 from mmref.tuning.trial_log import Trial, TrialLog
 
@@ -98,6 +100,13 @@ def test_asha_needs_evaluations_as_often_as_it_judges(tmp_path: Path, space: Spa
         sweep(with_values(config, {"loss.w_guide": 0.0}), space, Options(trials=1))
     prepare(config, space, Options(1, scheduler="none"), RunDir(config.run_dir))
     prepare(config, space, Options(1, grace_steps=40), RunDir(config.run_dir))
+    by_default = with_values(config, {"train.eval_every": 0})  # a tenth of the 80 steps
+    with pytest.raises(ConfigError, match=r"from step 5 on.*every 8 steps"):
+        prepare(by_default, space, Options(1, grace_steps=5), RunDir(config.run_dir))
+    prepare(by_default, space, Options(1, grace_steps=8), RunDir(config.run_dir))
+    with pytest.raises(ConfigError, match=r"trials of 80 steps from step 12 on.*every 16 steps"):
+        longer = with_values(by_default, {"train.eval_every": 16})
+        prepare(longer, space, Options(1, grace_steps=12), RunDir(config.run_dir))
 
 
 def test_trials_are_compared_on_the_same_shards(tmp_path: Path, space: Space, make_config: Callable[..., Config]) -> None:
@@ -239,6 +248,18 @@ def test_what_the_end_of_its_training_makes_a_stopped_trial_say_is_no_failure(
     assert read_rows(tmp_path)[0]["status"] == "stopped-early"
 
 
+def test_words_and_numbers_of_a_field_share_a_column(tmp_path: Path) -> None:
+    recorder, trials = started(tmp_path, 2)
+    recorder.names = ["train.lock_image", "train.lr"]
+    for trial, locked in zip(recorder.log.trials.values(), (2, "all")):
+        trial.values.update({"train.lock_image": locked, "train.lr": 0.1})
+    for trial in trials:
+        report(recorder, trial, 6, 5.0, 0.0)
+        recorder.on_trial_complete(0, trials, trial)
+    rows = read_rows(tmp_path)
+    assert [row["train.lock_image"] for row in rows] == ["2", "all"] and [row["train.lr"] for row in rows] == [0.1, 0.1]
+
+
 def test_a_trial_that_ends_early_without_a_word_was_not_stopped(tmp_path: Path) -> None:
     recorder, trials = started(tmp_path, 1)
     report(recorder, trials[0], 2, 5.0, 0.0)
@@ -277,6 +298,36 @@ def test_values_that_do_not_go_together_are_the_trial_s_failure(
     RunDir(str(tmp_path)).write_text("sweep.json", "{}")
     trial_module.run_trial({"number": 0, "values": {"train.global_batch": 7}}, to_dict(make_config({"run_dir": str(tmp_path)})))
     assert len(told) == 1 and told[0]["error"].startswith("BatchArithmeticError"), told
+
+
+def test_a_trial_is_prepared_for_its_own_model(
+    tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep leaves `auto` as it is, so that each trial settles it by the model that it has."""
+    from support.pretrained import save_pretrained
+
+    clip, siglip = (str(save_pretrained(name, tmp_path / name)) for name in ("clip", "siglip"))
+    values = to_dict(make_config({"run_dir": str(tmp_path / "sweep")}))
+    values["data"] |= dict.fromkeys({**PLAIN, **BEFORE}, AUTO)
+    base = with_values(from_dict(values), {"model.dual": clip, "model.vision_config": None, "model.text_config": None})
+    checked: list[Config] = []
+    monkeypatch.setattr(sweep_module, "check_inputs", checked.append)
+    space = parse_space(f"model.dual: {{type: choice, values: [{clip}, {siglip}]}}", "space.yaml")
+    run = RunDir(base.run_dir)
+    prepared = prepare(base, space, Options(1, scheduler="none"), run)
+    assert checked[0].data == settled(base).data and prepared.data == base.data
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", told.append)
+    monkeypatch.setattr(trial_module, "Reporter", object)
+    trained: list[Config] = []
+    monkeypatch.setattr(trial_module, "prepare_run", lambda config, run: trained.append(config))
+    monkeypatch.setattr(trial_module, "named_address", contextlib.nullcontext)
+    monkeypatch.setattr(trial_module, "fit", lambda *given, **named: None)
+    run.write_text("sweep.json", "{}")
+    for number, model in enumerate((clip, siglip)):
+        trial_module.run_trial({"number": number, "values": {"model.dual": model}}, to_dict(prepared))
+        assert trained[-1].data == settled(with_values(base, {"model.dual": model})).data
+    assert told == [] and trained[0].data.image_mean != trained[1].data.image_mean
 
 
 def test_the_table_on_a_terminal_has_what_runs_on_top(tmp_path: Path) -> None:
@@ -363,6 +414,12 @@ def test_a_trial_that_goes_on_is_not_judged_again_where_it_had_passed() -> None:
     assert not judge(asha, 0, 2, 1.0) and not judge(asha, 0, 4, 2.0) and asha.stopped == set()
     assert judge(asha, 3, 2, 1.0) and asha.stopped == {3}, "a new one is judged"
     assert not judge(asha, 1, 4, 3.0) and judge(asha, 0, 8, 2.5) is False, "nobody was at step 8 before"
+
+
+def test_nothing_is_stopped_at_its_last_step() -> None:
+    asha = Asha(8, 2, 2.0, [curve(n, {2: 5.0, 4: 5.0, 8: 5.0}) for n in (1, 2, 3)])
+    assert not judge(asha, 0, 8, 1.0) and asha.stopped == set(), "a rung lies at its end"
+    assert judge(asha, 4, 4, 1.0) and asha.stopped == {4}
 
 
 def test_the_config_itself_is_never_stopped() -> None:

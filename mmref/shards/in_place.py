@@ -28,7 +28,7 @@ from mmref.shards.build import SPLIT_ORDER, files_of_set
 from mmref.shards.in_place_rows import PART_SCHEMA, write_indexes
 from mmref.shards.left_out import LEFT_OUT, LeftOut
 from mmref.shards.reading import ReadingOptions, choose_reading
-from mmref.shards.samples import hash_fraction
+from mmref.shards.samples import hash_fraction, split_warnings
 from mmref.shards.tar_places import find_tars, labels
 from mmref.shards.tar_samples import Reading, TarSample, interpret, read_tar
 from mmref.shards.tasks import run_jobs
@@ -261,7 +261,7 @@ def _manifest(
         }
     return {
         "version": VERSION, "name": name, "licence": options.licence, "source": origin, "splits": splits,
-        "reading": said, "warnings": list(_warnings(scanned)),
+        "reading": said, "warnings": [*_warnings(scanned), *split_warnings(splits)],
         "skipped": left_out.summary(),
     }  # fmt: skip
 

@@ -186,7 +186,7 @@ def test_images_with_dots_in_their_names_are_not_lost_in_silence(tmp_path: Path,
     shards = index(path)
     assert set(metas(shards)) == {"views/p1", "views/p2", "views/plain"}
     assert shards.manifest["skipped"]["first"] == ["views/v1: no caption with text"]
-    (several, passed) = shards.manifest["warnings"]
+    several, passed, _ = shards.manifest["warnings"]
     assert several.startswith("3 samples have several images") and "and 5 images are not" in several
     assert "A key ends at the first dot, also that of p1.back.png" in several and "1 .0.txt" in passed
 
@@ -265,6 +265,13 @@ def test_splits_of_a_field_and_objects_in_two(tmp_path: Path, index: Index) -> N
     assert "'../up' (split) cannot name a split" in shards.manifest["skipped"]["first"][0]
     with pytest.raises(SourceError, match=r"Object 'a' is in 'train' \(a/000000000\) and in 'test' \(a/000000001\)"):
         index(tar(("train", "a"), ("test", "a")), object_id="sku")
+
+
+def test_splits_that_are_missing_are_told(tmp_path: Path, index: Index) -> None:
+    path = write_tar(tmp_path / "a.tar", [{"__key__": f"{i}", "jpg": picture(i), "txt": "x"} for i in range(20)])
+    last = index(path, fractions={"val": 0.5, "test": 0.5}).manifest["warnings"][-1]
+    assert last == "the set has the splits val, test alone (no train: nothing can be trained on it)"
+    assert index(path, fractions={"train": 0.4, "val": 0.3, "test": 0.3}).manifest["warnings"] == []
 
 
 def test_wrong_names_are_told_before_all_tars_are_scanned(tmp_path: Path, index: Index) -> None:

@@ -118,6 +118,19 @@ def test_unusable_samples_are_listed_and_skipped(tmp_path, make_table, encode):
     assert (manifest["splits"]["train"]["objects"], manifest["skipped"]["count"]) == (4, 4 + 4 * 2)
 
 
+def test_a_jpeg_that_lost_its_lower_part_is_left_out():
+    """Decoders take one for sound, and give gray for what is missing."""
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(out, "JPEG")
+    data = out.getvalue()
+    broken = data[: len(data) // 2] + b"\xff\xd9"
+    assert prepare_image(data, ImageOptions()) == (data, "jpg")
+    for options in (ImageOptions(), ImageOptions(resize_to_px=16)):
+        with pytest.raises(SampleError, match=r"does not decode completely .*: the picture ends early"):
+            prepare_image(broken, options)
+    assert prepare_image(broken, ImageOptions(check=False)) == (broken, "jpg")
+
+
 def test_image_formats(encode):
     for form, mode, ext in [
         ("JPEG", "L", "jpg"),

@@ -206,6 +206,8 @@ def test_pictures_kept_in_one_folder_are_no_object(put):
     source = FolderSource(str(root))
     assert [len(item.images) for item in source.objects()] == [1, 1, 1, 1]
     assert any("all pictures are in 'images' and a table names them" in line for line in source.warnings)
+    kept = {image.object_id for image in FolderSource(str(root), strict=False).images()}
+    assert kept == {"images"}, "an index is told what it asks for by --folders"
     put({"metadata.csv": "file_name,text,object_id\nimages/0.png,one,o\nimages/1.png,two,o\n"})
     assert {item.object_id: len(item.images) for item in FolderSource(str(root)).objects()} == {"o": 2, "images": 2}
     put({"metadata.csv": "file_name,text\nimages,all alike\n"})

@@ -74,9 +74,10 @@ class FolderSource(ListedSource):
         images = self._listed(found)
         captions = _Captions(self, found, images)
         captions.read()
-        if self.strict and captions.contradictions:
-            raise SourceError(captions.contradictions[0])
-        self._part_pictures_of_a_table(images, captions)
+        if self.strict:
+            if captions.contradictions:
+                raise SourceError(captions.contradictions[0])
+            self._part_pictures_of_a_table(images, captions)
         self.passed_over.subtract(captions.used)
         self.passed_over = +self.passed_over
         for name, image in images.items():

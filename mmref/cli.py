@@ -30,6 +30,7 @@ class Command(NamedTuple):
 
     place: str
     what: str  # one line of help
+    after_interrupt: str = ""  # what the same command does after Ctrl-C, where it does not begin anew
 
     def __call__(self, argv: Sequence[str]) -> int:
         module, _, function = self.place.partition(":")  # imported when it is asked for: some take seconds
@@ -39,7 +40,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "shards": Command("mmref.shards.command:main", "build, inspect and verify shard sets (your own data: `build table`)"),
-    "train": Command("mmref.retrieval.fine_tune_command:train_main", "train, evaluate and report"),
+    "train": Command(
+        "mmref.retrieval.fine_tune_command:train_main",
+        "train, evaluate and report",
+        "the same command resumes from the last checkpoint",
+    ),
     "sizing": Command("mmref.sizing.command:main", "memory, bytes and FLOPs of a run before it is started"),
     "evaluate": Command("mmref.evaluate.command:main", "score a run, an export or a pretrained model on a split"),
     "explain": Command("mmref.explain.command:main", "where a match lies, what references say, why a result moved"),
@@ -60,7 +65,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
-    return run_command(lambda: _dispatch(words))
+    command = next((COMMANDS[word] for word in words if word in COMMANDS), None)
+    return run_command(lambda: _dispatch(words), command.after_interrupt if command else "")
 
 
 def _dispatch(argv: Sequence[str]) -> int:

@@ -17,9 +17,11 @@ from mmref.data.kinds import PREFIX, ending_of, is_picture, kind_of, why_unread
 from mmref.errors import MMRefError, StorageError
 from mmref.storage.locations import file_system, is_url, read_bytes, to_text
 from mmref.storage.retries import retry
+from mmref.storage.whole_folder import LOCK, NEW
 
 CAPTIONS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")  # endings of files that may hold captions of pictures
-HIDDEN, UNENDED, INDEX, LINKED, OTHER = "hidden", "without an ending", "search index", "linked twice", "no file"
+HIDDEN, UNENDED, LINKED, OTHER = "hidden", "without an ending", "linked twice", "no file"
+INDEX, SET, BEGUN = "search index", "shard set", "folder being written"
 NAMED_ENDINGS = 8  # of files that are no images
 LONGEST_ENDING = 12  # a longer one is a name with a dot in it
 SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -110,7 +112,6 @@ def _walk(root: str, wrong: type[MMRefError]) -> Found:
             found.skip(name, "a link to a folder that holds this one")
             continue
         seen.add(real)
-        found.folders.append(name)
         for entry in _entries(found, name, path, wrong):
             inner = f"{name}{entry.name}"
             if entry.name.startswith("."):
@@ -150,10 +151,18 @@ def _entries(found: Found, name: str, path: str, wrong: type[MMRefError]) -> lis
         found.skip(name, f"a folder that cannot be listed: {error.strerror}")
         found.closed.append(path)
         return []
-    if name and {"manifest.json", "segments"} <= {entry.name for entry in entries}:
-        found.passed_over[INDEX] += 1
+    if name and (ours := _ours(name, {entry.name for entry in entries})):
+        found.passed_over[ours] += 1
         return []
+    found.folders.append(name)
     return entries
+
+
+def _ours(name: str, inside: set[str]) -> str:
+    """What a folder is that a command of ours wrote or is writing, "" for a user's own."""
+    if name.endswith(".partial/") and {LOCK, NEW} <= inside:
+        return BEGUN
+    return INDEX if {"manifest.json", "segments"} <= inside else SET if {"manifest.json", "objects.parquet"} <= inside else ""
 
 
 def _take(found: Found, name: str, path: str, status: os.stat_result) -> None:

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import hashlib
 import io
 import json
 import logging
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmref.data.manifest import json_of, tar_of
 from mmref.data.sample_reader import SplitIndex, changed_in_place
 from mmref.errors import ShardSetError, SourceError
-from mmref.storage.locations import cache_folder, file_system, is_url, read_bytes, sha256_of, size_of, to_text
+from mmref.storage.locations import cache_folder, file_system, is_url, join, read_bytes, sha256_of, size_of, to_text
 from mmref.storage.retries import retry
 from mmref.storage.tars import Tar, tar_stamp
 from mmref.storage.whole_folder import write_whole
@@ -120,6 +123,52 @@ def _stamp_problem(shard: dict[str, Any]) -> str | None:
     return None if found == expected else f"changed_tar: {str(changed_in_place(path, found, expected)).rstrip('.')}"
 
 
+def unpacked(file: Any, most: int) -> Iterator[bytes]:
+    """What an open .tar.gz holds, in pieces: at most one byte more than `most`, since a small file may unpack to one without end.
+
+    Raises:
+        OSError, EOFError or zlib.error: it is damaged or ends early.
+    """
+    left = most + 1
+    with gzip.open(file, "rb") as source:
+        while left and (piece := source.read(min(left, 1 << 20))):
+            left -= len(piece)
+            yield piece
+
+
+def packed_problems(root: str, shards: list[dict[str, Any]], checksums: bool) -> list[str]:
+    """What is wrong with the .tar.gz of a set, by name as `ShardSet.verify` lists them: one is missing, or unpacks to another
+    shard. A set from which all were removed is whole without them.
+
+    Args:
+        checksums: unpack each and compare; else only whether it is there.
+    """
+    packed = {join(root, shard["packed"]): shard for shard in shards if "packed" in shard}
+    there = {path for path in packed if size_of(path) is not None}
+    problems = [f"missing_shard: {path} does not exist" for path in packed if there and path not in there]
+    return problems + [found for path in packed if checksums and path in there and (found := _packed_problem(path, packed[path]))]
+
+
+def _packed_problem(path: str, shard: dict[str, Any]) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        with _opened(path) as file:
+            for piece in unpacked(file, shard["bytes"]):
+                digest.update(piece)
+    except (OSError, EOFError, zlib.error) as error:  # no retries: gzip's own errors look like those of a storage
+        return f"wrong_checksum: {path} cannot be unpacked: {error}"
+    same = digest.hexdigest() == shard["sha256"]
+    return None if same else f"wrong_checksum: {path} does not hold the shard that the manifest names"
+
+
+def _opened(path: str) -> Any:
+    """A file or URL, open to be read."""
+    if not is_url(path):
+        return open(path, "rb")
+    fs, inner = file_system(path)
+    return fs.open(inner, "rb")
+
+
 def verify_shard(root: str, index: SplitIndex, number: int, shard: dict[str, Any], checksums: bool) -> list[str]:
     """Every problem of one shard of a split, by name as `ShardSet.verify` lists them."""
     path, in_place = index.shard_paths[number], "in_place" in shard
@@ -146,7 +195,36 @@ def verify_shard(root: str, index: SplitIndex, number: int, shard: dict[str, Any
     wrong = [index.keys[i] for i in rows.tolist() if not _row_matches(index, i, members, in_place)]
     if wrong:
         problems.append(f"wrong_offset: {path}: {len(wrong)} index rows miss their members, e.g. {wrong[:3]}")
+    if checksums and not problems:  # else the bytes that an index row would be held against are others
+        problems += _row_problems(index, number, rows)
     return problems
+
+
+def _row_problems(index: SplitIndex, number: int, rows: NDArray[np.int64]) -> list[str]:
+    """What index rows say of their samples, held against the json of these, of which the manifest has a checksum."""
+    place = index.json_path(number)
+    ordered = rows[np.argsort(index.json_offset[rows], kind="stable")].tolist()
+
+    def unlike() -> list[str]:
+        with _opened(place) as file:
+            return [index.keys[i] for i in ordered if not _says(index, i, file)]
+
+    wrong = retry(f"read {place}", unlike)
+    if not wrong:
+        return []
+    path = index.shard_paths[number]
+    return [f"wrong_row: {path}: {len(wrong)} index rows say another object, image or number of captions, e.g. {wrong[:3]}"]
+
+
+def _says(index: SplitIndex, i: int, file: Any) -> bool:
+    """Whether the json of a sample, in an open file, says what its index row does."""
+    file.seek(int(index.json_offset[i]))
+    try:
+        meta = json.loads(file.read(int(index.json_size[i])))
+        said = meta["object_id"], meta["image_id"], len(meta["captions"])
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return False
+    return said == (index.object_ids[index.object_row[i]], index.image_ids[i], index.n_captions[i])
 
 
 def _json_problems(root: str, shard: dict[str, Any], checksums: bool) -> list[str]:

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from mmref.errors import ConfigError, ShardSetError, SourceError
 from mmref.shards.index_parts import IndexWriter, Written, write_part
 from mmref.shards.left_out import LEFT_OUT, LeftOut
 from mmref.shards.rows import RowSource, source_rows
-from mmref.shards.samples import Source, count_warnings
+from mmref.shards.samples import Source, count_warnings, split_warnings
 from mmref.shards.spool import Span, Spool, read_objects
 from mmref.shards.tar_writer import ImageOptions, loaded, write_shard
 from mmref.shards.tasks import run_jobs
@@ -45,6 +46,7 @@ SOURCES = {  # name on the command line -> what makes the source
     "folder": "mmref.shards.sources.folders:FolderSource",
 }
 SPLIT_ORDER = ("train", "val", "test")
+NAMED = 3  # of what was left out, in an error
 SPOOL = ".spool"  # folder in the new set that is gone when it is complete
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SIZE_PROBES = 32  # images read to estimate the mean size
@@ -217,7 +219,7 @@ def _collect(source: Source, folder: Path, left_out: LeftOut) -> Spool:
             "together, in one split."
         )
     if not spool.splits:
-        why = f" The first that were left out: {left_out.first[:3]}" if left_out.count else ""
+        why = f" The first that were left out: {left_out.first[:NAMED]}" if left_out.count else ""
         raise SourceError(f"Source {source.name!r} has no objects with images. Check its path and options.{why}")
     return spool
 
@@ -279,6 +281,13 @@ def _make_shard(source: Source, job: Job) -> Written:
     return write_part(write_shard(source, read_objects(job.spans), job.root, job.file, job.images, job.pack), job.part)
 
 
+def _first_left_out(shards: Iterable[Written]) -> list[str]:
+    """Of what was left out of some shards the first lines."""
+    kept = (shard.left_out for shard in shards if os.path.exists(shard.left_out))
+    lines = (line for path in kept for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return [json.loads(line)["left_out"] for line in islice(lines, NAMED)]
+
+
 def _finish(source: Source, out: str, written: dict[str, list[Written]], left_out: LeftOut) -> dict[str, Any]:
     """Writes indexes and objects.parquet, returns the manifest. Object rows are given here: now all skips are known."""
     manifest: dict[str, Any] = {
@@ -289,7 +298,10 @@ def _finish(source: Source, out: str, written: dict[str, list[Written]], left_ou
             left_out.join(shard.left_out)
     for split, shards in written.items():
         if not any(shard.entry["samples"] for shard in shards):
-            raise SourceError(f"No usable sample in split {split!r}. The first that were left out: {left_out.first[:3]}")
+            raise SourceError(
+                f"No usable sample in split {split!r}, all of its images were left out. The first: {_first_left_out(shards)}. "
+                "Mend these, or put other objects into the split."
+            )
         objects = os.path.join(out, "objects.parquet") if split == "train" else None
         with IndexWriter(os.path.join(out, split, f"{split}.index.parquet"), objects) as index:
             for number, shard in enumerate(shards):
@@ -300,6 +312,7 @@ def _finish(source: Source, out: str, written: dict[str, list[Written]], left_ou
             "captions": index.captions,
             "shards": [shard.entry for shard in shards],
         }
-    manifest["warnings"] = [*getattr(source, "warnings", []), *count_warnings(source, manifest["splits"])]
+    splits = manifest["splits"]
+    manifest["warnings"] = [*getattr(source, "warnings", []), *count_warnings(source, splits), *split_warnings(splits)]
     manifest["skipped"] = left_out.summary()
     return manifest

@@ -28,9 +28,9 @@ from mmref.shards.build import SPLIT_ORDER, files_of_set
 from mmref.shards.in_place_rows import PART_SCHEMA, write_indexes
 from mmref.shards.left_out import LEFT_OUT, LeftOut
 from mmref.shards.reading import ReadingOptions, choose_reading
-from mmref.shards.samples import hash_fraction
+from mmref.shards.samples import hash_fraction, split_warnings
 from mmref.shards.tar_places import find_tars, labels
-from mmref.shards.tar_samples import Reading, interpret, read_tar
+from mmref.shards.tar_samples import Reading, TarSample, interpret, read_tar
 from mmref.shards.tasks import run_jobs
 from mmref.shards.tokenizer import train_captions, train_tokenizer
 from mmref.storage.locations import file_system, folder_name, is_url, size_of, to_text
@@ -80,8 +80,17 @@ class ScannedTar:
     json_sha256: str = ""
     splits: dict[str, SplitPart] = field(default_factory=dict)
     passed_over: Counter[str] = field(default_factory=Counter)
-    several_images: int = 0  # samples of which one image was taken
+    several_images: int = 0  # samples with more than the one image that is taken
+    images_aside: int = 0  # images that were not taken, of these
+    dotted: str = ""  # the name of one of these samples whose images have names with dots
     failed: Counter[str] = field(default_factory=Counter)  # downloads that img2dataset has no image of, by status
+
+    def count_aside(self, sample: TarSample) -> None:
+        """Count the images of a sample, be it used or left out, besides the one that is taken."""
+        if sample.aside:
+            self.several_images, self.images_aside = self.several_images + 1, self.images_aside + sample.aside
+            if not sample.plain and not self.dotted and sample.image is not None:
+                self.dotted = to_text(f"{sample.key}.{sample.ext}")
 
 
 def index_tars(given: Sequence[str], out: str, options: InPlaceOptions = InPlaceOptions()) -> dict[str, Any]:
@@ -157,6 +166,7 @@ def scan_tar(shared: tuple[Reading, Joined | None], job: Job) -> ScannedTar:
     digests: dict[str, Any] = {}
     lines = bytearray()
     for sample in contents.samples.values():
+        found.count_aside(sample)
         try:
             meta, split = interpret(sample, label, reading, joined)
             line = json.dumps(meta, ensure_ascii=False, separators=(",", ":"), default=str).encode()
@@ -173,7 +183,6 @@ def scan_tar(shared: tuple[Reading, Joined | None], job: Job) -> ScannedTar:
         part.samples, part.captions = part.samples + 1, part.captions + count
         digests.setdefault(split, hashlib.sha256(found.headers.encode())).update(b"%d %d " % span + line)
         lines += line + b"\n"
-        found.several_images += sample.images > 1
     for split, digest in digests.items():
         found.splits[split].sha256 = digest.hexdigest()
     with contextlib.closing(LeftOut(os.path.join(work, PARTS, _file(number, "left_out")))) as left_out:
@@ -252,7 +261,7 @@ def _manifest(
         }
     return {
         "version": VERSION, "name": name, "licence": options.licence, "source": origin, "splits": splits,
-        "reading": said, "warnings": list(_warnings(scanned)),
+        "reading": said, "warnings": [*_warnings(scanned), *split_warnings(splits)],
         "skipped": left_out.summary(),
     }  # fmt: skip
 
@@ -271,7 +280,12 @@ def _warnings(scanned: Sequence[ScannedTar]) -> Iterator[str]:
         kinds = ", ".join(f"{status[:60]} {count:,}" for status, count in failed.most_common(3))
         yield f"img2dataset's tables count {failed.total():,} failed downloads, which are not in the tars: {kinds}"
     if several := sum(tar.several_images for tar in scanned):
-        yield f"{several:,} samples have several images; of each one was taken, .jpg before .png before .webp"
+        aside, dotted = sum(tar.images_aside for tar in scanned), next(filter(None, (tar.dotted for tar in scanned)), "")
+        name = f". A key ends at the first dot, also that of {dotted}: rename it where each is a sample" if dotted else ""
+        yield (
+            f"{several:,} samples have several images; of each one is taken, .jpg before .png before .webp, and {aside:,} images "
+            f"are not{name}"
+        )
     if passed := sum((tar.passed_over for tar in scanned), Counter()):
         yield "members that are neither images nor texts were passed over: " + ", ".join(
             f"{count:,} {ending[:40]}" for ending, count in passed.most_common(5)

@@ -24,16 +24,20 @@ KINDS = (  # what a reason says: its kind. The first that fits
     (re.compile(r"cannot be fetched|resolution|inside a network|redirects|not followed|is no URL"), "not fetched"),
     (re.compile(r"No such file|is no file|Is a directory|Not a directory"), "no such file"),
     (re.compile(r"outside of"), "outside of the root"),
-    (re.compile(r": no image$"), "no image"),
+    (re.compile(r": no image(?:$| in the column )"), "no image"),
+    (re.compile(r"there is no picture "), "no such picture"),
     (re.compile(r"\.tar is broken, "), "broken tar"),
     (re.compile(r"not read here: "), "a format that is not read"),
     (re.compile(r": a folder without pictures$"), "empty folder"),
     (re.compile(r"the table has no row for it"), "not in the table"),
     (re.compile(r"no caption with text"), "no caption"),
-    (re.compile(r"does not decode|is empty \(0 bytes\)"), "does not decode"),
+    (re.compile(r"does not decode|is empty \(0 bytes\)|: its \.\S+ is empty$"), "does not decode"),
     (re.compile(r"pixels, more than"), "too many pixels"),
     (re.compile(r"fewer than \d+ usable images"), "object with too few images"),
-    (re.compile(r"^row \d+: "), "row that cannot be used"),
+    (re.compile(r"(?:^|, )row \d+: "), "row that cannot be used"),
+    (re.compile(r": its \.\S+ (?:is broken|is no|has)\b|is not UTF-8|is not JSON|cannot be written"), "text that cannot be used"),
+    (re.compile(r": (?:no plain file|a name without an ending|a second one of that name)$"), "member that cannot be used"),
+    (re.compile(r": img2dataset's status is "), "failed download"),
 )
 
 

@@ -12,6 +12,11 @@ from mmref.errors import SourceError
 
 RESERVED = ("object_id", "image_id", "captions", "caption_kinds")  # fields of a sample that a set writes itself
 SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
+WITHOUT = {  # of each split what a set that lacks it cannot give
+    "train": "nothing can be trained on it",
+    "val": "no checkpoint or refinement can be chosen by it",
+    "test": "the numbers that are reported have no split of their own",
+}
 DEFAULT_FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the objects, where a source does not split itself
 
 
@@ -104,6 +109,15 @@ def hash_split(object_id: str, fractions: Mapping[str, float]) -> str:
         if position < edge:
             return split
     return list(fractions)[-1]  # the sum may fall short of 1 by rounding
+
+
+def split_warnings(splits: Iterable[str]) -> list[str]:
+    """A line where a set lacks one of train, val and test: they are called otherwise, or there are too few objects."""
+    there = list(splits)
+    if not (missing := [name for name in WITHOUT if name not in there]):
+        return []
+    lacks = "; ".join(f"no {name}: {WITHOUT[name]}" for name in missing)
+    return [f"the set has the split{'s' if len(there) > 1 else ''} {', '.join(there)} alone ({lacks})"]
 
 
 def count_warnings(source: Source, splits: Mapping[str, Mapping[str, Any]]) -> list[str]:

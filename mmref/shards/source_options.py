@@ -97,7 +97,7 @@ def _add_table(add: Add) -> argparse.ArgumentParser:
     )  # fmt: skip
     table.add_argument("--image", default="image", help="column with the image's path or URL (default: %(default)s)")
     table.add_argument("--object-id", default="object_id", help="column with the object's id (default: %(default)s)")
-    table.add_argument("--captions", nargs="+", help="caption columns (texts or lists); else `caption` or `captions`")
+    _add_captions(table, "caption columns (texts or lists); else `caption` or `captions`")
     table.add_argument("--split", help="column with the split; else `split`, else a fixed hash of the object id")
     table.add_argument(
         "--image-root", type=place, metavar="DIR", help="what image paths are relative to; else the table's folder"
@@ -143,7 +143,7 @@ def _add_dataset(add: Add) -> argparse.ArgumentParser:
     )  # fmt: skip
     dataset.add_argument("--config", help="where the dataset has several")
     dataset.add_argument("--image", help="column of images (default: the only one)")
-    dataset.add_argument("--captions", nargs="+", help="columns of captions, texts or lists (default: the one plainly meant)")
+    _add_captions(dataset, "columns of captions, texts or lists (default: the one plainly meant)")
     dataset.add_argument("--object-id", help="column with the object's id (default: object_id; without one each image is one)")
     dataset.add_argument(
         "--split-map", nargs="+", type=parse_renaming, default=[], metavar="THEIRS=OURS",
@@ -164,7 +164,7 @@ def _add_folder(add: Add) -> argparse.ArgumentParser:
     folder.add_argument(
         "root", type=source, metavar="ROOT", help="holds a folder of each object, or train/, val/ and test/ of them"
     )
-    folder.add_argument("--captions", nargs="+", help="columns of captions.csv, captions.jsonl or metadata.jsonl")
+    _add_captions(folder, "columns of captions.csv, captions.jsonl or metadata.jsonl")
     folder.add_argument(
         "--caption-from-folder", action="store_true",
         help="an image without a caption gets its folder's name, with blanks in place of _ and -",
@@ -177,6 +177,19 @@ def _add_folder(add: Add) -> argparse.ArgumentParser:
     options = ("root", "captions", "caption_from_folder", "depth", "licence", "min_images", "fractions", "resplit")
     folder.set_defaults(source_options=options)
     return folder
+
+
+def _add_captions(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--captions", nargs="+", action=_EachOnce, help=what)
+
+
+class _EachOnce(argparse.Action):
+    """A list of words, of which a second one of the same adds nothing."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
 
 
 def _add_whole(parser: argparse.ArgumentParser) -> None:

@@ -61,7 +61,7 @@ class Spool:
         folder.mkdir()
         self._buffer: list[pa.Table] = []
         self._bytes = 0
-        self._writers: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
+        self._spilled = False
 
     def add(self, table: pa.Table) -> None:
         """Take rows of the schema ROWS, in the order of the source."""
@@ -76,12 +76,10 @@ class Spool:
     def settle(self) -> Conflict | None:
         """Sort, merge and check what was taken. Returns the conflict that comes first in the source."""
         conflicts = []
-        if not self._writers:
+        if not self._spilled:
             parts, keys = [self._buffered()], [self._buffered().select(KEYS)]
         else:
             self._spill()
-            for writer in self._writers.values():
-                writer.close()
             parts, keys = (_Parts(self.folder, kind) for kind in ("rows", "keys"))  # type: ignore[assignment]
         self._buffer = []
         for number, part in enumerate(parts):
@@ -131,7 +129,7 @@ class Spool:
         if not self._buffer:
             return
         table = self._buffered()
-        self._buffer, self._bytes = [], 0
+        self._buffer, self._bytes, self._spilled = [], 0, True
         by_order = np.minimum((table.column("order").to_numpy() * PARTS).astype(np.int64), PARTS - 1)
         self._write(table, by_order, "rows")
         names = table.column("key").cast(pa.binary()).to_pylist()
@@ -144,12 +142,14 @@ class Spool:
         for number, (begin, end) in enumerate(pairwise(edges.tolist())):
             if begin == end:
                 continue
-            name = f"{kind}-{number:03d}.arrows"
-            if name not in self._writers:
-                # A stream holds nothing in memory of what has passed, as a file of Parquet does for its end.
-                options = pa.ipc.IpcWriteOptions(compression="lz4")
-                self._writers[name] = pa.ipc.new_stream(str(self.folder / name), table.schema, options=options)
-            self._writers[name].write_table(table.slice(begin, end - begin))
+            # One stream behind the other: the parts are more than the files that a process may have open (256 on a Mac), and
+            # a file of Parquet would hold in memory what has passed.
+            options = pa.ipc.IpcWriteOptions(compression="lz4")
+            with (
+                open(self.folder / f"{kind}-{number:03d}.arrows", "ab") as file,
+                pa.ipc.new_stream(file, table.schema, options=options) as stream,
+            ):
+                stream.write_table(table.slice(begin, end - begin))
 
     def _settle_part(self, table: pa.Table, number: int) -> Conflict | None:
         """Write a part anew by split, in hash order, an image a row."""
@@ -182,8 +182,12 @@ class _Parts:
 
     def __iter__(self) -> Iterator[pa.Table]:
         for path in self._paths:
-            with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
-                yield stream.read_all().combine_chunks()
+            tables = []
+            with pa.OSFile(str(path)) as file:
+                while file.tell() < file.size():
+                    with pa.ipc.open_stream(file) as stream:
+                        tables.append(stream.read_all())
+            yield pa.concat_tables(tables).combine_chunks()
             path.unlink()
 
 

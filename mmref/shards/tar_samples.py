@@ -51,10 +51,16 @@ class TarSample:
     key: str
     image: Member | None = None
     ext: str = ""  # of the image, as in its name
-    images: int = 0  # of those that are meant by its name alone
+    plain: int = 0  # images with nothing between the key and the ending: a.jpg
+    dotted: int = 0  # others, as a.mask.png and a.front.png
     texts: dict[str, bytes] = field(default_factory=dict)
     content: str = ""  # hash of the image's bytes, where objects are told by it
     fault: str = ""
+
+    @property
+    def aside(self) -> int:
+        """Images that are as much the sample's as the one that was taken. What lies beside a.jpg, as a.mask.png, is no such."""
+        return max(0, (self.plain or self.dotted) - 1)
 
 
 @dataclass
@@ -103,7 +109,10 @@ def _take(tar: Tar, found: TarContents, key: str, ext: str, member: Member, hash
             sample.texts[kind] = tar.read(member.offset, member.size)
     elif kind_of(f".{last}") == "picture":
         sample = found.samples.setdefault(key, TarSample(key))
-        sample.images += kind == last
+        if kind == last:
+            sample.plain += 1
+        else:
+            sample.dotted += 1
         if sample.image is None or _rank(kind) < _rank(sample.ext.lower()):
             sample.image, sample.ext = member, ext
             if hashed:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from mmref.data.container import image_ext
 from mmref.data.decode import decode_pixels, image_format
+from mmref.data.jpeg_scan import lost_pixels
 from mmref.errors import SampleError
 from mmref.shards.samples import Source, SourceImage, SourceObject, escape_key
 from mmref.storage.locations import sha256_of
@@ -56,6 +57,8 @@ def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
     ext = image_ext(data)
     if ext and not options.check and not options.resize_to_px:
         return data, ext
+    if options.check and (why := lost_pixels(data)):
+        raise SampleError(f"image: does not decode completely ({len(data)} bytes): {why}.")
     px = options.resize_to_px
     pixels = decode_pixels(data, shrinks_to=(px, px) if px else None)
     shrinks = px is not None and min(pixels.shape[:2]) > px

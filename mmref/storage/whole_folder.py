@@ -261,16 +261,20 @@ def _files(folder: Path) -> set[str]:
 
 
 def _clear(partial: Path) -> None:
-    """Remove what was written and the folder itself, unless it holds a move that is to be finished or another's work."""
-    if (partial / MOVE).exists():
-        return
-    _discard(partial / NEW)
-    for begun in partial.glob(f".{MOVE}.*.tmp"):
-        begun.unlink()
-    if [p.name for p in partial.iterdir()] == [LOCK]:
-        (partial / LOCK).unlink()
-        with contextlib.suppress(OSError):  # another process has begun in it
-            partial.rmdir()
+    """Remove what was written and the folder itself, unless it holds a move that is to be finished or another's work.
+
+    What cannot be removed stays for the next start: an error here would hide the one for which this is called, as where no file
+    can be opened any more.
+    """
+    with contextlib.suppress(OSError):
+        if (partial / MOVE).exists():
+            return
+        _discard(partial / NEW)
+        for begun in partial.glob(f".{MOVE}.*.tmp"):
+            begun.unlink()
+        if [p.name for p in partial.iterdir()] == [LOCK]:
+            (partial / LOCK).unlink()
+            partial.rmdir()  # an error where another process has begun in it
 
 
 def _discard(folder: Path) -> None:

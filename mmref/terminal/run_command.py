@@ -15,26 +15,30 @@ from mmref.terminal.output import PrintableFormatter, printable
 
 OF_FILES = {  # what is wrong with a file that the error names, rather than with us
     errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM, errno.EROFS,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EBUSY, errno.ETXTBSY, errno.EXDEV,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EBUSY, errno.ETXTBSY, errno.EXDEV, errno.EMFILE,
 }  # fmt: skip
 
 
-def run_command(command: Callable[[], int]) -> int:
-    """Run a command; an error of ours is printed as its message, anything else keeps its traceback."""
+def run_command(command: Callable[[], int], after_interrupt: str = "") -> int:
+    """Run a command; an error of ours is printed as its message, anything else keeps its traceback.
+
+    Args:
+        after_interrupt: what to say to who has ended it by Ctrl-C.
+    """
     output.prepare()
     bypass_proxies()
     if logging.lastResort:
         logging.lastResort.setFormatter(PrintableFormatter())  # of warnings, where no other handler is set up
     try:
         try:
-            return _named(command)
+            return _named(command, after_interrupt)
         finally:  # where argparse leaves too: at its own end Python could only complain
             sys.stdout.flush()
     except OutputError as error:
         return _report(error)
 
 
-def _named(command: Callable[[], int]) -> int:
+def _named(command: Callable[[], int], after_interrupt: str) -> int:
     try:
         return command()
     except MMRefError as error:
@@ -42,9 +46,10 @@ def _named(command: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in OF_FILES or error.filename is None:
             raise
-        return _report(FileError(f"{os.fsdecode(error.filename)}: {error.strerror}."))
+        fix = " Raise the limit: `ulimit -n 4096`." if error.errno == errno.EMFILE else ""
+        return _report(FileError(f"{os.fsdecode(error.filename)}: {error.strerror}.{fix}"))
     except KeyboardInterrupt:
-        print("mmref: interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)
+        print("mmref: interrupted" + (f"; {after_interrupt}." if after_interrupt else "."), file=sys.stderr)
         return 130
 
 

@@ -240,6 +240,17 @@ def damage_objects(root):
     pq.write_table(pa.table({"object_id": names, "row": table["row"]}), root / "objects.parquet")
 
 
+def damage_rows(root):
+    """Two objects of test change their names, and all images are called alike."""
+    path = root / "test" / "test.index.parquet"
+    table = pq.read_table(path)
+    names = sorted(set(table["object_id"].to_pylist()))
+    swapped = {names[0]: names[1], names[1]: names[0]}
+    ids = [swapped.get(name, name) for name in table["object_id"].to_pylist()]
+    table = table.set_column(table.column_names.index("object_id"), "object_id", [ids])
+    pq.write_table(table.set_column(table.column_names.index("image_id"), "image_id", [["zzz"] * len(table)]), path)
+
+
 def damage_overlap(root):
     """The test split becomes a copy of train."""
     for path in (root / "train").iterdir():
@@ -261,6 +272,7 @@ def damage_overlap(root):
         (damage_count, {"wrong_count"}, "train"),
         (damage_shard_count, {"wrong_count"}, "test"),
         (damage_offset, {"wrong_offset"}, "train-000000.tar"),
+        (damage_rows, {"wrong_row"}, "test-000000.tar"),
         (damage_index, {"broken_index"}, "test.index.parquet"),
         (damage_objects, {"wrong_objects"}, "objects.parquet"),
         (damage_overlap, {"split_overlap"}, "test"),
@@ -277,6 +289,21 @@ def test_verify_names_the_damage(root, damage, names, where):
 def test_verify_without_checksums_is_cheaper_and_blind_to_flipped_bytes(root):
     damage_byte(root)
     assert ShardSet.open(str(root)).verify(checksums=False) == []
+
+
+@pytest.mark.parametrize("column", ["object_id", "image_id", "n_captions"])
+def test_an_index_is_held_against_what_samples_say_of_themselves(root, column):
+    path = root / "test" / "test.index.parquet"
+    table = pq.read_table(path)
+    values = table[column].to_pylist()
+    values[-1] = 9 if column == "n_captions" else "another"
+    pq.write_table(table.set_column(table.column_names.index(column), column, [values]), path)
+    shards = ShardSet.open(str(root))
+    last = shards.index("test").n_objects - 1
+    alone = np.count_nonzero(shards.index("test").object_row == last) == 1
+    expected = ["wrong_count", "wrong_row"] if column == "n_captions" else ["wrong_row"] if column == "image_id" or alone else []
+    assert [problem.split(":")[0] for problem in shards.verify()] == expected
+    assert not [problem for problem in shards.verify(checksums=False) if problem.startswith("wrong_row")], "no sample is read"
 
 
 @pytest.mark.parametrize(
@@ -369,6 +396,24 @@ def test_damaged_packed_shard(packed):
     with pytest.raises(ShardSetError, match="does not hold the shard"):
         ShardSet.open(str(packed))
     assert not list(packed.rglob(".unpack*"))
+
+
+def test_verify_looks_at_what_travels_packed(packed):
+    """Tars that lie unpacked already say nothing of the files beside them, which are what is sent on."""
+    shards = ShardSet.open(str(packed))
+    path = packed / "train" / "train-000000.tar.gz"
+    whole, old = path.read_bytes(), path.stat().st_mtime - 100
+    for broken in (whole[:100], b"no gzip", gzip.compress(b"another file")):
+        path.write_bytes(broken)
+        os.utime(path, (old, old))
+        (problem,) = ShardSet.open(str(packed)).verify()
+        assert problem.startswith(f"wrong_checksum: {path}")
+        assert shards.verify(checksums=False) == []
+    path.unlink()
+    assert shards.verify(checksums=False) == shards.verify() == [f"missing_shard: {path} does not exist"]
+    for left in packed.rglob("*.gz"):
+        left.unlink()
+    assert shards.verify() == [], "all of them may go once the set is unpacked"
 
 
 def test_tars_are_plain_webdataset(built):

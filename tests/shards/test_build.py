@@ -118,6 +118,19 @@ def test_unusable_samples_are_listed_and_skipped(tmp_path, make_table, encode):
     assert (manifest["splits"]["train"]["objects"], manifest["skipped"]["count"]) == (4, 4 + 4 * 2)
 
 
+def test_a_jpeg_that_lost_its_lower_part_is_left_out():
+    """Decoders take one for sound, and give gray for what is missing."""
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(out, "JPEG")
+    data = out.getvalue()
+    broken = data[: len(data) // 2] + b"\xff\xd9"
+    assert prepare_image(data, ImageOptions()) == (data, "jpg")
+    for options in (ImageOptions(), ImageOptions(resize_to_px=16)):
+        with pytest.raises(SampleError, match=r"does not decode completely .*: the picture ends early"):
+            prepare_image(broken, options)
+    assert prepare_image(broken, ImageOptions(check=False)) == (broken, "jpg")
+
+
 def test_image_formats(encode):
     for form, mode, ext in [
         ("JPEG", "L", "jpg"),
@@ -319,6 +332,37 @@ def test_errors_of_the_builder(tmp_path):
     table.write_text("image,object_id,caption\nmissing.png,a,text\n")
     with pytest.raises(SourceError, match=r"No usable sample.*missing\.png"):
         build_shards(TableSource(str(table)), str(tmp_path / "out"), BuildOptions(progress=False))
+
+
+def test_a_split_of_which_nothing_can_be_used_says_why(tmp_path, make_table):
+    """The first of its own, however many others were left out before."""
+    table = make_table(8)
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    for row in rows:
+        row["split"] = "val" if row["object_id"] == rows[-1]["object_id"] else "train"
+        if row["split"] == "val" or row is rows[0]:
+            (table.parent / row["image"]).write_bytes(b"")
+    table.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SourceError, match="in split 'val', all of its images were left out") as caught:
+        build_shards(TableSource(str(table), captions=["name"]), str(tmp_path / "set"), BuildOptions(progress=False))
+    told = str(caught.value)
+    assert rows[0]["image"] not in told and rows[-1]["image"] in told and "is empty" in told and "Mend these" in told
+
+
+def test_splits_that_are_missing_are_told(tmp_path, make_table):
+    table = make_table(9)
+    whole = table.read_text()
+    for names, said in [
+        (("train", "val", "test"), []),
+        (("trn", "0", "eval"), ["the set has the splits 0, eval, trn alone (no train: nothing can be trained on it; "]),
+        (("train",), ["the set has the split train alone (no val: no checkpoint or refinement can be chosen by it; no test: "]),
+    ]:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        objects = sorted({row["object_id"] for row in rows})
+        table.write_text("\n".join(json.dumps({**r, "split": names[objects.index(r["object_id"]) % len(names)]}) for r in rows))
+        source = TableSource(str(table), captions=["name"])
+        found = build_shards(source, str(tmp_path / "set"), BuildOptions(progress=False, overwrite=True))["warnings"]
+        assert len(found) == len(said) and all(line.startswith(begin) for line, begin in zip(found, said))
 
 
 def test_ids_must_be_unique(tmp_path):

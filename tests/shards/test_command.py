@@ -62,6 +62,12 @@ def test_left_out_samples_are_printed(shards, tmp_path, encode):
     assert "1 left out" in text and "b.png: " in text
 
 
+@pytest.mark.parametrize("source", [["table", "t.csv"], ["folder", "f"], ["dataset", "a/b"]])
+def test_a_column_of_captions_that_is_named_twice_counts_once(source):
+    args = build_parser().parse_args(["build", *source, "--out", "x", "--captions", "caption", "title", "caption"])
+    assert args.captions == ["caption", "title"]
+
+
 def test_defaults_of_one_source_do_not_leak_into_another():
     parser = build_parser()
     emoji = parser.parse_args(["build", "emoji", "--out", "x"])

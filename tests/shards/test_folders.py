@@ -147,8 +147,81 @@ def test_columns_of_captions(put):
         SourceError, match=r"captions.csv: no column of captions, only file, title, note: name it with --captions"
     ):
         listed(root)
-    with pytest.raises(SourceError, match=r"captions.csv: no column 'titel', only file, title, note"):
+    said = r"captions.csv has no column 'titel', only file, title, note. Did you mean 'title'\? Name yours with --captions"
+    with pytest.raises(SourceError, match=said):
         listed(root, captions=["titel"])
+    with pytest.raises(SourceError, match=said):
+        listed(root, captions=["titel"], caption_from_folder=True)
+    put({"metadata.jsonl": '{"file_name": "a/1.png", "text": "three"}'})
+    assert listed(root, captions=["text"]) == {"a/1.png": ["three"]}, "one of two tables has it"
+    for name in ("captions.csv", "metadata.jsonl"):
+        (root / name).unlink()
+    with pytest.raises(SourceError, match=r"has no column 'title': no captions\.csv"):
+        listed(root, captions=["title"], caption_from_folder=True)
+
+
+def test_captions_of_several_columns_keep_their_kinds(put):
+    root = put({
+        "a/1.png": 1, "a/1.txt": "from a file", "a/2.png": 2, "b/3.png": 3,
+        "captions.csv": "file_name,short,long\na/1.png,one,one is long\na/2.png,,two is long\n",
+    })  # fmt: skip
+    images = FolderSource(str(root), captions=["short", "long"], caption_from_folder=True).images()
+    assert {image.image_id: dict(zip(image.caption_kinds, image.captions, strict=True)) for image in images} == {
+        "a/1.png": {"txt": "from a file", "short": "one", "long": "one is long"},
+        "a/2.png": {"long": "two is long"},
+        "b/3.png": {"folder": "b"},
+    }
+    assert {image.caption_kinds for image in FolderSource(str(root), captions=["long"]).images()} == {None}
+
+
+def test_an_image_of_two_objects(put):
+    rows = "file_name,text,object_id\na/1.png,one,o0\na/2.png,two,o1\na/1.png,again,o0\na/1.png,other,o9\n"
+    root = put({"a/1.png": 1, "a/2.png": 2, "metadata.csv": rows})
+    said = r"metadata.csv, row 5: image 'a/1.png' belongs to the objects 'o0' \(metadata.csv, row 2\) and 'o9'"
+    with pytest.raises(SourceError, match=said):
+        listed(root)
+    source = FolderSource(str(root), strict=False)
+    objects = {image.image_id: image.object_id for image in source.images()}
+    assert objects == {"a/1.png": "o0", "a/2.png": "o1"}, "an index leaves the row out"
+    assert [what for what, _ in source.left_out] == ["metadata.csv, row 5"]
+
+
+def test_texts_whose_names_differ_a_little(put):
+    """Another form of Unicode, as a Mac writes it, and other capitals, as cameras do, where it is plain which image is meant."""
+    root = put({
+        "a/caf\u00e9.jpg": 1, "a/cafe\u0301.txt": "decomposed", "a/IMG_3.JPG": 2, "a/img_3.txt": "lower", "a/Two.jpg": 3,
+        "a/two.jpg": 4, "a/TWO.txt": "of either", "a/own.jpg": 5, "a/own.txt": "its own", "a/OWN.txt": "of none",
+        "b/img_4.png": 6, "B/IMG_4.txt": "in another folder", "b/CAPTIONS.png": 7, "b/captions.txt": "of all",
+    })  # fmt: skip
+    assert listed(root) == {
+        "a/caf\u00e9.jpg": ["decomposed"], "a/IMG_3.JPG": ["lower"], "a/Two.jpg": [], "a/two.jpg": [], "a/own.jpg": ["its own"],
+        "b/img_4.png": ["of all"], "b/CAPTIONS.png": ["of all"],
+    }  # fmt: skip
+
+
+def test_pictures_kept_in_one_folder_are_no_object(put):
+    """Hugging Face's usual layout: metadata.csv beside images/."""
+    texts = "file_name,text\n" + "".join(f"images/{i}.png,thing {i}\n" for i in range(4))
+    root = put({**{f"images/{i}.png": i for i in range(4)}, "metadata.csv": texts})
+    source = FolderSource(str(root))
+    assert [len(item.images) for item in source.objects()] == [1, 1, 1, 1]
+    assert any("all pictures are in 'images' and a table names them" in line for line in source.warnings)
+    kept = {image.object_id for image in FolderSource(str(root), strict=False).images()}
+    assert kept == {"images"}, "an index is told what it asks for by --folders"
+    put({"metadata.csv": "file_name,text,object_id\nimages/0.png,one,o\nimages/1.png,two,o\n"})
+    assert {item.object_id: len(item.images) for item in FolderSource(str(root)).objects()} == {"o": 2, "images": 2}
+    put({"metadata.csv": "file_name,text\nimages,all alike\n"})
+    assert [item.object_id for item in FolderSource(str(root)).objects()] == ["images"], "a row about the folder"
+
+
+def test_a_set_may_be_built_inside_its_source(put, tmp_path):
+    root = put({f"o{i}/1.png": i for i in range(4)})
+    options = {"caption_from_folder": True, "fractions": {"train": 1.0}}
+    for overwrite in (False, True):
+        manifest = build_shards(
+            FolderSource(str(root), **options), str(root / "set"), BuildOptions(progress=False, overwrite=overwrite)
+        )
+        assert manifest["skipped"]["count"] == 0 and manifest["splits"]["train"]["objects"] == 4
 
 
 def test_names_in_another_form_of_unicode(put):

@@ -175,6 +175,22 @@ def test_members_as_people_write_them(tmp_path: Path, index: Index) -> None:
     assert "1 samples have several images" in warnings and "1 .npy" in warnings
 
 
+def test_images_with_dots_in_their_names_are_not_lost_in_silence(tmp_path: Path, index: Index) -> None:
+    """A name ends at its first dot, so that views of one object are one sample, of which one image is taken."""
+    path = write_tar(tmp_path / "views.tar", [
+        {"__key__": "p1", "front.png": picture(1, "PNG"), "back.png": picture(2, "PNG"), "txt": "a chair"},
+        {"__key__": "p2", "front.png": picture(3, "PNG"), "side.png": picture(4, "PNG"), "txt": "a mug"},
+        {"__key__": "v1", **{f"{i}.jpg": picture(i) for i in range(4)}, **{f"{i}.txt": "no caption of v1" for i in range(4)}},
+        {"__key__": "plain", "jpg": picture(5), "mask.png": picture(6, "PNG"), "txt": "a mask is none of several"},
+    ])  # fmt: skip
+    shards = index(path)
+    assert set(metas(shards)) == {"views/p1", "views/p2", "views/plain"}
+    assert shards.manifest["skipped"]["first"] == ["views/v1: no caption with text"]
+    several, passed, _ = shards.manifest["warnings"]
+    assert several.startswith("3 samples have several images") and "and 5 images are not" in several
+    assert "A key ends at the first dot, also that of p1.back.png" in several and "1 .0.txt" in passed
+
+
 def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path, index: Index) -> None:
     path = write_tar(tmp_path / "a.tar", [
         {"__key__": "good", "jpg": picture(0), "txt": "fine"},
@@ -251,6 +267,13 @@ def test_splits_of_a_field_and_objects_in_two(tmp_path: Path, index: Index) -> N
         index(tar(("train", "a"), ("test", "a")), object_id="sku")
 
 
+def test_splits_that_are_missing_are_told(tmp_path: Path, index: Index) -> None:
+    path = write_tar(tmp_path / "a.tar", [{"__key__": f"{i}", "jpg": picture(i), "txt": "x"} for i in range(20)])
+    last = index(path, fractions={"val": 0.5, "test": 0.5}).manifest["warnings"][-1]
+    assert last == "the set has the splits val, test alone (no train: nothing can be trained on it)"
+    assert index(path, fractions={"train": 0.4, "val": 0.3, "test": 0.3}).manifest["warnings"] == []
+
+
 def test_wrong_names_are_told_before_all_tars_are_scanned(tmp_path: Path, index: Index) -> None:
     write_downloads(tmp_path / "tars", 2, 2, sku="1")
     for reading, said in (
@@ -319,6 +342,15 @@ def test_a_tar_that_was_replaced_is_not_read(tmp_path: Path, index: Index) -> No
         ShardSet.open(shards.root).index("train")
     with pytest.raises(StorageError, match=r"cannot read .*00000.tar"):
         SampleReader(train).read(0)
+
+
+def test_an_index_that_says_else_than_its_samples_is_noticed(tmp_path: Path, index: Index) -> None:
+    shards = index(*write_downloads(tmp_path, 2, 3))
+    path = tmp_path / "set" / "train" / "train.index.parquet"
+    table = pq.read_table(path)
+    names = table["image_id"].to_pylist()[::-1]
+    pq.write_table(table.set_column(table.column_names.index("image_id"), "image_id", [names]), path)
+    assert {problem.split(":")[0] for problem in shards.verify()} == {"wrong_row"}
 
 
 def test_another_index_in_its_place_is_noticed(tmp_path: Path, index: Index) -> None:

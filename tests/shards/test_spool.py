@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,6 +70,27 @@ def test_a_table_that_does_not_fit_into_memory(
     assert contents(build_table("spilled", table)) == whole
     assert not any("spool" in path.name for path in tmp_path.rglob("*"))
     assert sum(json.loads(whole["manifest.json"])["splits"][s]["captions"] for s in ("train", "val", "test")) == 180 * 2 + 45 * 2
+
+
+def test_more_parts_than_files_may_be_open(
+    encode: Callable[[int], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 are the limit of a Mac, and rows of a large set go into as many parts, each of them several times."""
+    spill_early(monkeypatch)
+    monkeypatch.setattr("mmref.shards.rows.TOGETHER", 100)
+    spool = Spool(tmp_path / "spool", merges=False)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as file:
+        highest = max(file.fileno(), *(int(name) for name in os.listdir("/dev/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, limits[1]))
+    try:
+        for table in source_rows(Drawn(encode, 900)):
+            spool.add(table)
+        assert len(list((tmp_path / "spool").iterdir())) > 200
+        assert spool.settle() is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sum(split.objects for split in spool.splits.values()) == 900
 
 
 def test_a_source_of_objects_that_does_not_fit_into_memory(
@@ -164,6 +187,14 @@ def test_object_rows_go_on_from_shard_to_shard(tmp_path: Path) -> None:
         ("birds/: a folder without pictures", "empty folder"),
         ("00001/0002: no image", "no image"),
         ("00001.tar is broken, it ends early at byte 512: what lies before is used", "broken tar"),
+        ("floatid, row 3: no object_id", "row that cannot be used"),
+        ("p/1.png: p.parquet, row 2: no image in the column 'image'", "no image"),
+        ("metadata.csv, row 2: there is no picture 'a/9.png'", "no such picture"),
+        ("a/json: its .json is broken: Expecting value: line 1", "text that cannot be used"),
+        ("a/latin: its .txt is no UTF-8: byte 0xe9 at 0", "text that cannot be used"),
+        ("a/hollow: its .jpg is empty", "does not decode"),
+        ("a.tar: good.jpg: a second one of that name", "member that cannot be used"),
+        ("a/failed: img2dataset's status is 'failed_to_resize'", "failed download"),
         ("what: ever", "other"),
     ],
 )

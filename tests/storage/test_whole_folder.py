@@ -230,6 +230,22 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     os.close(reader)
 
 
+def test_an_error_is_told_where_what_was_begun_cannot_be_removed(tmp_path, monkeypatch):
+    """As where a process may open no further file: the next start clears it."""
+
+    def no_more(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(ValueError, match="of its own"), whole_folder(str(tmp_path / "set"), ExportError, "last", owned) as folder:
+        (folder / "one").write_text("begun")
+        monkeypatch.setattr(Path, "iterdir", no_more)
+        monkeypatch.setattr(Path, "glob", no_more)
+        raise ValueError("of its own")
+    monkeypatch.undo()
+    replace(tmp_path / "set")
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
 def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "page.html").write_text("old")
     for path, message in [

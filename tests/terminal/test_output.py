@@ -1,5 +1,6 @@
 """The streams of a command (mmref/terminal/output.py). Each case is a process of its own, with the streams that it is about."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from mmref.cli import Command, main
 from mmref.terminal.run_command import run_command
 
 RUN = "import sys\nfrom mmref.terminal.run_command import run_command\nfrom mmref.errors import QueryError\n"
@@ -33,6 +35,24 @@ def test_a_full_device_is_named(code, unbuffered):
     assert found.returncode == 1
     assert found.stderr.startswith(b"mmref: OutputError: standard output cannot be written: [Errno 28]")
     assert found.stderr.count(b"\n") == 1
+
+
+def test_only_a_command_that_resumes_says_so_when_it_is_interrupted(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Command, "__call__", interrupt)
+    assert main(["shards", "build", "table", "t.csv"]) == main(["train", "data.root=x"]) == 130
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "mmref: interrupted." and second == "mmref: interrupted; the same command resumes from the last checkpoint."
+
+
+def test_too_many_open_files_say_what_to_do(capsys):
+    def fail():
+        raise OSError(errno.EMFILE, "Too many open files", "/data/part")
+
+    assert run_command(fail) == 1
+    assert capsys.readouterr().err.endswith("/data/part: Too many open files. Raise the limit: `ulimit -n 4096`.\n")
 
 
 def test_an_error_of_the_command_is_told_where_nobody_reads_its_output():

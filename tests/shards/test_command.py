@@ -26,7 +26,7 @@ def test_build_inspect_verify(shards, make_table, tmp_path):
     out, sheet = tmp_path / "set", tmp_path / "sheet.png"
     build = ["build", "table", make_table(), "--captions", "name", "detail", "--out", out, "--workers", 0]
     code, text = shards(*build, "--min-shards", 2, "--keep", "colour", "--fractions", "train=0.5,test=0.5")
-    assert code == 0 and "train" in text and "test" in text and "val" not in text and str(out) in text
+    assert code == 0 and "train" in text and "test" in text and "\nval" not in text and "(no val: " in text and str(out) in text
     code, text = shards("inspect", out, "--sheet", sheet)
     assert code == 0 and "20" not in text.split("objects")[0]
     assert "kinds: name 50 %, detail 50 %" in text and "thing " in text

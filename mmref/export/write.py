@@ -178,7 +178,7 @@ def portable_config(config: Config, module: MMRef) -> Config:
     values["data"]["tokenizer"] = ""
     values["loss"] |= {"w_rec": 0.0, "w_mlm": 0.0, "w_id": 0.0}  # no heads
     if config.loss.w_rec and not config.loss.w_fuse:
-        values["loss"]["w_guide"] = 0.0  # a config that guides by references which nothing trains is refused
+        values["loss"] |= {"w_guide": 0.0, "caption_weight": 0.0}  # `check_taught` refuses what follows untaught references
     values["train"] |= {"precision": "fp32", "gpu": False, "gradient_checkpointing": False}
     return from_dict(values)
 

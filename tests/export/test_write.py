@@ -216,7 +216,10 @@ def test_what_is_close_goes_with_the_model(make_config, tmp_path):
     assert mmref.load(exporting.export_run(str(run), str(tmp_path / "new")), "cpu").close_cosine == 0.25
 
 
-@pytest.mark.parametrize("learned", [{}, {"reference.update": "gradient", "loss.w_fuse": 0.0}], ids=str)
+BY_RECONSTRUCTION = {"reference.update": "gradient", "loss.w_fuse": 0.0}
+
+
+@pytest.mark.parametrize("learned", [{}, BY_RECONSTRUCTION, {**BY_RECONSTRUCTION, "loss.caption_weight": 2.0}], ids=str)
 def test_heads_of_training_stay_behind(make_config, tmp_path, learned):
     """Every loss with a head switched on: what an export holds is what features need.
 

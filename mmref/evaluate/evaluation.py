@@ -40,7 +40,7 @@ from mmref.evaluate.report import (
 from mmref.evaluate.split_features import SplitFeatures, embed_splits
 from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched
 from mmref.run.directory import BAD_SAMPLES, RunDir, read_jsonl
-from mmref.run.models import START, as_run, start_of_training
+from mmref.run.models import START, as_run, source_of, start_of_training
 from mmref.run.row_file import StoredReferences
 from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.output import printable
@@ -155,7 +155,7 @@ def evaluate_start(config: Config, run: RunDir, split: str) -> dict[str, Any]:
     finally:
         if not kept:
             run.remove(START)
-    return {"model": given, "split": split, **chosen_evaluation(own, features, space, split).metrics()}
+    return {**source_of(given), "model": given, "split": split, **chosen_evaluation(own, features, space, split).metrics()}
 
 
 def evaluate_run(

@@ -23,11 +23,12 @@ from torch import Tensor
 from mmref.config import Config, config_hash, dump_yaml, from_dict
 from mmref.config.inputs import settled
 from mmref.config.packages import check_imports
+from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import Tokens, load_tokens
-from mmref.errors import HubError, ModelError, RunDirectoryError
+from mmref.errors import HubError, ModelError, RunDirectoryError, ShardSetError
 from mmref.model.mmref import MMRef, build_model
 from mmref.run.checkpoints import FOLDER, best_checkpoint, inspect_checkpoints, list_checkpoints, persistent_buffers
-from mmref.run.directory import RunDir
+from mmref.run.directory import DATA, TOKENIZER, RunDir
 from mmref.run.exported import exported_rows, is_export, read_export
 from mmref.run.row_file import pack_ids
 from mmref.run.tensor_files import write_file
@@ -37,7 +38,6 @@ from mmref.version import __version__
 
 START = "start"  # in a run that begins with the weights of a model which is no run: that model as one
 SOURCE = "source.json"  # of a run without steps: the model that it was made of
-TOKENIZER = "tokenizer"  # of a run that was made of an export: the tokenizer of that
 THREE = "a run directory of `mmref train`, a folder of `mmref export`, or a pretrained model (hub id or folder)"
 
 
@@ -78,18 +78,24 @@ def _of_folder(folder: Path) -> ModelSource:
     card = _read(folder / "config.json")
     if is_export(card):
         return ModelSource("export", str(folder))
-    if isinstance(card, dict) and card.get("model_type"):
+    if card and card.get("model_type"):
         return ModelSource("pretrained", str(folder))
     if (folder / "config.yaml").exists():
         return ModelSource("run", str(folder))
     raise ModelError(f"{folder} is none of these: {THREE}.")
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any] | None:
+    """What the config.json of a model holds, None where there is none. Raises ModelError where it is damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds no names and values, but a {type(found).__name__}")
+    except OSError:
         return None
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged: {error}. Export the run again, or copy or download the model again.") from None
+    return found
 
 
 def pretrained_config(name: str) -> Config:
@@ -157,8 +163,30 @@ def as_run(given: str, data: str | None, run_dir: str | None = None) -> str:
             _drop_changed(run, source)
         run.write_text(SOURCE, json.dumps(source))
         if not list_checkpoints(run):  # what an interrupted call left is written over
-            _write_run(run, load_parts(found), data, copies_tokenizer=found.kind == "export", files=source["files"])
+            _write_run(run, load_parts(found), data, copies_tokenizer=found.kind == "export", version=source["files"])
     return run.path
+
+
+def config_on(run: RunDir, data: str | None) -> Config:
+    """A run's config, whose shard set is `data` where that is the run's own in another place. Raises as `RunDir.read_config`,
+    and ShardSetError for a `data` that is none."""
+    config = run.read_config()
+    if data and _has_moved(run, config, data):
+        config.data.root = absolute(data)
+    return config
+
+
+def _has_moved(run: RunDir, config: Config, data: str) -> bool:
+    """Whether a run's shard set has gone from its place, and `data` is that set, as far as the run knows its contents."""
+    if run.exists(SOURCE):  # nothing was trained on its set
+        return False
+    if run.exists(DATA) and run.read_text(DATA).split()[:1] != [ShardSet.open(data).fingerprint]:
+        return False
+    try:
+        ShardSet.open(config.data.root)
+    except ShardSetError:
+        return True
+    return False
 
 
 def start_of_training(config: Config) -> str:
@@ -180,7 +208,7 @@ def source_of(given: str) -> dict[str, str]:
 def is_of(kept: Mapping[str, Any], given: str) -> bool:
     """Whether `source_of` a model, kept before, is of that model as it is now. Raises as `source_of`."""
     now = source_of(given)
-    return kept["model"] in (given, now["model"]) and _same_files(kept, now)
+    return kept.get("model") in (given, now["model"]) and _same_files(kept, now)
 
 
 def _source(found: ModelSource, given: str) -> dict[str, str]:
@@ -205,7 +233,7 @@ def _same_files(kept: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _kept_source(run: RunDir) -> dict[str, Any]:
-    return dict(run.read_json(SOURCE)) if run.exists(SOURCE) else {"model": "a training"}
+    return run.read_fields(SOURCE) or {"model": "a training"}
 
 
 def _check_same(run: RunDir, source: dict[str, str]) -> None:
@@ -230,10 +258,11 @@ def _drop_changed(run: RunDir, source: dict[str, str]) -> None:
     run.remove(TOKENIZER)
 
 
-def _write_run(run: RunDir, parts: Parts, data: str, copies_tokenizer: bool, files: str) -> None:
+def _write_run(run: RunDir, parts: Parts, data: str, copies_tokenizer: bool, version: str) -> None:
     """Write config and checkpoint; the list of the checkpoint's files comes last.
 
-    The checkpoint is named by `files`, so that metrics of the model as it was are not taken for those of the present one.
+    The checkpoint is named by the `version` of the model's files, so that metrics of the model as it was are not taken for
+    those of the present one.
     """
     config = parts.config
     config.data.root, config.run_dir = absolute(data), run.path
@@ -242,7 +271,7 @@ def _write_run(run: RunDir, parts: Parts, data: str, copies_tokenizer: bool, fil
         for name, text in _tokenizer_files(parts.tokens).items():
             run.write_bytes(f"{TOKENIZER}/{name}", text)
     run.write_text("config.yaml", dump_yaml(config))
-    folder = f"{FOLDER}/step-{0:08d}-{files or 'source'}"
+    folder = f"{FOLDER}/step-{0:08d}-{version or 'source'}"
     weights = {name: p.detach().contiguous() for name, p in parts.module.named_parameters()}
     weights |= {f"buffer:{name}": b.detach().contiguous() for name, b in persistent_buffers(parts.module)}
     rows: dict[str, Tensor] = {"rows": torch.from_numpy(np.ascontiguousarray(parts.references))}

@@ -25,7 +25,7 @@ from mmref.evaluate.refinement import check_dense
 from mmref.evaluate.report import Metrics
 from mmref.model.backbone import check_towers
 from mmref.run import checkpoints
-from mmref.run.directory import RunDir
+from mmref.run.directory import DATA, RunDir
 from mmref.run.models import SOURCE, START, as_run, find_model, has_references, is_of, start_of_training
 from mmref.run.progress import Progress
 from mmref.train import checkpoint_files
@@ -40,7 +40,6 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 ELASTIC_START_TIMEOUT_S = "10"
 START_ATTEMPTS = 3
 RESIZE_CHECK_S = 30.0  # how often a group with fewer workers than asked for looks for places
-DATA = "data_fingerprint"  # file of a run
 OF_OTHERS = (
     "manifest.json",
     "model.safetensors",
@@ -165,7 +164,7 @@ def drop_other_start(config: Config, run: RunDir) -> None:
         return
     given = start_of_training(config)
     for left, said in ((START, f"{START}/{SOURCE}"), (START_METRICS, START_METRICS)):
-        if run.exists(said) and not (given and is_of(run.read_json(said), given)):
+        if run.exists(said) and not (given and is_of(run.read_fields(said), given)):
             run.remove(left)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.pretrained import PHOTOGRAPHS, TEXTS, own_features, save_pretrained
+from support.tiny_run import make_run
+from support.tiny_set import TinySource, build_tiny_set
 
 import mmref
 from mmref.config import Config, dump_yaml, from_dict
@@ -21,14 +24,14 @@ from mmref.errors import ModelError, ReferencesError, RunDirectoryError
 from mmref.evaluate import evaluation, split_features
 from mmref.evaluate.command import main as evaluate
 from mmref.evaluate.evaluation import START_METRICS, evaluate_model, start_metrics
-from mmref.export.write import export_pretrained
+from mmref.export.write import export_pretrained, export_run
 from mmref.model.mmref import build_model
 from mmref.model.reference_rows import warm_rows
 from mmref.references.bank_rows import add_objects
 from mmref.references.command import main as references
 from mmref.run.checkpoints import TensorFolder, best_checkpoint, fetched, load_model, load_object_ids, load_references
-from mmref.run.directory import RunDir
-from mmref.run.models import SOURCE, START, as_run, find_model, pretrained_config, source_of, start_of
+from mmref.run.directory import DATA, RunDir
+from mmref.run.models import SOURCE, START, as_run, config_on, find_model, pretrained_config, source_of, start_of
 from mmref.train import checkpoint_files, trainer
 from mmref.train.bank import ReferenceBank
 from mmref.train.trainer import first_weights
@@ -123,6 +126,32 @@ def test_a_model_that_has_changed_becomes_a_run_anew(clip, tiny_set, tmp_path):
     with pytest.raises(RunDirectoryError, match=r"export have changed since .* the references that were added .*another `--run"):
         as_run(*given)
     torch.testing.assert_close(weights_of(run), before + 1)
+
+
+def test_a_shard_set_that_was_moved_is_known_again(make_config, own_set, tmp_path, monkeypatch, in_process):
+    """Its tokenizer lies in it: given with `--data`, the set is the run's own wherever it is, and no other set is."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run = RunDir(str(tmp_path / "run"))
+    make_run(make_config({}, own_set), run.path, {})
+    run.write_text(DATA, f"{ShardSet.open(str(own_set)).fingerprint} neighbors:0123456789ab")
+    moved = str(own_set.rename(tmp_path / "elsewhere"))
+    other = build_tiny_set(tmp_path / "other", TinySource("other", first=100))
+    with pytest.raises(ModelError, match=f"no tokenizer at {own_set}/tokenizer"):
+        evaluate_model(run.path, str(other), report=False)
+    mmref.load(export_run(run.path, str(tmp_path / "out"), moved))
+    evaluate_model(run.path, moved, report=False)
+    assert not run.exists("metrics-tiny.json"), "it is the run's own set"
+    run.remove(DATA)  # of an older version
+    assert config_on(run, moved).data.root == moved
+
+
+def test_a_run_of_an_export_can_be_moved(make_config, tiny_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    make_run(make_config(), str(tmp_path / "run"), {})
+    path = as_run(str(export_run(str(tmp_path / "run"), str(tmp_path / "export"))), str(tiny_set), str(tmp_path / "of-export"))
+    moved = RunDir(str(Path(path).rename(tmp_path / "elsewhere")))
+    assert load_tokens(moved.read_config()).vocab_size == load_tokens(make_config()).vocab_size
+    assert config_on(moved, str(tmp_path)).data.root == str(tiny_set), "its model was not trained on its set"
 
 
 def test_another_start_than_that_of_an_attempt_before(make_config, clip, tmp_path):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmref.config import Config
 from mmref.config.packages import local_name
-from mmref.errors import ModelError
+from mmref.errors import MMRefError, ModelError
 from mmref.storage.locations import file_system, is_url
 from mmref.storage.retries import retry
 
@@ -66,19 +66,24 @@ def tokenizer_path(config: Config) -> str:
     return config.data.tokenizer or config.model.dual or config.model.text or own
 
 
-def load_tokens(config: Config) -> Tokens:
-    """Tokenizer of a config. Raises ModelError that names the place that was tried, or leaves no room for a word."""
+def read_tokenizer(place: str, mend: str) -> Any:
+    """The tokenizer of a hub id, folder or URL. Raises ModelError that names the place, and ends with how to `mend` it."""
     from transformers import AutoTokenizer
 
-    path = local_name(tokenizer_path(config))
     try:
-        with _local(path) as folder:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with _local(place) as folder:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except MMRefError:  # of storage
+        raise
+    except Exception as error:  # for a damaged tokenizer.json tokenizers has no class of its own
         said = textwrap.shorten(str(error), SAID, placeholder=" ...")
-        raise ModelError(
-            f"no tokenizer at {path}: {said}. Set `data.tokenizer` to a hub id or a directory with tokenizer.json."
-        ) from error
+        raise ModelError(f"no tokenizer at {place}: {said}. {mend}") from error
+
+
+def load_tokens(config: Config) -> Tokens:
+    """Tokenizer of a config. Raises ModelError that names the place that was tried, or leaves no room for a word."""
+    path = local_name(tokenizer_path(config))
+    tokenizer = read_tokenizer(path, "Set `data.tokenizer` to a hub id or a directory with tokenizer.json.")
     special = tokenizer.num_special_tokens_to_add()
     if config.data.max_tokens <= special:  # nothing of a caption would be left, and every text the same
         raise ModelError(

@@ -40,7 +40,7 @@ from mmref.evaluate.report import (
 from mmref.evaluate.split_features import SplitFeatures, embed_splits
 from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched
 from mmref.run.directory import BAD_SAMPLES, RunDir, read_jsonl
-from mmref.run.models import START, as_run, start_of_training
+from mmref.run.models import START, as_run, config_on, source_of, start_of_training
 from mmref.run.row_file import StoredReferences
 from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.output import printable
@@ -52,14 +52,17 @@ SHOWN = 10  # results of an example in the report
 SHOWN_FIRST = 5  # results of those at its top, two rows of which stand side by side
 
 
-def open_run(run_dir: str) -> tuple[RunDir, Config, CheckpointInfo]:
+def open_run(run_dir: str, data: str | None = None) -> tuple[RunDir, Config, CheckpointInfo]:
     """A run, its config and its best checkpoint.
+
+    Args:
+        data: the shard set that is asked for: where it is the run's own in another place, the config has it there.
 
     Raises:
         RunDirectoryError, CheckpointError: there is none. ModelError: its config imports what nobody here vouches for.
     """
     run = RunDir(run_dir)
-    config = run.read_config()
+    config = config_on(run, data)
     check_imports(config.model)
     return run, config, best_checkpoint(run)
 
@@ -90,7 +93,7 @@ def chosen_before(run: RunDir, checkpoint: CheckpointInfo, view: str = "") -> di
         view: of what, as of `view_of`; by default of the run's own set.
     """
     name = metrics_path(view)
-    metrics = run.read_json(name) if run.exists(name) else {}
+    metrics = run.read_fields(name)
     if metrics.get("checkpoint") != checkpoint.folder:
         return {}
     blocks = {CAPTIONS: metrics, **{name: metrics.get(name) for name in (IMAGE_TO_IMAGE, CAPTIONS_AS_ONE)}}
@@ -134,8 +137,8 @@ def chosen_evaluation(
 
 def start_metrics(run: RunDir, split: str) -> dict[str, Any] | None:
     """What a run's training started from achieves on a split, for the run's own metrics; None where nobody evaluated that."""
-    found = run.read_json(START_METRICS) if run.exists(START_METRICS) else None
-    if found is None or found["split"] != split:
+    found = run.read_fields(START_METRICS)
+    if found.get("split") != split:
         return None
     return {name: found[name] for name in ("model", "initial", "refined", "ci95_initial", "ci95")}
 
@@ -155,7 +158,7 @@ def evaluate_start(config: Config, run: RunDir, split: str) -> dict[str, Any]:
     finally:
         if not kept:
             run.remove(START)
-    return {"model": given, "split": split, **chosen_evaluation(own, features, space, split).metrics()}
+    return {**source_of(given), "model": given, "split": split, **chosen_evaluation(own, features, space, split).metrics()}
 
 
 def evaluate_run(
@@ -181,7 +184,7 @@ def evaluate_run(
     Returns:
         The metrics, as in metrics.json.
     """
-    run, config, checkpoint = open_run(run_dir)
+    run, config, checkpoint = open_run(run_dir, data)
     config.eval = replace(config.eval, **(changes or {}))
     if out:
         _check_copy(out)
@@ -237,7 +240,7 @@ def evaluate_run(
         )
         if run.exists(section := section_path(checkpoint.folder, view)):
             page = with_section(page, run.read_text(section))
-        judged = run.read_json(judgements.FILE) if own and run.exists(judgements.FILE) else {}
+        judged = run.read_fields(judgements.FILE) if own else {}
         if judged.get("checkpoint") == checkpoint.folder:
             page = with_section(page, judgements.section(judged), JUDGED)
         run.write_text(report_path(view), page)

@@ -41,7 +41,7 @@ from mmref.model.mmref import HEADS, TRAINING_ONLY, MMRef, build_model
 from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched, load_model, load_object_ids
 from mmref.run.directory import RunDir
 from mmref.run.exported import FORMAT
-from mmref.run.models import load_pretrained
+from mmref.run.models import config_on, load_pretrained
 from mmref.run.row_file import StoredReferences, are_set, blocks
 from mmref.storage.packed_strings import NAMES as ID_TENSORS
 from mmref.storage.packed_strings import pack_strings
@@ -104,7 +104,7 @@ def _write(run_dir: str, data: str | None, target: Path, name: str, interpolated
     """Write the files of an export into an empty folder, `name` on its card."""
     disable_progress_bar()
     run = RunDir(run_dir)
-    config, info = run.read_config(), best_checkpoint(run)
+    config, info = config_on(run, data), best_checkpoint(run)
     metrics = _metrics_of(run, info)
     shards = ShardSet.open(data or config.data.root)
     tokens = load_tokens(config)
@@ -149,8 +149,9 @@ def _write(run_dir: str, data: str | None, target: Path, name: str, interpolated
 
 
 def _metrics_of(run: RunDir, info: CheckpointInfo) -> dict[str, Any]:
-    """The run's metrics.json. Raises ExportError when it is missing or of another checkpoint."""
-    metrics = run.read_json("metrics.json") if run.exists("metrics.json") else {}
+    """The run's metrics.json. Raises ExportError when it is missing or of another checkpoint, RunDirectoryError when it is
+    damaged."""
+    metrics = run.read_fields("metrics.json")
     if metrics.get("checkpoint") != info.folder:
         raise ExportError(
             f"the best checkpoint of {run.path} is {info.folder}, and metrics.json is of "
@@ -178,7 +179,7 @@ def portable_config(config: Config, module: MMRef) -> Config:
     values["data"]["tokenizer"] = ""
     values["loss"] |= {"w_rec": 0.0, "w_mlm": 0.0, "w_id": 0.0}  # no heads
     if config.loss.w_rec and not config.loss.w_fuse:
-        values["loss"]["w_guide"] = 0.0  # a config that guides by references which nothing trains is refused
+        values["loss"] |= {"w_guide": 0.0, "caption_weight": 0.0}  # `check_taught` refuses what follows untaught references
     values["train"] |= {"precision": "fp32", "gpu": False, "gradient_checkpointing": False}
     return from_dict(values)
 

@@ -86,7 +86,7 @@ def add_objects(
         ReferencesError: no object is new, the run trains no references, or its objects cannot have `per_object` of them.
         RunDirectoryError: the run is being trained, or another command changes its references.
     """
-    run, config, _ = open_run(run_dir)
+    run, config, _ = open_run(run_dir, data)
     shards = ShardSet.open(data)
     if split not in shards.splits:
         raise ShardSetError(f"{data} has no split `{split}`, only {shards.splits}.")

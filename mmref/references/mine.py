@@ -64,7 +64,7 @@ def mine(
     """
     if out:
         check_output("--out", out)
-    run, config, checkpoint = open_run(run_dir)
+    run, config, checkpoint = open_run(run_dir, data)
     index = ShardSet.open(data).index("train") if data else train_index(config)
     if min(np.diff([*index.first_objects, index.n_objects])) < 2:
         raise NeighborsError(f"{data or config.data.root} has one training object alone: it has no neighbors.")

@@ -14,7 +14,7 @@ from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.errors import ModelError, ModelMismatchError, SampleError, ShardSetError
 from mmref.storage.disk import is_full, sync_files
-from mmref.storage.locations import sha256_of
+from mmref.storage.locations import file_stamps, sha256_of
 
 # These files of an export a search needs; the copy for plain transformers stays behind.
 FILES = ("config.json", "config.yaml", "model.safetensors", "references.safetensors", "README.md")
@@ -79,10 +79,9 @@ def is_of(model: Path, found: str) -> bool:
 def stamp(model: Path) -> list[tuple[str, int, int]]:
     """(name, bytes, time of change) of every file of an export: where it is the same, the fingerprint need not be taken again."""
     try:
-        files = [(str(f.relative_to(model)), f.stat()) for f in sorted(model.rglob("*")) if f.is_file()]
+        return file_stamps(model)
     except OSError as error:
         raise ModelError(f"{model} is no whole export: {error}.") from None
-    return [(name, found.st_size, found.st_mtime_ns) for name, found in files]
 
 
 def write_reference_captions(model: Path, config: Config, object_ids: list[str]) -> None:

@@ -78,13 +78,13 @@ def inspect_checkpoints(run: RunDir) -> list[tuple[CheckpointInfo, list[str]]]:
 def _inspect(run: RunDir, folder: str) -> tuple[CheckpointInfo, list[str]] | None:
     where = f"{folder}/meta.json"
     try:
-        text = run.read_text(where)
+        text = run.read_bytes(where)
     except FileNotFoundError:
         return None
     try:
-        meta = json.loads(text)
+        meta = {**(found := json.loads(text)), "step": int(found["step"])}
         expected = {name: file["bytes"] for name, file in meta["files"].items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, no UTF-8, or other fields
         step = folder.rpartition("step-")[2].partition("-")[0]
         meta = {"step": int(step) if step.isdigit() else 0, "files": {}}
         return CheckpointInfo(folder, meta), [f"{run.join(where)} is damaged: it is no list of a checkpoint's files"]

@@ -33,6 +33,8 @@ OBJECT_STORES = {
 PATTERN = "*?["
 UPLOAD_EVERY_S = 5.0  # at least, between two uploads of a file that grows
 UPLOAD_BYTES_PER_S = 100_000  # that its uploads take at most in the mean: of 10 MB there is one in 100 s
+DATA = "data_fingerprint"  # of a run: of the contents of its shard sets
+TOKENIZER = "tokenizer"  # of a run that was made of an export: the tokenizer of that
 BAD_SAMPLES = "bad_samples.json"  # of a run: the broken training images that it met
 
 
@@ -156,6 +158,16 @@ class RunDir:
         except ValueError as error:
             raise RunDirectoryError(f"{self.join(name)} is damaged: {error}. Remove it, or make it again.") from None
 
+    def read_fields(self, name: str) -> dict[str, Any]:
+        """Names and values of a JSON file of the run, {} where there is none. Raises RunDirectoryError where it is damaged."""
+        found = self.read_json(name) if self.exists(name) else {}
+        if not isinstance(found, dict):
+            raise RunDirectoryError(
+                f"{self.join(name)} is damaged: it holds no names and values, but a {type(found).__name__}. Remove it, or make "
+                "it again."
+            )
+        return found
+
     def read_config(self) -> Config:
         """The run's resolved config. Raises RunDirectoryError where there is none, ConfigError for one of another version."""
         try:
@@ -166,7 +178,10 @@ class RunDir:
             raise RunDirectoryError(
                 f"{self.join('config.yaml')} cannot be read ({error}): give the run directory of `mmref train`."
             ) from None
-        return from_saved(values, self.join("config.yaml"))
+        config = from_saved(values, self.join("config.yaml"))
+        if self.exists(TOKENIZER):  # moves with the run, and the config has the place where it was written
+            config.data.tokenizer = self.join(TOKENIZER)
+        return config
 
     def write_text(self, name: str, text: str) -> None:
         """As `write_bytes`, in UTF-8."""
@@ -336,12 +351,12 @@ def read_jsonl(run: RunDir, name: str = "metrics.jsonl") -> list[dict[str, Any]]
     """Records of a JSON-lines file, [] where there is none; a last line cut off by a crash is left out."""
     if not run.exists(name):
         return []
-    return list(_parse(run.read_text(name).splitlines()))
+    return list(_parse(run.read_bytes(name).splitlines()))
 
 
-def _parse(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+def _parse(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
     for line in lines:
         try:
             yield json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no UTF-8
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,18 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from mmref.config import Config, from_saved
-from mmref.data.tokens import Tokens
+from mmref.data.tokens import Tokens, read_tokenizer
 from mmref.errors import ModelError
 from mmref.model.mmref import MMRef, build_model
 from mmref.storage.packed_strings import NAMES as ID_TENSORS
 from mmref.storage.packed_strings import unpack_strings
 
 FORMAT = 1
+AGAIN = "Export the run again, or copy the folder again."
 REFERENCES, ROWS = "references.safetensors", "rows"  # the file, and its tensor of references where there are some
 
 
@@ -43,29 +46,46 @@ def is_export(card: Any) -> bool:
 
 
 def exported_rows(folder: Path) -> bool:
-    """Whether an export holds references."""
-    with safe_open(folder / REFERENCES, "np") as file:
+    """Whether an export holds references. Raises ModelError."""
+    with _reading(folder / REFERENCES) as path, safe_open(path, "np") as file:
         return ROWS in file.keys()  # noqa: SIM118 -- a file is no mapping
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Raise ModelError for what whoever reads a file of an export raises where that is damaged, or not there."""
+    try:
+        yield path
+    except OSError as error:
+        raise ModelError(f"{path.parent} is no exported model: {error}. Write one with `mmref export RUN --out DIR`.") from None
+    except (ValueError, yaml.YAMLError, SafetensorError) as error:
+        raise ModelError(f"{path} is damaged: {' '.join(str(error).split())}. {AGAIN}") from None
+
+
+def _fields(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Names and values of a text file of an export. Raises ModelError."""
+    with _reading(path):
+        found = parse(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds no names and values, but a {type(found).__name__}")
+    return dict(found)
 
 
 def read_export(folder: Path) -> Exported:
     """Raises ModelError."""
-    try:
-        card = json.loads((folder / "config.json").read_text("utf-8"))
-        if card.get("format") != FORMAT:
-            raise ModelError(
-                f"{folder} has export format {card.get('format')}, this version of mmref reads {FORMAT}: export the run again."
-            )
-        config = from_saved(yaml.safe_load((folder / "config.yaml").read_text("utf-8")), str(folder / "config.yaml"))
-        weights = load_file(folder / "model.safetensors")
-        arrays = {name: tensor.numpy() for name, tensor in load_file(folder / REFERENCES).items()}  # mapped
-    except OSError as error:
-        raise ModelError(f"{folder} is no exported model: {error}. Write one with `mmref export RUN --out DIR`.") from None
+    card = _fields(folder / "config.json", json.loads)
+    if card.get("format") != FORMAT:
+        raise ModelError(
+            f"{folder} has export format {card.get('format')}, this version of mmref reads {FORMAT}: export the run again."
+        )
+    config = from_saved(_fields(folder / "config.yaml", yaml.safe_load), str(folder / "config.yaml"))
+    with _reading(folder / "model.safetensors") as path:
+        weights = load_file(path)
+    with _reading(folder / REFERENCES) as path:
+        arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}  # mapped
     if named := [n for n in (config.model.dual, config.model.vision, config.model.text) if n]:  # an export names none
         raise ModelError(f"{folder}/config.yaml wants the model {named[0]} from elsewhere: export the run again.")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+    tokenizer = read_tokenizer(str(folder / "tokenizer"), AGAIN)
     tokens = Tokens(tokenizer, config.data.max_tokens, config.data.padding)
     module = build_model(config, tokens.vocab_size)
     missing, unknown = module.load_state_dict(weights, strict=False)

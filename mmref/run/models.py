@@ -6,9 +6,11 @@ something beside it: metrics, a report, references. So each of them has one kind
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +23,17 @@ from torch import Tensor
 from mmref.config import Config, config_hash, dump_yaml, from_dict
 from mmref.config.inputs import settled
 from mmref.config.packages import check_imports
+from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import Tokens, load_tokens
-from mmref.errors import HubError, ModelError, RunDirectoryError
+from mmref.errors import HubError, ModelError, RunDirectoryError, ShardSetError
 from mmref.model.mmref import MMRef, build_model
-from mmref.run.checkpoints import FOLDER, best_checkpoint, list_checkpoints, persistent_buffers
-from mmref.run.directory import RunDir
+from mmref.run.checkpoints import FOLDER, best_checkpoint, inspect_checkpoints, list_checkpoints, persistent_buffers
+from mmref.run.directory import DATA, TOKENIZER, RunDir
 from mmref.run.exported import exported_rows, is_export, read_export
 from mmref.run.row_file import pack_ids
 from mmref.run.tensor_files import write_file
 from mmref.storage.hub import SCHEME, hub_file, hub_folder, hub_id
-from mmref.storage.locations import absolute, folder_name, is_url
+from mmref.storage.locations import absolute, file_stamps, folder_name, is_url
 from mmref.version import __version__
 
 START = "start"  # in a run that begins with the weights of a model which is no run: that model as one
@@ -75,18 +78,24 @@ def _of_folder(folder: Path) -> ModelSource:
     card = _read(folder / "config.json")
     if is_export(card):
         return ModelSource("export", str(folder))
-    if isinstance(card, dict) and card.get("model_type"):
+    if card and card.get("model_type"):
         return ModelSource("pretrained", str(folder))
     if (folder / "config.yaml").exists():
         return ModelSource("run", str(folder))
     raise ModelError(f"{folder} is none of these: {THREE}.")
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any] | None:
+    """What the config.json of a model holds, None where there is none. Raises ModelError where it is damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds no names and values, but a {type(found).__name__}")
+    except OSError:
         return None
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged: {error}. Export the run again, or copy or download the model again.") from None
+    return found
 
 
 def pretrained_config(name: str) -> Config:
@@ -134,10 +143,12 @@ def as_run(given: str, data: str | None, run_dir: str | None = None) -> str:
     Args:
         given: as of `find_model`.
         data: the shard set that the new run is of; a run has its own.
-        run_dir: where it is made, by default runs/NAME. One that was made of the same model before is taken as it is.
+        run_dir: where it is made, by default runs/NAME. One that was made of the same model before is taken as it is, and made
+            anew where the model's files have changed since.
 
     Raises:
-        ModelError: there is no such model, or a new run lacks a shard set. RunDirectoryError: another run is in the place.
+        ModelError: there is no such model, or a new run lacks a shard set. RunDirectoryError: another run is in the place, or
+            one of the model as it was, whose references were changed.
     """
     found = find_model(given)
     if found.kind == "run":
@@ -145,14 +156,37 @@ def as_run(given: str, data: str | None, run_dir: str | None = None) -> str:
     if data is None:
         raise ModelError(f"{given} is no run, which would have a shard set of its own: give one with `--data`.")
     run = RunDir(run_dir or f"runs/{folder_name(found.place if found.kind == 'pretrained' else given)}")
-    source = {"model": absolute(given) if os.path.isdir(given) else str(hub_id(given) or given)}
+    source = _source(found, given)
     with run.held():
         if run.exists("config.yaml"):
             _check_same(run, source)
+            _drop_changed(run, source)
         run.write_text(SOURCE, json.dumps(source))
         if not list_checkpoints(run):  # what an interrupted call left is written over
-            _write_run(run, load_parts(found), data, copies_tokenizer=found.kind == "export")
+            _write_run(run, load_parts(found), data, copies_tokenizer=found.kind == "export", version=source["files"])
     return run.path
+
+
+def config_on(run: RunDir, data: str | None) -> Config:
+    """A run's config, whose shard set is `data` where that is the run's own in another place. Raises as `RunDir.read_config`,
+    and ShardSetError for a `data` that is none."""
+    config = run.read_config()
+    if data and _has_moved(run, config, data):
+        config.data.root = absolute(data)
+    return config
+
+
+def _has_moved(run: RunDir, config: Config, data: str) -> bool:
+    """Whether a run's shard set has gone from its place, and `data` is that set, as far as the run knows its contents."""
+    if run.exists(SOURCE):  # nothing was trained on its set
+        return False
+    if run.exists(DATA) and run.read_text(DATA).split()[:1] != [ShardSet.open(data).fingerprint]:
+        return False
+    try:
+        ShardSet.open(config.data.root)
+    except ShardSetError:
+        return True
+    return False
 
 
 def start_of_training(config: Config) -> str:
@@ -165,24 +199,79 @@ def start_of(config: Config, run: RunDir) -> RunDir:
     return RunDir(run.join(START)) if run.exists(f"{START}/{SOURCE}") else RunDir(config.train.start_from)
 
 
+def source_of(given: str) -> dict[str, str]:
+    """What is kept of a model beside what was made of it: its name as `model`, and as `files` what is another text once its
+    files are others. Raises as `find_model`, and CheckpointError for a run without a checkpoint."""
+    return _source(find_model(given), given)
+
+
+def is_of(kept: Mapping[str, Any], given: str) -> bool:
+    """Whether `source_of` a model, kept before, is of that model as it is now. Raises as `source_of`."""
+    now = source_of(given)
+    return kept.get("model") in (given, now["model"]) and _same_files(kept, now)
+
+
+def _source(found: ModelSource, given: str) -> dict[str, str]:
+    name = absolute(given) if os.path.isdir(given) else str(hub_id(given) or given)
+    return {"model": name, "files": _files(found, given)}
+
+
+def _files(found: ModelSource, given: str) -> str:
+    """A text that changes with the files of a model; empty for one of the hub that transformers fetches by itself."""
+    if found.kind == "run":
+        return best_checkpoint(RunDir(found.place)).folder
+    if not os.path.isdir(found.place):
+        return ""
+    if not os.path.isdir(given):  # in the cache of the hub, whose folders are named by the commit
+        return folder_name(found.place)
+    stamps = [stamp for stamp in file_stamps(Path(found.place)) if not stamp[0].endswith(".md")]  # a card may be edited
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]
+
+
+def _same_files(kept: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    return bool(kept.get("files", now["files"]) == now["files"])  # versions before kept the name alone
+
+
+def _kept_source(run: RunDir) -> dict[str, Any]:
+    return run.read_fields(SOURCE) or {"model": "a training"}
+
+
 def _check_same(run: RunDir, source: dict[str, str]) -> None:
-    before = run.read_json(SOURCE) if run.exists(SOURCE) else {"model": "a training"}
-    if before != source:
+    before = _kept_source(run)
+    if before["model"] != source["model"]:
         raise RunDirectoryError(
             f"{run.path} is a run of {before['model']}, and would become one of {source['model']}: give another `--run_dir`."
         )
 
 
-def _write_run(run: RunDir, parts: Parts, data: str, copies_tokenizer: bool) -> None:
-    """Write config and checkpoint; the list of the checkpoint's files comes last."""
+def _drop_changed(run: RunDir, source: dict[str, str]) -> None:
+    """Remove the copy of a model whose files have changed since. Raises RunDirectoryError where more than that copy would go."""
+    if _same_files(_kept_source(run), source):
+        return
+    # `mmref references` notes in a checkpoint that it was there.
+    if any("removed" in info.meta or info.step for info, _ in inspect_checkpoints(run)):
+        raise RunDirectoryError(
+            f"the files of {source['model']} have changed since {run.path} was made of it, and the references that were added to "
+            "that run, or removed from it, would be lost: give another `--run_dir`."
+        )
+    run.remove(FOLDER)
+    run.remove(TOKENIZER)
+
+
+def _write_run(run: RunDir, parts: Parts, data: str, copies_tokenizer: bool, version: str) -> None:
+    """Write config and checkpoint; the list of the checkpoint's files comes last.
+
+    The checkpoint is named by the `version` of the model's files, so that metrics of the model as it was are not taken for
+    those of the present one.
+    """
     config = parts.config
     config.data.root, config.run_dir = absolute(data), run.path
     if copies_tokenizer:  # an export's is in its own folder
-        config.data.tokenizer = run.join("tokenizer")
+        config.data.tokenizer = run.join(TOKENIZER)
         for name, text in _tokenizer_files(parts.tokens).items():
-            run.write_bytes(f"tokenizer/{name}", text)
+            run.write_bytes(f"{TOKENIZER}/{name}", text)
     run.write_text("config.yaml", dump_yaml(config))
-    folder = f"{FOLDER}/step-{0:08d}-source"
+    folder = f"{FOLDER}/step-{0:08d}-{version or 'source'}"
     weights = {name: p.detach().contiguous() for name, p in parts.module.named_parameters()}
     weights |= {f"buffer:{name}": b.detach().contiguous() for name, b in persistent_buffers(parts.module)}
     rows: dict[str, Tensor] = {"rows": torch.from_numpy(np.ascontiguousarray(parts.references))}

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mmref.errors import FileSystemMissingError, PathError
@@ -47,6 +48,12 @@ def is_url(place: str) -> bool:
 def absolute(place: str) -> str:
     """What means the same place in another directory: a path with `~` and `..` resolved, a URL as it is."""
     return place.rstrip("/") if is_url(place) else os.path.abspath(os.path.expanduser(place))
+
+
+def file_stamps(folder: Path) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of change) of every file in a folder: where they are the same, so are the files. Raises OSError."""
+    files = [(str(file.relative_to(folder)), file.stat()) for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [(name, found.st_size, found.st_mtime_ns) for name, found in files]
 
 
 def in_utf8(place: str) -> str:

@@ -309,7 +309,7 @@ def repair_snapshot(run: RunDir) -> None:
     try:
         results = json.loads(run.read_text(name))["checkpoint_results"]
         gone = [r for r in results if not run.exists(f"{FOLDER}/{r['checkpoint_dir_name']}")]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         gone = [None]
     if gone:
         run.remove(name)

@@ -25,8 +25,8 @@ from mmref.evaluate.refinement import check_dense
 from mmref.evaluate.report import Metrics
 from mmref.model.backbone import check_towers
 from mmref.run import checkpoints
-from mmref.run.directory import RunDir
-from mmref.run.models import START, as_run, find_model, has_references, start_of_training
+from mmref.run.directory import DATA, RunDir
+from mmref.run.models import SOURCE, START, as_run, find_model, has_references, is_of, start_of_training
 from mmref.run.progress import Progress
 from mmref.train import checkpoint_files
 from mmref.train.division import Division
@@ -40,7 +40,6 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 ELASTIC_START_TIMEOUT_S = "10"
 START_ATTEMPTS = 3
 RESIZE_CHECK_S = 30.0  # how often a group with fewer workers than asked for looks for places
-DATA = "data_fingerprint"  # file of a run
 OF_OTHERS = (
     "manifest.json",
     "model.safetensors",
@@ -152,7 +151,21 @@ def prepare_run(config: Config, run: RunDir) -> None:
     run.write_text(DATA, data)
     checkpoint_files.remove_uncommitted(run)
     checkpoint_files.repair_snapshot(run)
+    drop_other_start(config, run)
     first_weights(config, run)
+
+
+def drop_other_start(config: Config, run: RunDir) -> None:
+    """Remove what an attempt that ended before its first checkpoint has left of another start than the config's, or of the same
+    one before its files changed: its weights, and what they achieve. Raises as `find_model`."""
+    from mmref.evaluate.evaluation import START_METRICS
+
+    if checkpoints.latest_checkpoint(run):
+        return
+    given = start_of_training(config)
+    for left, said in ((START, f"{START}/{SOURCE}"), (START_METRICS, START_METRICS)):
+        if run.exists(said) and not (given and is_of(run.read_fields(said), given)):
+            run.remove(left)
 
 
 def first_weights(config: Config, run: RunDir) -> None:

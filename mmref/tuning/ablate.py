@@ -20,8 +20,8 @@ from mmref.config.inputs import settled
 from mmref.data.shard_set import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.evaluate.features import read_queries
-from mmref.run.directory import RunDir
-from mmref.train.trainer import DATA, check_inputs, check_same_data
+from mmref.run.directory import DATA, RunDir
+from mmref.train.trainer import check_inputs, check_same_data
 from mmref.tuning.ablation_table import markdown, plot, summarise, table_csv
 from mmref.tuning.capacity import TRIAL_CPUS, connected, largest_node, sharing
 from mmref.tuning.failure import reason

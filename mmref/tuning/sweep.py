@@ -18,9 +18,9 @@ from mmref.config import Config, dump_yaml, to_dict, with_absolute_paths
 from mmref.config.inputs import settled
 from mmref.data.shard_set import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError, SweepInterruptedError
-from mmref.run.directory import RunDir, read_jsonl
+from mmref.run.directory import DATA, RunDir, read_jsonl
 from mmref.train.ray_storage import ray_filesystem
-from mmref.train.trainer import DATA, check_inputs, check_same_data
+from mmref.train.trainer import check_inputs, check_same_data
 from mmref.tuning.asha import Asha, grace_steps, judged_at, share_of_steps
 from mmref.tuning.capacity import TRIAL_CPUS, connected, largest_node, sharing
 from mmref.tuning.display import Display

@@ -22,10 +22,11 @@ from mmref.cli import main
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
-from mmref.errors import ExportError, ModelError, SampleError, StorageError
+from mmref.errors import ExportError, ModelError, RunDirectoryError, SampleError, StorageError
 from mmref.evaluate.features import Encoder, read_pixels, read_queries
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, refined_scores
 from mmref.export import write as exporting
+from mmref.run.models import find_model, has_references
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**SMALL, "image_size": 16, "patch_size": 8}
@@ -216,7 +217,10 @@ def test_what_is_close_goes_with_the_model(make_config, tmp_path):
     assert mmref.load(exporting.export_run(str(run), str(tmp_path / "new")), "cpu").close_cosine == 0.25
 
 
-@pytest.mark.parametrize("learned", [{}, {"reference.update": "gradient", "loss.w_fuse": 0.0}], ids=str)
+BY_RECONSTRUCTION = {"reference.update": "gradient", "loss.w_fuse": 0.0}
+
+
+@pytest.mark.parametrize("learned", [{}, BY_RECONSTRUCTION, {**BY_RECONSTRUCTION, "loss.caption_weight": 2.0}], ids=str)
 def test_heads_of_training_stay_behind(make_config, tmp_path, learned):
     """Every loss with a head switched on: what an export holds is what features need.
 
@@ -272,12 +276,34 @@ def test_an_export_is_whole_or_absent(make_config, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["out", "run"]
 
 
+def test_damaged_files_of_an_export_are_named(exported, tmp_path):
+    """As a copy that was interrupted leaves them; asked for anew they are named too."""
+    folder = exported[0]
+    for name in ("model.safetensors", "references.safetensors", "config.json", "config.yaml", "tokenizer/tokenizer.json"):
+        whole = (folder / name).read_bytes()
+        cut = whole.index(b"{") + 1 if name == "config.yaml" else len(whole) // 2  # half a YAML text may be one
+        for left in (whole[:cut], b"", b"\xff" + whole):
+            (folder / name).write_bytes(left)
+            with pytest.raises(ModelError, match=rf"{folder}.*(Export|Write|copy)"):
+                mmref.load(folder)
+            if name in ("config.json", "references.safetensors"):
+                with pytest.raises(ModelError, match=rf"{folder}.*(Export|Write)"):
+                    has_references(find_model(str(folder)))
+        (folder / name).write_bytes(whole)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"config.json is damaged: it holds no names and values, but a list. Export the run"):
+        mmref.load(folder)
+
+
 def test_what_cannot_be_exported_is_said(make_config, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     make_run(make_config(), str(run), {})
     metrics = run / "metrics.json"
     metrics.write_text(metrics.read_text().replace("step-00000020-a", "step-00000010-b"))
     with pytest.raises(ExportError, match=r"step-00000020-a, and metrics.json is of .*step-00000010-b.*mmref evaluate"):
+        exporting.export_run(str(run), str(out))
+    metrics.write_text("[]")
+    with pytest.raises(RunDirectoryError, match=r"metrics.json is damaged: it holds no names and values, but a list. Remove it"):
         exporting.export_run(str(run), str(out))
     metrics.unlink()
     with pytest.raises(ExportError, match=r"metrics.json is of none"):

@@ -173,7 +173,7 @@ def test_without_a_step_everything_is_kept(run):
 
 
 def test_a_cut_last_line_is_left_out_and_repaired(run):
-    run.write_text("metrics.jsonl", '{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    run.write_bytes("metrics.jsonl", b'{"step": 1}\n{"step": "\xff"}\n{"step": 2}\n{"step": 3, "lo')
     assert [r["step"] for r in read_jsonl(run)] == [1, 2]
     append(JsonLines(run, keep_below_step=10), {"step": 3})
     assert [r["step"] for r in read_jsonl(run)] == [1, 2, 3]

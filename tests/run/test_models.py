@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.pretrained import PHOTOGRAPHS, TEXTS, own_features, save_pretrained
+from support.tiny_run import make_run
+from support.tiny_set import TinySource, build_tiny_set
 
 import mmref
 from mmref.config import Config, dump_yaml, from_dict
@@ -20,14 +24,14 @@ from mmref.errors import ModelError, ReferencesError, RunDirectoryError
 from mmref.evaluate import evaluation, split_features
 from mmref.evaluate.command import main as evaluate
 from mmref.evaluate.evaluation import START_METRICS, evaluate_model, start_metrics
-from mmref.export.write import export_pretrained
+from mmref.export.write import export_pretrained, export_run
 from mmref.model.mmref import build_model
 from mmref.model.reference_rows import warm_rows
 from mmref.references.bank_rows import add_objects
 from mmref.references.command import main as references
-from mmref.run.checkpoints import best_checkpoint, fetched, load_model, load_object_ids, load_references
-from mmref.run.directory import RunDir
-from mmref.run.models import SOURCE, START, as_run, find_model, pretrained_config, start_of
+from mmref.run.checkpoints import TensorFolder, best_checkpoint, fetched, load_model, load_object_ids, load_references
+from mmref.run.directory import DATA, RunDir
+from mmref.run.models import SOURCE, START, as_run, config_on, find_model, pretrained_config, source_of, start_of
 from mmref.train import checkpoint_files, trainer
 from mmref.train.bank import ReferenceBank
 from mmref.train.trainer import first_weights
@@ -89,6 +93,90 @@ def test_the_same_model_finds_its_run_again_and_another_one_does_not(clip, tiny_
     (tmp_path / "run" / SOURCE).unlink()
     with pytest.raises(RunDirectoryError, match="is a run of a training"):
         as_run(*given)
+
+
+def changed(folder):
+    """A model's weights are others from now on."""
+    for file in folder.glob("*.safetensors"):
+        save_file({n: t + 1 if t.is_floating_point() else t for n, t in load_file(file).items()}, file, {"format": "pt"})
+
+
+def weights_of(run):
+    with fetched(run, best_checkpoint(run), "model") as folder:
+        return TensorFolder(folder, "model").get("backbone.visual_projection.weight")
+
+
+def test_a_model_that_has_changed_becomes_a_run_anew(clip, tiny_set, tmp_path):
+    """Without it the weights of before would be evaluated, explained and trained on; references are not thrown away for it."""
+    export = export_pretrained(str(clip), str(tmp_path / "export"))
+    given = str(export), str(tiny_set), str(tmp_path / "run")
+    run = RunDir(as_run(*given))
+    before, folder = weights_of(run), best_checkpoint(run).folder
+    (export / "README.md").write_text("a card in other words")
+    assert as_run(*given) == run.path and best_checkpoint(run).folder == folder
+    changed(export)
+    as_run(*given)
+    torch.testing.assert_close(weights_of(run), before + 1)
+    assert best_checkpoint(run).folder != folder and len(run.list("checkpoints")) == 1
+    run.write_text(SOURCE, json.dumps({"model": str(export)}))  # of a version before, which kept no more
+    as_run(*given)
+    info = best_checkpoint(run)
+    run.write_text(f"{info.folder}/meta.json", json.dumps({**info.meta, "removed": 0}))
+    changed(export)
+    with pytest.raises(RunDirectoryError, match=r"export have changed since .* the references that were added .*another `--run"):
+        as_run(*given)
+    torch.testing.assert_close(weights_of(run), before + 1)
+
+
+def test_a_shard_set_that_was_moved_is_known_again(make_config, own_set, tmp_path, monkeypatch, in_process):
+    """Its tokenizer lies in it: given with `--data`, the set is the run's own wherever it is, and no other set is."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run = RunDir(str(tmp_path / "run"))
+    make_run(make_config({}, own_set), run.path, {})
+    run.write_text(DATA, f"{ShardSet.open(str(own_set)).fingerprint} neighbors:0123456789ab")
+    moved = str(own_set.rename(tmp_path / "elsewhere"))
+    other = build_tiny_set(tmp_path / "other", TinySource("other", first=100))
+    with pytest.raises(ModelError, match=f"no tokenizer at {own_set}/tokenizer"):
+        evaluate_model(run.path, str(other), report=False)
+    mmref.load(export_run(run.path, str(tmp_path / "out"), moved))
+    evaluate_model(run.path, moved, report=False)
+    assert not run.exists("metrics-tiny.json"), "it is the run's own set"
+    run.remove(DATA)  # of an older version
+    assert config_on(run, moved).data.root == moved
+
+
+def test_a_run_of_an_export_can_be_moved(make_config, tiny_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    make_run(make_config(), str(tmp_path / "run"), {})
+    path = as_run(str(export_run(str(tmp_path / "run"), str(tmp_path / "export"))), str(tiny_set), str(tmp_path / "of-export"))
+    moved = RunDir(str(Path(path).rename(tmp_path / "elsewhere")))
+    assert load_tokens(moved.read_config()).vocab_size == load_tokens(make_config()).vocab_size
+    assert config_on(moved, str(tmp_path)).data.root == str(tiny_set), "its model was not trained on its set"
+
+
+def test_another_start_than_that_of_an_attempt_before(make_config, clip, tmp_path):
+    """An attempt that ended before its first checkpoint leaves its start, and what that achieves, to the same start alone."""
+    export = export_pretrained(str(clip), str(tmp_path / "export"))
+    other = RunDir(as_run(str(clip), make_config().data.root, str(tmp_path / "other")))
+    run = RunDir(str(tmp_path / "run"))
+    configs = [make_config({"train.start_from": str(place)}) for place in (export, other.path, export)]
+    trainer.prepare_run(configs[0], run)
+    run.write_text(START_METRICS, json.dumps(source_of(str(export))))
+    trainer.prepare_run(configs[0], run)
+    assert run.exists(START_METRICS) and start_of(configs[0], run).path == run.join(START)
+    before = weights_of(start_of(configs[0], run))
+    trainer.prepare_run(configs[1], run)
+    assert not run.exists(START_METRICS) and start_of(configs[1], run).path == other.path
+    run.write_text(START_METRICS, json.dumps(source_of(other.path)))
+    trainer.prepare_run(configs[2], run)
+    assert not run.exists(START_METRICS)
+    run.write_text(START_METRICS, json.dumps(source_of(str(export))))
+    changed(export)
+    trainer.prepare_run(configs[2], run)
+    assert not run.exists(START_METRICS)
+    torch.testing.assert_close(weights_of(start_of(configs[2], run)), before + 1)
+    trainer.prepare_run(make_config(), run)
+    assert not run.exists(START)
 
 
 def test_zero_shot_is_scored_by_the_model_s_own_features(clip, tiny_set, tmp_path, in_process, capsys):

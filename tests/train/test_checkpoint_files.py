@@ -240,12 +240,13 @@ SNAPSHOT = "checkpoints/checkpoint_manager_snapshot.json"
     ('{"checkpoint_results": []}', True),
     ('{"checkpoint_results": [{"checkpoint_dir_name": "step-00000050-a"}, {"checkpoint_dir_name": "gone"}]}', False),
     ('{"checkpoint_results": [{"checkpoint_dir', False), ("", False), ("{}", False), ("null", False),
+    ("\udcff", False),
 ])  # fmt: skip
 def test_ray_s_list_of_checkpoints_goes_when_it_would_stop_a_restart(tmp_path, text, stays):
     run = RunDir(str(tmp_path))
     checkpoint_files.repair_snapshot(run)
     write(run, 50)
-    run.write_text(SNAPSHOT, text)
+    run.write_bytes(SNAPSHOT, text.encode("utf-8", "surrogateescape"))
     checkpoint_files.repair_snapshot(run)
     assert run.exists(SNAPSHOT) == stays and checkpoints.latest_checkpoint(run).step == 50
 
@@ -350,9 +351,10 @@ def test_resume_names_every_file_that_is_gone_or_short(two_checkpoints):
         assert {p.split(" ")[2].rstrip(":") for p in at.passed_over} == {"gone", "damaged"}
 
 
-def test_resume_names_a_list_of_files_that_cannot_be_read(two_checkpoints):
+@pytest.mark.parametrize("damaged", [b"{", b'{"step": 4, "files": {"\xff": {}}}', b'{"files": {}}', b"[]"])
+def test_resume_names_a_list_of_files_that_cannot_be_read(two_checkpoints, damaged):
     where = "checkpoints/step-00000004-a/meta.json"
-    two_checkpoints.write_text(where, "{")
+    two_checkpoints.write_bytes(where, damaged)
     with checkpoint_files.resume_point(two_checkpoints, OBJECTS) as at:
         assert at.step == 2 and at.passed_over[0].startswith(f"{two_checkpoints.join(where)} is damaged")
 

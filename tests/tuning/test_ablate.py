@@ -18,9 +18,8 @@ from mmref.data.shard_set import data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.evaluate import split_features
 from mmref.evaluate.evaluation import evaluate_run
-from mmref.run.directory import RunDir
+from mmref.run.directory import DATA, RunDir
 from mmref.run.models import as_run
-from mmref.train.trainer import DATA
 from mmref.tuning import ablate as module
 from mmref.tuning.ablate import ablate, result_name
 from mmref.tuning.command import ablate_main as main

@@ -21,8 +21,7 @@ from mmref.config import AUTO, Config, dump_yaml, from_dict, load_config, to_dic
 from mmref.config.inputs import BEFORE, PLAIN, settled
 from mmref.data.shard_set import data_fingerprint
 from mmref.errors import ClusterTooSmallError, ConfigError, RunDirectoryError, ShardSetError, SweepError
-from mmref.run.directory import RunDir
-from mmref.train.trainer import DATA
+from mmref.run.directory import DATA, RunDir
 from mmref.tuning import recorder as recorder_module
 from mmref.tuning import sweep as sweep_module
 from mmref.tuning import trial_run as trial_module

@@ -179,7 +179,8 @@ def load_tower(name: str, config: dict[str, Any] | None, what: str) -> Any:
             return tower
         if IMPORT in (config or {}):
             return _imported_tower(dict(config or {}), what)
-        return AutoModel.from_config(tower_config(name, config, what))
+        # Also of a config that names the half precision of its files: weights and features are fp32 wherever they come from.
+        return AutoModel.from_config(tower_config(name, config, what), dtype=torch.float32)
 
 
 def _imported_tower(arguments: dict[str, Any], what: str) -> Any:

@@ -150,6 +150,16 @@ def test_captions_longer_than_the_text_tower_s_positions_are_a_named_error(make_
     assert model.backbone.max_positions == 20
 
 
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm"])
+def test_positions_of_text_towers_that_count_from_padding_on(make_config, family):
+    text = {**BERT, "model_type": family, "pad_token_id": 1}
+    with pytest.raises(ModelError, match=r"data.max_tokens 15 .*14 positions .* to at most 14"):
+        build_model(make_config({"data.max_tokens": 15, "model.text_config": text}), 80)
+    model = build_model(make_config({"data.max_tokens": 14, "model.text_config": text}), 80)
+    ids = torch.full((1, 14), 5)
+    assert model(None, ids, torch.ones_like(ids)).text.isfinite().all(), "as many as it says, without padding"
+
+
 LEFT = {"data.padding": "left"}
 CONVBERT = {**BERT, "model_type": "convbert", "num_attention_heads": 4, "embedding_size": 16}
 

@@ -27,8 +27,8 @@ ENDLESS = 1 << 20  # tokens: transformers' mark of a tokenizer that knows no lim
 TRAINED_TOKENS = {"chinese_clip": 52}
 """Families whose text tower has more positions than it was trained to read images with."""
 POSITIONS_FROM_PADDING = (
-    "altclip_text_model", "bridgetower_text_model", "camembert", "clap_text_model", "data2vec-text", "ibert", "lilt", "longformer",
-    "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+    "altclip_text_model", "bridgetower_text_model", "camembert", "clap_text_model", "data2vec-text", "ibert", "lilt",
+    "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
 """Text towers that count positions from behind the padding token's id: so many they cannot use."""
 READS_PADDING = ("siglip",)

@@ -242,8 +242,8 @@ def check_captions(backbone: Backbone, data: DataConfig) -> None:
     if data.padding != "left":
         return
     why = ""
-    if backbone.trims_texts:  # they count positions, see words or take their feature from the first place on
-        why = f"the text tower, {type(backbone.text_model).__name__}, reads a caption from the first place on"
+    if backbone.trims_texts:  # most of them count positions or take their feature from the first place on, too
+        why = f"the text tower, {type(backbone.text_model).__name__}, is given the first places of a caption, as many as it needs"
     elif isinstance(backbone, PairBackbone) and backbone.pool == "first":
         why = "`model.pool: first` takes the first token of a caption for its feature"
     if why:

@@ -165,8 +165,8 @@ CONVBERT = {**BERT, "model_type": "convbert", "num_attention_heads": 4, "embeddi
 
 
 @pytest.mark.parametrize("found, overrides", [
-    ("BertModel, reads a caption from the first place on", {}),
-    ("CLIPText.*, reads a caption from the first place on",
+    ("BertModel, is given the first places of a caption", {}),
+    ("CLIPText.*, is given the first places of a caption",
      {"model.vision_config": None, "model.text_config": None, "model.dual_config": CLIP}),
     ("`model.pool: first` takes the first token", {"model.text_config": CONVBERT, "model.pool": "first"}),
 ])  # fmt: skip

@@ -26,7 +26,10 @@ FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in 
 ENDLESS = 1 << 20  # tokens: transformers' mark of a tokenizer that knows no limit is far above
 TRAINED_TOKENS = {"chinese_clip": 52}
 """Families whose text tower has more positions than it was trained to read images with."""
-POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
+POSITIONS_FROM_PADDING = (
+    "altclip_text_model", "bridgetower_text_model", "camembert", "clap_text_model", "data2vec-text", "ibert", "lilt",
+    "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
 """Text towers that count positions from behind the padding token's id: so many they cannot use."""
 READS_PADDING = ("siglip",)
 REFUSED = {  # families that transformers has and we have not, and why
@@ -168,10 +171,15 @@ def _image_rule(name: str, images: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def text_positions(text: Any) -> int:
+    """Tokens for which a text tower has positions, by its config."""
+    positions = int(getattr(text, "max_position_embeddings", ENDLESS))
+    if getattr(text, "model_type", "") in POSITIONS_FROM_PADDING:
+        positions -= int(text.pad_token_id or 0) + 1
+    return positions
+
+
 def _length(config: Any, tokenizer: Any) -> int:
     """Tokens that a text tower reads: by its positions, its tokenizer, and what its family was trained with."""
-    text = getattr(config, "text_config", config)
-    positions = int(getattr(text, "max_position_embeddings", ENDLESS))
-    if text.model_type in POSITIONS_FROM_PADDING:
-        positions -= int(text.pad_token_id or 0) + 1
+    positions = text_positions(getattr(config, "text_config", config))
     return min(positions, int(tokenizer.model_max_length), TRAINED_TOKENS.get(config.model_type, ENDLESS))

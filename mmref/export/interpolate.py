@@ -24,7 +24,7 @@ from mmref.evaluate.protocols import Chosen, protocols
 from mmref.evaluate.refinement import ReferenceSpace
 from mmref.evaluate.split_features import SplitFeatures, collect
 from mmref.model.mmref import MMRef, build_model
-from mmref.run.checkpoints import TensorFolder, best_checkpoint, fetched
+from mmref.run.checkpoints import TensorFolder, best_checkpoint, fetched, persistent_buffers
 from mmref.run.directory import RunDir
 from mmref.run.models import find_model, load_parts
 from mmref.terminal.progress import say
@@ -56,7 +56,7 @@ def interpolate(
     """
     if "val" not in shards.splits:
         raise ExportError(f"{shards.root} has no val split to choose the share on: export without `--interpolate`.")
-    tuned = {name: p.detach().clone() for name, p in module.named_parameters()}
+    tuned = {name: x.clone() for name, x in mixed_tensors(module).items()}
     start = start_weights(config, module, tokens)
     encoder = Encoder(module, module, config.data, tokens, torch.device("cpu"))
     tried: list[dict[str, float]] = []
@@ -80,34 +80,43 @@ def interpolate(
 
 
 def start_weights(config: Config, module: MMRef, tokens: Tokens) -> dict[str, Tensor]:
-    """The weights that a run's training started from and did not draw at random, by name. Raises ExportError where all were."""
+    """The weights and statistics that a run started from, by name, without those drawn at random. Raises ExportError."""
     m = config.model
     plain = dataclasses.replace(config, model=dataclasses.replace(m, lora_image=0, lora_text=0))  # here adapters are merged
     pretrained = {"backbone.": m.dual, "backbone.vision_model.": m.vision, "backbone.text_model.": m.text}
     if config.train.start_from:
         found = find_model(config.train.start_from)
         if found.kind != "run":
-            named = load_parts(found).module.named_parameters()
-            return {name: p.detach() for name, p in named if name.startswith("backbone.")}
+            return _below(mixed_tensors(load_parts(found).module), "backbone.")
         run = RunDir(found.place)
         with fetched(run, best_checkpoint(run), "model") as folder:
             tensors = TensorFolder(folder, "model")
-            return {name: tensors.get(name) for name, _ in module.named_parameters() if name.startswith("backbone.")}
+            names = _below(mixed_tensors(module), "backbone.")
+            return {name: tensors.get(name if name in tensors.files else f"buffer:{name}") for name in names}
     prefixes = tuple(prefix for prefix, name in pretrained.items() if name)
     if not prefixes:
         raise ExportError(
             "the run started from random weights (`model.*_config`, no `train.start_from`), which no mixture is to have a share "
             "of: export without `--interpolate`."
         )
-    began = build_model(plain, tokens.vocab_size)
-    return {name: p.detach() for name, p in began.named_parameters() if name.startswith(prefixes)}
+    return _below(mixed_tensors(build_model(plain, tokens.vocab_size)), *prefixes)
+
+
+def mixed_tensors(module: MMRef) -> dict[str, Tensor]:
+    """What a mixture is made of, by name: weights, and the statistics of batch norm, which belong to the weights before them."""
+    statistics = {name: buffer for name, buffer in persistent_buffers(module) if buffer.is_floating_point()}
+    return {name: p.detach() for name, p in module.named_parameters()} | statistics
+
+
+def _below(tensors: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    return {name: x for name, x in tensors.items() if name.startswith(prefixes)}
 
 
 @torch.no_grad()
 def _mix(module: MMRef, start: dict[str, Tensor], tuned: dict[str, Tensor], share: float) -> None:
-    for name, p in module.named_parameters():
+    for name, x in mixed_tensors(module).items():
         if name in start:
-            p.copy_(torch.lerp(start[name], tuned[name], share))
+            x.copy_(torch.lerp(start[name], tuned[name], share))
 
 
 def encode_split(encoder: Encoder, config: Config, shards: ShardSet, split: str) -> SplitFeatures:

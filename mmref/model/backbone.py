@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from mmref.config import ModelConfig
-from mmref.config.inputs import refuse_known
+from mmref.config.inputs import refuse_known, text_positions
 from mmref.config.packages import IMPORT, imported, local_name
 from mmref.errors import ModelError
 from mmref.model.adapter import Adapter
@@ -179,7 +179,8 @@ def load_tower(name: str, config: dict[str, Any] | None, what: str) -> Any:
             return tower
         if IMPORT in (config or {}):
             return _imported_tower(dict(config or {}), what)
-        return AutoModel.from_config(tower_config(name, config, what))
+        # Also of a config that names the half precision of its files: weights and features are fp32 wherever they come from.
+        return AutoModel.from_config(tower_config(name, config, what), dtype=torch.float32)
 
 
 def _imported_tower(arguments: dict[str, Any], what: str) -> Any:
@@ -236,7 +237,7 @@ class DualBackbone(nn.Module):
             self.embed_dim = text.projection_size if hasattr(text, "projection_size") else vision.hidden_size
         self.native_size = _native_size(vision)
         self.vocab_size = text.vocab_size
-        self.max_positions = getattr(text, "max_position_embeddings", 1 << 30)
+        self.max_positions = text_positions(text)
         # SigLIP was trained on padded text without a mask. CLIP is causal and reads its features at the end token: no word sees
         # the padding behind a caption. Without a mask attention runs in its fastest form, and nobody asks whether it is all ones.
         self.uses_mask = imported or model.config.model_type not in ("siglip", *CAUSAL)
@@ -283,8 +284,9 @@ class PairBackbone(nn.Module):
         if self.pool != "auto":  # a pooler nobody reads would be a parameter without a gradient
             towers: tuple[Any, Any] = (vision, text)
             for tower in towers:
-                if getattr(tower, "pooler", None) is not None:
-                    tower.pooler = None
+                pooler = getattr(tower, "pooler", None)
+                if pooler is not None and any(True for _ in pooler.parameters()):
+                    tower.pooler = nn.Identity()  # not all towers ask whether they have one before they call it
         self.image_width, self.text_width = _tower_width(vision), _tower_width(text)
         self.visual_adapter = self.text_adapter = None
         if adapter_layers:
@@ -295,7 +297,7 @@ class PairBackbone(nn.Module):
         self.text_projection = nn.Linear(self.text_width, embed_dim, bias=False)
         self.embed_dim = embed_dim
         self.vocab_size = text.config.vocab_size
-        self.max_positions = getattr(text.config, "max_position_embeddings", 1 << 30)
+        self.max_positions = text_positions(text.config)
         # What a tower from an import path makes of padding is its own affair.
         known = getattr(text.config, "model_type", None) in BLIND_TO_PADDING
         self.trims_texts = known and IMPORT not in (config.text_config or {})

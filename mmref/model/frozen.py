@@ -43,9 +43,10 @@ class FrozenTokens:
             mask: (B, N) 1 on tokens of a caption; None for images, all of whose tokens are kept.
             run: the tower on some rows of the inputs.
         """
-        lengths = None if mask is None else mask.sum(1).tolist()
+        words = None if mask is None else [row.nonzero()[0] for row in mask.cpu().numpy()]  # the places of each caption's tokens
         rows = inputs.detach().cpu().numpy()
-        keys = [key_of(row if lengths is None else row[: lengths[i]]) for i, row in enumerate(rows)]
+        # What lies behind a caption is no part of it; padding before it may have moved its tokens to other positions.
+        keys = [key_of(row if words is None else row[: words[i].max(initial=-1) + 1]) for i, row in enumerate(rows)]
         store = self._store(torch.is_autocast_enabled(inputs.device.type))
         found = store.read(keys)
         missing = {key: i for i, key in enumerate(keys) if key not in found}  # equal inputs once
@@ -53,14 +54,14 @@ class FrozenTokens:
             with torch.no_grad():
                 new = run(torch.tensor(list(missing.values()), device=inputs.device))
             half = new.to("cpu", torch.float16).numpy()
-            made = {k: t if lengths is None else t[: lengths[i]] for (k, i), t in zip(missing.items(), half)}
+            made = {k: t if words is None else t[words[i]] for (k, i), t in zip(missing.items(), half)}
             store.write(made)
             found |= made
-        if lengths is None:
+        if words is None:
             return torch.from_numpy(np.stack([found[key] for key in keys])).to(inputs.device, torch.float32)
         tokens = np.zeros((len(keys), inputs.shape[1], found[keys[0]].shape[-1]), np.float16)
         for i, key in enumerate(keys):
-            tokens[i, : lengths[i]] = found[key]
+            tokens[i, words[i]] = found[key]
         return torch.from_numpy(tokens).to(inputs.device, torch.float32)
 
     def _store(self, bf16: bool) -> TokenFile:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmref.config import AUTO, MIN_TAU, Config, LossConfig, ReferenceConfig, TrainConfig
+from mmref.config import AUTO, MIN_TAU, Config, DataConfig, LossConfig, ReferenceConfig, TrainConfig
 from mmref.errors import ModelError
 from mmref.losses import identity_loss, reconstruction_loss
 from mmref.model.backbone import Backbone, PairBackbone, build_backbone
@@ -232,17 +232,31 @@ def chosen_precision(train: TrainConfig) -> tuple[bool, str]:
     return native, f"this {what} {'multiplies in it' if native else 'has no instructions for bf16'}"
 
 
+def check_captions(backbone: Backbone, data: DataConfig) -> None:
+    """Raise ModelError for captions that are longer than a text tower reads, or padded where it would read padding."""
+    if data.max_tokens > backbone.max_positions:
+        raise ModelError(
+            f"data.max_tokens {data.max_tokens} is more than the {backbone.max_positions} positions of the text tower: set "
+            f"data.max_tokens to at most {backbone.max_positions}."
+        )
+    if data.padding != "left":
+        return
+    why = ""
+    if backbone.trims_texts:  # most of them count positions or take their feature from the first place on, too
+        why = f"the text tower, {type(backbone.text_model).__name__}, is given the first places of a caption, as many as it needs"
+    elif isinstance(backbone, PairBackbone) and backbone.pool == "first":
+        why = "`model.pool: first` takes the first token of a caption for its feature"
+    if why:
+        raise ModelError(f"data.padding is left, and {why}, where padding would stand: set `data.padding: right`.")
+
+
 def build_model(config: Config, vocab_size: int, objects: int = 0) -> MMRef:
     """MMRef of a config, with weights that depend on the seed and config alone; `objects` of training. Raises ModelError."""
     train = config.train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(RandomStream.INITIAL_WEIGHTS, train.seed, 0))
         backbone = build_backbone(config.model, vocab_size)
-        if config.data.max_tokens > backbone.max_positions:
-            raise ModelError(
-                f"data.max_tokens {config.data.max_tokens} is more than the {backbone.max_positions} positions of the "
-                f"text tower: set data.max_tokens to at most {backbone.max_positions}."
-            )
+        check_captions(backbone, config.data)
         bf16 = chosen_precision(train)[0]
         plain = bf16 and not train.on_gpu
         model = MMRef(backbone, config.loss, config.reference, train.gradient_checkpointing, bf16, objects, plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,6 +12,10 @@ from mmref.data.tokens import Tokens
 from mmref.model.mmref import MMRef
 from mmref.model.word_decoder import places_of
 
+WORD_STARTS = "\N{LOWER ONE EIGHTH BLOCK}", "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # of SentencePiece and byte-level BPE
+WORD_END = "</w>"  # of CLIP's
+MARKED = 0.02  # of a vocabulary has a mark that its tokenizer uses: a word or two of another begin with these letters by chance
+LETTERS = 3  # of the shortest word that tells something
 TWICE = 2  # a word may stand in a reference's text this often
 EPS = 1e-9
 
@@ -50,19 +55,40 @@ def telling_words(
     """For each object's references (n, K, d) the words which the head expects more of them than of others (m, K, d).
 
     Words by p log(p / p_others), p being a word's probability on average over the positions of a caption of masks; with
-    each the ratio p / p_others. Pieces of words are left out.
+    each the ratio p / p_others. Pieces of words are left out, as far as the tokenizer marks them.
     """
     own, usual = _expected(model, tokens, references, length), _expected(model, tokens, others, length).mean(0)
     ratio = (own + EPS) / (usual + EPS)
-    words = tokens.tokenizer.convert_ids_to_tokens(list(range(own.shape[1])))
-    whole = torch.tensor([bool(w) and w.removesuffix("</w>").isalpha() and len(w) > 2 for w in words])
-    whole[torch.as_tensor(tokens.special_ids)] = False
+    words = whole_words(tokens)
+    whole = torch.zeros(own.shape[1], dtype=torch.bool)
+    whole[list(words)] = True
     value = (own * ratio.log()).cpu().masked_fill(~whole, -math.inf)
-    return [
-        [(words[i].removesuffix("</w>"), float(ratio[row, i])) for i in value[row].topk(count).indices.tolist()
-         if ratio[row, i] > 1]
-        for row in range(len(own))
-    ]  # fmt: skip
+    best = [of_object.topk(min(count, len(words))).indices.tolist() for of_object in value]
+    return [[(words[i], float(ratio[row, i])) for i in found if value[row, i] > 0] for row, found in enumerate(best)]
+
+
+@functools.lru_cache(maxsize=1)
+def whole_words(tokens: Tokens) -> dict[int, str]:
+    """Words of at least three letters by their ids, spelled as in a caption: without the tokenizer's marks.
+
+    SentencePiece and byte-level BPE mark the tokens that begin a word, CLIP's BPE those that end one, and WordPiece those
+    that go on in one, by a sign that is no letter.
+    """
+    tokenizer = tokens.tokenizer
+    pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(range(tokens.vocab_size)))]
+    bare = dict(enumerate(pieces))
+    for mark in (WORD_END, *WORD_STARTS):
+        marked = {i: piece for i, piece in enumerate(pieces) if piece != mark and _without(mark, piece) != piece}
+        if len(marked) >= MARKED * len(pieces):
+            bare = {i: _without(mark, piece) for i, piece in marked.items()}
+            break
+    special = set(tokens.special_ids.tolist())
+    spelled = {i: tokenizer.convert_tokens_to_string([piece]) for i, piece in bare.items() if i not in special}
+    return {i: word for i, word in spelled.items() if word.isalpha() and len(word) >= LETTERS}
+
+
+def _without(mark: str, piece: str) -> str:
+    return piece.removesuffix(mark) if mark == WORD_END else piece.removeprefix(mark)
 
 
 def _expected(model: MMRef, tokens: Tokens, references: Tensor, length: int) -> Tensor:

@@ -22,7 +22,9 @@ def main(argv: Sequence[str]) -> int:
         "`mmref train` are taken as well: --config, --model.dual, --train.zero_stage, --reference.negatives ...",
     )
     parser.add_argument("--objects", type=positive, required=True, help="training objects, each with its references")
-    parser.add_argument("--workers", type=positive, nargs="+", default=[1], help="numbers of workers, a column for each")
+    parser.add_argument(
+        "--workers", type=positive, nargs="+", help="numbers of workers, a column for each (default: train.workers)"
+    )
     parser.add_argument(
         "--batch", type=positive, help="pairs of one worker in a step (default: train.global_batch / train.workers)"
     )
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         check_output("--out", args.out)
     config = settled(load_config(rest))
     batch = args.batch or config.train.global_batch // config.train.workers
-    configs = [scaled(config, workers, batch) for workers in args.workers]
+    configs = [scaled(config, workers, batch) for workers in args.workers or [config.train.workers]]
     model = measure_model(configs[0], configs[0].micro_batch, args.objects)
     sizings = [compute_sizing(c, args.objects, model) for c in configs]
     print(

@@ -255,5 +255,6 @@ def format_table(sizings: list[Sizing]) -> str:
 def scaled(config: Config, workers: int, batch: int) -> Config:
     """The run on some workers with `batch` pairs each. Raises ConfigError."""
     values = to_dict(config)
-    values["train"] |= {"workers": workers, "global_batch": workers * batch}
+    # With how few workers the run would go on changes nothing of what it needs with these, which may be fewer still.
+    values["train"] |= {"workers": workers, "min_workers": 0, "global_batch": workers * batch}
     return from_dict(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -90,6 +91,34 @@ def test_a_run_from_another_run_is_mixed_with_that_one(make_config, tmp_path, mo
     for name, p in first.named_parameters():
         if name.startswith("backbone."):
             torch.testing.assert_close(weights[name], (p + second[name]) / 2, atol=1e-6, rtol=1e-5, msg=name)
+
+
+RESNET = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+
+
+def test_statistics_of_batch_norm_are_mixed_from_every_kind_of_start(make_config, pretrained, tmp_path):
+    """They are those of the weights beside them: at a share of 0 the tower is the start's."""
+    net = AutoModel.from_config(AutoConfig.for_model(**RESNET))
+    for name, buffer in net.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2.0)
+    net.save_pretrained(tmp_path / "resnet")
+    config = make_config(pretrained | {"model.vision": str(tmp_path / "resnet"), "model.vision_config": None})
+    tokens = load_tokens(config)
+    make_run(config, str(tmp_path / "run"), {})
+    export_run(str(tmp_path / "run"), str(tmp_path / "export"))
+    for start in ("", "run", "export"):
+        given = dataclasses.replace(config.train, start_from=start and str(tmp_path / start))
+        tuned = build_model(config, tokens.vocab_size)
+        statistics = {name: x for name, x in tuned.state_dict().items() if "running" in name}
+        begun = {name: x.clone() for name, x in statistics.items()}
+        for x in statistics.values():
+            x.add_(1.0)
+        found = mixing.start_weights(dataclasses.replace(config, train=given), tuned, tokens)
+        assert statistics and statistics.keys() <= found.keys()
+        mixing._mix(tuned, found, {name: x.clone() for name, x in mixing.mixed_tensors(tuned).items()}, 0.25)
+        for name, x in statistics.items():
+            torch.testing.assert_close(x, begun[name] + 0.25, msg=f"{start}: {name}")
 
 
 def test_there_must_be_a_start_and_a_val_split(make_config, own_set, tmp_path):

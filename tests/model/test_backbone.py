@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from mmref.config import ModelConfig
 from mmref.errors import ModelError
-from mmref.model.backbone import DualBackbone, PairBackbone, build_backbone, load_tower
+from mmref.model.backbone import DualBackbone, PairBackbone, build_backbone, load_tower, without_weights
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = {
@@ -69,6 +69,26 @@ def test_dual_from_config_and_from_its_directory(kind, tmp_path):
     extra = {} if kind == "siglip" else {"attention_mask": mask}
     own = whole.get_text_features(input_ids=ids, **extra)
     torch.testing.assert_close(text, getattr(own, "pooler_output", own))
+
+
+VTDE = {
+    "model_type": "vision-text-dual-encoder", "projection_dim": 12, "vision_config": VIT,
+    "text_config": {**BERT, "max_position_embeddings": 12},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [*(config for config, _ in DUALS.values()), VTDE], ids=[*DUALS, "vision-text-dual-encoder"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_a_config_in_half_precision_are_fp32(config, dtype, tmp_path):
+    parts = {name: {**config[name], "dtype": dtype} for name in ("vision_config", "text_config")}
+    half = {**config, **parts, "dtype": dtype}
+    found, plain = build(ModelConfig(dual_config=half)).state_dict(), build(ModelConfig(dual_config=config)).state_dict()
+    assert {x.dtype for x in found.values() if x.is_floating_point()} == {torch.float32}
+    assert all(torch.equal(x, plain[name]) for name, x in found.items()), "not rounded on the way either"
+    load_tower("", half, "model.dual").to(getattr(torch, dtype)).save_pretrained(tmp_path / "half")
+    named = without_weights(ModelConfig(dual=str(tmp_path / "half")))
+    assert named.dual_config["dtype"] == dtype
+    assert {p.dtype for p in build(named).parameters()} == {torch.float32}
 
 
 METACLIP = {**CLIP, "model_type": "metaclip_2"}

@@ -8,6 +8,7 @@ import sqlite3
 import numpy as np
 import pytest
 import torch
+from support.tiny_set import BERT
 
 from mmref.config import config_hash
 from mmref.errors import ConfigError, StorageError
@@ -81,6 +82,19 @@ def test_the_width_of_padding_is_no_part_of_a_caption(cached, tmp_path):
     shorter = model(None, ids[1:, :9], mask[1:, :9]).text
     torch.testing.assert_close(shorter, text[1:])
     assert entries(tmp_path) == [4]
+
+
+def test_the_words_of_captions_padded_on_the_left_are_kept(make_config, tmp_path):
+    """Beside those of the same captions padded on the right, which stand at other positions."""
+    tower = {**BERT, "model_type": "convbert", "num_attention_heads": 4, "embedding_size": 16}
+    frozen = {"data.padding": "left", "model.text_config": tower, "model.freeze_backbone": True, "data.crop_padding": 0}
+    kept = build_model(make_config({**frozen, "model.feature_cache": str(tmp_path / "cache")}), 80).eval()
+    plain = build_model(make_config(frozen), 80).eval()
+    _, ids, mask = inputs()
+    shifted = [torch.stack([row.roll(10 - n) for row, n in zip(x, mask.sum(1).tolist())]) for x in (ids, mask)]
+    assert shifted[1][-1].tolist() == [0] * 3 + [1] * 7
+    for given in ((ids, mask), shifted, shifted):
+        torch.testing.assert_close(kept(None, *given).text, plain(None, *given).text, atol=2e-3, rtol=0)
 
 
 def test_other_weights_have_other_entries(cached, tmp_path):

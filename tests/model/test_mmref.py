@@ -10,6 +10,7 @@ from mmref.config import Config
 from mmref.errors import ModelError
 from mmref.losses import reconstruction_loss
 from mmref.model.mmref import Masked, build_model
+from mmref.model.text_groups import group_texts
 from mmref.model.word_decoder import places_of
 
 CLIP_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -147,6 +148,40 @@ def test_captions_longer_than_the_text_tower_s_positions_are_a_named_error(make_
     longer = {**BERT, "max_position_embeddings": 20}
     model = build_model(make_config({"data.max_tokens": 20, "model.text_config": longer}), 80)
     assert model.backbone.max_positions == 20
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm"])
+def test_positions_of_text_towers_that_count_from_padding_on(make_config, family):
+    text = {**BERT, "model_type": family, "pad_token_id": 1}
+    with pytest.raises(ModelError, match=r"data.max_tokens 15 .*14 positions .* to at most 14"):
+        build_model(make_config({"data.max_tokens": 15, "model.text_config": text}), 80)
+    model = build_model(make_config({"data.max_tokens": 14, "model.text_config": text}), 80)
+    ids = torch.full((1, 14), 5)
+    assert model(None, ids, torch.ones_like(ids)).text.isfinite().all(), "as many as it says, without padding"
+
+
+LEFT = {"data.padding": "left"}
+CONVBERT = {**BERT, "model_type": "convbert", "num_attention_heads": 4, "embedding_size": 16}
+
+
+@pytest.mark.parametrize("found, overrides", [
+    ("BertModel, is given the first places of a caption", {}),
+    ("CLIPText.*, is given the first places of a caption",
+     {"model.vision_config": None, "model.text_config": None, "model.dual_config": CLIP}),
+    ("`model.pool: first` takes the first token", {"model.text_config": CONVBERT, "model.pool": "first"}),
+])  # fmt: skip
+def test_padding_before_a_caption_is_refused_where_words_are_read(make_config, found, overrides):
+    with pytest.raises(ModelError, match=rf"data.padding is left.*{found}.*set `data.padding: right`"):
+        build_model(make_config(LEFT | overrides), 80)
+    build_model(make_config(overrides), 80)
+
+
+def test_padding_before_a_caption_is_for_towers_that_keep_it(make_config):
+    model = build_model(make_config(LEFT | {"model.text_config": CONVBERT}), 80).eval()
+    _, ids, mask = batch()
+    for row in range(len(ids)):
+        ids[row, : 2 * row], mask[row, : 2 * row] = 0, 0
+    assert torch.equal(model(None, ids, mask).text, model(None, ids, mask, groups=group_texts(mask.numpy())).text)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

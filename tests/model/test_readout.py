@@ -6,10 +6,14 @@ import itertools
 
 import pytest
 import torch
+from support.pretrained import TEXTS, bert_tokenizer, clip_tokenizer, sentencepiece_tokenizer, word_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from mmref.data.tokens import load_tokens
+from mmref.data.tokens import Tokens, load_tokens
+from mmref.model import readout
 from mmref.model.mmref import Masked, build_model
-from mmref.model.readout import read_captions, telling_words
+from mmref.model.readout import read_captions, telling_words, whole_words
 from mmref.model.word_decoder import places_of
 
 
@@ -64,3 +68,45 @@ def test_telling_words_are_those_of_the_reference_and_not_of_others(trained):
     assert {w for w, _ in red} <= {"red", "circle"} and red and all(ratio > 1 for _, ratio in red)
     assert {w for w, _ in grey} <= {"grey", "square"} and grey
     assert telling_words(model, tokens, references[:1], references[:1], length, 2) == [[]], "nothing tells it from itself"
+
+
+def byte_level_tokenizer():
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<pad>"])
+    raw.train_from_iterator(["the caf\u00e9 with wings", "swings at night"] * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
+
+
+def clip_words():
+    pieces = ["b", "i", "r", "d</w>", "bi", "rd</w>", "bird</w>", "bird", "<|startoftext|>", "<|endoftext|>"]
+    merges = [("b", "i"), ("r", "d</w>"), ("bi", "rd</w>")]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
+
+
+@pytest.mark.parametrize(("tokenizer", "words", "pieces"), [
+    (sentencepiece_tokenizer, {"bird", "night", "boat", "snow", "wings"}, set()),
+    (byte_level_tokenizer, {"caf\u00e9", "wings", "swings", "night"}, {"ings", "wing", "fe"}),
+    (clip_words, {"bird"}, set()),
+    (clip_tokenizer, set(), set()),
+    (bert_tokenizer, {"small", "yellow", "bird"}, {"MASK", "[MASK]"}),
+    (lambda: word_tokenizer(pad_token="</s>"), {"small", "yellow", "bird"}, set()),
+], ids=["sentencepiece", "byte-level", "clip", "letters", "bert", "words"])  # fmt: skip
+def test_words_are_whole_by_the_tokenizer_s_own_marks(tokenizer, words, pieces):
+    tokens = Tokens(tokenizer(), 12)
+    found = list(whole_words(tokens).values())
+    assert words <= set(found) and not pieces & set(found) and len(found) == len(set(found))
+    assert all(word.isalpha() and len(word) > 2 for word in found)
+    if tokenizer is sentencepiece_tokenizer:
+        assert set(found) <= set(" ".join(TEXTS).split()), "no pieces"
+
+
+def test_pieces_of_words_are_ruled_out_though_they_tell(trained, monkeypatch):
+    """Where fewer words tell than were asked for, the list is shorter."""
+    model, tokens, references, length = trained
+    kept = {i: word for i, word in whole_words(tokens).items() if word == "red"}
+    monkeypatch.setattr(readout, "whole_words", lambda _: kept)
+    red, grey = telling_words(model, tokens, references, references, length, 5)
+    assert [word for word, _ in red] == ["red"] and grey == []
+    monkeypatch.setattr(readout, "whole_words", lambda _: {})
+    assert telling_words(model, tokens, references, references, length, 5) == [[], []]

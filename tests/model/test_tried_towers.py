@@ -111,6 +111,21 @@ def test_pairs_that_give_no_features_are_named(vision, text, size, said):
         check_towers(ModelConfig(vision_config=vision, text_config=text), None, size)
 
 
+SMALL_NET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+
+
+@pytest.mark.parametrize("vision", [
+    {"model_type": "resnet", "layer_type": "basic", **SMALL_NET}, {"model_type": "regnet", "groups_width": 8, **SMALL_NET},
+    {"model_type": "bit", "num_groups": 4, **SMALL_NET}, VIT,
+], ids=lambda values: values["model_type"])  # fmt: skip
+@pytest.mark.parametrize("more", [{"pool": "mean"}, {"pool": "first"}, {"adapter_layers": 1, "embed_dim": 32}])
+def test_towers_that_call_their_pooler_work_with_other_pools(vision, more):
+    config = ModelConfig(vision_config=vision, text_config=BERT, **more)
+    check_towers(config, None, (32, 32) if vision is not VIT else (16, 16))
+    parts = build_backbone(config, 40).named_parameters()
+    assert not [name for name, _ in parts if "pooler" in name], "none without a gradient"
+
+
 def test_pairs_that_work_need_no_memory(monkeypatch):
     monkeypatch.setattr(backbone, "_no_features", lambda *_: pytest.fail("needed memory"))
     for vision in (CONVNEXT, {**VIT, "image_size": 32}):

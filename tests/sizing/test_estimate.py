@@ -12,6 +12,7 @@ from mmref.cli import main
 from mmref.config import from_dict
 from mmref.config.inputs import settled
 from mmref.model.mmref import build_model
+from mmref.sizing import command
 from mmref.sizing.estimate import ModelSize, compute_sizing, measure_model, scaled
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +145,14 @@ def test_the_delivered_bytes_are_those_of_a_step(make_config):
 def test_scaled_keeps_the_share_of_a_worker(make_config):
     config = scaled(make_config(), 64, 16)
     assert config.train.workers == 64 and config.train.global_batch == 1024 and config.micro_batch == 16
+
+
+def test_a_run_that_goes_on_with_fewer_workers_is_sized_at_its_own_number_or_less(capsys, monkeypatch):
+    monkeypatch.setattr(command, "measure_model", lambda *_: SMALL)
+    argv = ["sizing", "--objects", "1000", "--config", "emoji", "--train.workers", "4", "--train.min_workers", "2"]
+    for more, shown in (([], "4"), (["--workers", "1"], "1")):
+        assert main([*argv, *more]) == 0
+        assert capsys.readouterr().out.splitlines()[1].split() == ["workers", shown]
 
 
 CLIP_B16 = [

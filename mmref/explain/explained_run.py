@@ -113,7 +113,7 @@ class ExplainedRun:
     def __init__(self, run_dir: str, data: str | None = None, split: str = "test", grid: int = 7) -> None:
         if grid < 1:
             raise QueryError(f"--grid is {grid}: give at least 1 cell on each side.")
-        self.run, self.config, self.checkpoint = open_run(run_dir)
+        self.run, self.config, self.checkpoint = open_run(run_dir, data)
         info = self.checkpoint
         self.shards, self.grid = ShardSet.open(data or self.config.data.root), grid
         if split not in self.shards.splits:

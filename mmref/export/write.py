@@ -239,7 +239,7 @@ def write_transformers(folder: Path, config: Config, module: MMRef, tokens: Toke
         return
     whole = tower_config(config.model.dual, config.model.dual_config, "model.dual")
     whole.text_config.vocab_size = backbone.text_model.config.vocab_size
-    dual = AutoModel.from_config(whole)
+    dual = AutoModel.from_config(whole, dtype=torch.float32)  # a config may name the half precision of its own files
     state = backbone.state_dict()
     scale, bias = module.log_scale.detach(), module.logit_bias
     own = dual.state_dict()

@@ -8,8 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from support.pretrained import FAMILIES, PHOTOGRAPHS, TEXTS, own_features, photograph, save_pretrained
 from transformers import AutoConfig, AutoModel
 
@@ -72,6 +74,14 @@ def test_an_export_of_a_pretrained_model_is_the_model(family, tmp_path):
     again = save_pretrained(family, folder)
     for mine, own in zip((model.encode_images(PHOTOGRAPHS), model.encode_text(TEXTS)), own_features(again, PHOTOGRAPHS, TEXTS)):
         assert np.abs(mine - own).max() < CLOSE
+
+
+def test_the_copy_of_a_model_in_half_precision_is_fp32(tmp_path):
+    folder = save_pretrained("clip", tmp_path / "clip")
+    AutoModel.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    export_pretrained(str(folder), str(tmp_path / "exported"))
+    stored = load_file(tmp_path / "exported" / "transformers" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float32}
 
 
 def test_images_in_every_form_are_the_same(clip, tmp_path):

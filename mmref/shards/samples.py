@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
-from mmref.errors import SourceError
+from mmref.errors import SampleError, SourceError
 
 RESERVED = ("object_id", "image_id", "captions", "caption_kinds")  # fields of a sample that a set writes itself
 SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
@@ -84,6 +84,15 @@ def common_split(given: str) -> str:
 def can_name_split(name: str) -> bool:
     """Whether a name can be that of a split, which becomes a folder."""
     return name.replace("_", "").replace("-", "").isalnum()
+
+
+def cell_split(given: str, where: str) -> str:
+    """The split that a row or sample says, with the name that it has here. Raises SampleError, which says `where` it stands, for
+    what cannot name one."""
+    name = common_split(given)
+    if not can_name_split(name):
+        raise SampleError(f"{name!r:.80} ({where}) cannot name a split")
+    return name
 
 
 def escape_key(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from mmref.data.kinds import kind_of
 from mmref.errors import SampleError, SourceError
-from mmref.shards.samples import DEFAULT_FRACTIONS, can_name_split, common_split, hash_split
+from mmref.shards.samples import DEFAULT_FRACTIONS, cell_split, hash_split
 from mmref.storage.locations import to_text
 from mmref.storage.tables import Row
 from mmref.storage.tars import Member, Tar
@@ -218,10 +218,7 @@ def _class_of(sample: TarSample) -> str:
 def _split_of(record: Row, reading: Reading, object_id: str) -> str:
     if not reading.split:
         return hash_split(object_id, reading.fractions)
-    name = common_split(record.needed(reading.split))
-    if not can_name_split(name):
-        raise SampleError(f"{name!r:.80} ({reading.split}) cannot name a split")
-    return name
+    return cell_split(record.needed(reading.split), reading.split)
 
 
 def common_fields(samples: Sequence[TarSample]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmref.errors import SampleError, SourceError
-from mmref.shards.samples import can_name_split, common_split
+from mmref.shards.samples import cell_split
 from mmref.shards.sources.image_columns import ImageColumns, labels_of
 from mmref.shards.sources.listed import ListedImage, ListedSource
 from mmref.storage.fetch import locate_inside
@@ -150,9 +150,7 @@ def _image(
     if columns.object_id is not None:
         object_id = row.needed(columns.object_id) if needs_object else row.text(columns.object_id) or None
     if columns.split is not None:
-        split = common_split(row.needed(columns.split))
-        if not can_name_split(split):
-            raise SampleError(f"{split!r:.80} (column {columns.split!r}) cannot name a split")
+        split = cell_split(row.needed(columns.split), f"column {columns.split!r}")
     captions = [text for found in texts.values() for text in found]
     extra = {column: columns.value(row, column) for column in keep}
     return ListedImage(name, place, captions, object_id, split, kinds, extra)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from mmref.data.manifest import json_of, tar_of
 from mmref.data.sample_reader import SplitIndex, changed_in_place
 from mmref.errors import ShardSetError, SourceError
-from mmref.storage.locations import cache_folder, file_system, is_url, join, read_bytes, sha256_of, size_of, to_text
+from mmref.storage.locations import cache_folder, file_system, is_url, join, opened, read_bytes, sha256_of, size_of, to_text
 from mmref.storage.retries import retry
 from mmref.storage.tars import Tar, tar_stamp
 from mmref.storage.whole_folder import write_whole
@@ -152,21 +152,13 @@ def packed_problems(root: str, shards: list[dict[str, Any]], checksums: bool) ->
 def _packed_problem(path: str, shard: dict[str, Any]) -> str | None:
     digest = hashlib.sha256()
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             for piece in unpacked(file, shard["bytes"]):
                 digest.update(piece)
     except (OSError, EOFError, zlib.error) as error:  # no retries: gzip's own errors look like those of a storage
         return f"wrong_checksum: {path} cannot be unpacked: {error}"
     same = digest.hexdigest() == shard["sha256"]
     return None if same else f"wrong_checksum: {path} does not hold the shard that the manifest names"
-
-
-def _opened(path: str) -> Any:
-    """A file or URL, open to be read."""
-    if not is_url(path):
-        return open(path, "rb")
-    fs, inner = file_system(path)
-    return fs.open(inner, "rb")
 
 
 def verify_shard(root: str, index: SplitIndex, number: int, shard: dict[str, Any], checksums: bool) -> list[str]:
@@ -206,7 +198,7 @@ def _row_problems(index: SplitIndex, number: int, rows: NDArray[np.int64]) -> li
     ordered = rows[np.argsort(index.json_offset[rows], kind="stable")].tolist()
 
     def unlike() -> list[str]:
-        with _opened(place) as file:
+        with opened(place) as file:
             return [index.keys[i] for i in ordered if not _says(index, i, file)]
 
     wrong = retry(f"read {place}", unlike)

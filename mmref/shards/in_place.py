@@ -33,7 +33,7 @@ from mmref.shards.tar_places import find_tars, labels
 from mmref.shards.tar_samples import Reading, TarSample, interpret, read_tar
 from mmref.shards.tasks import run_jobs
 from mmref.shards.tokenizer import train_captions, train_tokenizer
-from mmref.storage.locations import file_system, folder_name, is_url, size_of, to_text
+from mmref.storage.locations import folder_name, opened, size_of, to_text
 from mmref.storage.parquet import read_parquet
 from mmref.storage.tars import Tar
 from mmref.storage.whole_folder import whole_folder, write_whole
@@ -213,8 +213,7 @@ def _failed_downloads(place: str) -> Counter[str]:
     try:
         if size_of(beside) is None:
             return Counter()
-        fs, inner = file_system(beside) if is_url(beside) else (None, beside)
-        with fs.open(inner, "rb") if fs else open(inner, "rb") as file:
+        with opened(beside) as file:
             status = read_parquet(file, ["status"])["status"].to_pylist()
     except (OSError, ValueError, KeyError):  # a table of somebody else: it only tells numbers
         return Counter()

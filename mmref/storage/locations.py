@@ -173,6 +173,14 @@ def file_system(place: str, **options: Any) -> tuple[Any, str]:
         raise _missing(place, error) from None
 
 
+def opened(place: str) -> Any:
+    """A file or URL, open to be read piece by piece. Raises OSError, or FileSystemMissingError."""
+    if not is_url(place):
+        return open(place, "rb")
+    fs, inner = file_system(place)
+    return fs.open(inner, "rb")
+
+
 def check_installed(place: str) -> None:
     """Raise FileSystemMissingError where nothing here opens such URLs; nothing is connected to."""
     import fsspec

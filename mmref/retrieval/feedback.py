@@ -108,7 +108,10 @@ class Judgements:
 
 def read_judgement(line: str | bytes) -> tuple[tuple[str, str], Judgement | None]:
     """Query and item of a line, and its judgement; None where it takes one back. Raises ValueError."""
-    given = json.loads(line)
+    try:
+        given = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     try:
         found = Judgement(**given)
     except TypeError as error:  # another key, or no object

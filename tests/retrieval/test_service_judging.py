@@ -136,6 +136,27 @@ def test_a_line_that_is_no_judgement_or_half_of_one_spoils_no_other(own_index, i
         judgements.read()
 
 
+def test_a_last_line_without_an_end_counts_and_can_be_taken_back(own_index, ids, client):
+    judge(client, ids[0], True)
+    judge(client, ids[1], True)
+    path = own_index / FILE
+    path.write_text(path.read_text().rstrip("\n"))  # as an editor may leave it
+    assert judged(client) == {ids[0]: True, ids[1]: True}
+    judge(client, ids[1], None)
+    assert judged(client) == {ids[0]: True} == {j.id: j.relevant for j in Judgements(path).read()}
+    path.write_text(path.read_text().rstrip("\n"))
+    assert judged(client) == {ids[0]: True}, "a last line that takes one back counts as well"
+
+
+def test_a_line_that_nests_without_end_is_no_judgement(own_index, ids, client, caplog):
+    with open(own_index / FILE, "w") as file:
+        file.write("[" * 200_000 + "\n" + "[" * 200_000)
+    assert judged(client) == {}
+    judge(client, ids[0], True)
+    assert judged(client) == {ids[0]: True}
+    assert caplog.text.count("is no judgement: it is nested too deeply") == 2
+
+
 def test_many_at_once_are_all_kept(own_index, ids):
     expected = {(f"sentence {n // 12}", ids[n % 12]): n % 2 == 0 for n in range(96)}
     with listening(own_index, judge=True) as service, ThreadPoolExecutor(8) as pool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from mmref.errors import StorageError
-from mmref.retrieval.feedback import Judgements, read_judgement
+from mmref.retrieval.feedback import Judgement, Judgements, read_judgement
 from mmref.retrieval.service.limits import Limits
 from mmref.retrieval.service.pools import Pool
 from mmref.retrieval.service.problems import refuse
@@ -41,11 +41,21 @@ class Followed:
             self._changed = found.st_mtime_ns
             file.seek(self._read)
             for line in file:
-                if not line.endswith(b"\n"):  # somebody is writing it
-                    break
+                if not line.endswith(b"\n"):
+                    return self._with_last(line)
                 self._read, self._last = self._read + len(line), line
                 self._take(line)
         return self._marks
+
+    def _with_last(self, line: bytes) -> dict[str, dict[str, bool]]:
+        """The marks with a last line that has no end: somebody is writing it, or an editor left it so."""
+        try:
+            (text, item), judgement = read_judgement(line)
+        except ValueError:  # half of one
+            return self._marks
+        marks = self._marks | {text: dict(self._marks.get(text, {}))}  # a copy: the line will be read again
+        _mark(marks, text, item, judgement)
+        return marks
 
     def _begin(self, file: int) -> None:
         self._marks, self._file, self._read, self._last, self._changed = {}, file, 0, b"", 0
@@ -65,13 +75,18 @@ class Followed:
         except ValueError as error:
             log.warning("%s: a line before byte %d is no judgement: %s", self.judgements.path, self._read, error)
             return
-        marks = self._marks.setdefault(text, {})
-        if judgement:
-            marks[item] = judgement.relevant
-        else:
-            marks.pop(item, None)
-        if not marks:
-            del self._marks[text]
+        _mark(self._marks, text, item, judgement)
+
+
+def _mark(sentences: dict[str, dict[str, bool]], text: str, item: str, judgement: Judgement | None) -> None:
+    """Keep what was said of an item, or that it was taken back."""
+    marks = sentences.setdefault(text, {})
+    if judgement:
+        marks[item] = judgement.relevant
+    else:
+        marks.pop(item, None)
+    if not marks:
+        del sentences[text]
 
 
 class Judging:

@@ -125,18 +125,31 @@ class Tar:
         while True:
             block = self.read(at, BLOCK)
             if not block or block == END:
-                if at == 0 and not self.size:
-                    self.broken = "it is empty"
+                self.broken = "it is empty" if at == 0 and not self.size else self._behind_end(at)
                 return
             try:
-                found, at = self._plain(at, block) or self._special(at)
+                found, behind = self._plain(at, block) or self._special(at)
+                if found.size < 0 or behind <= at:  # the same header would be read for ever
+                    raise ValueError("its size is no size")
             except (tarfile.TarError, ValueError) as error:
                 self.broken = f"no header of a member at byte {at}: {error}"
                 return
             if found.is_file and found.offset + found.size > self.size:
                 self.broken = f"it ends at byte {self.size}, inside of {found.name!a}"
                 return
+            at = behind
             yield found
+
+    def _behind_end(self, at: int) -> str:
+        """What is wrong with the mark of the end at a byte: only zeros belong behind it."""
+        for start in range(at, self.size, REMOTE_BLOCK):
+            part = self.read(start, REMOTE_BLOCK)
+            if part.count(0) < len(part):
+                return (
+                    f"it has the mark of its end at byte {at}, and data behind it (if tars were joined, give each, or join them "
+                    "with `tar -A`; else copy it again)"
+                )
+        return ""
 
     def _plain(self, at: int, block: bytes) -> tuple[Member, int] | None:
         """A plain file, whose name and times may stand in a header before it, and where the next header lies; None for what
@@ -213,7 +226,10 @@ def _padded(size: int) -> int:
 
 
 def _octal(field: bytes) -> int:
-    return int(field.strip(b"\0 ") or b"0", 8)
+    digits = field.strip(b"\0 ") or b"0"
+    if not digits.isdigit():  # Python would take a sign
+        raise ValueError("a number of it is none")
+    return int(digits, 8)
 
 
 def _check(block: bytes) -> None:

@@ -86,6 +86,35 @@ def test_damage_is_located_and_what_lies_before_is_found(tmp_path: Path) -> None
     assert contents(str(path))[1].startswith("no header of a member at byte 0")
 
 
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"\xff" * 10 + b"\xfe\0", b"0000001_000\0"])
+@pytest.mark.parametrize("kind", [b"0", b"x", b"L"])
+def test_a_size_that_is_none_ends_the_tar(tmp_path: Path, size: bytes, kind: bytes) -> None:
+    """A negative one would lead back to the same header, for ever."""
+    path = write(tmp_path / "a.tar", tarfile.GNU_FORMAT, {"a.jpg": b"a" * 600, "b.jpg": b"b" * 600})
+    data = bytearray(path.read_bytes())
+    data[1536 + 124 : 1536 + 136], data[1536 + 156 : 1536 + 157] = size, kind
+    data[1536 + 148 : 1536 + 156] = b" " * 8
+    data[1536 + 148 : 1536 + 156] = b"%06o\0 " % sum(data[1536 : 1536 + 512])
+    path.write_bytes(data)
+    found, broken = contents(str(path))
+    assert found == {"a.jpg": b"a" * 600} and broken.startswith("no header of a member at byte 1536: ")
+
+
+def test_data_behind_the_mark_of_the_end_is_told(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.tar", tarfile.GNU_FORMAT, {"a.jpg": b"a" * 600})
+    second = write(tmp_path / "b.tar", tarfile.GNU_FORMAT, {"b.jpg": b"b" * 600})
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    found, broken = contents(str(joined))
+    assert found == {"a.jpg": b"a" * 600} and broken.startswith("it has the mark of its end at byte 1536, and data behind it")
+    holes = bytearray(write(joined, tarfile.GNU_FORMAT, {"a.jpg": b"a" * 600, "b.jpg": b"b" * 9000}).read_bytes())
+    holes[1536:4096] = bytes(2560)  # as a download that stopped leaves a file
+    joined.write_bytes(holes)
+    assert "mark of its end at byte 1536" in contents(str(joined))[1]
+    joined.write_bytes(first.read_bytes() + bytes(50_000))
+    assert contents(str(joined)) == ({"a.jpg": b"a" * 600}, ""), "padding"
+
+
 def test_packed_tars_and_pipes_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w:gz") as tar:

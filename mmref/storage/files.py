@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 
-from mmref.storage.locations import file_system, is_url, size_of
+from mmref.storage.locations import file_system, is_folder, is_url, size_of
 from mmref.storage.retries import retry
 
 
@@ -16,37 +16,50 @@ def is_glob(place: str) -> bool:
 
 
 def folder_of(place: str, endings: tuple[str, ...]) -> str:
-    """The folder below which all files lie that `matching_files` finds. It does not depend on what is there yet: of a pattern it
-    is what stands before the first wildcard."""
+    """The folder below which all files lie that `matching_files` finds. It does not depend on what is there yet, but for a folder
+    whose name ends as a file's does: of a pattern it is what stands before the first wildcard."""
     if not glob.has_magic(place) or os.path.isdir(place):
-        return place.rpartition("/")[0] if place.lower().endswith(endings) and not os.path.isdir(place) else place
+        return place.rpartition("/")[0] if place.lower().endswith(endings) and not is_folder(place) else place
     return "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), place.split("/")))
 
 
 def matching_files(place: str, endings: tuple[str, ...]) -> list[str]:
     """Files with some endings that a place names: itself, those that it matches, or those below the folder that it is, without
-    hidden ones; in the order of their names.
+    hidden ones; in the order of their names. A folder may have such a name, too, as Spark and Dask give it to what they write.
 
     Raises StorageError, FileSystemMissingError.
     """
-    if place.lower().endswith(endings) and not glob.has_magic(place):
+    if place.lower().endswith(endings) and not glob.has_magic(place) and not is_folder(place):
         return [place] if is_url(place) or os.path.isfile(place) else []
     if is_url(place):
         return _of_url(place, endings)
     if os.path.isfile(place):
         return []
-    root = place if os.path.isdir(place) else ""
-    pattern = os.path.join(glob.escape(root), "**") if root else place
-    found = [path for path in glob.glob(pattern, recursive=True) if path.lower().endswith(endings) and os.path.isfile(path)]
-    return sorted(found)
+    folder = os.path.isdir(place)
+    pattern = os.path.join(glob.escape(place), "**") if folder else place
+    found = [path for path in glob.glob(pattern, recursive=True) if path.lower().endswith(endings)]
+    files = {path for path in found if os.path.isfile(path)}
+    if not folder:
+        files.update(*(matching_files(path, endings) for path in found if os.path.isdir(path)))
+    return sorted(files)
 
 
 def _of_url(place: str, endings: tuple[str, ...]) -> list[str]:
     if not glob.has_magic(place) and size_of(place) is not None:
         return []
     fs, inner = file_system(place)
+
+    def look() -> list[str]:
+        """Files below the folder, or of the pattern and below the folders that it matches."""
+        if not glob.has_magic(inner):
+            return list(fs.find(inner))
+        found = fs.glob(inner, detail=True)
+        folders = [path for path, about in found.items() if about["type"] == "directory" and path.lower().endswith(endings)]
+        files = [path for path, about in found.items() if about["type"] != "directory"]
+        return sorted({*files, *(path for folder in folders for path in fs.find(folder))})
+
     try:
-        found = retry(f"list {place}", lambda: fs.glob(inner) if glob.has_magic(inner) else fs.find(inner))
+        found = retry(f"list {place}", look)
     except FileNotFoundError:
         return []
     names = [path for path in found if path.lower().endswith(endings) and "/." not in path.removeprefix(inner)]

@@ -243,6 +243,17 @@ def size_of(place: str) -> int | None:
         return None
 
 
+def is_folder(place: str) -> bool:
+    """Whether there is a folder, or files whose names begin as if there were. Raises StorageError, FileSystemMissingError."""
+    if not is_url(place):
+        return os.path.isdir(place)
+    fs, path = file_system(place)
+    try:
+        return bool(retry(f"look at {place}", lambda: _answered(fs.info, path))["type"] == "directory")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def sha256_of(path: str) -> str:
     """Hex digest of a local file or URL, read in 1 MiB pieces."""
     if is_url(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mmref.terminal.arguments import chosen_model, count, model_argument, place, positive, run_dir_argument, text
+from mmref.terminal.arguments import chosen_model, model_argument, place, positive, run_dir_argument, text
 from mmref.terminal.output import printable
 from mmref.terminal.parser import Parser
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     run_dir_argument(parser)
     parser.add_argument("--query", nargs="+", type=text, default=[], metavar="TEXT", help="sentences that search the split")
     parser.add_argument("--object", nargs="+", type=text, default=[], metavar="ID", help="objects of any split of the set")
-    parser.add_argument("--examples", type=count, default=EXAMPLES, help="how many, where none is named (%(default)s)")
+    parser.add_argument("--examples", type=positive, default=EXAMPLES, help="how many, where none is named (%(default)s)")
     parser.add_argument("--data", type=place, metavar="SHARDS", help="shard set; default: the one the run was trained on")
     parser.add_argument("--split", default="test", help="split whose images are searched (default: test)")
     parser.add_argument("--grid", type=positive, default=7, help="cells of a heat map on each side (default: %(default)s)")

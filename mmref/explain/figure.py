@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from typing import Any
 
 import cv2
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 from mmref.explain.explained_run import MAPS, Explanation
+from mmref.explain.fonts import fonts_for
 
 WIDTH = 42  # characters of a line above an image
 MIN_SIDE = 200  # pixels that small images are enlarged to
@@ -23,6 +26,18 @@ HEADS = {
 
 def draw(explanation: Explanation) -> bytes:
     """PNG: a row for each image, the image and one overlay for each feature that there is."""
+    fonts, _ = fonts_for(written(explanation))
+    with mpl.rc_context({"font.family": fonts}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # who writes the picture says so once
+        return _drawn(explanation)
+
+
+def written(explanation: Explanation) -> str:
+    """All that stands in the picture and comes from the data."""
+    return headline(explanation, WIDTH) + "".join(f"{view.label}{view.note}" for view in explanation.views)
+
+
+def _drawn(explanation: Explanation) -> bytes:
     names = [name for name in MAPS if name in explanation.views[0].heat]
     rows, columns = len(explanation.views), 1 + len(names)
     view = explanation.views[0]

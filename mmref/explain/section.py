@@ -12,8 +12,10 @@ import jinja2
 
 from mmref.evaluate.report import explanations_folder, report_path, section_path, with_section
 from mmref.explain.explained_run import Explanation
-from mmref.explain.figure import draw
+from mmref.explain.figure import draw, written
+from mmref.explain.fonts import fonts_for
 from mmref.run.directory import RunDir
+from mmref.terminal.progress import say
 
 OWN = re.compile(r"\d+-(query|object)-[\w-]+\.png|step-[\w-]+\.html")  # names of pictures and sections
 CAPTIONS = 6  # of an object, shown beside the words of its reference
@@ -27,6 +29,10 @@ def write(run: RunDir, checkpoint: str, explanations: Sequence[Explanation], vie
     """
     folder, report = explanations_folder(view), report_path(view)
     pictures = [draw(e) for e in explanations]
+    _, missing = fonts_for("".join(map(written, explanations)))
+    if missing:
+        fix = "install one that has them, such as Noto Sans CJK. The text beside the pictures has them all"
+        say(f"no font here has {len(missing)} letters of the pictures ({missing[:10]}), which show boxes in their place: {fix}.")
     names = [f"{folder}/{i}-{e.kind}-{slug(e.title)}.png" for i, e in enumerate(explanations, 1)]
     for name, picture in zip(names, pictures):
         run.write_bytes(name, picture)

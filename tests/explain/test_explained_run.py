@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -19,9 +20,11 @@ from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.errors import QueryError, ShardSetError
 from mmref.evaluate.report import section_path, with_section
+from mmref.explain import figure, fonts, section
 from mmref.explain.explained_run import ExplainedRun
 from mmref.explain.figure import draw, enlarged, headline, lines, overlay
-from mmref.explain.section import distinct, render, slug
+from mmref.explain.fonts import fonts_for
+from mmref.explain.section import distinct, render, slug, write
 from mmref.export.write import export_run
 from mmref.retrieval.heat_maps import hidden
 from mmref.run.directory import RunDir
@@ -290,6 +293,25 @@ def test_a_picture_says_what_it_explains(run, objects):
     found = run.explain_object(objects[5])
     assert headline(found, 300) == f"{objects[5]} (train)\nreference of {found.views[0].label}: “{found.read}”"
     assert max(map(len, headline(found, 20).split("\n"))) <= 20
+
+
+def test_a_font_with_the_letters_is_looked_for(monkeypatch):
+    assert fonts_for("a red bird, été \n") == (["DejaVu Sans"], "")
+    have = {"DejaVuSans.ttf": {"x"}, "STIXGeneral.ttf": set("红色")}
+    monkeypatch.setattr(fonts, "_letters", lambda path: have.get(os.path.basename(path), set()))
+    assert fonts_for("红色的 x") == (["DejaVu Sans", "STIXGeneral"], "的")
+    assert fonts_for("x\n") == (["DejaVu Sans"], "")
+
+
+def test_letters_without_a_font_are_told_once(run, tmp_path, monkeypatch, capsys, recwarn):
+    found = dataclasses.replace(run.explain_query(QUERY), title="红色 的 圆")
+    for module in (figure, section):
+        monkeypatch.setattr(module, "fonts_for", lambda text: (["DejaVu Sans"], "红色"))
+    assert draw(found).startswith(b"\x89PNG")
+    monkeypatch.setattr(section, "draw", lambda explanation: b"png")
+    write(RunDir(str(tmp_path)), "step-1", [found, found])
+    assert "no font here has 2 letters of the pictures (红色)" in (said := capsys.readouterr().err) and said.count("no font") == 1
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_dollars_are_no_mathematics(run):

@@ -524,6 +524,25 @@ def wait_for(page: Page, expected: list[str]) -> None:
     page.wait(f"JSON.stringify({IDS}) === {json.dumps(json.dumps(expected, separators=(',', ':')))} && {QUIET}")
 
 
+def test_columns_that_are_called_as_the_pages_own_facts_and_long_numbers_are_shown(tab, run, tmp_path):
+    write_images(tmp_path, range(4))
+    rows = [{"image": f"{n:02d}.png", "size": "XL", "object": "mug", "tweet": 1234567890123456790 + n} for n in range(4)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index.create(str(tmp_path / "t.jsonl"), str(run), str(tmp_path / "own"), workers=0)
+    with Server(tmp_path / "own") as server:
+        tab.screen(1280, 900)
+        tab.leave()
+        tab.open(server.url)
+        search(tab, "red circle")
+        first = int(tab.run(f"({IDS})[0]").split(".")[0])
+        tab.run("document.querySelector('#results button').click()")
+        tab.wait(EXPLAINED)
+        facts = tab.run("[...document.querySelectorAll('#facts dt')].map(e => [e.innerText, e.nextSibling.innerText])")
+    told = dict(facts)
+    assert (told["Size"], told["Object"], told["Tweet"]) == ("XL", "mug", str(1234567890123456790 + first))
+    assert "×" in told["Image size"] and len(told) == len(facts)
+
+
 def test_each_column_has_the_control_of_its_type(tab, shop):
     searcher = opened(tab, shop)
     search(tab, "green circle")

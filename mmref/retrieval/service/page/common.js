@@ -10,6 +10,10 @@ export class Problem extends Error {
   constructor(message, fix = "", status = 0, kind = "") { super(message); Object.assign(this, { fix, status, kind }); }
 }
 
+// A whole number that JavaScript would round, as an id may be, stays the text that it came as, where the browser tells it.
+const exact = (_, value, context) =>
+  Number.isInteger(value) && !Number.isSafeInteger(value) && context?.source ? context.source : value;
+
 export async function ask(path, options = {}) {
   let response;
   try {
@@ -18,7 +22,7 @@ export async function ask(path, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Problem("The service does not answer.", "The search is asked again as soon as it does.");
   }
-  if (response.ok) return response.status === 204 ? null : response.json();
+  if (response.ok) return response.status === 204 ? null : JSON.parse(await response.text(), exact);
   if (response.status === 401 && path !== "session" && !$("#login").open) $("#login").showModal();
   let said = {};
   try { said = await response.json(); } catch { /* not one of ours: a proxy between, say */ }

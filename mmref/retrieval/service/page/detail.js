@@ -54,10 +54,12 @@ export async function open(at, asked, gone, shown = state.results[at]) {
   }
 }
 
+// Its own columns first. What every item has is called so that no column is taken for it: a garment has a size, too.
 function facts(result) {
-  const pairs = Object.entries({ ...result.metadata, size: `${result.width} × ${result.height}`, object: result.object_id, id: result.id });
+  const pairs = [...Object.entries(result.metadata).map(([name, value]) => [readable(name), value]),
+    ["Image size", `${result.width} × ${result.height}`], ["Object id", result.object_id], ["Id", result.id]];
   const told = pairs.filter(([, value]) => value !== null && value !== undefined && `${value}` !== captionOf(result));
-  return told.flatMap(([name, value]) => [element("dt", {}, name === "id" ? "Id" : readable(name)), element("dd", {}, `${value}`)]);
+  return told.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, `${value}`)]);
 }
 
 // `ranked`: whether it stands among the results itself; else it is another image of an object that does.

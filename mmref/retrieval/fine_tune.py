@@ -27,13 +27,14 @@ from mmref.config import Config, dump_yaml, load_config
 from mmref.config.files import make_config
 from mmref.data.neighbors import NONE, Neighbors, index_fingerprint
 from mmref.data.shard_set import ShardSet, train_index
-from mmref.errors import ShardSetError, TooFewJudgementsError
+from mmref.errors import TooFewJudgementsError
 from mmref.evaluate import judged as held_out_scores
 from mmref.evaluate.evaluation import open_run
 from mmref.evaluate.judged import JudgedQuery, compared, measure
 from mmref.evaluate.report import JUDGED, report_path, with_section
 from mmref.export.model import Model, load
 from mmref.export.write import export_run
+from mmref.retrieval.bundle import own_training_split
 from mmref.retrieval.exact import gather_features
 from mmref.retrieval.feedback import TABLE, Judgement, Judgements, export_table
 from mmref.retrieval.searcher import Searcher
@@ -147,7 +148,9 @@ def prepare(
     trained_on, held = divide(there, held_out, seed)
     check_enough(trained_on, held)
     folder = Path(run_dir) / FOLDER
-    own = _own_set(searcher.model.config) if mixed else None
+    own = None
+    if mixed and own_training_split(searcher.model.config, "the judgements are trained on alone") is not None:
+        own = searcher.model.config.data.root
     left_out = build_set(searcher, trained_on, folder, own is None, {j.query for j in held})
     said += [f"{len(left_out)} judged images serve no training: {'; '.join(left_out[:3])}"] if left_out else []
     shards = str(folder / "set")
@@ -175,14 +178,6 @@ def check_enough(trained_on: Sequence[Judgement], held: Sequence[Judgement]) -> 
                 f"the judgements {part} are of {count} sentences {what}, and it takes at least {LEAST_QUERIES}: judge more "
                 "results (`mmref serve INDEX --judge`), or change the share of `--held-out`."
             )
-
-
-def _own_set(config: Config) -> str | None:
-    """The set that the model of an index was trained on, where it can be read."""
-    try:
-        return config.data.root if "train" in ShardSet.open(config.data.root).splits else None
-    except ShardSetError:
-        return None
 
 
 def build_set(

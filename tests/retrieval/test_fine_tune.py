@@ -115,6 +115,15 @@ def test_the_config_goes_on_from_the_model_with_its_own_set(judged, tiny_set, tm
     assert not alone.data.mix and sorted(ShardSet.open(alone.data.root).splits) <= ["train", "val"]
 
 
+@pytest.mark.parametrize("root", ["foo://bucket/set", "/nowhere/set"])
+def test_judgements_are_trained_on_alone_where_the_own_set_is_out_of_reach(judged, root, tmp_path, capsys):
+    searcher = Searcher(judged)
+    searcher.model.config.data.root = root
+    found = prepare(searcher, Judgements.of(searcher.index).read(), str(tmp_path / "run"))
+    assert found.config.data.root == str(tmp_path / "run" / "judgements" / "set") and not found.config.data.mix
+    assert "trained on alone, since the set that the model was trained on cannot be read" in capsys.readouterr().err
+
+
 def test_the_same_model_gains_nothing(judged):
     searcher = Searcher(judged)
     found = judge_models(searcher, load(judged / "model"), Judgements.of(searcher.index).read())

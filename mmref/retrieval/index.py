@@ -273,7 +273,8 @@ def remove(index: str, ids: Sequence[str], for_good: bool = False) -> Manifest:
     """Remove items.
 
     Args:
-        for_good: `add` and `sync` do not take them in again, as long as their files are what they are.
+        for_good: `add` and `sync` do not take them in again, as long as their files are what they are, and their thumbnails are
+            gone from the disk.
 
     Raises:
         SearchIndexError: an id is not there, or nothing would be left. StorageError.
@@ -289,7 +290,7 @@ def remove(index: str, ids: Sequence[str], for_good: bool = False) -> Manifest:
             raise SearchIndexError(f"{folder} has no item {missing[0]!r} ({len(missing)} of {len(ids)} ids are unknown).")
         if len(found) == manifest.items:
             raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
-        names = _rewritten(folder, manifest, segments, found)
+        names = _rewritten(folder, manifest, segments, found, forget=for_good)
         changed = _next(manifest, items=manifest.items - len(found), segments=names, notes=[])
         changed = replace(changed, vectors=changed_vectors(folder, manifest, changed, None))
         if for_good:
@@ -372,20 +373,21 @@ def _listed(images: str, split: str | None, columns: TableColumns) -> Listing:
 
 
 def _rewritten(
-    folder: Path, manifest: Manifest, segments: list[Segment], ids: set[str], same: pa.Table | None = None
+    folder: Path, manifest: Manifest, segments: list[Segment], ids: set[str], same: pa.Table | None = None, forget: bool = False
 ) -> list[str]:
-    """Names of the segments when items have gone and others are listed anew (`same` of `copy_rows`), new ones where any was."""
+    """Names of the segments when items have gone and others are listed anew, new ones where any was. `same` and `forget` are
+    those of `copy_rows`; to forget, segments that hold a thumbnail of what has gone before are new ones too."""
     wanted, names = pa.array(sorted(ids), pa.string()), []
     relisted = pa.array([] if same is None else same["id"].to_pylist(), pa.string())
     for name, segment in zip(manifest.segments, segments):
         gone = np.asarray(pc.is_in(segment.items["id"], value_set=wanted))
         touched = gone | np.asarray(pc.is_in(segment.items["id"], value_set=relisted))
-        if not touched.any():
+        if not touched.any() and not (forget and segment.holds_others):
             names.append(name)
         elif not gone.all():
             names.append(f"{manifest.generation:06d}-{len(names)}")
             _discard(folder / "segments" / names[-1])
-            copy_rows(folder / "segments" / names[-1], [(segment, np.flatnonzero(~gone))], same)
+            copy_rows(folder / "segments" / names[-1], [(segment, np.flatnonzero(~gone))], same, forget)
     return names
 
 

@@ -156,8 +156,9 @@ def test_many_additions_are_joined(folder, run, tmp_path, monkeypatch):
     monkeypatch.setattr(index, "MOST_SEGMENTS", 2)
     out = tmp_path / "out"
     index.create(str(folder), str(run), str(out), workers=0)
-    for number in (20, 21):
+    for number, other in ((20, "02.png"), (21, "04.png")):
         write_images(folder, [number])
+        shutil.copyfile(folder / other, folder / "00.png")
         manifest = index.add(str(out), str(folder), workers=0)
     assert len(manifest.segments) == 1
     reference = tmp_path / "reference"
@@ -166,6 +167,7 @@ def test_many_additions_are_joined(folder, run, tmp_path, monkeypatch):
     a, b = ({r.id: r.score for r in s.search("green square", top=len(s))} for s in (joined, fresh))
     assert a == pytest.approx(b, abs=1e-6)
     assert all(joined.thumbnail(i) == fresh.thumbnail(i) for i in a)
+    assert not joined.segments[0].holds_others, "what had gone is not joined"
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw", "ivfpq"])

@@ -48,6 +48,7 @@ from mmref.retrieval.size import chosen_kind
 from mmref.retrieval.sources import images_place
 from mmref.retrieval.vector_file import PARTS, build_vectors, changed_vectors
 from mmref.retrieval.vectors import Kind
+from mmref.run.models import source_of
 from mmref.storage.disk import sync_files, told_when_full
 from mmref.storage.locks import held
 from mmref.storage.whole_folder import held_folder, write_whole
@@ -108,7 +109,7 @@ def create(
         _check_free(target)  # who held it has made the index meanwhile
         # These values make a command the same one; another one starts over.
         source = Source(images, split, columns)
-        _start(work, {"model": os.path.abspath(model) if os.path.exists(model) else model, **source.to_dict()})
+        _start(work, {**source_of(model), **source.to_dict()})
         listing = _listed(images, split, columns)
         if not (work / "model").exists():
             bundle.bundle_model(model, work / "model")
@@ -346,15 +347,21 @@ def _kept_if_begun(work: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if not any(work.glob("chunks/*.npz")):
+        if not _has_embedded(work):
             _discard(work)
         raise
+
+
+def _has_embedded(work: Path) -> bool:
+    return any(work.glob("chunks/*.npz"))
 
 
 def _start(work: Path, plan: dict[str, Any]) -> None:
     """Keep what an interrupted call with the same plan has done, remove what another one left."""
     path = work / "plan.json"
-    if not path.exists() or json.loads(path.read_text()) != plan:
+    if not path.exists() or json.loads(path.read_text("utf-8")) != plan:
+        if _has_embedded(work):
+            say("what was begun here was of another model, source or index, or had other options: starting over")
         for entry in work.iterdir():
             if entry.name != ".lock":
                 _discard(entry)

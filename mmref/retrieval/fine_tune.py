@@ -36,7 +36,7 @@ from mmref.export.model import Model, load
 from mmref.export.write import export_run
 from mmref.retrieval.bundle import own_training_split
 from mmref.retrieval.exact import gather_features
-from mmref.retrieval.feedback import TABLE, Judgement, Judgements, export_table
+from mmref.retrieval.feedback import TABLE, Judgement, Judgements, caption_of, export_table
 from mmref.retrieval.searcher import Searcher
 from mmref.shards.build import BuildOptions, build_shards, make_source
 from mmref.terminal.output import printable
@@ -190,7 +190,7 @@ def build_set(
     folder.mkdir(parents=True, exist_ok=True)
     judgements = list(judgements)
     right = {j.id for j in judgements if j.relevant}
-    told = {j.id for j in judgements if j.id not in right and (searcher.item(j.id).get("caption") or "").strip() in held}
+    told = {j.id for j in judgements if j.id not in right and caption_of(searcher, j.id).strip() in held}
     used = [j for j in judgements if j.id not in told]
     _, left_out = export_table(searcher, used, str(folder / "table"), None if with_val else "train")
     left_out += [f"{name}: its caption is a held-out sentence" for name in sorted(told)]

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from mmref.config import Config, dump_yaml, load_config
 from mmref.config.files import make_config
+from mmref.data.fit import Fitted
 from mmref.data.neighbors import NONE, Neighbors, index_fingerprint
 from mmref.data.shard_set import ShardSet, train_index
-from mmref.errors import TooFewJudgementsError
+from mmref.errors import SampleError, TooFewJudgementsError
 from mmref.evaluate import judged as held_out_scores
 from mmref.evaluate.evaluation import open_run
 from mmref.evaluate.judged import JudgedQuery, compared, measure
@@ -114,7 +115,7 @@ def fine_tune(
         trained = load(str(export_run(run_dir, f"{folder}/model")))
         found = judge_models(searcher, trained, prepared.held_out, seed)
     of = {"checkpoint": checkpoint.folder, "before": searcher.model.card.get("pretrained", f"the model of {searcher.index.name}")}
-    found |= of | {"seed": seed, "trained_on": _count(prepared.trained_on), "held_out": _count(prepared.held_out)}
+    found |= of | {"seed": seed, "trained_on": _count(prepared.trained_on)}
     run.write_text(held_out_scores.FILE, json.dumps(found, indent=1))
     page = report_path()
     if run.exists(page):
@@ -146,6 +147,7 @@ def prepare(
         len(there) < len(judgements)
     )
     trained_on, held = divide(there, held_out, seed)
+    held = _with_images(searcher, held)
     check_enough(trained_on, held)
     folder = Path(run_dir) / FOLDER
     own = None
@@ -163,6 +165,13 @@ def prepare(
         f"{config.train.max_steps} steps, learning rate {config.train.lr:g}"
     )
     return Prepared(config, held, trained_on, said)
+
+
+def _with_images(searcher: Searcher, judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Judgements of images that can be read; what is left out is said."""
+    found = {name: _image(searcher, searcher.model, name) for name in dict.fromkeys(j.id for j in judgements)}
+    _say_unread("held-out images", [error for error in found.values() if isinstance(error, SampleError)])
+    return [j for j in judgements if not isinstance(found[j.id], SampleError)]
 
 
 def check_enough(trained_on: Sequence[Judgement], held: Sequence[Judgement]) -> None:
@@ -275,11 +284,14 @@ def hard_negatives(config: Config, shards: str, judgements: Sequence[Judgement])
 def judge_models(searcher: Searcher, trained: Model, judgements: Sequence[Judgement], seed: int = 0) -> dict[str, Any]:
     """What held-out judgements say of the model of an index and of a trained one: `initial` by cosine, `refined` as in a search.
 
-    Places are those among all items of the index, or among 2,000 of it: what was judged, and others drawn by the seed.
+    Places are those among all items of the index, or among 2,000 of it: what was judged, and others drawn by the seed. Images
+    that cannot be read are left out.
     """
     gallery = _gallery(searcher, judgements, seed)
     ids = searcher.items["id"].take(gallery).to_pylist()
-    at = {name: i for i, name in enumerate(ids)}
+    new, read = _embedded(searcher, trained, ids)
+    gallery, at = gallery[read], {ids[row]: i for i, row in enumerate(read)}
+    judgements = [j for j in judgements if j.id in at]
     by_query: dict[str, tuple[list[int], list[int]]] = {}  # rows of what was wrong, and of what was right
     for judgement in judgements:
         by_query.setdefault(judgement.query, ([], []))[judgement.relevant].append(at[judgement.id])
@@ -288,8 +300,8 @@ def judge_models(searcher: Searcher, trained: Model, judgements: Sequence[Judgem
         JudgedQuery(i, np.array(right, np.int64), np.array(wrong, np.int64)) for i, (wrong, right) in enumerate(by_query.values())
     ]
     old = gather_features([s.features for s in searcher.segments], gallery)
-    images = {searcher.model: old, trained: _embedded(searcher, trained, ids)}
-    found: dict[str, Any] = {"gallery": len(gallery)}
+    images = {searcher.model: old, trained: new}
+    found: dict[str, Any] = {"gallery": len(gallery), "left_out": len(ids) - len(read), "held_out": _count(judgements)}
     initial, refined = [], []
     for model, features in images.items():
         text = model.encode_text(queries)
@@ -307,12 +319,34 @@ def _gallery(searcher: Searcher, judgements: Iterable[Judgement], seed: int) -> 
     return np.array(sorted([*rows, *[row for row in others if row not in rows][: max(0, GALLERY - len(rows))]]), np.int64)
 
 
-def _embedded(searcher: Searcher, model: Model, ids: Sequence[str]) -> NDArray[np.float32]:
+def _embedded(searcher: Searcher, model: Model, ids: Sequence[str]) -> tuple[NDArray[np.float32], list[int]]:
+    """Features of the images that can be read, and which of the ids these are; the others are said."""
     say("embedding the images of the index with the trained model ...")
-    parts = []
+    parts, rows, unread = [], [], []
     with Counter("embedding", len(ids), "image") as progress:
         for start in range(0, len(ids), ENCODED):
-            some = ids[start : start + ENCODED]
-            parts.append(model.encode_images([searcher.image_bytes(name) for name in some]))
-            progress.add(len(some))
-    return np.concatenate(parts)
+            images = []
+            for row, name in enumerate(ids[start : start + ENCODED], start):
+                image = _image(searcher, model, name)
+                if isinstance(image, SampleError):
+                    unread.append(image)
+                else:
+                    images.append(image)
+                    rows.append(row)
+                progress.add(1)
+            parts.append(model.encode_images(images))
+    _say_unread("images of the index", unread)
+    return np.concatenate(parts), rows
+
+
+def _image(searcher: Searcher, model: Model, name: str) -> Fitted | SampleError:
+    """An image of an index as a model takes it, or why it cannot be read."""
+    try:
+        return Fitted(model.pixels([searcher.image_bytes(name)])[0])
+    except SampleError as error:
+        return error
+
+
+def _say_unread(what: str, problems: Sequence[SampleError]) -> None:
+    if problems:
+        say(f"{len(problems):,} {what} cannot be read and are left out: {printable(problems[0])}")

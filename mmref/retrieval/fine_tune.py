@@ -245,7 +245,7 @@ def derive(searcher: Searcher, run_dir: str, shards: str, own: str | None, flags
     if not own:
         fields |= {"reference.update": "moving_average"}
     path = Path(run_dir) / FOLDER / "config.yaml"
-    path.write_text(dump_yaml(make_config(base, fields)))
+    path.write_text(dump_yaml(make_config(base, fields)), "utf-8")
     return load_config(["--config", str(path), *flags])
 
 

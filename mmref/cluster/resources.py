@@ -35,9 +35,9 @@ def container_cpus(groups: Path = Path("/sys/fs/cgroup")) -> float:
     """
     try:
         if (file := groups / "cpu.max").exists():
-            quota, period = file.read_text().split()
+            quota, period = file.read_text("utf-8").split()
         else:
-            quota, period = ((groups / "cpu" / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
+            quota, period = ((groups / "cpu" / f"cpu.cfs_{what}_us").read_text("utf-8") for what in ("quota", "period"))
         return float(quota) / float(period) if float(quota) > 0 else sys.maxsize
     except (OSError, ValueError):  # no control groups here, or "max"
         return sys.maxsize
@@ -99,7 +99,7 @@ def machine(config: Config) -> str:
         kinds = sorted(name.removeprefix(kind) for name in ray.cluster_resources() if name.startswith(kind))
         return f"{' or '.join(kinds) or 'GPU'}, workers: {config.train.workers}"
     try:
-        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        lines = [line for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines() if line.startswith("model name")]
     except OSError:  # not Linux
         lines = []
     processor = lines[0].partition(":")[2].strip() if lines else platform.machine()

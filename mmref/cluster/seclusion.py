@@ -71,7 +71,7 @@ def _have_token(path: Path) -> None:
     """A token in a file of this user alone, the one that is there or a new one. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # of mode 0600
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent) as file:  # of mode 0600
             file.write(ray_private.new_token())
             file.flush()
             with contextlib.suppress(FileExistsError):  # of another start at the same time: that one counts for both

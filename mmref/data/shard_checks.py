@@ -70,7 +70,7 @@ def remember(root: str, split: str, shards: list[dict[str, Any]]) -> None:
 
 def _is_remembered(root: str, split: str, shards: list[dict[str, Any]]) -> bool:
     try:
-        return _memory(root, split).read_text() == _said(shards)
+        return _memory(root, split).read_text("utf-8") == _said(shards)
     except (OSError, ValueError):
         return False
 

@@ -91,7 +91,7 @@ def export_pretrained(name: str, out: str) -> Path:
             "format": FORMAT, "mmref": __version__, "pretrained": name, "config_hash": config_hash(config),
             "embed_dim": module.embed_dim, "objects": 0, "refinement": asdict(RefinementSettings(weight=0.0)),
         }  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(card, indent=1))
+        (folder / "config.json").write_text(json.dumps(card, indent=1), "utf-8")
         (folder / "README.md").write_text(pretrained_card(target.name, name), "utf-8")
     return target
 
@@ -141,7 +141,7 @@ def _write(run_dir: str, data: str | None, target: Path, name: str, interpolated
         **({"close_match": metrics["close_match"]} if "close_match" in metrics else {}),
         metrics["split"]: {k: metrics[k] for k in ("initial", "refined", "ci95", "n_queries", "n_gallery")},
     }
-    (target / "config.json").write_text(json.dumps(card, indent=1))
+    (target / "config.json").write_text(json.dumps(card, indent=1), "utf-8")
     if is_plain(config):
         write_transformers(target / "transformers", config, module, tokens)
     share = extra.get("interpolation", {}).get("share")
@@ -195,7 +195,7 @@ def _merge_adapters(folder: Path, module: MMRef) -> None:
 def _write_model(folder: Path, config: Config, module: MMRef, tokens: Tokens) -> None:
     weights = {n: t.contiguous() for n, t in module.state_dict().items() if not n.startswith((*HEADS, *TRAINING_ONLY))}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.yaml").write_text(dump_yaml(config))
+    (folder / "config.yaml").write_text(dump_yaml(config), "utf-8")
     tokens.tokenizer.save_pretrained(folder / "tokenizer")
 
 

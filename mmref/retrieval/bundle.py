@@ -10,15 +10,18 @@ import tempfile
 from pathlib import Path
 
 from mmref.config import Config
-from mmref.data.sample_reader import SampleReader
+from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.shard_set import ShardSet
-from mmref.errors import ModelError, ModelMismatchError, SampleError, ShardSetError
+from mmref.errors import ModelError, ModelMismatchError, SampleError, ShardSetError, StorageError
 from mmref.storage.disk import is_full, sync_files
 from mmref.storage.locations import file_stamps, sha256_of
+from mmref.terminal.output import printable
+from mmref.terminal.progress import say
 
 # These files of an export a search needs; the copy for plain transformers stays behind.
 FILES = ("config.json", "config.yaml", "model.safetensors", "references.safetensors", "README.md")
 CAPTIONS = "reference_captions.json"
+UNREADABLE = (ShardSetError, StorageError, OSError)  # what a set raises that is gone, or whose storage does not answer here
 
 
 def bundle_model(source: str, target: Path) -> None:
@@ -84,23 +87,37 @@ def stamp(model: Path) -> list[tuple[str, int, int]]:
         raise ModelError(f"{model} is no whole export: {error}.") from None
 
 
+def own_training_split(config: Config, without: str) -> SplitIndex | None:
+    """The train split of the set that a model was trained on, which may be on another machine. None where it cannot be read,
+    which is said with what is done `without` it."""
+    try:
+        return ShardSet.open(config.data.root).index("train")
+    except UNREADABLE as error:
+        _say_unreadable(error, without)
+        return None
+
+
+def _say_unreadable(error: Exception, without: str) -> None:
+    say(f"{without}, since the set that the model was trained on cannot be read: {printable(error)}")
+
+
 def write_reference_captions(model: Path, config: Config, object_ids: list[str]) -> None:
     """Keep a caption of each reference's object beside the model, where the training set can still be read."""
+    without = "the references get no captions"
+    index = own_training_split(config, without) if object_ids else None
+    if index is None:
+        return
+    wanted = set(object_ids)
+    rows = [row for row, object_id in enumerate(index.object_ids) if object_id in wanted]
     captions: dict[str, str] = {}
     try:
-        index = ShardSet.open(config.data.root).index("train")
-    except ShardSetError:
+        for row, meta in zip(rows, SampleReader(index).read_metas(index.object_start[rows].tolist())):
+            texts = [] if isinstance(meta, SampleError) else meta["captions"]
+            if texts and isinstance(texts[0], str):
+                captions[index.object_ids[row]] = texts[0].strip()
+    except UNREADABLE as error:
+        _say_unreadable(error, without)
         return
-    reader, wanted = SampleReader(index), set(object_ids)
-    for row, object_id in enumerate(index.object_ids):
-        if object_id not in wanted:
-            continue
-        try:
-            texts = reader.read_meta(int(index.object_start[row]))["captions"]
-        except SampleError:
-            continue
-        if texts and isinstance(texts[0], str):
-            captions[object_id] = texts[0].strip()
     (model / CAPTIONS).write_text(json.dumps(captions, ensure_ascii=False), "utf-8")
 
 

@@ -160,6 +160,12 @@ def _files_of_table(root: Path) -> set[str]:
         return set()
 
 
+def caption_of(searcher: Searcher, item_id: str) -> str:
+    """The caption that an item was indexed with, "" where it has none. Raises QueryError for an unknown item."""
+    found = searcher.item(item_id).get("caption")
+    return "" if found is None else str(found)  # older versions took a column of numbers for numbers
+
+
 def _write_table(searcher: Searcher, judged: list[Judgement], folder: Path, split: str | None) -> tuple[int, list[str]]:
     objects = _objects(judged)
     (folder / "images").mkdir()
@@ -173,7 +179,7 @@ def _write_table(searcher: Searcher, judged: list[Judgement], folder: Path, spli
     for number, (item_id, texts) in enumerate(captions.items()):
         try:
             if item_id not in relevant:
-                texts = [searcher.item(item_id).get("caption") or ""]
+                texts = [caption_of(searcher, item_id)]
                 if not texts[0]:
                     left_out.append(f"{item_id}: relevant to nothing, and no caption of its own")
                     continue

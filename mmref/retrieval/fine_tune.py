@@ -25,17 +25,19 @@ from numpy.typing import NDArray
 
 from mmref.config import Config, dump_yaml, load_config
 from mmref.config.files import make_config
+from mmref.data.fit import Fitted
 from mmref.data.neighbors import NONE, Neighbors, index_fingerprint
 from mmref.data.shard_set import ShardSet, train_index
-from mmref.errors import ShardSetError, TooFewJudgementsError
+from mmref.errors import SampleError, TooFewJudgementsError
 from mmref.evaluate import judged as held_out_scores
 from mmref.evaluate.evaluation import open_run
 from mmref.evaluate.judged import JudgedQuery, compared, measure
 from mmref.evaluate.report import JUDGED, report_path, with_section
 from mmref.export.model import Model, load
 from mmref.export.write import export_run
+from mmref.retrieval.bundle import own_training_split
 from mmref.retrieval.exact import gather_features
-from mmref.retrieval.feedback import TABLE, Judgement, Judgements, export_table
+from mmref.retrieval.feedback import TABLE, Judgement, Judgements, caption_of, export_table
 from mmref.retrieval.searcher import Searcher
 from mmref.shards.build import BuildOptions, build_shards, make_source
 from mmref.terminal.output import printable
@@ -113,7 +115,7 @@ def fine_tune(
         trained = load(str(export_run(run_dir, f"{folder}/model")))
         found = judge_models(searcher, trained, prepared.held_out, seed)
     of = {"checkpoint": checkpoint.folder, "before": searcher.model.card.get("pretrained", f"the model of {searcher.index.name}")}
-    found |= of | {"seed": seed, "trained_on": _count(prepared.trained_on), "held_out": _count(prepared.held_out)}
+    found |= of | {"seed": seed, "trained_on": _count(prepared.trained_on)}
     run.write_text(held_out_scores.FILE, json.dumps(found, indent=1))
     page = report_path()
     if run.exists(page):
@@ -145,9 +147,12 @@ def prepare(
         len(there) < len(judgements)
     )
     trained_on, held = divide(there, held_out, seed)
+    held = _with_images(searcher, held)
     check_enough(trained_on, held)
     folder = Path(run_dir) / FOLDER
-    own = _own_set(searcher.model.config) if mixed else None
+    own = None
+    if mixed and own_training_split(searcher.model.config, "the judgements are trained on alone") is not None:
+        own = searcher.model.config.data.root
     left_out = build_set(searcher, trained_on, folder, own is None, {j.query for j in held})
     said += [f"{len(left_out)} judged images serve no training: {'; '.join(left_out[:3])}"] if left_out else []
     shards = str(folder / "set")
@@ -160,6 +165,13 @@ def prepare(
         f"{config.train.max_steps} steps, learning rate {config.train.lr:g}"
     )
     return Prepared(config, held, trained_on, said)
+
+
+def _with_images(searcher: Searcher, judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Judgements of images that can be read; what is left out is said."""
+    found = {name: _image(searcher, searcher.model, name) for name in dict.fromkeys(j.id for j in judgements)}
+    _say_unread("held-out images", [error for error in found.values() if isinstance(error, SampleError)])
+    return [j for j in judgements if not isinstance(found[j.id], SampleError)]
 
 
 def check_enough(trained_on: Sequence[Judgement], held: Sequence[Judgement]) -> None:
@@ -177,14 +189,6 @@ def check_enough(trained_on: Sequence[Judgement], held: Sequence[Judgement]) -> 
             )
 
 
-def _own_set(config: Config) -> str | None:
-    """The set that the model of an index was trained on, where it can be read."""
-    try:
-        return config.data.root if "train" in ShardSet.open(config.data.root).splits else None
-    except ShardSetError:
-        return None
-
-
 def build_set(
     searcher: Searcher, judgements: Iterable[Judgement], folder: Path, with_val: bool, held: Collection[str] = ()
 ) -> list[str]:
@@ -195,7 +199,7 @@ def build_set(
     folder.mkdir(parents=True, exist_ok=True)
     judgements = list(judgements)
     right = {j.id for j in judgements if j.relevant}
-    told = {j.id for j in judgements if j.id not in right and (searcher.item(j.id).get("caption") or "").strip() in held}
+    told = {j.id for j in judgements if j.id not in right and caption_of(searcher, j.id).strip() in held}
     used = [j for j in judgements if j.id not in told]
     _, left_out = export_table(searcher, used, str(folder / "table"), None if with_val else "train")
     left_out += [f"{name}: its caption is a held-out sentence" for name in sorted(told)]
@@ -241,7 +245,7 @@ def derive(searcher: Searcher, run_dir: str, shards: str, own: str | None, flags
     if not own:
         fields |= {"reference.update": "moving_average"}
     path = Path(run_dir) / FOLDER / "config.yaml"
-    path.write_text(dump_yaml(make_config(base, fields)))
+    path.write_text(dump_yaml(make_config(base, fields)), "utf-8")
     return load_config(["--config", str(path), *flags])
 
 
@@ -280,11 +284,14 @@ def hard_negatives(config: Config, shards: str, judgements: Sequence[Judgement])
 def judge_models(searcher: Searcher, trained: Model, judgements: Sequence[Judgement], seed: int = 0) -> dict[str, Any]:
     """What held-out judgements say of the model of an index and of a trained one: `initial` by cosine, `refined` as in a search.
 
-    Places are those among all items of the index, or among 2,000 of it: what was judged, and others drawn by the seed.
+    Places are those among all items of the index, or among 2,000 of it: what was judged, and others drawn by the seed. Images
+    that cannot be read are left out.
     """
     gallery = _gallery(searcher, judgements, seed)
     ids = searcher.items["id"].take(gallery).to_pylist()
-    at = {name: i for i, name in enumerate(ids)}
+    new, read = _embedded(searcher, trained, ids)
+    gallery, at = gallery[read], {ids[row]: i for i, row in enumerate(read)}
+    judgements = [j for j in judgements if j.id in at]
     by_query: dict[str, tuple[list[int], list[int]]] = {}  # rows of what was wrong, and of what was right
     for judgement in judgements:
         by_query.setdefault(judgement.query, ([], []))[judgement.relevant].append(at[judgement.id])
@@ -293,8 +300,8 @@ def judge_models(searcher: Searcher, trained: Model, judgements: Sequence[Judgem
         JudgedQuery(i, np.array(right, np.int64), np.array(wrong, np.int64)) for i, (wrong, right) in enumerate(by_query.values())
     ]
     old = gather_features([s.features for s in searcher.segments], gallery)
-    images = {searcher.model: old, trained: _embedded(searcher, trained, ids)}
-    found: dict[str, Any] = {"gallery": len(gallery)}
+    images = {searcher.model: old, trained: new}
+    found: dict[str, Any] = {"gallery": len(gallery), "left_out": len(ids) - len(read), "held_out": _count(judgements)}
     initial, refined = [], []
     for model, features in images.items():
         text = model.encode_text(queries)
@@ -312,12 +319,34 @@ def _gallery(searcher: Searcher, judgements: Iterable[Judgement], seed: int) -> 
     return np.array(sorted([*rows, *[row for row in others if row not in rows][: max(0, GALLERY - len(rows))]]), np.int64)
 
 
-def _embedded(searcher: Searcher, model: Model, ids: Sequence[str]) -> NDArray[np.float32]:
+def _embedded(searcher: Searcher, model: Model, ids: Sequence[str]) -> tuple[NDArray[np.float32], list[int]]:
+    """Features of the images that can be read, and which of the ids these are; the others are said."""
     say("embedding the images of the index with the trained model ...")
-    parts = []
+    parts, rows, unread = [], [], []
     with Counter("embedding", len(ids), "image") as progress:
         for start in range(0, len(ids), ENCODED):
-            some = ids[start : start + ENCODED]
-            parts.append(model.encode_images([searcher.image_bytes(name) for name in some]))
-            progress.add(len(some))
-    return np.concatenate(parts)
+            images = []
+            for row, name in enumerate(ids[start : start + ENCODED], start):
+                image = _image(searcher, model, name)
+                if isinstance(image, SampleError):
+                    unread.append(image)
+                else:
+                    images.append(image)
+                    rows.append(row)
+                progress.add(1)
+            parts.append(model.encode_images(images))
+    _say_unread("images of the index", unread)
+    return np.concatenate(parts), rows
+
+
+def _image(searcher: Searcher, model: Model, name: str) -> Fitted | SampleError:
+    """An image of an index as a model takes it, or why it cannot be read."""
+    try:
+        return Fitted(model.pixels([searcher.image_bytes(name)])[0])
+    except SampleError as error:
+        return error
+
+
+def _say_unread(what: str, problems: Sequence[SampleError]) -> None:
+    if problems:
+        say(f"{len(problems):,} {what} cannot be read and are left out: {printable(problems[0])}")

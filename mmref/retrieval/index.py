@@ -48,6 +48,7 @@ from mmref.retrieval.size import chosen_kind
 from mmref.retrieval.sources import images_place
 from mmref.retrieval.vector_file import PARTS, build_vectors, changed_vectors
 from mmref.retrieval.vectors import Kind
+from mmref.run.models import source_of
 from mmref.storage.disk import sync_files, told_when_full
 from mmref.storage.locks import held
 from mmref.storage.whole_folder import held_folder, write_whole
@@ -108,7 +109,7 @@ def create(
         _check_free(target)  # who held it has made the index meanwhile
         # These values make a command the same one; another one starts over.
         source = Source(images, split, columns)
-        _start(work, {"model": os.path.abspath(model) if os.path.exists(model) else model, **source.to_dict()})
+        _start(work, {**source_of(model), **source.to_dict()})
         listing = _listed(images, split, columns)
         if not (work / "model").exists():
             bundle.bundle_model(model, work / "model")
@@ -273,7 +274,8 @@ def remove(index: str, ids: Sequence[str], for_good: bool = False) -> Manifest:
     """Remove items.
 
     Args:
-        for_good: `add` and `sync` do not take them in again, as long as their files are what they are.
+        for_good: `add` and `sync` do not take them in again, as long as their files are what they are, and their thumbnails are
+            gone from the disk.
 
     Raises:
         SearchIndexError: an id is not there, or nothing would be left. StorageError.
@@ -289,7 +291,7 @@ def remove(index: str, ids: Sequence[str], for_good: bool = False) -> Manifest:
             raise SearchIndexError(f"{folder} has no item {missing[0]!r} ({len(missing)} of {len(ids)} ids are unknown).")
         if len(found) == manifest.items:
             raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
-        names = _rewritten(folder, manifest, segments, found)
+        names = _rewritten(folder, manifest, segments, found, forget=for_good)
         changed = _next(manifest, items=manifest.items - len(found), segments=names, notes=[])
         changed = replace(changed, vectors=changed_vectors(folder, manifest, changed, None))
         if for_good:
@@ -345,15 +347,21 @@ def _kept_if_begun(work: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if not any(work.glob("chunks/*.npz")):
+        if not _has_embedded(work):
             _discard(work)
         raise
+
+
+def _has_embedded(work: Path) -> bool:
+    return any(work.glob("chunks/*.npz"))
 
 
 def _start(work: Path, plan: dict[str, Any]) -> None:
     """Keep what an interrupted call with the same plan has done, remove what another one left."""
     path = work / "plan.json"
-    if not path.exists() or json.loads(path.read_text()) != plan:
+    if not path.exists() or json.loads(path.read_text("utf-8")) != plan:
+        if _has_embedded(work):
+            say("what was begun here was of another model, source or index, or had other options: starting over")
         for entry in work.iterdir():
             if entry.name != ".lock":
                 _discard(entry)
@@ -372,20 +380,21 @@ def _listed(images: str, split: str | None, columns: TableColumns) -> Listing:
 
 
 def _rewritten(
-    folder: Path, manifest: Manifest, segments: list[Segment], ids: set[str], same: pa.Table | None = None
+    folder: Path, manifest: Manifest, segments: list[Segment], ids: set[str], same: pa.Table | None = None, forget: bool = False
 ) -> list[str]:
-    """Names of the segments when items have gone and others are listed anew (`same` of `copy_rows`), new ones where any was."""
+    """Names of the segments when items have gone and others are listed anew, new ones where any was. `same` and `forget` are
+    those of `copy_rows`; to forget, segments that hold a thumbnail of what has gone before are new ones too."""
     wanted, names = pa.array(sorted(ids), pa.string()), []
     relisted = pa.array([] if same is None else same["id"].to_pylist(), pa.string())
     for name, segment in zip(manifest.segments, segments):
         gone = np.asarray(pc.is_in(segment.items["id"], value_set=wanted))
         touched = gone | np.asarray(pc.is_in(segment.items["id"], value_set=relisted))
-        if not touched.any():
+        if not touched.any() and not (forget and segment.holds_others):
             names.append(name)
         elif not gone.all():
             names.append(f"{manifest.generation:06d}-{len(names)}")
             _discard(folder / "segments" / names[-1])
-            copy_rows(folder / "segments" / names[-1], [(segment, np.flatnonzero(~gone))], same)
+            copy_rows(folder / "segments" / names[-1], [(segment, np.flatnonzero(~gone))], same, forget)
     return names
 
 

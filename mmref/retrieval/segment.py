@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +74,11 @@ class Segment:
     def thumbnail_file_bytes(self) -> int:
         return os.fstat(self._thumbnails).st_size
 
+    @property
+    def holds_others(self) -> bool:
+        """Whether its file of thumbnails has some of items that it does not hold any more."""
+        return self.thumbnail_file_bytes > int(self.spans[:, 1].sum())
+
 
 def read_items(folder: Path) -> pa.Table:
     """Rows of a segment's items. Raises OSError or ValueError."""
@@ -117,7 +121,7 @@ def write_segment(folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first
     """
     folder.mkdir(parents=True)
     codes: dict[str, ArrayFile] = {}
-    tables, spans, done, end = [], [], 0, 0
+    tables, thumbnail_bytes, done = [], [], 0
     with contextlib.ExitStack() as stack:
         kind = stored_as(first_uid + count)
         features = stack.enter_context(ArrayFile(folder / "features.npy", (count, dim), kind))
@@ -141,16 +145,16 @@ def write_segment(folder: Path, chunks: Iterable[tuple[pa.Table, Arrays]], first
                 table = table.append_column("file_sha256", hashes)
             tables.append(table)
             sizes = arrays["thumbnail_bytes"]
-            spans.append(np.stack([end + np.cumsum(sizes) - sizes, sizes], 1))
+            thumbnail_bytes.append(sizes)
             file.write(arrays["thumbnails"].tobytes())
-            done, end = done + n, end + int(sizes.sum())
+            done += n
     if done != count:
         raise SearchIndexError(f"{folder}: {done} of {count} images arrived. Start the same command again.")
     _write_rows(
         folder,
         pa.concat_tables(tables, promote_options="default"),
         np.arange(first_uid, first_uid + count),
-        np.concatenate(spans),
+        _end_to_end(np.concatenate(thumbnail_bytes)),
     )
 
 
@@ -175,10 +179,15 @@ def _go_together(columns: Sequence[pa.Table]) -> bool:
     return True
 
 
-def copy_rows(folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]], same: pa.Table | None = None) -> None:
-    """Write a segment of the chosen rows of others, in order. Nothing is embedded; one source's thumbnails are linked.
+def copy_rows(
+    folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]], same: pa.Table | None = None, forget: bool = False
+) -> None:
+    """Write a segment of the chosen rows of others, in order. Nothing is embedded.
 
-    same: rows of a listing, in whose place and time of change items of these ids are from now on.
+    Args:
+        same: rows of a listing, in whose place and time of change items of these ids are from now on.
+        forget: no thumbnail of another row stays in its files. Else those of one source are linked, where half of the
+            bytes or more are of these rows.
     """
     folder.mkdir(parents=True)
     count = sum(len(rows) for _, rows in parts)
@@ -190,17 +199,12 @@ def copy_rows(folder: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]], 
             for source, (_, rows) in zip(sources, parts):
                 for start in range(0, len(rows), COPIED_ROWS):
                     target.write(source[rows[start : start + COPIED_ROWS]])
-    spans, end = [], 0
-    for segment, rows in parts:
-        spans.append(segment.spans[rows] + np.array([end, 0]))
-        end += segment.thumbnail_file_bytes
-    packs = [segment.folder / "thumbnails.bin" for segment, _ in parts]
-    _join_files(packs, folder / "thumbnails.bin")
+    spans = _copy_thumbnails(folder / "thumbnails.bin", parts, forget)
     tables = join_items([s.items.take(pa.array(rows)) for s, rows in parts])
     if same is not None:
         tables = _relisted(tables, same)
     uids = np.concatenate([s.uids[rows] for s, rows in parts])
-    _write_rows(folder, tables, uids, np.concatenate(spans))
+    _write_rows(folder, tables, uids, spans)
 
 
 def _relisted(items: pa.Table, same: pa.Table) -> pa.Table:
@@ -217,17 +221,23 @@ def _relisted(items: pa.Table, same: pa.Table) -> pa.Table:
     return join_items([items, listed]).take(order)
 
 
-def _join_files(sources: Sequence[Path], target: Path) -> None:
-    if len(sources) == 1:
-        try:
-            os.link(sources[0], target)
-            return
-        except OSError:  # a file system without hard links
-            pass
+def _copy_thumbnails(target: Path, parts: Sequence[tuple[Segment, NDArray[np.int64]]], forget: bool) -> NDArray[np.int64]:
+    """Write thumbnails of the chosen rows, or link the file that has them; returns where they are in it, (n, 2)."""
+    spans = np.concatenate([segment.spans[rows] for segment, rows in parts])
+    if len(parts) == 1 and not forget and 2 * int(spans[:, 1].sum()) >= parts[0][0].thumbnail_file_bytes:
+        with contextlib.suppress(OSError):  # a file system without hard links
+            os.link(parts[0][0].folder / "thumbnails.bin", target)
+            return spans
     with open(target, "wb") as file:
-        for source in sources:
-            with open(source, "rb") as part:
-                shutil.copyfileobj(part, file, 1 << 24)
+        for segment, rows in parts:
+            for row in rows.tolist():
+                file.write(segment.thumbnail(row))
+    return _end_to_end(spans[:, 1])
+
+
+def _end_to_end(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where thumbnails of these bytes are, one behind the other, (n, 2)."""
+    return np.stack([np.cumsum(sizes) - sizes, sizes], 1)
 
 
 def _write_rows(folder: Path, items: pa.Table, uids: NDArray[np.int64], spans: NDArray[np.int64]) -> None:

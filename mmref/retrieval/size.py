@@ -23,7 +23,7 @@ def machine_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for version in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no limit, or none that is told there
-            found = min(found, int((groups / version).read_text()))
+            found = min(found, int((groups / version).read_text("utf-8")))
     return found
 
 

@@ -47,7 +47,7 @@ class ShardCache:
     def fetches(self) -> list[str]:
         """Names of the shards downloaded so far, by all processes of the node, in order."""
         log = self.folder / FETCHES
-        return log.read_text().split() if log.exists() else []
+        return log.read_text("utf-8").split() if log.exists() else []
 
     def _fetch(self, url: str, target: Path) -> None:
         fs, inner = file_system(url)
@@ -70,7 +70,7 @@ class ShardCache:
 
         retry(f"read {url}", download)
         os.replace(part, target)
-        with open(self.folder / FETCHES, "a") as log:
+        with open(self.folder / FETCHES, "a", encoding="utf-8") as log:
             log.write(target.name + "\n")
 
     def _make_room(self, size: int) -> None:

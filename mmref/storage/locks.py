@@ -27,7 +27,7 @@ def held(path: str) -> Iterator[None]:
     """
     host, until, waiting = socket.gethostname(), time.monotonic() + LEASE_S, False
     while True:
-        with open(path, "a+") as file:
+        with open(path, "a+", encoding="utf-8") as file:
             while holder := _lock(file):
                 if f" on {host} " in holder or time.monotonic() > until:
                     raise BlockingIOError(holder)
@@ -48,7 +48,7 @@ def held(path: str) -> Iterator[None]:
 @contextlib.contextmanager
 def one_at_a_time(path: str | os.PathLike[str]) -> Iterator[None]:
     """One process of this node at a time, the others wait; the kernel lets go for a process that dies. Raises OSError."""
-    with open(path, "w") as file:
+    with open(path, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

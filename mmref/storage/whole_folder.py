@@ -231,7 +231,7 @@ def _put(partial: Path, target: Path, last: str, old: set[str], error: type[MMRe
 
 def _move(partial: Path, target: Path) -> None:
     """Move the new files into a folder, and remove the old ones that have no successor; called again, it goes on."""
-    plan = json.loads((partial / MOVE).read_text())
+    plan = json.loads((partial / MOVE).read_text("utf-8"))
     new, last = partial / NEW, below(str(target), plan["last"]).removeprefix(f"{target}/")
     if (new / last).exists():
         (target / last).unlink(missing_ok=True)  # from here on nobody takes what is there for a whole

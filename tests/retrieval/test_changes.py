@@ -434,6 +434,46 @@ def test_what_was_removed_for_good_stays_out_until_it_is_another_image(photos):
     assert index.add(str(out), str(root), workers=0).items == 16
 
 
+def on_disk(out: Path) -> dict[Path, bytes]:
+    """The files of thumbnails of an index."""
+    return {path: path.read_bytes() for path in (out / "segments").rglob("thumbnails.bin")}
+
+
+def test_thumbnails_of_what_has_gone_leave_the_disk(photos, monkeypatch):
+    monkeypatch.setattr(index, "MOST_SEGMENTS", 2)
+    root, out = photos
+    before = {name: Searcher(str(out)).thumbnail(name) for name in paths(out)}
+    for turn in range(5):
+        numbers = [(5 * turn + number) % 15 for number in range(5)]
+        for number in numbers:
+            write(root / f"{number % 2}" / f"{number}.png", 100 + 15 * turn + number)
+        synced(out, root)
+        held = {name: Searcher(str(out)).thumbnail(name) for name in paths(out)}
+        changed = {f"{number % 2}/{number}.png" for number in numbers}
+        assert {name for name in held if held[name] != before[name]} == changed
+        assert sum(map(len, on_disk(out).values())) <= 2 * sum(map(len, held.values()))
+        before = held
+
+
+def test_a_removed_image_has_no_thumbnail_on_the_disk(photos):
+    root, out = photos
+    before = Searcher(str(out)).thumbnail("0/0.png")
+    write(root / "0" / "0.png", 70)
+    synced(out, root)
+    changed = Searcher(str(out)).thumbnail("0/0.png")
+    assert any(before in data for data in on_disk(out).values()), "fifteen others are in its file"
+    kept = {name: Searcher(str(out)).thumbnail(name) for name in paths(out) if name != "0/0.png"}
+    index.remove(str(out), ["1/1.png"])
+    one = kept.pop("1/1.png")
+    assert any(one in data for data in on_disk(out).values())
+    write(root / "0" / "16.png", 71)
+    index.add(str(out), str(root), workers=0)
+    index.remove(str(out), ["0/0.png", "1/1.png"], for_good=True)
+    assert not any(gone in data for data in on_disk(out).values() for gone in (before, changed, one))
+    searcher = Searcher(str(out))
+    assert set(paths(out)) == {*kept, "0/16.png"} and all(searcher.thumbnail(name) == kept[name] for name in kept)
+
+
 def test_an_index_without_hashes_embeds_what_was_touched(photos):
     root, out = photos
     as_of_old(out / "segments" / "000000", without="file_sha256")

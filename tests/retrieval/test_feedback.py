@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from mmref.data.sample_reader import SampleReader
@@ -14,6 +15,7 @@ from mmref.errors import QueryError
 from mmref.evaluate.features import read_queries
 from mmref.retrieval import index
 from mmref.retrieval.feedback import Judgements, export_table
+from mmref.retrieval.fine_tune import build_set
 from mmref.retrieval.searcher import Searcher
 from mmref.shards.build import BuildOptions, build_shards, make_source
 
@@ -129,3 +131,18 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(own_ind
         with pytest.raises(QueryError, match="holds files that are no table of judgements"):
             export_table(searcher, judgements.read(), str(out))
         assert contents() == mine
+
+
+def test_captions_that_are_numbers_are_texts(own_index, tmp_path):
+    """As indexes of older versions have them."""
+    searcher = Searcher(str(own_index))
+    captions = pa.array(range(len(searcher)), pa.int64())
+    searcher.items = searcher.items.set_column(searcher.items.column_names.index("caption"), "caption", captions)
+    judgements, ids = Judgements.of(searcher.index), searcher.items["id"].to_pylist()
+    for row, relevant in ((0, False), (1, True), (2, False)):
+        judgements.save(searcher, "2", ids[row], relevant)
+    export_table(searcher, judgements.read(), str(tmp_path / "out"))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "table.jsonl").read_text("utf-8").splitlines()]
+    assert {row["item"]: row["captions"] for row in rows} == {ids[0]: ["0"], ids[1]: ["2"], ids[2]: ["2"]}
+    left_out = build_set(searcher, judgements.read(), tmp_path / "of", False, {"2"})
+    assert left_out == [f"{ids[2]}: its caption is a held-out sentence"]

@@ -15,7 +15,7 @@ from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet, train_index
 from mmref.errors import ConfigError, TooFewJudgementsError, UsageError
 from mmref.export.model import load
-from mmref.retrieval import fine_tune
+from mmref.retrieval import fine_tune, index
 from mmref.retrieval.feedback import Judgement, Judgements
 from mmref.retrieval.fine_tune import build_set, check_enough, divide, judge_models, prepare
 from mmref.retrieval.fine_tune_command import places
@@ -115,13 +115,65 @@ def test_the_config_goes_on_from_the_model_with_its_own_set(judged, tiny_set, tm
     assert not alone.data.mix and sorted(ShardSet.open(alone.data.root).splits) <= ["train", "val"]
 
 
+@pytest.mark.parametrize("root", ["foo://bucket/set", "/nowhere/set"])
+def test_judgements_are_trained_on_alone_where_the_own_set_is_out_of_reach(judged, root, tmp_path, capsys):
+    searcher = Searcher(judged)
+    searcher.model.config.data.root = root
+    found = prepare(searcher, Judgements.of(searcher.index).read(), str(tmp_path / "run"))
+    assert found.config.data.root == str(tmp_path / "run" / "judgements" / "set") and not found.config.data.mix
+    assert "trained on alone, since the set that the model was trained on cannot be read" in capsys.readouterr().err
+
+
 def test_the_same_model_gains_nothing(judged):
     searcher = Searcher(judged)
     found = judge_models(searcher, load(judged / "model"), Judgements.of(searcher.index).read())
-    assert found["gallery"] == len(searcher)
+    assert (found["gallery"], found["left_out"]) == (len(searcher), 0) and found["held_out"] == {"judgements": 160, "queries": 40}
     for kind in ("initial", "refined"):
         for measure in found[kind].values():
             assert measure["queries"] == 40 and abs(measure["change"]["mean"]) < 1e-3
+
+
+@pytest.fixture
+def judged_photos(folder, run, tmp_path: Path) -> Path:
+    """An index of a folder in which 40 sentences have a right item and two wrong ones each; 10.png is not judged."""
+    index.create(str(folder), str(run), str(tmp_path / "photos"), workers=0)
+    searcher, names = Searcher(tmp_path / "photos"), ["00.png", "deep/01.png", "02.png", "deep/03.png", "04.png", "deep/05.png"]
+    for number in range(40):
+        for place in range(3):
+            Judgements.of(searcher.index).save(searcher, f"sentence {number}", names[(number + 2 * place) % 6], place == 0)
+    return tmp_path / "photos"
+
+
+def test_images_that_are_gone_are_left_out_of_the_gallery(judged_photos, folder, capsys):
+    searcher = Searcher(judged_photos)
+    judgements = Judgements.of(searcher.index).read()
+    (folder / "10.png").unlink()
+    (folder / "00.png").write_bytes(b"no image any more")
+    found = judge_models(searcher, load(judged_photos / "model"), judgements)
+    assert (found["gallery"], found["left_out"]) == (9, 2)
+    assert found["held_out"] == {"judgements": 100, "queries": 40}
+    assert "2 images of the index cannot be read and are left out" in capsys.readouterr().err
+    others = [j for j in judgements if j.id != "00.png"]
+    assert found["initial"]["pairs"]["queries"] == len({j.query for j in others if j.relevant})
+    assert all(abs(measure["change"]["mean"]) < 1e-3 for measure in found["initial"].values())
+    for path in folder.rglob("*.png"):
+        path.unlink()
+    found = judge_models(searcher, load(judged_photos / "model"), judgements)
+    assert (found["gallery"], found["left_out"], found["initial"]) == (0, 11, {}), "a training is not lost for it"
+
+
+def test_too_few_held_out_images_are_named_before_the_training(judged_photos, folder, tmp_path, capsys):
+    searcher = Searcher(judged_photos)
+    judgements = Judgements.of(searcher.index).read()
+    (folder / "00.png").unlink()
+    assert all(j.id != "00.png" for j in prepare(searcher, judgements, str(tmp_path / "run"), mixed=False, held_out=0.6).held_out)
+    assert "1 held-out images cannot be read and are left out" in capsys.readouterr().err
+    for name in ("02.png", "04.png"):
+        (folder / name).unlink()
+    judgements = [j for j in judgements if not j.id.startswith("deep/")]
+    with pytest.raises(TooFewJudgementsError, match="held out are of 0 sentences"):
+        prepare(searcher, judgements, str(tmp_path / "other"), mixed=False, held_out=0.5)
+    assert "3 held-out images cannot be read" in capsys.readouterr().err
 
 
 def test_where_judgements_lie(judged, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from support.disks import files_below
 from support.images import write_images
 
@@ -125,6 +126,39 @@ def test_another_command_does_not_resume_what_was_begun(folder, run, tmp_path, m
     assert ids(out) == ["01.png", "03.png", "05.png", "07.png", "09.png"]
 
 
+@pytest.mark.parametrize("kind", ["export", "run"])
+def test_another_model_in_the_place_does_not_resume_what_was_begun(folder, run, split_index, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK", 2)
+    model = shutil.copytree({"export": split_index / "model", "run": run}[kind], tmp_path / "model")
+    seen: list[str] = []
+    whole = chunks.embed_chunk
+
+    def dies(of, locations, watch):
+        if len(seen) == 6:
+            seen.clear()
+            raise KeyboardInterrupt
+        seen.extend(path for path, _, _ in locations)
+        return whole(of, locations, watch)
+
+    monkeypatch.setattr(chunks, "embed_chunk", dies)
+    with pytest.raises(KeyboardInterrupt):
+        index.create(str(folder), str(model), str(tmp_path / "out"), workers=0)
+    if kind == "export":
+        weights = load_file(model / "model.safetensors")
+        save_file({name: tensor + 0.1 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    else:
+        (model / "checkpoints" / "step-00000020-a").rename(model / "checkpoints" / "step-00000020-b")
+        metrics = (model / "metrics.json").read_text("utf-8")
+        (model / "metrics.json").write_text(metrics.replace("step-00000020-a", "step-00000020-b"), "utf-8")
+    monkeypatch.setattr(chunks, "embed_chunk", lambda *given: seen.extend(path for path, _, _ in given[1]) or whole(*given))
+    manifest = index.create(str(folder), str(model), str(tmp_path / "out"), workers=0)
+    assert (
+        len(set(seen)) == 12
+        and "of another model, source or index, or had other options: starting over" in capsys.readouterr().err
+    )
+    assert kind == "run" or manifest.model == bundle.fingerprint(model)
+
+
 def test_adding_and_removing_change_nothing_else(folder, run, tmp_path):
     out = tmp_path / "out"
     index.create(str(folder), str(run), str(out), workers=0)
@@ -156,8 +190,9 @@ def test_many_additions_are_joined(folder, run, tmp_path, monkeypatch):
     monkeypatch.setattr(index, "MOST_SEGMENTS", 2)
     out = tmp_path / "out"
     index.create(str(folder), str(run), str(out), workers=0)
-    for number in (20, 21):
+    for number, other in ((20, "02.png"), (21, "04.png")):
         write_images(folder, [number])
+        shutil.copyfile(folder / other, folder / "00.png")
         manifest = index.add(str(out), str(folder), workers=0)
     assert len(manifest.segments) == 1
     reference = tmp_path / "reference"
@@ -166,6 +201,7 @@ def test_many_additions_are_joined(folder, run, tmp_path, monkeypatch):
     a, b = ({r.id: r.score for r in s.search("green square", top=len(s))} for s in (joined, fresh))
     assert a == pytest.approx(b, abs=1e-6)
     assert all(joined.thumbnail(i) == fresh.thumbnail(i) for i in a)
+    assert not joined.segments[0].holds_others, "what had gone is not joined"
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw", "ivfpq"])

@@ -68,9 +68,11 @@ def find_model(given: str) -> ModelSource:
 
 
 def has_references(source: ModelSource) -> bool:
-    """Whether a model brings references. Raises CheckpointError for a run without a checkpoint."""
+    """Whether a model brings references, and not just rows that nothing has trained. Raises CheckpointError for a run without a
+    checkpoint."""
     if source.kind == "run":
-        return int(best_checkpoint(RunDir(source.place)).meta["bank"]["objects"]) > 0
+        run = RunDir(source.place)
+        return int(best_checkpoint(run).meta["bank"]["objects"]) > 0 and run.read_config().loss.uses_references
     return source.kind == "export" and exported_rows(Path(source.place))
 
 

@@ -47,6 +47,7 @@ from mmref.run.checkpoints import (
     persistent_buffers,
 )
 from mmref.run.directory import RunDir
+from mmref.run.models import ModelSource, has_references
 from mmref.run.row_file import CHUNK, pack_ids, row_files
 from mmref.run.tensor_files import write_file
 from mmref.train import collectives
@@ -232,7 +233,7 @@ def start_from(run: RunDir, engine: Any, bank: ReferenceBank) -> None:
 
     Optimizer state starts anew; so do the classifier of `loss.w_id`, which has a row for each object, heads that the other run
     had not, the bias of `loss.align: sigmoid` likewise, and a temperature that is not learned: `loss.tau` of this run holds.
-    References that the other run never set stay as they are. Raises CheckpointError.
+    References that the other run never set, or does not use, stay as they are. Raises CheckpointError.
     """
     info = best_checkpoint(run)
     with fetched(run, info, "model", "references") as folder:
@@ -246,7 +247,8 @@ def start_from(run: RunDir, engine: Any, bank: ReferenceBank) -> None:
         load_state(engine, lambda name: {} if name in fresh else {"weight": tensors.get(name)}, 0)
         for name, buffer in _buffers(engine):
             buffer.copy_(tensors.get(f"buffer:{name}"))
-        load_bank(folder, bank, info.meta, ("rows",))
+        if has_references(ModelSource("run", run.path)):
+            load_bank(folder, bank, info.meta, ("rows",))
 
 
 def load_bank(folder: str, bank: ReferenceBank, meta: dict[str, Any], names: tuple[str, ...] = ()) -> None:

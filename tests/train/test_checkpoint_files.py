@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.plain_training import PlainTraining
+from support.tiny_run import make_run
 from support.tiny_set import SPLITS
 
 from mmref.errors import CheckpointError
@@ -159,6 +160,17 @@ def test_another_bank_s_checkpoint_is_refused(make_config, trained, tmp_path, mo
     other = Training(make_config({**OVERRIDES, "reference.per_object": 3}))
     with pytest.raises(CheckpointError, match=r"holds references .*'per_object': 2.*needs .*'per_object': 3"):
         checkpoint_files.load_bank(str(tmp_path), other.bank, meta)
+
+
+@pytest.mark.parametrize("per_object", [1, 2])
+def test_references_that_a_start_did_not_use_are_not_taken(make_config, tmp_path, per_object):
+    """They are random, and may be of another number."""
+    unused = {"loss.w_fuse": 0.0, "loss.w_guide": 0.0, "loss.w_rec": 0.0}
+    make_run(make_config({"reference.update": "gradient", **unused}), str(tmp_path), {})
+    other = Training(make_config({"reference.update": "gradient", "reference.per_object": per_object, "loss.w_rec": 0.0}))
+    before = other.bank.rows.clone()
+    checkpoint_files.start_from(RunDir(str(tmp_path)), other.engine, other.bank)
+    assert torch.equal(other.bank.rows, before)
 
 
 # -- which folders count ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.pretrained import save_pretrained
+from support.tiny_run import make_run
 from support.tiny_set import tiny_config
 
 from mmref.config import dump_yaml
@@ -15,6 +16,8 @@ from mmref.evaluate import refinement
 from mmref.run.directory import RunDir
 from mmref.train import division, trainer
 from mmref.train.trainer import check_inputs, prepare_run
+
+NO_REFERENCES = {"loss.w_fuse": 0.0, "loss.w_guide": 0.0, "loss.w_rec": 0.0}
 
 
 @pytest.mark.parametrize("held", ["manifest.json", "model.safetensors"])
@@ -63,7 +66,7 @@ def test_too_few_pairs_to_divide_are_named_before_the_first_step(make_config, mo
 def test_few_objects_are_said_before_the_first_step(make_config, capsys):
     check_inputs(make_config({}))
     assert "objects are few for references" in capsys.readouterr().out
-    check_inputs(make_config({"loss.w_fuse": 0.0, "loss.w_guide": 0.0, "loss.w_rec": 0.0}))
+    check_inputs(make_config(NO_REFERENCES))
     assert not capsys.readouterr().out
 
 
@@ -80,9 +83,13 @@ def test_codes_that_an_evaluation_could_not_hold_are_refused_before_the_first_st
     check_inputs(make_config({"reference.per_object": 1}))
 
 
-def test_a_start_without_references_teaches_none_either(make_config, tmp_path):
-    """A pretrained model brings no references, so that guidance would follow random ones as without any start."""
-    start = {"train.start_from": str(save_pretrained("clip", tmp_path / "clip")), "reference.update": "gradient"}
-    with pytest.raises(ConfigError, match="guidance would follow random references"):
-        check_inputs(make_config({**start, "loss.w_fuse": 0.0, "loss.w_rec": 0.0}))
-    check_inputs(make_config({**start, "loss.w_fuse": 1.0}))
+def test_a_start_without_references_teaches_none_either(make_config, tmp_path, monkeypatch):
+    """A pretrained model brings no references, so that guidance would follow random ones as without any start; so a run that
+    used none."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    make_run(make_config({"reference.update": "gradient", **NO_REFERENCES}), str(tmp_path / "run"), {})
+    for place in (save_pretrained("clip", tmp_path / "clip"), tmp_path / "run"):
+        start = {"train.start_from": str(place), "reference.update": "gradient"}
+        with pytest.raises(ConfigError, match="guidance would follow random references"):
+            check_inputs(make_config({**start, "loss.w_fuse": 0.0, "loss.w_rec": 0.0}))
+        check_inputs(make_config({**start, "loss.w_fuse": 1.0}))

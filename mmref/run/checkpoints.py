@@ -98,6 +98,11 @@ def _inspect(run: RunDir, folder: str) -> tuple[CheckpointInfo, list[str]] | Non
     return CheckpointInfo(folder, meta), problems
 
 
+def has_checkpoints(run: RunDir) -> bool:
+    """Whether a checkpoint of a run was ever complete, though it may be damaged by now: then its training is not begun anew."""
+    return bool(inspect_checkpoints(run))
+
+
 def latest_checkpoint(run: RunDir) -> CheckpointInfo | None:
     """The last complete checkpoint, None where there is none."""
     found = list_checkpoints(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from support.tiny_set import tiny_config
 
 from mmref.config import dump_yaml
 from mmref.data.shard_set import ShardSet
-from mmref.errors import ConfigError, DenseCodesError, RunDirectoryError, TooFewPairsError
+from mmref.errors import ConfigError, DenseCodesError, ModelError, RunDirectoryError, TooFewPairsError
 from mmref.evaluate import refinement
 from mmref.run.directory import RunDir
 from mmref.train import division, trainer
@@ -43,7 +44,7 @@ def test_what_another_command_wrote_is_no_run_directory(tiny_set, tmp_path, held
 def test_a_run_goes_on_only_where_its_checkpoints_scores_compare(make_config, monkeypatch, tmp_path, changed, refused_always):
     """Another refinement counts in them where training searches it."""
     run = RunDir(str(tmp_path))
-    monkeypatch.setattr(trainer.checkpoints, "latest_checkpoint", lambda run: SimpleNamespace(step=10))
+    monkeypatch.setattr(trainer.checkpoints, "inspect_checkpoints", lambda run: [(SimpleNamespace(step=10), [])])
     (name,) = changed
     for searched in (True, False):
         fields = {"eval.refine_in_training": searched}
@@ -93,3 +94,37 @@ def test_a_start_without_references_teaches_none_either(make_config, tmp_path, m
         with pytest.raises(ConfigError, match="guidance would follow random references"):
             check_inputs(make_config({**start, "loss.w_fuse": 0.0, "loss.w_rec": 0.0}))
         check_inputs(make_config({**start, "loss.w_fuse": 1.0}))
+
+
+def test_a_run_goes_on_without_the_model_that_it_started_from(make_config, tmp_path, monkeypatch):
+    """Its weights are in the run's own checkpoint."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    start = tmp_path / "start"
+    make_run(make_config({}), str(start), {})
+    config = make_config({"train.start_from": str(start), "run_dir": str(tmp_path / "run")})
+    run = RunDir(config.run_dir)
+    shutil.rmtree(start)
+    with pytest.raises(ModelError, match=f"{start} is not there"):
+        check_inputs(config)
+    make_run(config, run.path, {})
+    check_inputs(config)
+    prepare_run(config, run)
+    trainer.evaluate_before(config, run, "test")
+    assert not run.exists("start")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_no_other_config_s(make_config, tmp_path, monkeypatch):
+    """They may be mended, and are then of the config that they were trained with."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run = RunDir(str(tmp_path))
+    config = make_config({"train.lr": 0.001})
+    make_run(config, run.path, {})
+    prepare_run(config, run)
+    run.write_text("start/source.json", "{}")
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    (folder / "optimizer-0.safetensors").unlink()
+    with pytest.raises(RunDirectoryError, match=r"another config: train.lr 0.001 -> 0.05"):
+        prepare_run(make_config({"train.lr": 0.05}), run)
+    assert run.read_config().train.lr == 0.001
+    prepare_run(config, run)  # the workers say what is damaged
+    assert run.exists("start"), "nor is it begun anew"

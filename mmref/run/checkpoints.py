@@ -58,6 +58,11 @@ class CheckpointInfo:
 # -- finding ---------------------------------------------------------------------------------------------------------
 
 
+def checkpoint_folders(run: RunDir) -> list[str]:
+    """Names of the folders of a run's checkpoints, finished or not. A file beside them, such as an archive, is somebody's own."""
+    return [name for name in run.list(FOLDER) if name.startswith("step-") and run.is_folder(f"{FOLDER}/{name}")]
+
+
 def list_checkpoints(run: RunDir) -> list[CheckpointInfo]:
     """Complete checkpoints of a run by step; half-written ones are passed over."""
     return [info for info, problems in inspect_checkpoints(run) if not problems]
@@ -68,10 +73,7 @@ def inspect_checkpoints(run: RunDir) -> list[tuple[CheckpointInfo, list[str]]]:
 
     A folder without meta.json was never finished, and is left out.
     """
-    found = []
-    for name in run.list(FOLDER):
-        if name.startswith("step-") and (one := _inspect(run, f"{FOLDER}/{name}")):
-            found.append(one)
+    found = [one for name in checkpoint_folders(run) if (one := _inspect(run, f"{FOLDER}/{name}"))]
     return sorted(found, key=lambda one: one[0].step)
 
 

@@ -111,6 +111,10 @@ class RunDir:
     def exists(self, name: str) -> bool:
         return self._info(name) is not None
 
+    def is_folder(self, name: str) -> bool:
+        info = self._info(name)
+        return info is not None and info["type"] == "directory"
+
     def check_shared(self, name: str) -> None:
         """Raise StorageError where this node does not see what the driver wrote: each would keep its own part to itself."""
         if not self.exists(name):
@@ -131,8 +135,7 @@ class RunDir:
     def sizes(self, name: str) -> dict[str, int]:
         """Names inside a folder with their bytes (0 for folders), {} where there is none."""
         folder = self.inner(name).rstrip("/")
-        info = self._info(name)
-        if info is None or info["type"] != "directory":
+        if not self.is_folder(name):
             return {}
         try:
             found = retry(f"list {self.join(name)}", lambda: self.fs.ls(folder, detail=True))

@@ -41,6 +41,7 @@ from mmref.run.checkpoints import (
     best_checkpoint,
     bring,
     check_fits,
+    checkpoint_folders,
     fetched,
     inspect_checkpoints,
     local_folder,
@@ -294,8 +295,8 @@ def _buffers(engine: Any) -> list[tuple[str, Tensor]]:
 
 def remove_uncommitted(run: RunDir) -> None:
     """Remove what interrupted checkpoints left behind. For the driver alone, while no worker writes."""
-    for name in run.list(FOLDER):
-        if name.startswith("step-") and not run.exists(f"{FOLDER}/{name}/meta.json"):
+    for name in checkpoint_folders(run):
+        if not run.exists(f"{FOLDER}/{name}/meta.json"):
             run.remove(f"{FOLDER}/{name}")
 
 

@@ -200,6 +200,16 @@ def test_checkpoints_are_listed_by_step(tmp_path):
         assert checkpoints.latest_checkpoint(run).folder == folders[2]
 
 
+def test_an_archive_beside_the_checkpoints_is_none_and_stays(tmp_path):
+    for run in (RunDir(str(tmp_path)), RunDir(f"memory://{tmp_path.name}-archive")):
+        folder = write(run, 20)
+        run.write_text(f"{folder}.tar", "kept")
+        run.write_text("checkpoints/step-00000040-b/rank-0.json", "{}")
+        assert [info.folder for info in checkpoints.list_checkpoints(run)] == [folder]
+        checkpoint_files.remove_uncommitted(run)
+        assert run.list("checkpoints") == [folder.split("/")[1], f"{folder.split('/')[1]}.tar"]
+
+
 WHOLE = ["meta.json", "model-1.safetensors", "optimizer-0.safetensors",
          "references-1.safetensors"]  # fmt: skip
 

@@ -154,6 +154,19 @@ class RunDir:
 
         return retry(f"read {self.join(name)}", read)
 
+    def read_from(self, name: str, offset: int) -> bytes:
+        """Bytes of a file from an offset to its end: none where it is shorter, or not there."""
+
+        def read() -> bytes:
+            with self.fs.open(self.inner(name), "rb") as file:
+                file.seek(offset)
+                return file.read()
+
+        try:
+            return retry(f"read {self.join(name)}", read)
+        except FileNotFoundError:
+            return b""
+
     def read_json(self, name: str) -> Any:
         """What a JSON file of the run holds. Raises RunDirectoryError where it is damaged, OSError where there is none."""
         try:
@@ -348,6 +361,25 @@ class JsonLines:
             file.truncate()  # the part of a line that a full disk took in an attempt before
             file.write(line)
         self._end += len(line)
+
+
+class NewLines:
+    """Follows a JSON-lines file that another process writes, reading what is new in it."""
+
+    def __init__(self, run: RunDir, name: str = "metrics.jsonl") -> None:
+        self.run, self.name = run, name
+        self._at, self._last = 0, b""  # the last whole line that was read, and where in the file it begins
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Records of the lines since the last call; of all lines where the file is another by now, as after a resume."""
+        data = self.run.read_from(self.name, self._at)
+        if not data.startswith(self._last):
+            self._at, self._last = 0, b""
+            data = self.run.read_from(self.name, 0)
+        whole = data[: data.rfind(b"\n") + 1]
+        if lines := whole[len(self._last) :].splitlines(keepends=True):
+            self._at, self._last = self._at + len(whole) - len(lines[-1]), lines[-1]
+        return list(_parse(lines))
 
 
 def read_jsonl(run: RunDir, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ FOLDER = "checkpoints"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in a file of the optimizer
 AVERAGE = "ema"  # of the weights: with `train.ema` a file of the model has it, and one of the optimizer the weights of training
 TRAINED = "weight"
+BUFFER = "buffer:"  # begins its name in a file of the model
 PAIRS = "pairs"  # losses and labels of `loss.align: rde`, in a file of the optimizer
 KINDS = ("model", "optimizer", "references")
 DOWNLOADS = 4  # files that a process downloads at a time
@@ -180,13 +181,12 @@ def _downloader(path: str) -> Callable[[Any], str]:
 def load_model(folder: str, model: torch.nn.Module) -> None:
     """Restore the weights alone into a plain module, for evaluation: without those of training alone. Raises CheckpointError."""
     tensors, left_out = TensorFolder(folder, "model"), below_adapters(model)
-    saved = {n: p for n, p in model.named_parameters() if n not in left_out}
-    check_fits(tensors, {n: tuple(p.shape) for n, p in saved.items()}, folder, TRAINING_ONLY)
+    saved: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if n not in left_out}
+    saved |= saved_buffers(model)
+    check_fits(tensors, {n: tuple(t.shape) for n, t in saved.items()}, folder, TRAINING_ONLY)
     with torch.no_grad():
-        for name, parameter in saved.items():
-            parameter.copy_(tensors.get(name))
-        for name, buffer in persistent_buffers(model):
-            buffer.copy_(tensors.get(f"buffer:{name}"))
+        for name, tensor in saved.items():
+            tensor.copy_(tensors.get(name))
 
 
 def load_references(folder: str, meta: dict[str, Any]) -> Tensor:
@@ -222,14 +222,15 @@ class TensorFolder:
 
 
 def check_fits(tensors: TensorFolder, shapes: dict[str, tuple[int, ...]], folder: str, spare: tuple[str, ...] = ()) -> None:
-    """Raise CheckpointError that names the first parameters that are missing, unknown or of another shape.
+    """Raise CheckpointError that names the first tensors that are missing or of another shape, or parameters that are unknown.
 
-    Parameters whose names begin with one of `spare` may be saved without being wanted.
+    Parameters whose names begin with one of `spare` may be saved without being wanted; so may buffers.
     """
-    saved = {n for n in tensors.files if not n.startswith("buffer:") and "/" not in n}
-    wrong = [f"missing {n}" for n in shapes if n not in saved]
-    wrong += [f"unknown {n}" for n in sorted(saved) if n not in shapes and not n.startswith(spare)]
-    for name in sorted(saved & set(shapes)):
+    wrong = [f"missing {n}" for n in shapes if n not in tensors.files]
+    wrong += [
+        f"unknown {n}" for n in sorted(tensors.files) if n not in shapes and "/" not in n and not n.startswith((BUFFER, *spare))
+    ]
+    for name in sorted(tensors.files.keys() & shapes):
         found = tuple(tensors.files[name].get_slice(name).get_shape())
         if found != shapes[name]:
             wrong.append(f"{name} has shape {found}, the model needs {shapes[name]}")
@@ -243,3 +244,8 @@ def check_fits(tensors: TensorFolder, shapes: dict[str, tuple[int, ...]], folder
 def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
     saved = model.state_dict(keep_vars=True)
     return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+
+
+def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A model's persistent buffers by their names in a checkpoint."""
+    return {f"{BUFFER}{name}": buffer for name, buffer in persistent_buffers(model)}

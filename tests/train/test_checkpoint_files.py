@@ -18,11 +18,12 @@ from support.plain_training import PlainTraining
 from support.tiny_run import make_run
 from support.tiny_set import SPLITS
 
+from mmref.config import dump_yaml
 from mmref.errors import CheckpointError
 from mmref.model.mmref import build_model
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
-from mmref.train import checkpoint_files, collectives
+from mmref.train import checkpoint_files, collectives, division
 
 OBJECTS = SPLITS["train"]
 OVERRIDES = {"reference.update": "gradient", "reference.per_object": 2, "loss.w_rec": 0.3, "loss.learn_tau": True}
@@ -153,6 +154,37 @@ def test_another_model_s_checkpoint_is_refused(make_config, trained, tmp_path, m
         with pytest.raises(CheckpointError, match=rf"{tmp_path} belongs to another model.*{said}"):
             attempt()
     assert all(torch.equal(a, b) for a, b in zip(before, other.model.parameters())), "nothing was half-loaded"
+
+
+@pytest.mark.parametrize("own, said", [
+    ({"extra": 3}, "missing buffer:backbone.extra"),
+    ({"scale": 3}, r"buffer:backbone.scale has shape \(1,\), the model needs \(3,\)"),
+])  # fmt: skip
+def test_buffers_that_differ_are_another_model_too(make_config, trained, tmp_path, monkeypatch, own, said):
+    """One of a single number would be spread over the model's own without a word."""
+    trained.model.backbone.register_buffer("scale", torch.zeros(1))
+    folder = f"{tmp_path}/checkpoints/step-00000002-a"
+    meta = trained.save(folder, monkeypatch)
+    (tmp_path / "config.yaml").write_text(dump_yaml(trained.config))
+    other = Training(make_config(OVERRIDES))
+    for name, size in own.items():
+        other.model.backbone.register_buffer(name, torch.ones(size))
+    for attempt in (
+        lambda: checkpoint_files.load(folder, other.engine, other.bank, meta),
+        lambda: checkpoint_files.start_from(RunDir(str(tmp_path)), other.engine, other.bank),
+        lambda: checkpoints.load_model(folder, other.model),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{folder} belongs to another model \(1 differences\): {said}"):
+            attempt()
+    checkpoints.load_model(folder, Training(make_config(OVERRIDES)).model)  # one that the model has not is left
+
+
+def test_losses_of_pairs_that_a_checkpoint_lacks_are_named(make_config, trained, tmp_path, monkeypatch):
+    meta = trained.save(tmp_path, monkeypatch)
+    monkeypatch.setattr(division, "LEAST", 1)
+    other = Training(make_config({**OVERRIDES, "loss.learn_tau": False, "loss.align": "rde"}))
+    with pytest.raises(CheckpointError, match="missing pairs/losses; missing pairs/labels"):
+        checkpoint_files.load(str(tmp_path), other.engine, other.bank, meta, other.division)
 
 
 def test_another_bank_s_checkpoint_is_refused(make_config, trained, tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import gc
 import gzip
-import importlib.util
 import json
 import os
 import signal
@@ -39,6 +38,7 @@ from mmref.config.inputs import settled
 from mmref.data.reader import StepReader
 from mmref.evaluate.metrics import evaluate_features, summarize
 from mmref.evaluate.shares import QueryShare
+from mmref.extras import missing
 from mmref.run.directory import RunDir
 from mmref.sizing.estimate import flops_of_a_pair
 from mmref.sizing.peaks import multiplied_in, peak_flops
@@ -346,8 +346,7 @@ def tests_part(part: Part) -> None:
 
 def whole_part(part: Part) -> None:
     """`mmref train` with Ray, Ray Data and DeepSpeed, beside the bare step of the same config."""
-    absent = [name for name in ("ray", "deepspeed", "tensorboard") if importlib.util.find_spec(name) is None]
-    if absent:
+    if absent := missing("train"):
         part.put(left_out=f"{', '.join(absent)} not installed")
         return
     from whole_run import run_trainer

@@ -26,7 +26,13 @@ EXTRAS = {
 
 def missing(extra: str, *packages: str) -> list[str]:
     """Packages of an extra that are not installed here, of those named, or of all by which it is known."""
-    return [package for package in packages or EXTRAS[extra] if importlib.util.find_spec(package) is None]
+    return [package for package in packages or EXTRAS[extra] if not is_installed(package)]
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported: a folder of its name where a command is started, as `wandb/`, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def need(extra: str, what: str, *packages: str, otherwise: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -103,3 +104,13 @@ def test_a_missing_extra_is_named_with_what_is_missing(monkeypatch: pytest.Monke
         "mmref tune needs the extra `tune`, and optuna and rich are not installed here: pip install 'mmref[tune]'. Or guess."
     )
     need("tune", "mmref tune", "ray")
+
+
+def test_a_folder_of_a_package_s_name_is_not_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As W&B leaves one where a run was started."""
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert missing("train", "no_such_package") == ["no_such_package"]
+    (tmp_path / "no_such_package" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert missing("train", "no_such_package") == []

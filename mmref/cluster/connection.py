@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -113,19 +112,25 @@ def in_time(what: str, limit_s: float = START_LIMIT_S) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # where no signal arrives: Ray's own limits hold
         yield
         return
-    began = time.monotonic()
+    began, over = time.monotonic(), False
 
     def look(*_: object) -> None:
+        nonlocal over
         if time.monotonic() - began < limit_s - 1:
-            print(f"mmref: waiting for {what} (up to {limit_s:.0f} s) ...", file=sys.stderr, flush=True)
+            say(f"mmref: waiting for {what} (up to {limit_s:.0f} s) ...")
             signal.setitimer(signal.ITIMER_REAL, max(1.0, limit_s - (time.monotonic() - began)))
         else:
-            raise ClusterStartError(f"waited {limit_s:.0f} s in vain for {what}.")
+            over = True
+            raise KeyboardInterrupt  # Ray swallows an Exception
 
     before = signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, min(NOTICE_S, limit_s))
     try:
         yield
+    except KeyboardInterrupt:
+        if over:
+            raise ClusterStartError(f"waited {limit_s:.0f} s in vain for {what}.") from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -24,7 +24,7 @@ from mmref.evaluate.protocols import Chosen, protocols
 from mmref.evaluate.refinement import ReferenceSpace
 from mmref.evaluate.split_features import SplitFeatures, collect
 from mmref.model.mmref import MMRef, build_model
-from mmref.run.checkpoints import TensorFolder, best_checkpoint, fetched, persistent_buffers
+from mmref.run.checkpoints import BUFFER, TensorFolder, best_checkpoint, fetched, persistent_buffers
 from mmref.run.directory import RunDir
 from mmref.run.models import find_model, load_parts
 from mmref.terminal.progress import say
@@ -92,7 +92,7 @@ def start_weights(config: Config, module: MMRef, tokens: Tokens) -> dict[str, Te
         with fetched(run, best_checkpoint(run), "model") as folder:
             tensors = TensorFolder(folder, "model")
             names = _below(mixed_tensors(module), "backbone.")
-            return {name: tensors.get(name if name in tensors.files else f"buffer:{name}") for name in names}
+            return {name: tensors.get(name if name in tensors.files else f"{BUFFER}{name}") for name in names}
     prefixes = tuple(prefix for prefix, name in pretrained.items() if name)
     if not prefixes:
         raise ExportError(

@@ -27,7 +27,7 @@ from mmref.evaluate.evaluation import open_run
 from mmref.evaluate.report import EXPLANATIONS
 from mmref.evaluate.split_features import SplitFeatures, embed_splits
 from mmref.model.reference_rows import warm_rows
-from mmref.run.checkpoints import FOLDER, CheckpointInfo, best_checkpoint, fetched, list_checkpoints
+from mmref.run.checkpoints import FOLDER, CheckpointInfo, best_checkpoint, checkpoint_folders, fetched, list_checkpoints
 from mmref.run.directory import RunDir
 from mmref.run.models import START
 from mmref.run.row_file import RowFile, StoredReferences, are_set, pack_ids, row_files
@@ -234,7 +234,7 @@ def _remove_everywhere(run: RunDir, wanted: set[str]) -> Removed:
     complete = list_checkpoints(run)
     for info in complete:  # all before the first is changed
         _check_some_left(run, info, wanted)
-    unfinished = {n for n in run.list(FOLDER) if n.startswith("step-")} - {i.folder.rsplit("/", 1)[-1] for i in complete}
+    unfinished = set(checkpoint_folders(run)) - {i.folder.rsplit("/", 1)[-1] for i in complete}
     for name in unfinished:
         run.remove(f"{FOLDER}/{name}")
     run.remove(START)  # an interrupted training makes it anew

@@ -127,6 +127,7 @@ def _means(features: Tensor, objects: Tensor, count: int) -> Tensor:
 def _within_sets(rows: Tensor, index: SplitIndex, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """`nearest_objects` of each shard set by itself, since a step's objects are of one set."""
     bounds = [*index.first_objects, index.n_objects]
+    count = min(count, int(np.diff(bounds).max()) - 1)  # an object has no more
     nearest = np.full((index.n_objects, count), NONE, dtype=np.int32)
     similarity = np.zeros((index.n_objects, count), dtype=np.float32)
     with Counter("looking for neighbors", index.n_objects, "object") as progress:

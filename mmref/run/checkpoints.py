@@ -30,6 +30,7 @@ FOLDER = "checkpoints"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, in a file of the optimizer
 AVERAGE = "ema"  # of the weights: with `train.ema` a file of the model has it, and one of the optimizer the weights of training
 TRAINED = "weight"
+BUFFER = "buffer:"  # begins its name in a file of the model
 PAIRS = "pairs"  # losses and labels of `loss.align: rde`, in a file of the optimizer
 KINDS = ("model", "optimizer", "references")
 DOWNLOADS = 4  # files that a process downloads at a time
@@ -58,6 +59,11 @@ class CheckpointInfo:
 # -- finding ---------------------------------------------------------------------------------------------------------
 
 
+def checkpoint_folders(run: RunDir) -> list[str]:
+    """Names of the folders of a run's checkpoints, finished or not. A file beside them, such as an archive, is somebody's own."""
+    return [name for name in run.list(FOLDER) if name.startswith("step-") and run.is_folder(f"{FOLDER}/{name}")]
+
+
 def list_checkpoints(run: RunDir) -> list[CheckpointInfo]:
     """Complete checkpoints of a run by step; half-written ones are passed over."""
     return [info for info, problems in inspect_checkpoints(run) if not problems]
@@ -68,10 +74,7 @@ def inspect_checkpoints(run: RunDir) -> list[tuple[CheckpointInfo, list[str]]]:
 
     A folder without meta.json was never finished, and is left out.
     """
-    found = []
-    for name in run.list(FOLDER):
-        if name.startswith("step-") and (one := _inspect(run, f"{FOLDER}/{name}")):
-            found.append(one)
+    found = [one for name in checkpoint_folders(run) if (one := _inspect(run, f"{FOLDER}/{name}"))]
     return sorted(found, key=lambda one: one[0].step)
 
 
@@ -96,6 +99,11 @@ def _inspect(run: RunDir, folder: str) -> tuple[CheckpointInfo, list[str]] | Non
         elif there[name] != size:
             problems.append(f"{run.join(folder, name)} is damaged: it has {there[name]:,} bytes, {size:,} were written")
     return CheckpointInfo(folder, meta), problems
+
+
+def has_checkpoints(run: RunDir) -> bool:
+    """Whether a checkpoint of a run was ever complete, though it may be damaged by now: then its training is not begun anew."""
+    return bool(inspect_checkpoints(run))
 
 
 def latest_checkpoint(run: RunDir) -> CheckpointInfo | None:
@@ -173,13 +181,12 @@ def _downloader(path: str) -> Callable[[Any], str]:
 def load_model(folder: str, model: torch.nn.Module) -> None:
     """Restore the weights alone into a plain module, for evaluation: without those of training alone. Raises CheckpointError."""
     tensors, left_out = TensorFolder(folder, "model"), below_adapters(model)
-    saved = {n: p for n, p in model.named_parameters() if n not in left_out}
-    check_fits(tensors, {n: tuple(p.shape) for n, p in saved.items()}, folder, TRAINING_ONLY)
+    saved: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if n not in left_out}
+    saved |= saved_buffers(model)
+    check_fits(tensors, {n: tuple(t.shape) for n, t in saved.items()}, folder, TRAINING_ONLY)
     with torch.no_grad():
-        for name, parameter in saved.items():
-            parameter.copy_(tensors.get(name))
-        for name, buffer in persistent_buffers(model):
-            buffer.copy_(tensors.get(f"buffer:{name}"))
+        for name, tensor in saved.items():
+            tensor.copy_(tensors.get(name))
 
 
 def load_references(folder: str, meta: dict[str, Any]) -> Tensor:
@@ -215,14 +222,15 @@ class TensorFolder:
 
 
 def check_fits(tensors: TensorFolder, shapes: dict[str, tuple[int, ...]], folder: str, spare: tuple[str, ...] = ()) -> None:
-    """Raise CheckpointError that names the first parameters that are missing, unknown or of another shape.
+    """Raise CheckpointError that names the first tensors that are missing or of another shape, or parameters that are unknown.
 
-    Parameters whose names begin with one of `spare` may be saved without being wanted.
+    Parameters whose names begin with one of `spare` may be saved without being wanted; so may buffers.
     """
-    saved = {n for n in tensors.files if not n.startswith("buffer:") and "/" not in n}
-    wrong = [f"missing {n}" for n in shapes if n not in saved]
-    wrong += [f"unknown {n}" for n in sorted(saved) if n not in shapes and not n.startswith(spare)]
-    for name in sorted(saved & set(shapes)):
+    wrong = [f"missing {n}" for n in shapes if n not in tensors.files]
+    wrong += [
+        f"unknown {n}" for n in sorted(tensors.files) if n not in shapes and "/" not in n and not n.startswith((BUFFER, *spare))
+    ]
+    for name in sorted(tensors.files.keys() & shapes):
         found = tuple(tensors.files[name].get_slice(name).get_shape())
         if found != shapes[name]:
             wrong.append(f"{name} has shape {found}, the model needs {shapes[name]}")
@@ -236,3 +244,8 @@ def check_fits(tensors: TensorFolder, shapes: dict[str, tuple[int, ...]], folder
 def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
     saved = model.state_dict(keep_vars=True)
     return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+
+
+def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A model's persistent buffers by their names in a checkpoint."""
+    return {f"{BUFFER}{name}": buffer for name, buffer in persistent_buffers(model)}

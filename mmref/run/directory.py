@@ -111,6 +111,10 @@ class RunDir:
     def exists(self, name: str) -> bool:
         return self._info(name) is not None
 
+    def is_folder(self, name: str) -> bool:
+        info = self._info(name)
+        return info is not None and info["type"] == "directory"
+
     def check_shared(self, name: str) -> None:
         """Raise StorageError where this node does not see what the driver wrote: each would keep its own part to itself."""
         if not self.exists(name):
@@ -131,8 +135,7 @@ class RunDir:
     def sizes(self, name: str) -> dict[str, int]:
         """Names inside a folder with their bytes (0 for folders), {} where there is none."""
         folder = self.inner(name).rstrip("/")
-        info = self._info(name)
-        if info is None or info["type"] != "directory":
+        if not self.is_folder(name):
             return {}
         try:
             found = retry(f"list {self.join(name)}", lambda: self.fs.ls(folder, detail=True))
@@ -150,6 +153,19 @@ class RunDir:
                 return file.read()
 
         return retry(f"read {self.join(name)}", read)
+
+    def read_from(self, name: str, offset: int) -> bytes:
+        """Bytes of a file from an offset to its end: none where it is shorter, or not there."""
+
+        def read() -> bytes:
+            with self.fs.open(self.inner(name), "rb") as file:
+                file.seek(offset)
+                return file.read()
+
+        try:
+            return retry(f"read {self.join(name)}", read)
+        except FileNotFoundError:
+            return b""
 
     def read_json(self, name: str) -> Any:
         """What a JSON file of the run holds. Raises RunDirectoryError where it is damaged, OSError where there is none."""
@@ -345,6 +361,25 @@ class JsonLines:
             file.truncate()  # the part of a line that a full disk took in an attempt before
             file.write(line)
         self._end += len(line)
+
+
+class NewLines:
+    """Follows a JSON-lines file that another process writes, reading what is new in it."""
+
+    def __init__(self, run: RunDir, name: str = "metrics.jsonl") -> None:
+        self.run, self.name = run, name
+        self._at, self._last = 0, b""  # the last whole line that was read, and where in the file it begins
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Records of the lines since the last call; of all lines where the file is another by now, as after a resume."""
+        data = self.run.read_from(self.name, self._at)
+        if not data.startswith(self._last):
+            self._at, self._last = 0, b""
+            data = self.run.read_from(self.name, 0)
+        whole = data[: data.rfind(b"\n") + 1]
+        if lines := whole[len(self._last) :].splitlines(keepends=True):
+            self._at, self._last = self._at + len(whole) - len(lines[-1]), lines[-1]
+        return list(_parse(lines))
 
 
 def read_jsonl(run: RunDir, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

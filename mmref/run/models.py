@@ -27,7 +27,7 @@ from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import Tokens, load_tokens
 from mmref.errors import HubError, ModelError, RunDirectoryError, ShardSetError
 from mmref.model.mmref import MMRef, build_model
-from mmref.run.checkpoints import FOLDER, best_checkpoint, inspect_checkpoints, list_checkpoints, persistent_buffers
+from mmref.run.checkpoints import FOLDER, best_checkpoint, inspect_checkpoints, list_checkpoints, saved_buffers
 from mmref.run.directory import DATA, TOKENIZER, RunDir
 from mmref.run.exported import exported_rows, is_export, read_export
 from mmref.run.row_file import pack_ids
@@ -68,9 +68,11 @@ def find_model(given: str) -> ModelSource:
 
 
 def has_references(source: ModelSource) -> bool:
-    """Whether a model brings references. Raises CheckpointError for a run without a checkpoint."""
+    """Whether a model brings references, and not just rows that nothing has trained. Raises CheckpointError for a run without a
+    checkpoint."""
     if source.kind == "run":
-        return int(best_checkpoint(RunDir(source.place)).meta["bank"]["objects"]) > 0
+        run = RunDir(source.place)
+        return int(best_checkpoint(run).meta["bank"]["objects"]) > 0 and run.read_config().loss.uses_references
     return source.kind == "export" and exported_rows(Path(source.place))
 
 
@@ -273,7 +275,7 @@ def _write_run(run: RunDir, parts: Parts, data: str, copies_tokenizer: bool, ver
     run.write_text("config.yaml", dump_yaml(config))
     folder = f"{FOLDER}/step-{0:08d}-{version or 'source'}"
     weights = {name: p.detach().contiguous() for name, p in parts.module.named_parameters()}
-    weights |= {f"buffer:{name}": b.detach().contiguous() for name, b in persistent_buffers(parts.module)}
+    weights |= {name: buffer.detach().contiguous() for name, buffer in saved_buffers(parts.module).items()}
     rows: dict[str, Tensor] = {"rows": torch.from_numpy(np.ascontiguousarray(parts.references))}
     rows |= pack_ids(pa.array(parts.object_ids, pa.large_string()))
     files = {

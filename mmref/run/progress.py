@@ -8,7 +8,7 @@ from typing import Any
 
 from mmref.errors import OutputError, StorageError
 from mmref.losses.objective import LOSSES
-from mmref.run.directory import RunDir, read_jsonl
+from mmref.run.directory import NewLines, RunDir
 from mmref.terminal.progress import clock, terminal_bar
 
 POLL_S, POLL_URL_S = 0.5, 5.0
@@ -70,7 +70,8 @@ class Progress:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         # Lines from before a resume are old news. A line of the same step and kind is shown once.
-        self._seen = {_identity(r) for r in read_jsonl(run)}
+        self._new_lines = NewLines(run)
+        self._seen = {_identity(r) for r in self._new_lines()}
 
     def __enter__(self) -> Progress:
         print(f"training to {self.run.path}; starting workers ...", flush=True)
@@ -91,7 +92,7 @@ class Progress:
 
     def _show(self) -> None:
         try:
-            records = read_jsonl(self.run)
+            records = self._new_lines()
         except (OSError, StorageError):
             return  # being replaced, or out of reach for now
         for record in records:

@@ -41,12 +41,14 @@ from mmref.run.checkpoints import (
     best_checkpoint,
     bring,
     check_fits,
+    checkpoint_folders,
     fetched,
     inspect_checkpoints,
     local_folder,
-    persistent_buffers,
+    saved_buffers,
 )
 from mmref.run.directory import RunDir
+from mmref.run.models import ModelSource, has_references
 from mmref.run.row_file import CHUNK, pack_ids, row_files
 from mmref.run.tensor_files import write_file
 from mmref.train import collectives
@@ -85,7 +87,7 @@ def snapshot(engine: Any, bank: ReferenceBank, meta: dict[str, Any], division: D
         kept = (*MOMENTS, TRAINED) if AVERAGE in state else MOMENTS
         moments |= {f"{name}/{key}": state[key].cpu().contiguous() for key in kept if key in state}
     if rank == 0:
-        weights |= {f"buffer:{n}": _copy(b) for n, b in _buffers(engine)}
+        weights |= {name: _copy(buffer) for name, buffer in saved_buffers(engine.module).items()}
         moments |= {f"{PAIRS}/{n}": _copy(t) for n, t in division.state_dict().items()} if division else {}
     references = {k: _copy(v) for k, v in bank.state_dict().items()} | pack_ids(bank.object_ids)
     tensors = {"model": weights, "optimizer": moments, "references": references}
@@ -217,10 +219,12 @@ class ResumePoint:
 def load(folder: str, engine: Any, bank: ReferenceBank, meta: dict[str, Any], division: Division | None = None) -> None:
     """Restore engine, bank and division from a local folder, whatever number of workers wrote it. Raises CheckpointError."""
     tensors = TensorFolder(folder, "model", "optimizer")
-    check_fits(tensors, shapes := _shapes(engine), folder)
+    shapes, buffers = _shapes(engine), saved_buffers(engine.module)
+    pairs = {f"{PAIRS}/{name}": tensor for name, tensor in division.state_dict().items()} if division else {}
+    check_fits(tensors, shapes | {n: tuple(t.shape) for n, t in (buffers | pairs).items()}, folder)
     load_state(engine, lambda name: tensors.state_of(name) if name in shapes else {}, int(meta["step"]))
-    for name, buffer in _buffers(engine):
-        buffer.copy_(tensors.get(f"buffer:{name}"))
+    for name, buffer in buffers.items():
+        buffer.copy_(tensors.get(name))
     if division:
         division.load_state_dict({name: tensors.get(f"{PAIRS}/{name}") for name in division.state_dict()})
     load_bank(folder, bank, meta)
@@ -232,7 +236,7 @@ def start_from(run: RunDir, engine: Any, bank: ReferenceBank) -> None:
 
     Optimizer state starts anew; so do the classifier of `loss.w_id`, which has a row for each object, heads that the other run
     had not, the bias of `loss.align: sigmoid` likewise, and a temperature that is not learned: `loss.tau` of this run holds.
-    References that the other run never set stay as they are. Raises CheckpointError.
+    References that the other run never set, or does not use, stay as they are. Raises CheckpointError.
     """
     info = best_checkpoint(run)
     with fetched(run, info, "model", "references") as folder:
@@ -240,13 +244,16 @@ def start_from(run: RunDir, engine: Any, bank: ReferenceBank) -> None:
         shapes = _shapes(engine)
         fresh = {n for n in shapes if n.startswith(TRAINING_ONLY) or (n.startswith((*HEADS, *LOGITS)) and n not in tensors.files)}
         wanted = {n: shape for n, shape in shapes.items() if n not in fresh}
+        buffers = saved_buffers(engine.module)
+        wanted |= {n: tuple(b.shape) for n, b in buffers.items()}
         check_fits(tensors, wanted, folder, (*TRAINING_ONLY, *HEADS, *LOGITS))
         if not engine.module.log_scale.requires_grad:
             fresh.add("log_scale")
         load_state(engine, lambda name: {} if name in fresh else {"weight": tensors.get(name)}, 0)
-        for name, buffer in _buffers(engine):
-            buffer.copy_(tensors.get(f"buffer:{name}"))
-        load_bank(folder, bank, info.meta, ("rows",))
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors.get(name))
+        if has_references(ModelSource("run", run.path)):
+            load_bank(folder, bank, info.meta, ("rows",))
 
 
 def load_bank(folder: str, bank: ReferenceBank, meta: dict[str, Any], names: tuple[str, ...] = ()) -> None:
@@ -286,14 +293,10 @@ def _shapes(engine: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in _parameters(engine)}
 
 
-def _buffers(engine: Any) -> list[tuple[str, Tensor]]:
-    return persistent_buffers(engine.module)
-
-
 def remove_uncommitted(run: RunDir) -> None:
     """Remove what interrupted checkpoints left behind. For the driver alone, while no worker writes."""
-    for name in run.list(FOLDER):
-        if name.startswith("step-") and not run.exists(f"{FOLDER}/{name}/meta.json"):
+    for name in checkpoint_folders(run):
+        if not run.exists(f"{FOLDER}/{name}/meta.json"):
             run.remove(f"{FOLDER}/{name}")
 
 

@@ -13,6 +13,7 @@ of failures.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ from mmref.run.directory import RunDir
 from mmref.storage.parquet import read_parquet
 from mmref.train import collectives
 
-FOLDER, ENDING = "ledger", ".parquet"
+FOLDER, SEGMENT = "ledger", re.compile(r"([0-9]+)-[0-9]+\.parquet")
 COUNTS = ("samples", "beyond", "fingerprint")
 OLD = ("step", "position", "image_index")  # columns of segments of older versions: every sample
 Ints = NDArray[np.int64]
@@ -70,10 +71,10 @@ class Ledger:
         self._counts: list[tuple[int, int, int]] = []  # of each step since: COUNTS
         self._replaced: list[tuple[int, int, int]] = []  # step, position, image
         if collectives.rank() == 0:
-            for name in run.list(FOLDER):
-                # A name that begins with a point was left by a process that was killed as it wrote.
-                if name.startswith(".") or (name.endswith(ENDING) and _first_step(name) >= start):
-                    run.remove(f"{FOLDER}/{name}")
+            # A name that begins with a point was left by a process that was killed as it wrote.
+            left = [name for name in run.list(FOLDER) if name.startswith(".")]
+            for name in [*left, *(name for name, first in _segments(run).items() if first >= start)]:
+                run.remove(f"{FOLDER}/{name}")
 
     def add(self, step: int, batch: Batch) -> None:
         """Note this rank's samples of a step, which follows the one before: step, position, image_index and bad, (n,) each."""
@@ -111,7 +112,7 @@ class Ledger:
             )
             buffer = io.BytesIO()
             pq.write_table(table, buffer, compression="zstd")
-            self.run.write_bytes(f"{FOLDER}/{self.first:08d}-{end:08d}{ENDING}", buffer.getvalue())
+            self.run.write_bytes(f"{FOLDER}/{self.first:08d}-{end:08d}.parquet", buffer.getvalue())
         self._counts, self._replaced, self.first = [], [], end
 
     def _gather_replaced(self) -> list[list[int]]:
@@ -131,7 +132,7 @@ def read_ledger(run: RunDir, plan: Callable[[], AnyPlan]) -> Iterator[Seen]:
 
     plan: makes the run's plan, for segments of older versions, which name every sample.
     """
-    names = sorted(name for name in run.list(FOLDER) if name.endswith(ENDING))
+    names = _segments(run)
     if not names:
         raise LedgerError(f"{run.join(FOLDER)} holds no segment: the run has not reached its first checkpoint, or "
                           "the path is no run directory.")  # fmt: skip
@@ -220,5 +221,6 @@ def plan_of(run: RunDir) -> AnyPlan:
     return build_plan(config, train_index(config))
 
 
-def _first_step(name: str) -> int:
-    return int(name.split("-")[0])
+def _segments(run: RunDir) -> dict[str, int]:
+    """Names of a run's segments in order, each with its first step. Files of other names beside them are somebody else's."""
+    return {name: int(found[1]) for name in run.list(FOLDER) if (found := SEGMENT.fullmatch(name))}

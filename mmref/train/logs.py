@@ -27,13 +27,14 @@ class RunLog:
         self.run, self.sinks, self._step = run, sinks, start
         self.lines = JsonLines(run, keep_below_step=start + 1)
         self.folder = run.inner(FOLDER) if run.local else tempfile.mkdtemp(prefix="mmref-tensorboard-")
-        self._open_board(start)
+        self._open_board(purge_step=start + 1)
         self._boards = Uploads(self._upload_board)
 
-    def _open_board(self, start: int) -> None:
+    def _open_board(self, purge_step: int | None = None) -> None:
+        """Begin a file of events; TensorBoard drops those of files before it that are of `purge_step` or later."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = retry(f"write {self.folder}", lambda: SummaryWriter(self.folder, purge_step=start or None))
+        self.board = retry(f"write {self.folder}", lambda: SummaryWriter(self.folder, purge_step=purge_step))
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Write a record: {"step": ..., name: value, ...}. Numbers go to TensorBoard and to the sinks too."""
@@ -42,7 +43,7 @@ class RunLog:
         try:
             self._add_to_board(record)
         except OSError:
-            self._open_board(record["step"])  # a file of its own, which TensorBoard shows as the same run
+            self._open_board()  # a file of its own, which TensorBoard shows as the same run
             self._add_to_board(record)
         if not self.run.local:
             self._boards.ask()

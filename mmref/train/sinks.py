@@ -13,7 +13,6 @@ once, in metrics.jsonl and on the terminal, and gets nothing more.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import queue
 import re
@@ -26,6 +25,7 @@ from typing import Any, Protocol
 
 from mmref.config import Config, config_hash, to_dict
 from mmref.errors import SinkError
+from mmref.extras import is_installed
 from mmref.run.directory import RunDir
 from mmref.storage.locations import folder_name
 
@@ -80,7 +80,7 @@ def load_sink(name: str) -> Any:
         make = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SinkError(f"`train.sinks`: {name} is at {found}, which cannot be imported: {error}.") from None
-    if missing := [package for package in getattr(make, "requires", ()) if importlib.util.find_spec(package) is None]:
+    if missing := [package for package in getattr(make, "requires", ()) if not is_installed(package)]:
         raise SinkError(
             f"`train.sinks`: {name} needs the package {missing[0]}, which is not installed here: `pip install {missing[0]}` (on "
             "every node), or leave it out."

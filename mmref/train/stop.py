@@ -7,6 +7,7 @@ looks for it; ranks agree on it by a reduction that runs beside the next step, s
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mmref.cluster.ray_private import get_note, node_is_drained, put_note, remove_note
-from mmref.errors import TrainingStoppedError
+from mmref.errors import OutputError, TrainingStoppedError
 from mmref.run.directory import RunDir
 
 DRAIN, GROW, TERMINATE = 1, 2, 3  # why a run leaves early; where several hold, the highest counts
@@ -93,8 +94,8 @@ class StopNotice:
 class Termination:
     """The driver's answer to SIGTERM and Ctrl-C, as a context: a checkpoint first while workers train, else the end at once.
 
-    A second signal does not wait for the checkpoint. Outside the main thread (a trial of a sweep) signals are left alone, and
-    so is one that is ignored, as Ctrl-C is by what a shell runs in the background.
+    What ends at once raises TrainingStoppedError; a second signal does not wait for the checkpoint. Outside the main thread (a
+    trial of a sweep) signals are left alone, and so is one that is ignored, as Ctrl-C is by what a shell runs in the background.
     """
 
     def __init__(self, run: RunDir) -> None:
@@ -108,18 +109,21 @@ class Termination:
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.received and kind is not None and issubclass(kind, KeyboardInterrupt):
+            raise self.error() from None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self.received = self.received, number
         if again or not self.training:
-            raise self.error()
-        how = ", again to stop at once" if number == signal.SIGINT else ""
-        print(f"{SIGNALS[number]}: the workers finish their step and write a checkpoint{how} ...", flush=True)
-        # The request is made in a thread of its own, since the main one is inside a call to Ray.
+            raise KeyboardInterrupt  # a call to Ray, which the main thread is mostly in, swallows an Exception
+        # The request comes before all that may fail, in a thread of its own, since the main one is inside a call to Ray.
         threading.Thread(target=request_stop, args=(self.run, TERMINATE), daemon=True).start()
+        how = ", again to stop at once" if number == signal.SIGINT else ""
+        with contextlib.suppress(OutputError):  # Ctrl-C ends the `tee` behind a command too
+            print(f"{SIGNALS[number]}: the workers finish their step and write a checkpoint{how} ...", flush=True)
 
     def error(self, step: int | None = None) -> TrainingStoppedError:
         """What the run ends with; `step`: the steps its last checkpoint holds."""

@@ -83,7 +83,7 @@ def evaluate_before(config: Config, run: RunDir, split: str) -> None:
     from mmref.evaluate.evaluation import START_METRICS, evaluate_start
 
     given = start_of_training(config)
-    if not given or run.exists(START_METRICS) or checkpoints.latest_checkpoint(run):
+    if not given or run.exists(START_METRICS) or checkpoints.has_checkpoints(run):
         return
     print(f"evaluating {given} on {split} before training", flush=True)
     metrics = evaluate_start(config, run, split)
@@ -108,7 +108,8 @@ def check_inputs(config: Config) -> None:
     config_grid(config)
     check_codes(config, index.n_objects)
     check_sinks(config)
-    if config.train.start_from and not has_references(find_model(config.train.start_from)):
+    start = config.train.start_from
+    if start and not checkpoints.has_checkpoints(RunDir(config.run_dir)) and not has_references(find_model(start)):
         check_taught(config)
     tokens = load_tokens(config)
     size = config.data.image_height, config.data.image_width
@@ -139,7 +140,7 @@ def prepare_run(config: Config, run: RunDir) -> None:
     data = data_fingerprint(config)
     if run.exists("config.yaml"):
         before = run.read_config()
-        if checkpoints.latest_checkpoint(run):
+        if checkpoints.has_checkpoints(run):
             if config_hash(before) != config_hash(config):
                 raise RunDirectoryError(
                     f"{run.path} holds checkpoints of another config: {_differences(before, config)}. Resume with the same "
@@ -160,7 +161,7 @@ def drop_other_start(config: Config, run: RunDir) -> None:
     one before its files changed: its weights, and what they achieve. Raises as `find_model`."""
     from mmref.evaluate.evaluation import START_METRICS
 
-    if checkpoints.latest_checkpoint(run):
+    if checkpoints.has_checkpoints(run):
         return
     given = start_of_training(config)
     for left, said in ((START, f"{START}/{SOURCE}"), (START_METRICS, START_METRICS)):
@@ -172,7 +173,7 @@ def first_weights(config: Config, run: RunDir) -> None:
     """Put the export or pretrained model of `train.start_from` into the run directory, which every worker reads: nothing for a
     run, nor where training has begun."""
     given = config.train.start_from
-    if given and find_model(given).kind != "run" and not checkpoints.latest_checkpoint(run):
+    if given and not checkpoints.has_checkpoints(run) and find_model(given).kind != "run":
         as_run(given, config.data.root, run.join(START))
 
 

@@ -145,7 +145,7 @@ def test_a_mixture_is_mined_set_by_set(make_config, tmp_path, features):
     config = make_config({"data.mix": {str(other): 0.5}})
     make_run(config, str(tmp_path / "run"), {})
     out = str(tmp_path / "n.parquet")
-    made = mine(str(tmp_path / "run"), out, count=20)
+    made = mine(str(tmp_path / "run"), out, count=10**12)
     index = train_index(config)
     first = index.first_objects[1]
     assert np.array_equal(read_neighbors(out, index).rows, made.neighbors.rows) and made.alone == 0

@@ -15,7 +15,7 @@ import pytest
 
 from mmref.errors import RunDirectoryError, StorageError
 from mmref.run import directory
-from mmref.run.directory import JsonLines, RunDir, read_jsonl
+from mmref.run.directory import JsonLines, NewLines, RunDir, read_jsonl
 from mmref.storage import locks, retries
 
 
@@ -178,6 +178,38 @@ def test_a_cut_last_line_is_left_out_and_repaired(run):
     append(JsonLines(run, keep_below_step=10), {"step": 3})
     assert [r["step"] for r in read_jsonl(run)] == [1, 2, 3]
     assert run.read_text("metrics.jsonl").count("\n") == 3
+
+
+def test_lines_are_followed_as_they_come(run, monkeypatch):
+    """What was read is not read again, but for the last line: it tells whether the file is still the same."""
+    new, read, read_from = NewLines(run), [], RunDir.read_from
+    monkeypatch.setattr(RunDir, "read_from", lambda *args: read.append(read_from(*args)) or read[-1])
+    assert new() == []
+    lines = JsonLines(run)
+    for step in range(100):
+        append(lines, {"step": step})
+    assert [r["step"] for r in new()] == list(range(100))
+    append(lines, {"step": 100})
+    read.clear()
+    assert new() == [{"step": 100}] and new() == []
+    assert read == [b'{"step": 99}\n{"step": 100}\n', b'{"step": 100}\n']
+    run.write_bytes("metrics.jsonl", run.read_bytes("metrics.jsonl") + b'{"step": 101, "lo')
+    assert new() == [], "half a line"
+
+
+@pytest.mark.parametrize("more", [0, 1, 9])
+def test_a_file_that_was_written_anew_is_followed_from_its_beginning(run, more):
+    """Shorter or longer than before, as after a resume that dropped lines and has written others."""
+    new, lines = NewLines(run), JsonLines(run)
+    for step in range(5):
+        append(lines, {"step": step})
+    assert len(new()) == 5
+    lines = JsonLines(run, keep_below_step=3)
+    for step in range(3, 3 + more):
+        append(lines, {"step": step, "again": True})
+    assert [r["step"] for r in new()] == list(range(3 + more))
+    append(lines, {"step": 50})
+    assert new() == [{"step": 50}]
 
 
 def test_behind_a_url_lines_are_uploaded_together():

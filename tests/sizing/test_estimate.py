@@ -155,6 +155,21 @@ def test_a_run_that_goes_on_with_fewer_workers_is_sized_at_its_own_number_or_les
         assert capsys.readouterr().out.splitlines()[1].split() == ["workers", shown]
 
 
+@pytest.mark.parametrize("more, where, buckets", [
+    ([], "GPUs", 3), (["--train.gpu", "false"], "CPUs", 2), (["--train.gpu", "true"], "GPUs", 3),
+])  # fmt: skip
+def test_without_a_word_on_it_a_run_is_sized_for_gpus(tmp_path, capsys, monkeypatch, more, where, buckets):
+    """Whatever the machine has that is asked: the run is to train elsewhere."""
+    asked = []
+    monkeypatch.setattr(command, "measure_model", lambda config, *_: asked.append(config.train.precision) or SMALL)
+    out = tmp_path / "sizing.json"
+    argv = ["sizing", "--objects", "1000", "--config", "emoji", "--train.zero_stage", "1", "--out", str(out)]
+    assert main([*argv, *more]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(f" pairs a worker, on {where}")
+    assert json.loads(out.read_text())[0]["buckets"] == buckets * 4 * min(SMALL.trained, 50_000_000)
+    assert asked == ["bf16" if where == "GPUs" else "auto"]
+
+
 CLIP_B16 = [
     "--config", str(ROOT / "configs" / "clip_vit_b16.yaml"), "--model.dual", "", "--train.zero_stage", "1",
     "--model.dual_config", "{model_type: clip, vision_config: {patch_size: 16}}", "--reference.negatives", "sampled",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.plain_training import PlainTraining
 
-from mmref.config import config_hash
+from mmref.config import config_hash, dump_yaml
 from mmref.errors import ConfigError
 from mmref.model.mmref import build_model
 from mmref.run.checkpoints import TensorFolder, load_model
@@ -136,6 +136,7 @@ def test_another_run_s_start_begins_the_average(make_config, tmp_path):
     run.train(0, 3)
     folder = f"{tmp_path}/checkpoints/step-00000003-a"
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text(dump_yaml(run.config))
     checkpoint_files.save(folder, run.engine, run.bank, {"step": 3, "score": 0.0})
     fresh = Training(make_config({**EMA, "train.seed": 4}))
     checkpoint_files.start_from(checkpoint_files.RunDir(str(tmp_path)), fresh.engine, fresh.bank)

@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.plain_training import PlainTraining
+from support.tiny_run import make_run
 from support.tiny_set import SPLITS
 
+from mmref.config import dump_yaml
 from mmref.errors import CheckpointError
 from mmref.model.mmref import build_model
 from mmref.run import checkpoints
 from mmref.run.directory import RunDir
-from mmref.train import checkpoint_files, collectives
+from mmref.train import checkpoint_files, collectives, division
 
 OBJECTS = SPLITS["train"]
 OVERRIDES = {"reference.update": "gradient", "reference.per_object": 2, "loss.w_rec": 0.3, "loss.learn_tau": True}
@@ -154,11 +156,53 @@ def test_another_model_s_checkpoint_is_refused(make_config, trained, tmp_path, m
     assert all(torch.equal(a, b) for a, b in zip(before, other.model.parameters())), "nothing was half-loaded"
 
 
+@pytest.mark.parametrize("own, said", [
+    ({"extra": 3}, "missing buffer:backbone.extra"),
+    ({"scale": 3}, r"buffer:backbone.scale has shape \(1,\), the model needs \(3,\)"),
+])  # fmt: skip
+def test_buffers_that_differ_are_another_model_too(make_config, trained, tmp_path, monkeypatch, own, said):
+    """One of a single number would be spread over the model's own without a word."""
+    trained.model.backbone.register_buffer("scale", torch.zeros(1))
+    folder = f"{tmp_path}/checkpoints/step-00000002-a"
+    meta = trained.save(folder, monkeypatch)
+    (tmp_path / "config.yaml").write_text(dump_yaml(trained.config))
+    other = Training(make_config(OVERRIDES))
+    for name, size in own.items():
+        other.model.backbone.register_buffer(name, torch.ones(size))
+    for attempt in (
+        lambda: checkpoint_files.load(folder, other.engine, other.bank, meta),
+        lambda: checkpoint_files.start_from(RunDir(str(tmp_path)), other.engine, other.bank),
+        lambda: checkpoints.load_model(folder, other.model),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{folder} belongs to another model \(1 differences\): {said}"):
+            attempt()
+    checkpoints.load_model(folder, Training(make_config(OVERRIDES)).model)  # one that the model has not is left
+
+
+def test_losses_of_pairs_that_a_checkpoint_lacks_are_named(make_config, trained, tmp_path, monkeypatch):
+    meta = trained.save(tmp_path, monkeypatch)
+    monkeypatch.setattr(division, "LEAST", 1)
+    other = Training(make_config({**OVERRIDES, "loss.learn_tau": False, "loss.align": "rde"}))
+    with pytest.raises(CheckpointError, match="missing pairs/losses; missing pairs/labels"):
+        checkpoint_files.load(str(tmp_path), other.engine, other.bank, meta, other.division)
+
+
 def test_another_bank_s_checkpoint_is_refused(make_config, trained, tmp_path, monkeypatch):
     meta = trained.save(tmp_path, monkeypatch)
     other = Training(make_config({**OVERRIDES, "reference.per_object": 3}))
     with pytest.raises(CheckpointError, match=r"holds references .*'per_object': 2.*needs .*'per_object': 3"):
         checkpoint_files.load_bank(str(tmp_path), other.bank, meta)
+
+
+@pytest.mark.parametrize("per_object", [1, 2])
+def test_references_that_a_start_did_not_use_are_not_taken(make_config, tmp_path, per_object):
+    """They are random, and may be of another number."""
+    unused = {"loss.w_fuse": 0.0, "loss.w_guide": 0.0, "loss.w_rec": 0.0}
+    make_run(make_config({"reference.update": "gradient", **unused}), str(tmp_path), {})
+    other = Training(make_config({"reference.update": "gradient", "reference.per_object": per_object, "loss.w_rec": 0.0}))
+    before = other.bank.rows.clone()
+    checkpoint_files.start_from(RunDir(str(tmp_path)), other.engine, other.bank)
+    assert torch.equal(other.bank.rows, before)
 
 
 # -- which folders count ---------------------------------------------------------------------------------------------
@@ -186,6 +230,16 @@ def test_checkpoints_are_listed_by_step(tmp_path):
         found = checkpoints.list_checkpoints(run)
         assert [info.step for info in found] == [50, 200, 1000]
         assert checkpoints.latest_checkpoint(run).folder == folders[2]
+
+
+def test_an_archive_beside_the_checkpoints_is_none_and_stays(tmp_path):
+    for run in (RunDir(str(tmp_path)), RunDir(f"memory://{tmp_path.name}-archive")):
+        folder = write(run, 20)
+        run.write_text(f"{folder}.tar", "kept")
+        run.write_text("checkpoints/step-00000040-b/rank-0.json", "{}")
+        assert [info.folder for info in checkpoints.list_checkpoints(run)] == [folder]
+        checkpoint_files.remove_uncommitted(run)
+        assert run.list("checkpoints") == [folder.split("/")[1], f"{folder.split('/')[1]}.tar"]
 
 
 WHOLE = ["meta.json", "model-1.safetensors", "optimizer-0.safetensors",

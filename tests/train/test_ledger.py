@@ -64,10 +64,14 @@ def test_an_undisturbed_run_is_sound(run: RunDir) -> None:
 def test_what_a_killed_process_left_does_not_stop_the_next(run: RunDir) -> None:
     steps(Ledger(run, 0, range(N)), 0, 4)
     run.write_text("ledger/.00000004-00000007.parquet-x1y2", "half")
-    run.write_text("ledger/notes.txt", "not ours")
+    others = ["all.parquet", "notes.txt"]
+    for name in others:
+        run.write_text(f"ledger/{name}", "not ours")
     steps(Ledger(run, 4, range(N)), 4, 7)
+    run.write_text("ledger/._00000000-00000004.parquet", "as a Mac leaves it beside a copy")
     assert audited(run, 7).sound
-    assert run.list("ledger") == ["00000000-00000004.parquet", "00000004-00000007.parquet", "notes.txt"]
+    run.remove("ledger/._00000000-00000004.parquet")
+    assert run.list("ledger") == ["00000000-00000004.parquet", "00000004-00000007.parquet", *others]
 
 
 def test_a_resumed_run_drops_what_its_checkpoint_does_not_hold(run: RunDir) -> None:

@@ -139,10 +139,11 @@ def test_a_service_that_hangs_stops_neither_training_nor_its_end(notes, log, tmp
     assert last["step"] == 30 and last["sink_failure"] == "it has not sent everything 0.2 s after the end of training"
 
 
-def test_what_is_no_sink_is_named_before_a_run_starts(notes, make_config):
+def test_what_is_no_sink_is_named_before_a_run_starts(notes, make_config, tmp_path):
     assert {"wandb", "mlflow", "trackio", "notes"} <= set(available())
     with pytest.raises(SinkError, match=r"`train.sinks` names 'wandbb', .*there are .*notes.*wandb"):
         check_sinks(make_config({"train.sinks": ["wandbb"]}))
+    (tmp_path / "site" / "no_such_package_at_all").mkdir()  # a folder of its name makes none
     with pytest.raises(SinkError, match=r"needy needs the package no_such_package_at_all, .*pip install no_such_package_at_all"):
         check_sinks(make_config({"train.sinks": ["notes", "needy"]}))
     with pytest.raises(SinkError, match=r"gone is at sinks_of_ours:Gone, which cannot be imported"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mmref.config import Config
-from mmref.errors import TrainingStoppedError
+from mmref.errors import ReaderLeftError, TrainingStoppedError
 from mmref.run.directory import RunDir
 from mmref.train import stop, trainer
 
@@ -67,31 +68,66 @@ def ctrl_c_acts() -> Iterator[None]:
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
+def _wait_for(requests: list[int]) -> None:
+    until = time.monotonic() + 60
+    while not requests and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+def _swallowed(number: int) -> None:
+    """A signal inside a call to Ray, which passes on what ends a process, and no Exception."""
+    with contextlib.suppress(Exception):
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+
+
 @BOTH
 def test_a_signal_while_workers_train_asks_them_to_stop(number: int, tmp_path: Path, requests: list[int]) -> None:
     before = signal.getsignal(number)
-    with stop.Termination(RunDir(str(tmp_path))) as termination:
+    with (
+        pytest.raises(TrainingStoppedError, match="same command resumes") as found,
+        stop.Termination(RunDir(str(tmp_path))) as termination,
+    ):
         termination.training = True
-        os.kill(os.getpid(), number)
-        until = time.monotonic() + 60
-        while not requests and time.monotonic() < until:
-            time.sleep(0.01)
+        _swallowed(number)
+        _wait_for(requests)
         assert termination.received and requests == [stop.TERMINATE]
-        with pytest.raises(TrainingStoppedError):  # the second one does not wait
-            os.kill(os.getpid(), number)
-            time.sleep(1)
-    assert signal.getsignal(number) is before
+        _swallowed(number)  # the second one does not wait
+        pytest.fail("the second signal did nothing")
+    assert signal.getsignal(number) is before and found.value.exit_status == 128 + number
 
 
 @BOTH
 def test_a_signal_outside_training_ends_the_run_at_once(number: int, tmp_path: Path, requests: list[int]) -> None:
     with (
-        stop.Termination(RunDir(str(tmp_path))),
         pytest.raises(TrainingStoppedError, match="same command resumes") as found,
+        stop.Termination(RunDir(str(tmp_path))),
     ):
-        os.kill(os.getpid(), number)
-        time.sleep(1)
+        _swallowed(number)
+        pytest.fail("the signal did nothing")
     assert not requests and found.value.exit_status == 128 + number
+
+
+def test_an_interrupt_without_a_signal_stays_one(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), stop.Termination(RunDir(str(tmp_path))):
+        raise KeyboardInterrupt
+
+
+@BOTH
+def test_a_signal_asks_the_workers_to_stop_where_nobody_reads_any_more(
+    number: int, tmp_path: Path, requests: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind `| tee log`, which Ctrl-C ends first."""
+
+    def gone(*args: object, **how: object) -> None:
+        raise ReaderLeftError("nobody reads")
+
+    monkeypatch.setattr("builtins.print", gone)
+    with stop.Termination(RunDir(str(tmp_path))) as termination:
+        termination.training = True
+        os.kill(os.getpid(), number)
+        _wait_for(requests)
+    assert termination.received == number and requests == [stop.TERMINATE]
 
 
 def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path, requests: list[int]) -> None:

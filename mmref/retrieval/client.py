@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -28,6 +29,21 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         return None
+
+
+class _Connection(http.client.HTTPConnection):
+    """A service that reads no further has said why: its answer is read although not all could be sent."""
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            super().send(data)
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Connection, request)
 
 
 class ServiceClient:
@@ -56,7 +72,7 @@ class ServiceClient:
         if not self.token.isascii() or (self.token and not self.token.isprintable()):
             raise UsageError("the token is no plain text: it has letters, digits and signs of ASCII.")
         self.name, self.items = index or "", 0
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._opener = urllib.request.build_opener(_NoRedirects, _Plain)
 
     def search_many(self, queries: Sequence[Query], asked: Mapping[str, Any]) -> list[Answer]:
         """The answer to each query.

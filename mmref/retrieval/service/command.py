@@ -82,6 +82,10 @@ def serve_main(argv: Sequence[str]) -> int:
         kind = positive if isinstance(default, int) else amount
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
     args = parser.parse_args(argv)
+    for name, most in defaults.most().items():
+        if (given := getattr(args, f"max_{name}")) > most:
+            flag = f"--max-{name.replace('_', '-')}"
+            raise UsageError(f"{flag} {given} is more than the service's other limits leave room for: give at most {most}.")
     if args.store and len(args.indexes) > 1:
         raise UsageError("--store is of one index: serve the others on another port.")
     if args.judgements and not args.judge:

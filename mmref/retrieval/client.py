@@ -17,6 +17,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from mmref.errors import QueryError, SampleError, ServiceError, StorageError, UsageError
 from mmref.retrieval.results import Answer, ObjectResult, Query, Result
+from mmref.storage.locations import is_loopback
 
 TIMEOUT_S = 75.0  # more than the service gives itself for an answer
 AT_ONCE = 8  # searches of a batch, which the service encodes and ranks together
@@ -72,7 +73,10 @@ class ServiceClient:
         if not self.token.isascii() or (self.token and not self.token.isprintable()):
             raise UsageError("the token is no plain text: it has letters, digits and signs of ASCII.")
         self.name, self.items = index or "", 0
-        self._opener = urllib.request.build_opener(_NoRedirects, _Plain)
+        proxy = _proxy(self.url)
+        self._place = f"{self.url} (by the proxy {proxy.rpartition('@')[2]})" if proxy else self.url
+        proxies = urllib.request.ProxyHandler({urlsplit(url).scheme: proxy} if proxy else {})
+        self._opener = urllib.request.build_opener(_NoRedirects, _Plain, proxies)
 
     def search_many(self, queries: Sequence[Query], asked: Mapping[str, Any]) -> list[Answer]:
         """The answer to each query.
@@ -136,7 +140,7 @@ class ServiceClient:
                 time.sleep(wait)
             except (OSError, http.client.HTTPException) as error:
                 why = getattr(error, "reason", None) or error
-                raise ServiceError(f"{self.url} does not answer ({why}). Is `mmref serve` running there?") from None
+                raise ServiceError(f"{self._place} does not answer ({why}). Is `mmref serve` running there?") from None
 
     def _said(self, error: urllib.error.HTTPError) -> str:
         """What an answer says that is an error."""
@@ -144,7 +148,7 @@ class ServiceClient:
             told = json.loads(error.read())
             message = f"{told['error']}: {told['message']} {told['fix']}"
         except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
-            return f"{self.url} answers {error.code} ({error.reason}), not as `mmref serve` does."
+            return f"{self._place} answers {error.code} ({error.reason}), not as `mmref serve` does."
         if error.code == 401:
             message += f" Give it with --token, or in ${TOKEN}."
         return f"{self.url} answers {message}"
@@ -158,6 +162,14 @@ def _is_address(url: str) -> bool:
         return parts.scheme in ("http", "https") and bool(host) and parts.port != 0 and not (parts.query or parts.fragment)
     except ValueError:  # brackets without an IPv6 address between them, empty parts of a host, a port that is none
         return False
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy by which a service is asked. One of this machine is asked directly: the token is no proxy's to see."""
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def _wait_s(error: urllib.error.HTTPError) -> float:

@@ -22,6 +22,7 @@ from mmref.storage.locations import is_loopback
 TIMEOUT_S = 75.0  # more than the service gives itself for an answer
 AT_ONCE = 8  # searches of a batch, which the service encodes and ranks together
 PATIENCE_S = 120.0  # while it says that it is busy
+NAMED = 40  # characters of a query that an error shows
 TOKEN = "MMREF_TOKEN"  # variable that may hold the token, as of `mmref serve`
 
 
@@ -88,8 +89,18 @@ class ServiceClient:
             ServiceError: what the service says, or that none answers. QueryError: an image of a query that cannot be read.
         """
         shared = {name: value for name, value in asked.items() if value is not None} | self._named()
+        if len(queries) == 1:
+            return [self._search(queries[0], shared)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda query: self._search(query, shared), queries))
+            return list(pool.map(lambda at: self._search_one_of(queries, at, shared), range(len(queries))))
+
+    def _search_one_of(self, queries: Sequence[Query], at: int, shared: Mapping[str, Any]) -> Answer:
+        """The answer to one of many queries; an error says which."""
+        try:
+            return self._search(queries[at], shared)
+        except ServiceError as error:
+            name = (queries[at].text or "")[:NAMED]
+            raise ServiceError(f"query {at + 1} of {len(queries)} ({name!r}): {error}") from None
 
     def _search(self, query: Query, shared: Mapping[str, Any]) -> Answer:
         body = {**shared, "text": query.text}

@@ -92,6 +92,13 @@ def test_what_the_service_refuses_is_an_error_by_its_name(url, capsys):
     assert "QueryError: the image of the query cannot be used: /nowhere.png" in capsys.readouterr().err
 
 
+def test_of_many_queries_the_one_that_is_refused_is_named(url, tmp_path, capsys):
+    (tmp_path / "q.txt").write_text("red circle\n\n" + "long " * 30 + "\ngreen square\n")
+    assert main(["search", "--url", url, "--batch", str(tmp_path / "q.txt")]) == 1
+    printed = capsys.readouterr()
+    assert "query 2 of 3 ('long long" in printed.err and "TextTooLong" in printed.err and not printed.out
+
+
 def test_options_that_do_not_go_together_are_named(split_index, capsys):
     for argv, words in (
         (["--url", "http://h", str(split_index), "x"], "is no index to open"),

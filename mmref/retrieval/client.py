@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -16,10 +17,12 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from mmref.errors import QueryError, SampleError, ServiceError, StorageError, UsageError
 from mmref.retrieval.results import Answer, ObjectResult, Query, Result
+from mmref.storage.locations import is_loopback
 
 TIMEOUT_S = 75.0  # more than the service gives itself for an answer
 AT_ONCE = 8  # searches of a batch, which the service encodes and ranks together
 PATIENCE_S = 120.0  # while it says that it is busy
+NAMED = 40  # characters of a query that an error shows
 TOKEN = "MMREF_TOKEN"  # variable that may hold the token, as of `mmref serve`
 
 
@@ -28,6 +31,21 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         return None
+
+
+class _Connection(http.client.HTTPConnection):
+    """A service that reads no further has said why: its answer is read although not all could be sent."""
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            super().send(data)
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Connection, request)
 
 
 class ServiceClient:
@@ -56,7 +74,10 @@ class ServiceClient:
         if not self.token.isascii() or (self.token and not self.token.isprintable()):
             raise UsageError("the token is no plain text: it has letters, digits and signs of ASCII.")
         self.name, self.items = index or "", 0
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        proxy = _proxy(self.url)
+        self._place = f"{self.url} (by the proxy {proxy.rpartition('@')[2]})" if proxy else self.url
+        proxies = urllib.request.ProxyHandler({urlsplit(url).scheme: proxy} if proxy else {})
+        self._opener = urllib.request.build_opener(_NoRedirects, _Plain, proxies)
 
     def search_many(self, queries: Sequence[Query], asked: Mapping[str, Any]) -> list[Answer]:
         """The answer to each query.
@@ -68,8 +89,18 @@ class ServiceClient:
             ServiceError: what the service says, or that none answers. QueryError: an image of a query that cannot be read.
         """
         shared = {name: value for name, value in asked.items() if value is not None} | self._named()
+        if len(queries) == 1:
+            return [self._search(queries[0], shared)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda query: self._search(query, shared), queries))
+            return list(pool.map(lambda at: self._search_one_of(queries, at, shared), range(len(queries))))
+
+    def _search_one_of(self, queries: Sequence[Query], at: int, shared: Mapping[str, Any]) -> Answer:
+        """The answer to one of many queries; an error says which."""
+        try:
+            return self._search(queries[at], shared)
+        except ServiceError as error:
+            name = (queries[at].text or "")[:NAMED]
+            raise ServiceError(f"query {at + 1} of {len(queries)} ({name!r}): {error}") from None
 
     def _search(self, query: Query, shared: Mapping[str, Any]) -> Answer:
         body = {**shared, "text": query.text}
@@ -120,7 +151,7 @@ class ServiceClient:
                 time.sleep(wait)
             except (OSError, http.client.HTTPException) as error:
                 why = getattr(error, "reason", None) or error
-                raise ServiceError(f"{self.url} does not answer ({why}). Is `mmref serve` running there?") from None
+                raise ServiceError(f"{self._place} does not answer ({why}). Is `mmref serve` running there?") from None
 
     def _said(self, error: urllib.error.HTTPError) -> str:
         """What an answer says that is an error."""
@@ -128,7 +159,7 @@ class ServiceClient:
             told = json.loads(error.read())
             message = f"{told['error']}: {told['message']} {told['fix']}"
         except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
-            return f"{self.url} answers {error.code} ({error.reason}), not as `mmref serve` does."
+            return f"{self._place} answers {error.code} ({error.reason}), not as `mmref serve` does."
         if error.code == 401:
             message += f" Give it with --token, or in ${TOKEN}."
         return f"{self.url} answers {message}"
@@ -142,6 +173,14 @@ def _is_address(url: str) -> bool:
         return parts.scheme in ("http", "https") and bool(host) and parts.port != 0 and not (parts.query or parts.fragment)
     except ValueError:  # brackets without an IPv6 address between them, empty parts of a host, a port that is none
         return False
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy by which a service is asked. One of this machine is asked directly: the token is no proxy's to see."""
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def _wait_s(error: urllib.error.HTTPError) -> float:

@@ -111,7 +111,7 @@ def _create(argv: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--recall",
-        type=float,
+        type=share,
         default=0.95,
         help="of the ten nearest that ivf, hnsw and ivfpq must find (default: %(default)s)",
     )

@@ -11,7 +11,7 @@ from mmref.errors import FilterError, UsageError
 from mmref.retrieval.command import device_option, lines_of
 from mmref.storage.locations import expanded
 from mmref.storage.whole_folder import check_output, write_output
-from mmref.terminal.arguments import count, local_path, positive, text
+from mmref.terminal.arguments import count, local_path, positive, share, text
 from mmref.terminal.output import printable, to_json
 from mmref.terminal.parser import Parser
 from mmref.terminal.progress import say
@@ -150,7 +150,7 @@ def _search_parser() -> Parser:
     parser.add_argument("--index", dest="index_name", type=text, metavar="NAME", help="of a service with several indexes")
     parser.add_argument("--image", type=expanded, metavar="FILE", help="look for what is like this image")
     parser.add_argument(
-        "--image-weight", type=float, default=0.5, help="share of the image beside a sentence (default: %(default)s)"
+        "--image-weight", type=share, default=0.5, help="share of the image beside a sentence (default: %(default)s)"
     )
     parser.add_argument("--batch", type=local_path, metavar="FILE", help="many sentences, one a line")
     parser.add_argument(

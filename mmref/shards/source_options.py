@@ -11,7 +11,7 @@ from mmref.shards.sources.listed import split_name
 from mmref.storage.download import Terms
 from mmref.storage.downloads import Downloads
 from mmref.storage.fetch import OUTSIDE, OUTSIDE_HELP
-from mmref.terminal.arguments import count, images, local_path, place, positive, source
+from mmref.terminal.arguments import amount, count, images, local_path, place, positive, source
 
 Add = Callable[[str, str], argparse.ArgumentParser]  # a source's name and what it is -> its parser
 
@@ -117,7 +117,7 @@ def _add_downloads(source: argparse.ArgumentParser) -> None:
     source.add_argument("--downloads", type=positive, default=64, help="images fetched at a time (default: %(default)s)")
     source.add_argument("--per-host", type=positive, default=16, help="of these from one host (default: %(default)s)")
     source.add_argument(
-        "--max-download-mb", type=float, default=64, help="size of an image that is fetched (default: %(default)s)"
+        "--max-download-mb", type=amount, default=64, help="size of an image that is fetched (default: %(default)s)"
     )
     source.add_argument("--user-agent", default=Terms.user_agent, help="who asks, as hosts see it (default: %(default)s)")
     source.add_argument(
@@ -221,7 +221,7 @@ def _common_options() -> argparse.ArgumentParser:
     """Options of every source. A new parser each time: `parents` share their actions, so a default would leak."""
     common = argparse.ArgumentParser(add_help=False)
     add_output(common)
-    common.add_argument("--target-mb", type=float, default=128, help="size of a shard in MB (default: %(default)s)")
+    common.add_argument("--target-mb", type=amount, default=128, help="size of a shard in MB (default: %(default)s)")
     common.add_argument(
         "--min-shards", type=positive, default=4, help="shards of a split, however small it is (default: %(default)s)"
     )

@@ -7,6 +7,7 @@ that is mounted on it. Both are read with the same patience: mounted storage fai
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import re
 import stat
@@ -32,6 +33,14 @@ def bypass_proxies() -> None:
     named = [name.strip() for name in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")]
     direct = ",".join(dict.fromkeys([*filter(None, named), *LOOPBACK]))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = "*" if "*" in named else direct
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself: by its name, or by any address of loopback."""
+    try:
+        return host.lower().rstrip(".") == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def cache_folder(name: str) -> str:

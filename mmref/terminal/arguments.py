@@ -86,6 +86,14 @@ def positive(given: str) -> int:
     return _at_least(1, given)
 
 
+def amount(given: str) -> float:
+    """A finite number from 0 up."""
+    value = float(given)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 up, found {given}")
+    return value
+
+
 def share(given: str) -> float:
     """A number from 0 to 1."""
     value = float(given)

@@ -10,7 +10,7 @@ from mmref.data.epochs import in_steps
 from mmref.errors import ConfigError
 from mmref.extras import need
 from mmref.storage.locations import expanded
-from mmref.terminal.arguments import count, positive
+from mmref.terminal.arguments import amount, count, positive
 from mmref.terminal.parser import Parser
 from mmref.tuning.options import AUTO, FINAL_SEEDS, RESUMABLE, SEARCHERS, Options, number
 from mmref.tuning.rows import read_rows
@@ -56,7 +56,7 @@ def tune_parser() -> Parser:
     parser.add_argument("--grace-steps", type=positive, metavar="N",
                         help="steps before ASHA may stop a trial (default: until guidance has its full weight, "
                              "loss.guide_full, and at least a quarter of a trial)")  # fmt: skip
-    parser.add_argument("--reduction", type=float, default=3.0, metavar="R",
+    parser.add_argument("--reduction", type=amount, default=3.0, metavar="R",
                         help="ASHA lets about the best 1/R pass each rung (default: %(default)g)")  # fmt: skip
     parser.add_argument("--final-seeds", type=count, metavar="N",
                         help="fresh seeds for which the best config and the default are trained in full and compared on "

@@ -92,6 +92,13 @@ def test_what_the_service_refuses_is_an_error_by_its_name(url, capsys):
     assert "QueryError: the image of the query cannot be used: /nowhere.png" in capsys.readouterr().err
 
 
+def test_of_many_queries_the_one_that_is_refused_is_named(url, tmp_path, capsys):
+    (tmp_path / "q.txt").write_text("red circle\n\n" + "long " * 30 + "\ngreen square\n")
+    assert main(["search", "--url", url, "--batch", str(tmp_path / "q.txt")]) == 1
+    printed = capsys.readouterr()
+    assert "query 2 of 3 ('long long" in printed.err and "TextTooLong" in printed.err and not printed.out
+
+
 def test_options_that_do_not_go_together_are_named(split_index, capsys):
     for argv, words in (
         (["--url", "http://h", str(split_index), "x"], "is no index to open"),
@@ -194,3 +201,42 @@ def test_what_is_no_service_is_named_and_gets_the_token_nowhere_else():
         server.server_close()
     with pytest.raises(ServiceError, match="does not answer"):
         ServiceClient(url).search_many([Query("x")], {})
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """A proxy that the environment names, and what it is asked for."""
+    asked = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_error(403)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Proxy)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://user:secret@127.0.0.1:{server.server_address[1]}")
+    yield asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_service_of_this_machine_is_asked_by_no_proxy(url, proxy):
+    for host in ("127.0.0.1:9", "127.0.0.2:9", "localhost:9", "localhost.:9", "[::1]:9"):
+        with pytest.raises(ServiceError, match=r":9 does not answer"):
+            ServiceClient(f"http://{host}", TOKEN).search_many([Query("x")], {})
+    assert len(ServiceClient(url, TOKEN).search_many([Query("x")], {"top": 1})[0].results) == 1
+    assert proxy == []
+
+
+def test_the_proxy_of_another_host_is_named(proxy):
+    with pytest.raises(ServiceError, match=r"http://search.example \(by the proxy 127.0.0.1:\d+\) answers 403") as error:
+        ServiceClient("http://search.example").search_many([Query("x")], {})
+    assert proxy == ["http://search.example/search"] and "secret" not in str(error.value)

@@ -24,7 +24,7 @@ from starlette.testclient import TestClient
 from support.services import LIMITS, TOKEN, client_of, listening, png
 
 from mmref.data.decode import decode_rgb
-from mmref.errors import ModelMismatchError, SearchIndexError, ServeError
+from mmref.errors import ModelMismatchError, ReaderLeftError, SearchIndexError, ServeError
 from mmref.export.model import Model
 from mmref.retrieval import bundle, index
 from mmref.retrieval.filters import read_where
@@ -639,6 +639,9 @@ def test_the_watch_follows_by_itself(own_index, monkeypatch):
         (["{index}", "--token-file", "/nowhere"], "the token cannot be read"),
         (["{index}", "--token-file", "{short}"], "too short"),
         (["{index}", "--port", "99999"], "cannot listen"),
+        (["{index}", "--max-image-bytes", "120000000"], "--max-image-bytes 120000000 .* give at most 95566848"),
+        (["{index}", "--max-top", "10001"], "--max-top 10001 .* give at most 10000"),
+        (["{index}", "--max-text", "60000"], "--max-text 60000 .* give at most 5461"),
         (["{index}", "--min-replicas", "2"], "--min-replicas 2 does not go with --replicas 0"),
         (["{index}", "--host", "203.0.113.1", "--token-file", "{token}"], "cannot listen"),
     ],
@@ -652,6 +655,19 @@ def test_what_cannot_be_served_is_named(argv, said, split_index, tmp_path, monke
 
     with pytest.raises(MMRefError, match=said):
         command.serve_main([*(a.format(**places) for a in argv), "--replicas", "0"])
+
+
+def test_it_leaves_in_order_where_nobody_reads_what_it_says(split_index, monkeypatch):
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith("stopped"):
+                raise ReaderLeftError("whatever read standard output has ended.")
+            return super().write(text)
+
+    monkeypatch.setattr(server, "_run", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", Left())
+    server.serve([str(split_index)], "127.0.0.1", 0, 0, None, LIMITS)
+    assert "serving test at http://127.0.0.1:" in sys.stdout.getvalue()
 
 
 def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):

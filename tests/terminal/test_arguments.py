@@ -9,7 +9,7 @@ import pytest
 from mmref.config import config_hash, dump_yaml, from_dict, load_config, to_dict, with_absolute_paths
 from mmref.errors import ConfigError, PathError, TextError
 from mmref.storage.locations import cache_folder, expanded
-from mmref.terminal.arguments import images, local_path, model, place, source, text
+from mmref.terminal.arguments import amount, images, local_path, model, place, source, text
 from mmref.terminal.parser import Parser
 
 DUAL = ["--model.dual", "x"]
@@ -62,6 +62,33 @@ def test_texts_are_utf8():
     assert text("café 🙂") == "café 🙂"
     with pytest.raises(TextError, match=re.escape(r"b'caf\xe9' is no UTF-8")):
         text(os.fsdecode(b"caf\xe9"))
+
+
+def test_amounts_are_finite_and_not_below_nothing():
+    assert amount("0") == 0 and amount("2.5") == 2.5
+    for given in ("-1", "nan", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"must be a number from 0 up, found {given}"):
+            amount(given)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["serve", "i", "--max-rate", "-1"], "--max-rate: must be a number from 0 up, found -1"),
+        (["serve", "i", "--max-rate", "nan"], "--max-rate: must be a number from 0 up, found nan"),
+        (["search", "i", "x", "--image-weight", "nan"], "--image-weight: must be from 0 to 1, found nan"),
+        (["index", "p", "--model", "m", "--out", "o", "--recall", "95"], "--recall: must be from 0 to 1, found 95"),
+        (["shards", "build", "table", "t", "--out", "o", "--target-mb", "inf"], "--target-mb: must be a number from 0 up"),
+        (["shards", "build", "table", "t", "--out", "o", "--max-download-mb", "inf"], "--max-download-mb: must be a number"),
+        (["tune", "--reduction", "nan"], "--reduction: must be a number from 0 up, found nan"),
+    ],
+)
+def test_numbers_that_are_none_are_named(argv, words, capsys):
+    from mmref.cli import main
+
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert words in capsys.readouterr().err
 
 
 def options(parser):

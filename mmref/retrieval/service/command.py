@@ -13,7 +13,7 @@ from mmref.extras import missing, need
 from mmref.retrieval.service.access import TOKEN, network
 from mmref.retrieval.service.limits import Limits
 from mmref.storage.texts import read_text
-from mmref.terminal.arguments import count, local_path, positive
+from mmref.terminal.arguments import amount, count, local_path, positive
 from mmref.terminal.parser import Parser
 
 SHORTEST_TOKEN = 16
@@ -79,9 +79,13 @@ def serve_main(argv: Sequence[str]) -> int:
     ):
         default = getattr(defaults, name)
         flag = f"--max-{name.replace('_', '-')}"
-        kind = positive if isinstance(default, int) else float
+        kind = positive if isinstance(default, int) else amount
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
     args = parser.parse_args(argv)
+    for name, most in defaults.most().items():
+        if (given := getattr(args, f"max_{name}")) > most:
+            flag = f"--max-{name.replace('_', '-')}"
+            raise UsageError(f"{flag} {given} is more than the service's other limits leave room for: give at most {most}.")
     if args.store and len(args.indexes) > 1:
         raise UsageError("--store is of one index: serve the others on another port.")
     if args.judgements and not args.judge:

@@ -12,8 +12,9 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -66,6 +67,8 @@ class Exchange:
     transfer: Transfer
     send: Any
     abort: Callable[[], None]  # end the connection at once
+    linger: Callable[[], None]  # let the connection make room for others
+    arrived: bool = False  # nothing of the request is still to come
     status: int = 0  # of the answer, once it has begun
     complete: bool = False  # the answer has been handed on
     refused: Refused | None = None  # instead of the answer, for which there is no room
@@ -89,10 +92,10 @@ class Guard:
         began = time.perf_counter()
         headers = _joined(scope["headers"])
         client = self.access.client((scope.get("client") or ("local",))[0], headers)
-        transport = scope.get("state", {}).get("transport")
+        state = scope.get("state", {})
         with self.transfers.of(client) as transfer:
-            abort = transport.abort if transport else lambda: None
-            exchange = Exchange(client, headers, transfer, send, abort)
+            abort, linger = state.get("abort", lambda: None), state.get("linger", lambda: None)
+            exchange = Exchange(client, headers, transfer, send, abort, linger)
             try:
                 with contextlib.suppress(ClientLeft):
                     await self._answer(scope, receive, exchange)
@@ -110,28 +113,35 @@ class Guard:
                 message = {**message, "body": b""}
             await self._send(message, exchange)
 
+        async def received() -> Any:
+            message = await receive()
+            exchange.arrived = exchange.arrived or not message.get("more_body", False)
+            return message
+
+        problem: Problem | None = None
         try:
             self._check(scope, exchange)
             if head:  # monitors and balancers ask so: answered as GET, without the body
                 scope["method"] = "GET"
             body = b""
             if scope["method"] == "POST" and scope["path"] in BODIES:
-                body = await self._body(receive, exchange, scope["path"])
+                body = await self._body(received, exchange, scope["path"])
             if scope["path"] not in FREE:
                 exchange.flight.enter_context(self._flying(exchange.client))
-            await self._work(scope, body, receive, send, exchange)
+            await self._work(scope, body, received, send, exchange)
         except ClientLeft:
             pass
         except Refused as refused:
-            if not exchange.status:
-                await respond(send, refused.problem)
+            problem = refused.problem
         except asyncio.CancelledError:  # the service has been stopped, and this takes too long
             if not exchange.status:
                 await respond(send, LEAVING)
         except Exception:
             log.exception("%s %s", scope["method"], scope["path"])
-            if not exchange.status:
-                await respond(send, INTERNAL)
+            problem = INTERNAL
+        if problem and not exchange.status:
+            self.transfers.drop(exchange.transfer)  # what has come of the body is of no use
+            await respond(send, problem, partial(self._read_on, received, exchange))
 
     # -- what is refused before it is read ---------------------------------------------------------------------------
 
@@ -235,6 +245,16 @@ class Guard:
             said = f"the request arrives too slowly: {limits.stalled_bytes:,} bytes are wanted each {limits.stalled_s:g} s."
             raise refuse(408, "TooSlow", said, "Send it at once.") from None
 
+    async def _read_on(self, receive: Any, exchange: Exchange) -> None:
+        """Drop what still comes of the body of a request that has been answered. A connection that were closed before would be
+        reset, and the answer lost to a client that is sending."""
+        left = self.limits.body_bytes
+        exchange.linger()
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # the latter when the service is stopped
+            async with asyncio.timeout(self.limits.stalled_s):
+                while left > 0 and not exchange.arrived:
+                    left -= len((await receive()).get("body", b""))
+
     async def _work(self, scope: Scope, body: bytes, receive: Any, send: Any, exchange: Exchange) -> None:
         """Let the application answer, for as long as the client is there. Raises what it raises, and ClientLeft."""
         leaving = asyncio.ensure_future(_left(receive))
@@ -305,13 +325,16 @@ async def _left(receive: Any) -> None:
         pass
 
 
-async def respond(send: Any, problem: Problem) -> None:
-    """Answer with a problem."""
+async def respond(send: Any, problem: Problem, before_the_end: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Answer with a problem. The client has all of it before the connection may end."""
     body = json.dumps(problem.body()).encode()
     said = {"content-type": "application/json", "content-length": str(len(body))} | problem.headers()
     headers = [(name.encode(), value.encode()) for name, value in said.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": before_the_end is not None})
+    if before_the_end is not None:
+        await before_the_end()
+        await send({"type": "http.response.body", "body": b""})
 
 
 def _joined(headers: Any) -> dict[str, str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mmref.cluster.resources import raise_file_limit
 
+CHARACTER = 12  # bytes of JSON that a character may take: "\ud83d\ude00"
 FILES_KEPT = 256  # descriptors that are left to indexes, images and Ray
 
 
@@ -57,6 +58,11 @@ class Limits:
     def body_bytes(self) -> int:
         """A body may hold the image in base64, and words and ids beside it."""
         return self.image_bytes * 4 // 3 + self.json_bytes + self.within_bytes
+
+    def most(self) -> dict[str, int]:
+        """The most that a limit may be raised to: beyond, another one would refuse what it allows."""
+        image = (min(self.client_bytes, self.bytes) - self.json_bytes - self.within_bytes) * 3 // 4
+        return {"text": self.json_bytes // CHARACTER, "image_bytes": image, "top": self.depth}
 
 
 def room_for_connections() -> int:

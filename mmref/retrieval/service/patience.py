@@ -7,6 +7,7 @@ from collections import defaultdict
 from functools import partial
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mmref.retrieval.service.access import Access
@@ -80,8 +81,8 @@ class PatientProtocol(H11Protocol):
         return self.cycle is not None and not self._has_begun
 
     def connection_made(self, transport: Any) -> None:
-        # The guard may have to end the connection of an answer that is not taken.
-        self.app_state = self.app_state | {"transport": transport}
+        # The guard may have to end the connection of an answer that is not taken, and knows of requests that are refused.
+        self.app_state = self.app_state | {"abort": transport.abort, "linger": self.linger}
         super().connection_made(transport)
         self.peer = self.open_connections.access.peer(self.client[0] if self.client else "local")
         self._has_begun, self._framing = False, 0
@@ -108,14 +109,24 @@ class PatientProtocol(H11Protocol):
             self.transport.abort()
             return
         super().data_received(data)
-        if self._answering():
+        if self._given_up is not None and self._answering():
             self._stop_waiting()  # headers are whole: the request is being answered
+
+    def linger(self) -> None:
+        """The request is refused. What still comes of it is read, but the connection makes room as one that waits does."""
+        self.waiting_since = self.loop.time()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # the request is being answered, or was
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         self._has_begun, self._framing = False, 0
         super().on_response_complete()
-        if not self._answering() and not self.transport.is_closing():
-            self.waiting_since = self.loop.time()
+        waits = not self._answering() and not self.transport.is_closing()
+        self.waiting_since = self.loop.time() if waits else None
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self.open_connections.limits.stalled_s, self._give_up_last, self.cycle)
 

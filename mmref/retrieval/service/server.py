@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mmref.errors import ServeError
+from mmref.errors import OutputError, ServeError
 from mmref.retrieval.feedback import Judgements
 from mmref.retrieval.service.access import LOOPBACK, TOKEN, Access, Network
 from mmref.retrieval.service.answering import Engine
@@ -82,7 +82,8 @@ def serve(
         for kept_in in judged.values():
             print(f"what is judged is written to {kept_in.path}", flush=True)
         _run(app, listener, end)
-    print("stopped", flush=True)
+    with contextlib.suppress(OutputError):  # nobody reads any more, and what was asked for is done
+        print("stopped", flush=True)
 
 
 def _access(host: str, token: str | None, proxies: Sequence[Network]) -> Access:

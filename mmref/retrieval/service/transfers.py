@@ -44,7 +44,7 @@ class Transfers:
         try:
             yield transfer
         finally:
-            self._drop(transfer)
+            self.drop(transfer)
 
     @contextlib.contextmanager
     def moving(self, transfer: Transfer, give_up: Callable[[], None], uploading: bool = False) -> Iterator[None]:
@@ -78,6 +78,12 @@ class Transfers:
         transfer.held += size
         self._count(client, size)
 
+    def drop(self, transfer: Transfer) -> None:
+        """Count it no longer."""
+        self._all.discard(transfer)
+        self._count(transfer.client, -transfer.held)
+        transfer.held = 0
+
     def _admit(self, client: str) -> None:
         """Room for one more body. Raises Refused."""
         uploads = [t for t in self._all if t.uploading]
@@ -100,13 +106,8 @@ class Transfers:
         slowest = min((t for t in slow if t.client == heaviest), key=lambda t: t.fast_until)
         assert slowest.give_up is not None
         slowest.give_up()
-        self._drop(slowest)
+        self.drop(slowest)
         self.metrics.given_up.inc()
-
-    def _drop(self, transfer: Transfer) -> None:
-        self._all.discard(transfer)
-        self._count(transfer.client, -transfer.held)
-        transfer.held = 0
 
     def _count(self, client: str, size: int) -> None:
         self._held[client] += size

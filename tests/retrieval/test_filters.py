@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 
@@ -191,7 +191,11 @@ def test_an_unknown_column_is_named_with_the_nearest():
         (["2024-05-01", None], pa.date32(), date(2024, 5, 1)),
         (["2024-05-01T10:00:00", "2024-05-01 10:00"], pa.timestamp("us"), datetime(2024, 5, 1, 10)),
         (["2024-05-01T10:00:00+02:00", "2024-05-01T10:00Z"], pa.timestamp("us", "UTC"), datetime(2024, 5, 1, 8, tzinfo=UTC)),
-        (["2024-05-01T10:00", "2024-05-01T10:00Z"], pa.string(), None),
+        (["2024-05-01T10:00", "2024-05-01T10:00Z"], pa.string(), "2024-05-01T10:00"),
+        (["9999-12-31T23:59:59-05:00", "2024-05-01T10:00Z"], pa.string(), "9999-12-31T23:59:59-05:00"),
+        (["0001-01-01T00:00:00+01:00", None], pa.string(), "0001-01-01T00:00:00+01:00"),
+        (["9999-12-31T23:59:59Z"], pa.timestamp("us", "UTC"), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)),
+        ([datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=1)))], pa.string(), "0001-01-01 00:00:00+01:00"),
         (["2024-02-31"], pa.string(), "2024-02-31"),
         (["2024-05-01", "unknown"], pa.string(), "2024-05-01"),
         ([date(2024, 5, 1), None], pa.date32(), date(2024, 5, 1)),
@@ -207,6 +211,13 @@ def test_an_unknown_column_is_named_with_the_nearest():
 def test_a_column_has_the_type_of_its_cells(values, type_, first):
     column = metadata_column("c", values)
     assert column.type == type_ and (first is None or column[0].as_py() == first)
+
+
+@pytest.mark.parametrize("name", ["split", "caption"])
+@pytest.mark.parametrize("values", [[1, None], [True], [date(2024, 5, 1), None], ["2024-05-01"], [1.5, "x"], [None]])
+def test_splits_and_captions_are_texts(name, values):
+    column = metadata_column(name, values)
+    assert column.type == pa.string() and column.to_pylist() == [None if value is None else str(value) for value in values]
 
 
 @pytest.mark.parametrize(

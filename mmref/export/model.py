@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ from mmref.storage.locations import read_bytes
 
 T = TypeVar("T")
 
-ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | Fitted
-"""A file or URL, its bytes, a PIL image, an RGB array (H, W, 3) uint8, or pixels that have been made fit."""
+ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | NDArray[np.uint8] | Fitted
+KINDS = "a file or URL, its bytes, an open file, a PIL image, or an RGB array (H, W, 3) uint8"
 
 
 @dataclass(frozen=True)
@@ -137,14 +137,23 @@ def read_image(image: ImageLike, fit: Fit, name: str) -> NDArray[np.uint8]:
     """One image as RGB pixels (height, width, 3). Raises SampleError."""
     if isinstance(image, Fitted):
         return image.pixels
+    if isinstance(image, Image.Image):
+        image = pillow_rgb(image, name)
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise SampleError(f"{name}: an array must be RGB (H, W, 3) uint8, found {image.shape} {image.dtype}.")
+        if not image.size:
+            raise SampleError(f"{name}: the image is empty: it has {image.shape[1]}x{image.shape[0]} pixels.")
         return fit(image)
-    if isinstance(image, Image.Image):
-        return fit(pillow_rgb(image, name))
-    if isinstance(image, bytes):
-        return fit.decode(image, name)
+    if hasattr(image, "read"):
+        try:
+            image = bytes(image.read())
+        except (OSError, ValueError, TypeError) as error:  # it is closed, or was opened as a text
+            raise SampleError(f"{name}: the open file cannot be read as bytes: {error}.") from None
+    if isinstance(image, bytes | bytearray | memoryview):
+        return fit.decode(bytes(image), name)
+    if not isinstance(image, str | os.PathLike):
+        raise SampleError(f"{name} is a {type(image).__name__}: give {KINDS}.")
     try:
         place = os.fspath(image)
         # What is there may also be a pipe, as the shell's <(...) makes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -20,24 +20,30 @@ TEXTS = ("split", "caption")  # whatever they look like
 
 def metadata_column(name: str, values: Sequence[Any], plain: bool = False) -> pa.Array:
     """Cells of a column, None where they are missing, in one type: that of the values; dates and times where each text is one in
-    the form of ISO 8601; text where they are of several.
+    the form of ISO 8601; text, as it is written, where they are of several, or no type holds them all.
 
     Args:
         plain: the source has texts alone (CSV): where each is a number, they are numbers.
     """
+    if name in TEXTS:
+        return _texts(values)
     known = [value for value in values if value is not None]
-    if name not in TEXTS and known and all(isinstance(value, str) for value in known):
-        values = _read(values, plain)
-    values = [float(value) if isinstance(value, Decimal) else value for value in values]
+    of_texts = bool(known) and all(isinstance(value, str) for value in known)
+    cells = [float(value) if isinstance(value, Decimal) else value for value in values]
     try:
-        array = _array(values)
+        array = _array(_read(cells, plain) if of_texts else cells)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        array = pa.array([None if value is None else str(value) for value in values])
+        array = _texts(cells)
     return array.cast(pa.string()) if pa.types.is_null(array.type) else array
 
 
+def _texts(values: Sequence[Any]) -> pa.Array:
+    return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
 def _array(values: Sequence[Any]) -> pa.Array:
-    """Raises ArrowInvalid for times with and without a time zone, or dates and times, in one column."""
+    """Raises ArrowInvalid for times with and without a time zone, or dates and times, in one column; OverflowError for a time
+    that has no place in UTC: before the year 1 or behind 9999."""
     known = [value for value in values if value is not None]
     times = [value for value in known if isinstance(value, datetime)]
     if not times:
@@ -45,7 +51,10 @@ def _array(values: Sequence[Any]) -> pa.Array:
     zoned = {value.tzinfo is not None for value in times}
     if len(times) < len(known) or len(zoned) > 1:
         raise pa.ArrowInvalid("of several kinds")
-    return pa.array(values, pa.timestamp("us", "UTC" if zoned == {True} else None))
+    if zoned == {False}:
+        return pa.array(values, pa.timestamp("us"))
+    # Arrow would take a time of the year 10000, and fail where it is read.
+    return pa.array([None if value is None else value.astimezone(UTC) for value in values], pa.timestamp("us", "UTC"))
 
 
 def _read(values: Sequence[Any], plain: bool) -> Sequence[Any]:

@@ -17,7 +17,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any, Literal, cast
@@ -63,24 +63,48 @@ class Condition:
     values: tuple[Value, ...] = ()  # one; of `in` one or more; of `missing` and `present` none
 
 
-Where = Mapping[str, Any] | str | Condition | Sequence[str | Condition]
-"""Conditions that an item must meet together: a filter or several, or columns with the value, or list of values, of each."""
+Filter = Mapping[str, Any] | str | Condition
+"""A filter as it is written, or columns with the value of each: a single one, or any list, array or column of several."""
+Where = Filter | Iterable[Filter]
+"""Conditions that an item must meet together."""
 
 
 def read_where(where: Where | None) -> tuple[Condition, ...]:
-    """All conditions of a filter. Raises FilterError."""
-    if where is None:
+    """All conditions of filters; none of an empty text. Raises FilterError."""
+    if where is None or (isinstance(where, str) and not where):
         return ()
-    if isinstance(where, Mapping):
-        several = (list, tuple, set, frozenset)
-        return tuple(
-            Condition(str(name), "missing")
-            if value is None
-            else Condition(str(name), *(("in", tuple(value)) if isinstance(value, several) else ("=", (value,))))
-            for name, value in where.items()
-        )
-    found = [where] if isinstance(where, str | Condition) else where
-    return tuple(one if isinstance(one, Condition) else read_filter(one) for one in found)
+    if isinstance(where, str | Condition | Mapping) or not isinstance(where, Iterable):
+        return _conditions(where)
+    return tuple(condition for one in where for condition in _conditions(one))
+
+
+def _conditions(one: Filter) -> tuple[Condition, ...]:
+    if isinstance(one, Condition):
+        return (one,)
+    if isinstance(one, str):
+        return (read_filter(one),)
+    if not isinstance(one, Mapping):
+        raise FilterError(f"{one!r:.100} is no filter: give a text such as 'price<20', or a mapping such as {{'color': 'red'}}.")
+    return tuple(_of_column(str(name), _plain(value)) for name, value in one.items())
+
+
+def _of_column(name: str, value: Any) -> Condition:
+    if _is_missing(value):
+        return Condition(name, "missing")
+    single = isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
+    return Condition(name, "=", (value,)) if single else Condition(name, "in", tuple(value))
+
+
+def _plain(value: Any) -> Any:
+    """What NumPy, pandas and others hold, as Python has it."""
+    if isinstance(value, np.ndarray | np.generic) and value.dtype == "datetime64[ns]":
+        value = value.astype("datetime64[us]")  # as numbers is how `tolist` gives the finer ones
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether it is None, or what pandas has in its place: NaN, NaT."""
+    return value is None or (isinstance(value, float | datetime) and value != value)
 
 
 def read_filter(text: str) -> Condition:
@@ -170,9 +194,12 @@ def typed(conditions: Sequence[Condition], columns: Mapping[str, pa.DataType], i
 
 def _fit(condition: Condition, value: Any, kind: Kind, type_: pa.DataType) -> Value:
     """A value as its column holds it. Raises FilterError."""
+    value = _plain(value)
     said = str(value).strip()
-    if value is None:
-        raise FilterError(f"{condition.column} is to be one of several, None among them: `is missing` finds what has no value.")
+    if _is_missing(value):
+        raise FilterError(f"{condition.column} is to be one of several, {said} among them: `is missing` finds what has no value.")
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        raise FilterError(f"{condition.column} is compared with texts, numbers, dates or times, not with {said[:100]}.")
     try:
         if kind == "text":
             text = str(value).encode(errors="replace").decode()  # half a surrogate pair equals nothing

@@ -60,7 +60,7 @@ class Manifest:
         if why := endless(str(path)):
             raise SearchIndexError(f"{why}: make the index again.")
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text("utf-8"))
         except OSError:
             begun = Path(f"{index}.partial").exists()
             hint = "was begun and is not finished: run the same `mmref index` again" if begun else "is no index"

@@ -84,6 +84,8 @@ class QueryEncoder:
 
 def check(query: Query) -> None:
     """Raise QueryError where a query cannot be encoded."""
+    if query.text is not None and not isinstance(query.text, str):
+        raise QueryError(f"the query is {query.text!r:.100}, which is no text: give a sentence as `text`, an image as `image`.")
     if (query.text or "").encode(errors="ignore").decode() != (query.text or ""):  # half a surrogate pair
         raise QueryError(f"the query {query.text!a} is no text that UTF-8 can hold.")
     if not (query.text or "").strip() and query.image is None:

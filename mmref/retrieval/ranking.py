@@ -14,6 +14,7 @@ from mmref.errors import QueryError
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings, reference_similarity
 from mmref.retrieval.chunks import code_arrays
 from mmref.retrieval.exact import Floats, Rows, exact, exact_among, gather, gather_features, widened
+from mmref.retrieval.results import whole
 from mmref.retrieval.segment import Segment, joined_uids
 from mmref.retrieval.vectors import Approximate
 from mmref.storage.array_file import RowFile, let_go
@@ -137,7 +138,7 @@ class Ranker:
 
     def candidates(self, asked: int | None, available: int) -> int:
         """How many of the first pass are refined."""
-        if asked is not None and asked < 0:
+        if asked is not None and whole("candidates", asked) < 0:
             raise QueryError(f"candidates is {asked}: give a number of items to refine, or 0 for all.")
         chosen = asked if asked is not None else self.refinement.top_p or self.top_p
         return min(chosen, available) if chosen else available

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
+from mmref.errors import QueryError
 from mmref.retrieval.columns import to_plain
 
 if TYPE_CHECKING:
@@ -102,6 +104,14 @@ class Answer:
 
 
 R = TypeVar("R", Result, ObjectResult)
+
+
+def whole(name: str, given: SupportsIndex) -> int:
+    """An argument that is a number of things. Raises QueryError."""
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise QueryError(f"{name} is {given!r:.100}: give a whole number.") from None
 
 
 def sort_column(sort: str) -> tuple[str, bool]:

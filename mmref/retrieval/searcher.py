@@ -39,7 +39,7 @@ from mmref.retrieval.notebook import Results
 from mmref.retrieval.objects import Objects, RankedObject, rank_objects
 from mmref.retrieval.query_encoder import QueryEncoder
 from mmref.retrieval.ranking import Encoded, Ranker
-from mmref.retrieval.results import DEFAULT_IMAGES, ObjectResult, Query, Reference, Result, sort_column, sorted_by
+from mmref.retrieval.results import DEFAULT_IMAGES, ObjectResult, Query, Reference, Result, sort_column, sorted_by, whole
 from mmref.retrieval.segment import join_items, open_segments
 from mmref.retrieval.vector_file import open_vectors
 from mmref.retrieval.vectors import Approximate
@@ -193,7 +193,7 @@ class Searcher:
             QueryError: an empty query, an unreadable image, more results than items, an unknown item. UnknownColumnError.
             FilterError: a filter that cannot be read, or does not fit its column.
         """
-        top = min(DEFAULT_TOP, len(self)) if top is None else top
+        top = min(DEFAULT_TOP, len(self)) if top is None else whole("top", top)
         if not 1 <= top <= len(self):
             raise QueryError(f"top is {top}: give 1 to {len(self)}, the number of items in {self.index.name}.")
         self._check_order(offset, sort)
@@ -254,10 +254,10 @@ class Searcher:
             QueryError: as in `search_many`, and where the index knows no objects.
         """
         objects = self.objects
-        top = min(DEFAULT_TOP, len(objects)) if top is None else top
+        top = min(DEFAULT_TOP, len(objects)) if top is None else whole("top", top)
         if not 1 <= top <= len(objects):
             raise QueryError(f"top is {top}: give 1 to {len(objects)}, the number of objects in {self.index.name}.")
-        if images < 1:
+        if whole("images", images) < 1:
             raise QueryError(f"images of each object: give at least 1, found {images}.")
         self._check_order(offset, sort)
         chosen = self.select(where, within)
@@ -270,7 +270,7 @@ class Searcher:
 
     def _check_order(self, offset: int, sort: str | None) -> None:
         """Raise QueryError."""
-        if offset < 0:
+        if whole("offset", offset) < 0:
             raise QueryError(f"offset is {offset}: give the number of results to pass over, 0 or more.")
         if sort:
             self.check_sort(sort)
@@ -374,7 +374,7 @@ class Searcher:
         Raises:
             QueryError: an empty query or an unknown item. SampleError: the image is gone.
         """
-        if grid < 1:
+        if whole("grid", grid) < 1:
             raise QueryError(f"the grid of a heat map is {grid}: give at least 1 cell on each side.")
         query = query if isinstance(query, Query) else Query(query)
         wanted = self.encode([query]).features[0]
@@ -429,9 +429,10 @@ class Searcher:
 
     def select(self, where: Where | None = None, within: Sequence[str] | None = None) -> Selection:
         """The items that meet conditions, or those of them with some ids. Raises QueryError."""
-        rows = self.matching(where) if where else None
+        conditions = read_where(where)
+        rows = self.matching(conditions) if conditions else None
         if within is not None:
-            some = np.unique(np.array([self.row(item_id) for item_id in within], np.int64))
+            some = np.unique(np.array([self.row(str(item_id)) for item_id in within], np.int64))
             rows = some if rows is None else np.intersect1d(rows, some, assume_unique=True)
         return Selection(len(self) if rows is None else len(rows), rows)
 

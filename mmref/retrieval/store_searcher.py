@@ -58,11 +58,12 @@ class StoreSearcher(Searcher):
         """As Searcher.select; the engine counts."""
         conditions = typed(read_where(where), self.filter_columns, self.index.name)
         if within is not None:
-            for item_id in within:
+            ids = tuple(map(str, within))
+            for item_id in ids:
                 self.row(item_id)
-            if not within:
+            if not ids:
                 return Selection(0)
-            conditions = (*conditions, Condition("id", "in", tuple(within)))
+            conditions = (*conditions, Condition("id", "in", ids))
         if unsaid := [one for one in conditions if not self.store.says(one)]:
             uids = self.ranker.uids[matches(unsaid, self.items)].tolist()
             if not uids:

@@ -96,7 +96,8 @@ class Approximate:
             graph = swig.IndexHNSWSQ(dim, eight_bits, HNSW_LINKS, inner_product)
             graph.hnsw.efConstruction = HNSW_BUILD
             index = swig.IndexIDMap(graph)
-        index.train(gather_features(matrices, np.sort(np.random.default_rng(0).permutation(count)[:wanted])))
+        sample = gather_features(matrices, np.sort(np.random.default_rng(0).permutation(count)[:wanted]))
+        index.train(np.repeat(sample, 2, 0) if count == 1 else sample)  # one bit has two codes already
         approximate = cls(index, kind, 1)
         if fill is not None:
             fill(approximate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -175,15 +176,22 @@ def test_images_come_as_files_bytes_pil_and_arrays(exported, tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (40, 31, 3), dtype=np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
     path = tmp_path / "a.png"
-    kinds = [str(path), path, path.read_bytes(), Image.open(path), array]
+    data = path.read_bytes()
+    held = [data, bytearray(data), memoryview(data), io.BytesIO(data)]
+    kinds = [str(path), path, *held, open(path, "rb"), Image.open(path), array]
     features = loaded.encode_images(kinds, batch=2)
-    assert features.shape == (5, loaded.dim)
+    assert features.shape == (9, loaded.dim)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose(features, np.repeat(features[:1], 5, 0), atol=1e-6)
+    np.testing.assert_allclose(features, np.repeat(features[:1], 9, 0), atol=1e-6)
     assert loaded.encode_images([]).shape == loaded.encode_text([]).shape == (0, loaded.dim)
-    assert loaded.refine(loaded.encode_text([]), features).shape == (0, 5)
+    assert loaded.refine(loaded.encode_text([]), features).shape == (0, 9)
     for wrong, said in ((tmp_path / "none.png", "none.png: cannot be read"), (b"", "image 0: the image is empty"),
-                        (array[..., 0], r"array must be RGB .* found \(40, 31\)")):  # fmt: skip
+                        (array[..., 0], r"array must be RGB .* found \(40, 31\)"),
+                        (array[:0], "image 0: the image is empty: it has 31x0 pixels"),
+                        (Image.new("RGB", (0, 31)), "it has 0x31 pixels"),
+                        (open(path), "image 0: the open file cannot be read as bytes"),
+                        (io.StringIO("x"), "image 0: the open file cannot be read as bytes"),
+                        (5, "image 0 is a int: give a file or URL, its bytes")):  # fmt: skip
         with pytest.raises(SampleError, match=said):
             loaded.encode_images([wrong])
     with pytest.raises(TypeError, match="takes a list"):

@@ -6,6 +6,8 @@ import codecs
 import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,6 +283,17 @@ def photos(tmp_path: Path, run: Path) -> tuple[Path, Path]:
 
 def synced(out: Path, root: Path, **how) -> Manifest:
     return index.sync(str(out), Source(str(root)), workers=0, **how)
+
+
+def test_a_manifest_is_read_as_it_was_written_whatever_the_terminal_says(tmp_path):
+    """Else a sync looks for the source in another place, and finds all of it missing."""
+    place = "/bilder/é"
+    Manifest(1, 1, 8, 1, ["1"], "model", "flat", sources=[place], listed=[Source(place).to_dict()]).write(tmp_path)
+    code = f"from pathlib import Path; from mmref.retrieval.manifest import Manifest; m = Manifest.read(Path({str(tmp_path)!r}))"
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    argv = [sys.executable, "-c", f"{code}; print(ascii(m.sources + [m.listed[0]['images']]))"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ascii([place, place])
 
 
 def test_sync_is_one_change_that_a_dry_run_tells_before(photos):

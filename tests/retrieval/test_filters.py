@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from mmref.cli import main
 from mmref.errors import FilterError, QueryError, UnknownColumnError
 from mmref.retrieval import index
 from mmref.retrieval.columns import metadata_column
-from mmref.retrieval.filters import Condition, matches, read_filter, read_where, typed
+from mmref.retrieval.filters import Condition, Where, matches, read_filter, read_where, typed
 from mmref.retrieval.searcher import CACHED_FILTERS, Searcher
 
 
@@ -77,6 +78,64 @@ def test_a_filter_may_be_given_in_several_ways():
     assert read_where({"split": "val", "price": 3}) == (one, Condition("price", "=", (3,)))
     assert read_where({"color": None}) == (Condition("color", "missing"),)
     assert read_where({"color": ["red", "blue"]}) == (Condition("color", "in", ("red", "blue")),)
+    assert read_where([{"split": "val", "color": None}, "price<3"]) == (
+        one,
+        Condition("color", "missing"),
+        Condition("price", "<", ("3",)),
+    )
+    assert read_where("") == read_where([]) == read_where({}) == ()
+
+
+def test_several_values_come_as_what_holds_them():
+    for held in (np.array([3, 5]), pd.Series([3, 5]), pa.array([3, 5]), range(3, 7, 2), {3: 0, 5: 0}.keys(), (n for n in (3, 5))):
+        assert read_where({"count": held}) == (Condition("count", "in", (3, 5)),)
+    for held in (np.array(["a", "b"]), pd.Series(["a", "b"]), pd.Index(["a", "b"]), pd.Categorical(["a", "b"])):
+        assert read_where({"name": held}) == (Condition("name", "in", ("a", "b")),)
+    for missing in (np.nan, pd.NaT, np.datetime64("NaT")):
+        assert read_where({"name": missing}) == (Condition("name", "missing"),)
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ({"count": np.int64(10)}, [1]),
+        ({"count": np.array(10)}, [1]),
+        ({"count": pd.Series([10, -3])}, [1, 4]),
+        ({"price": np.float32(1.5)}, [0]),
+        ({"name": np.str_("9")}, [4]),
+        ({"name": np.array(["9", "Red hat"])}, [0, 4]),
+        ({"name": pd.Series(["9", "Red hat"])}, [0, 4]),
+        ({"sold": np.bool_(True)}, [0, 3]),
+        ({"sold": np.array([True])}, [0, 3]),
+        ({"taken": date(2024, 5, 1)}, [1]),
+        ({"taken": np.array(["2024-05-01", "2023-01-01"], "datetime64[D]")}, [1, 3]),
+        ({"seen": pd.Timestamp("2024-05-01T18:30")}, [1]),
+        ({"seen": np.datetime64("2024-05-01T18:30", "ns")}, [1]),
+        ({"seen": pd.Series(pd.to_datetime(["2024-05-01T18:30", "2024-05-02T00:00"]))}, [1, 4]),
+        ({"seen": np.array(["2024-05-01T18:30"], "datetime64[ns]")}, [1]),
+        ({"sent": pd.Timestamp("2024-05-01T12:00", tz="UTC")}, [0]),
+        (Condition("count", "<", (np.int64(2),)), [0, 4]),
+    ],
+)
+def test_values_of_numpy_and_pandas_are_those_of_python(where, rows):
+    assert found(where) == rows
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ([5], "5 is no filter: give a text such as 'price<20', or a mapping"),
+        (5, "5 is no filter"),
+        ({"name": b"9"}, "name is compared with texts, numbers, dates or times, not with b'9'"),
+        ({"name": {"=": "9"}}, "not with {'=': '9'}"),
+        ({"name": np.array([["9"], ["x"]])}, "not with ['9']"),
+        ({"name": pd.Series(["9", None])}, "nan among them: `is missing` finds what has no value"),
+    ],
+)
+def test_what_is_no_value_is_named(where, said):
+    with pytest.raises(FilterError) as problem:
+        found(where)
+    assert said in str(problem.value)
 
 
 @pytest.mark.parametrize("text", [" " * 20_000 + "y", " " * 20_000, "a in " + ", " * 10_000 + '"', '"' * 20_001, "x is " * 4000])
@@ -102,7 +161,7 @@ ITEMS = pa.table(
 )
 
 
-def found(*where: str) -> list[int]:
+def found(where: Where) -> list[int]:
     types = {field.name: field.type for field in ITEMS.schema}
     return np.flatnonzero(matches(typed(read_where(where), types, "it"), ITEMS)).tolist()
 
@@ -147,7 +206,7 @@ def found(*where: str) -> list[int]:
     ],
 )
 def test_conditions_are_held_against_typed_columns(where, rows):
-    assert found(*where) == rows
+    assert found(where) == rows
 
 
 @pytest.mark.parametrize(
@@ -191,7 +250,11 @@ def test_an_unknown_column_is_named_with_the_nearest():
         (["2024-05-01", None], pa.date32(), date(2024, 5, 1)),
         (["2024-05-01T10:00:00", "2024-05-01 10:00"], pa.timestamp("us"), datetime(2024, 5, 1, 10)),
         (["2024-05-01T10:00:00+02:00", "2024-05-01T10:00Z"], pa.timestamp("us", "UTC"), datetime(2024, 5, 1, 8, tzinfo=UTC)),
-        (["2024-05-01T10:00", "2024-05-01T10:00Z"], pa.string(), None),
+        (["2024-05-01T10:00", "2024-05-01T10:00Z"], pa.string(), "2024-05-01T10:00"),
+        (["9999-12-31T23:59:59-05:00", "2024-05-01T10:00Z"], pa.string(), "9999-12-31T23:59:59-05:00"),
+        (["0001-01-01T00:00:00+01:00", None], pa.string(), "0001-01-01T00:00:00+01:00"),
+        (["9999-12-31T23:59:59Z"], pa.timestamp("us", "UTC"), datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)),
+        ([datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=1)))], pa.string(), "0001-01-01 00:00:00+01:00"),
         (["2024-02-31"], pa.string(), "2024-02-31"),
         (["2024-05-01", "unknown"], pa.string(), "2024-05-01"),
         ([date(2024, 5, 1), None], pa.date32(), date(2024, 5, 1)),
@@ -207,6 +270,13 @@ def test_an_unknown_column_is_named_with_the_nearest():
 def test_a_column_has_the_type_of_its_cells(values, type_, first):
     column = metadata_column("c", values)
     assert column.type == type_ and (first is None or column[0].as_py() == first)
+
+
+@pytest.mark.parametrize("name", ["split", "caption"])
+@pytest.mark.parametrize("values", [[1, None], [True], [date(2024, 5, 1), None], ["2024-05-01"], [1.5, "x"], [None]])
+def test_splits_and_captions_are_texts(name, values):
+    column = metadata_column(name, values)
+    assert column.type == pa.string() and column.to_pylist() == [None if value is None else str(value) for value in values]
 
 
 @pytest.mark.parametrize(

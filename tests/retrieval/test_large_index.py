@@ -61,6 +61,16 @@ def test_ivfpq_is_tuned_to_the_recall_and_scores_by_the_features(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw", "ivfpq"])
+@pytest.mark.parametrize("count", [1, 2, 70])
+def test_few_vectors_and_equal_ones_are_found(kind, count):
+    features = np.repeat(clustered(1).astype(np.float32), count, 0)
+    found = Approximate.build(kind, [features], np.arange(count))
+    scores, rows = found.search(features[:1], [features], np.arange(count), min(count, 5))
+    assert len(set(rows[0].tolist())) == min(count, 5) and (rows >= 0).all()
+    np.testing.assert_allclose(scores, features[0] @ features[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw", "ivfpq"])
 def test_items_that_were_removed_take_no_places(kind):
     """All of a query's nearest are removed, and many more than are asked for."""
     others = clustered(400).astype(np.float32)

@@ -153,6 +153,12 @@ def test_bad_queries_are_named(searcher):
     assert searcher.search("a thing", where={"split": "caf\udce9"}) == []
     with pytest.raises(QueryError, match="has no item 'x'"):
         searcher.thumbnail("x")
+    with pytest.raises(QueryError, match="the query is 5, which is no text"):
+        searcher.search(5)
+    for name in ("top", "offset", "candidates"):
+        with pytest.raises(QueryError, match=rf"{name} is 3\.0: give a whole number"):
+            searcher.search("x", **{name: 3.0})
+    assert len(searcher.search("x", top=np.int64(3), offset=np.int64(1))) == 3
     with pytest.raises(QueryError, match="weight of the image is 2"):
         searcher.search("x", image_weight=2)
     with pytest.raises(QueryError, match="candidates is -1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,10 @@ from mmref.retrieval.filters import Condition
 from mmref.retrieval.stores.sql import Dialect, literal, where_clause
 from mmref.retrieval.stores.store import FEATURE, KEY, About, Conditions, Found, padded
 from mmref.storage.locations import absolute
+
+# Of a column's name: Lance takes a point for the way into another column, and no backtick can be quoted in its filters; names
+# that it gives to columns of its own.
+NOT_TAKEN = re.compile(r"[.`]|^_(?=(rowid|rowaddr|rowoffset|distance)$)")
 
 
 class Lance:
@@ -39,8 +44,8 @@ class Lance:
 
     def write(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch], about: About) -> None:
         """As Store.write: LanceDB commits a new version of the table at the end."""
-        told = schema.with_metadata({KEY: about.to_json()})
-        rows = (batch.replace_schema_metadata(told.metadata) for batch in batches)
+        told = pa.schema([field.with_name(stored_name(field.name)) for field in schema], {KEY: about.to_json()})
+        rows = (pa.RecordBatch.from_arrays(batch.columns, schema=told) for batch in batches)
         try:
             self._table = self._db.create_table(self.name, pa.RecordBatchReader.from_batches(told, rows), mode="overwrite")
         except self._errors as error:
@@ -80,7 +85,12 @@ class Lance:
         return StoreError(f"LanceDB at {self.place} failed: {str(error).splitlines()[0]}.")
 
 
-DATA_FUSION = Dialect(lambda name: f"`{name}`", literal, "string", "double")
+def stored_name(name: str) -> str:
+    """The name that a column has in LanceDB: as in a URL, %2E for a point."""
+    return NOT_TAKEN.sub(lambda found: f"%{ord(found[0]):02X}", name)
+
+
+DATA_FUSION = Dialect(lambda name: f"`{stored_name(name)}`", literal, "string", "double")
 """The SQL that LanceDB filters by."""
 
 

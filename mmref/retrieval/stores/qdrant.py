@@ -72,7 +72,7 @@ class Qdrant:
             )
             try:
                 for field in schema:
-                    if field.name != UID and field.name != FEATURE and field.name not in CODES:
+                    if field.name not in (UID, FEATURE, *CODES) and _has_path(field.name):
                         kind = SCHEMA.get(kind_of(field.type), "keyword")
                         self._client.create_payload_index(new, _path(field.name), models.PayloadSchemaType(kind), wait=True)
                 for batch in batches:
@@ -105,7 +105,7 @@ class Qdrant:
 
     def says(self, condition: Condition) -> bool:
         """As Store.says: Qdrant looks for words, not for parts of texts, knows no order of texts, and numbers of JSON alone."""
-        if '"' in condition.column or condition.op == "~":
+        if not _has_path(condition.column) or condition.op == "~":
             return False
         if any(isinstance(value, int) and abs(value) > WHOLE for value in condition.values):
             return False
@@ -229,6 +229,11 @@ def _range(key: str, op: str, value: Value) -> Any:
             if op in ("<=", ">"):  # behind the day's end, which is where the next begins
                 op, bound = {"<=": "<", ">": ">="}[op], bound + timedelta(days=1)
     return models.FieldCondition(key=key, range=bounds(**{{"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}[op]: bound}))
+
+
+def _has_path(name: str) -> bool:
+    """Whether a path of JSON can name a column: in Qdrant's no quotation mark or backslash stands for itself."""
+    return '"' not in name and "\\" not in name
 
 
 def _path(name: str) -> str:

@@ -10,12 +10,14 @@ import hashlib
 import itertools
 import json
 import os
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 import yaml
 
+from mmref.config.cast import cast_value
 from mmref.config.checks import check_config
 from mmref.config.inputs import BEFORE, neutral, settled
 from mmref.config.option import options
@@ -259,6 +261,26 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: dict[str, Any], where: str = "config") -> Config:
     """Config from a nested dict, unknown keys refused. Raises ConfigError."""
     _check_keys(values, Config, where)
+    return check_config(_config_of(values))
+
+
+def from_saved(values: dict[str, Any], where: str) -> Config:
+    """As `from_dict`, of a config that a run or an export has kept: what versions before had no field for is as it was then.
+
+    Anybody may have written it or edited it since: its values are held against the types of their fields too.
+    """
+    if isinstance(data := values.get("data"), dict):
+        values = {**values, "data": {**BEFORE, **data}}
+    _check_keys(values, Config, where)
+    config = _config_of(_typed(values, Config, where))
+    try:
+        return check_config(config)
+    except ConfigError as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def _config_of(values: dict[str, Any]) -> Config:
+    """Config from a nested dict whose keys have been checked."""
     config = Config()
     for key, value in values.items():
         section = getattr(config, key)
@@ -266,14 +288,20 @@ def from_dict(values: dict[str, Any], where: str = "config") -> Config:
             setattr(config, key, dataclasses.replace(section, **value))  # type: ignore[type-var]
         else:
             setattr(config, key, value)
-    return check_config(config)
+    return config
 
 
-def from_saved(values: dict[str, Any], where: str) -> Config:
-    """As `from_dict`, of a config that a run or an export has kept: what versions before had no field for is as it was then."""
-    if isinstance(data := values.get("data"), dict):
-        values = {**values, "data": {**BEFORE, **data}}
-    return from_dict(values, where)
+def _typed(values: dict[str, Any], cls: type, where: str, prefix: str = "") -> dict[str, Any]:
+    """The values of a nested dict as their fields' types; an equal one stays as it is, since 1 and 1.0 make two hashes. Raises
+    ConfigError."""
+    hints, typed = typing.get_type_hints(cls), {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hint := hints[key]):
+            typed[key] = _typed(value, hint, where, f"{prefix}{key}.")
+        else:
+            cast = cast_value(prefix + key, value, hint, where)
+            typed[key] = value if cast == value else cast
+    return typed
 
 
 def dump_yaml(config: Config) -> str:

@@ -158,14 +158,15 @@ def _rename(new: dict[int, str], taken: set[str], source: str) -> list[str]:
 
 def skipped_elsewhere(skipped: list[dict[str, Any]], listing: Listing, source: str, split: str | None) -> list[dict[str, Any]]:
     """What was skipped of other sources: it lies not below this one, nor is it listed by it."""
-    scope, its = _scope(source, split), {to_text(source), *listing.items["path"].to_pylist()}
-    return [s for s in skipped if s["path"] not in its and not _is_below(s["path"], scope)]
+    scope, its = unsigned(_scope(source, split)), set(map(unsigned, (to_text(source), *listing.items["path"].to_pylist())))
+    return [s for s in skipped if (path := unsigned(s["path"])) not in its and not _is_below(path, scope)]
 
 
 def unread_before(found: Changes, skipped: list[dict[str, Any]]) -> set[str]:
     """Ids of the items to embed that could not be read the last time."""
-    lines = {(s["id"], s["path"]) for s in skipped}
-    return {name for name, path in zip(found.items["id"].to_pylist(), found.items["path"].to_pylist()) if (name, path) in lines}
+    lines = {(s["id"], unsigned(s["path"])) for s in skipped}
+    items = zip(found.items["id"].to_pylist(), found.items["path"].to_pylist())
+    return {name for name, path in items if (name, unsigned(path)) in lines}
 
 
 def list_changes(found: Changes, removed: bool, unread: set[str]) -> Iterator[str]:

@@ -31,6 +31,8 @@ from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
 from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.journal import KILLED, Journal, Watch
 from mmref.storage.disk import sync_files
+from mmref.storage.fetch import unsigned
+from mmref.storage.locations import told
 from mmref.storage.parquet import read_parquet
 from mmref.terminal.progress import Counter, say
 
@@ -82,7 +84,7 @@ def embed_chunk(model: Any, locations: list[Location], watch: Watch) -> Arrays:
     def one(position: int) -> tuple[NDArray[np.uint8], tuple[int, int], bytes, bytes] | str:
         if position in watch.passed_over:
             return KILLED
-        path = locations[position][0]
+        path = told(locations[position][0])
         try:
             data = read_image_bytes(*locations[position])
             with watch.decoding(position), decoded(data, path) as rgb:
@@ -220,8 +222,9 @@ def _identities(items: pa.Table) -> list[tuple[Any, ...]]:
 
 
 def identity(row: Mapping[str, Any]) -> str:
-    """Where an image lies and what changes with it, of a row of a listing: a changed one is another, and is tried again."""
-    return json.dumps([row[name] for name in PLACE])
+    """Where an image lies and what changes with it, of a row of a listing: a changed one is another, and is tried again. Of a URL
+    `skipped.jsonl` tells no keys."""
+    return json.dumps([unsigned(row[name]) if name == "path" else row[name] for name in PLACE])
 
 
 def embed(chunks: Chunks, model: Path, workers: int, killers: Collection[str] = (), device: str = "auto") -> None:

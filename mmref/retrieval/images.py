@@ -31,7 +31,7 @@ from mmref.storage.cells import Row
 from mmref.storage.fetch import id_of, locate, locate_inside, outside_most, unsigned
 from mmref.storage.files import matching_files
 from mmref.storage.image_places import Place, file_of, read_place
-from mmref.storage.locations import absolute, from_text, is_url, join, size_of, to_text
+from mmref.storage.locations import absolute, from_text, is_url, join, size_of, to_text, told
 from mmref.storage.tables import TABLE_ENDINGS, Table, read_table
 
 COLUMNS = {  # of every listing, before metadata columns
@@ -110,7 +110,8 @@ def read_image_bytes(path: str, offset: int = 0, length: int = 0) -> bytes:
     except StorageError:  # says nothing of the image: leaving it out would be wrong
         raise
     except Exception as error:  # every file system has its own
-        raise SampleError(f"{to_text(path)} cannot be read: {error}.") from None
+        name = told(path)
+        raise SampleError(f"{to_text(name)} cannot be read: {str(error).replace(path, name)}.") from None
 
 
 def no_items() -> pa.Table:
@@ -320,14 +321,14 @@ class _TableItems:
         name = id_of(cell) if self.columns.item_id is None else row.needed(self.columns.item_id)
         image, known = unsigned(cell), self.rows.get(name)
         if (before := self._ids.get(image, name)) != name:
-            raise SampleError(f"image {cell!r} has the id {before!r} in an earlier row, here {name!r}")
+            raise SampleError(f"image {told(cell)!r} has the id {before!r} in an earlier row, here {name!r}")
         if known is not None and self._images[name] != image:
             raise SampleError(f"the id {name!r} is that of the image {self._images[name]!r} in an earlier row")
         place = self.locate(cell, self.root) if known is None else ""
         object_id = (row.text(self.columns.object_id) or None) if self.of_object else None
         if known is not None and known["object_id"] and object_id and object_id != known["object_id"]:
             earlier = known["object_id"]
-            raise SampleError(f"image {cell!r} belongs to the object {earlier!r} in an earlier row, here to {object_id!r}")
+            raise SampleError(f"image {told(cell)!r} belongs to the object {earlier!r} in an earlier row, here to {object_id!r}")
         texts = [text for column in self.of_captions for text in row.texts(column)]
         fields = {k: v for k in self.kept if (v := self._metadata(row, k)) is not None}
         self.captions += texts

@@ -50,6 +50,7 @@ from mmref.retrieval.vector_file import PARTS, build_vectors, changed_vectors
 from mmref.retrieval.vectors import Kind
 from mmref.run.models import source_of
 from mmref.storage.disk import sync_files, told_when_full
+from mmref.storage.fetch import unsigned
 from mmref.storage.locks import held
 from mmref.storage.whole_folder import held_folder, write_whole
 from mmref.terminal.output import printable
@@ -453,7 +454,7 @@ def _embed(
             (row,) = rows.slice(int(position), 1).to_pylist()
             # For an image that is never decoded again, its place tells whether it is still the same.
             kept = ("id", *PLACE) if problem == KILLED else ("id", "path")
-            skipped.append({**{name: row[name] for name in kept}, "problem": problem})
+            skipped.append({**{name: row[name] for name in kept}, "path": unsigned(row["path"]), "problem": problem})
     _discard(target)
     if count:
         write_segment(target, chunks.read(), first_uid, count, dim)

@@ -17,6 +17,7 @@ from mmref.retrieval.chunks import PLACE
 from mmref.retrieval.images import Listing
 from mmref.retrieval.manifest import encoded
 from mmref.retrieval.segment import Segment
+from mmref.storage.fetch import unsigned
 from mmref.storage.locations import to_text
 from mmref.storage.texts import read_lines, read_text
 from mmref.storage.whole_folder import write_whole
@@ -80,7 +81,7 @@ def write_skipped(index: Path, skipped: list[dict[str, Any]]) -> None:
 
 
 def not_taken(source: str, listing: Listing) -> list[dict[str, Any]]:
-    return [{"id": what, "path": to_text(source), "problem": why} for what, why in listing.skipped]
+    return [{"id": what, "path": unsigned(to_text(source)), "problem": why} for what, why in listing.skipped]
 
 
 def passed_over(listing: Listing) -> list[str]:

@@ -22,6 +22,7 @@ from mmref.data.decode import decode_pixels, image_format
 from mmref.data.jpeg_scan import lost_pixels
 from mmref.errors import SampleError
 from mmref.shards.samples import Source, SourceImage, SourceObject, escape_key
+from mmref.storage.fetch import unsigned
 from mmref.storage.locations import sha256_of
 
 LOSSY = {"AVIF", "HEIF", "JPEG2000"}  # stored as JPEG, any other as PNG: what others evaluate on, to the last bit
@@ -183,10 +184,10 @@ def _write_object(
         try:
             usable.append((image, *_prepare(item.object_id, image, load, options)))
         except (SampleError, OSError) as error:
-            result.skipped.append(f"{image.image_id}: {error}")
+            result.skipped.append(f"{unsigned(image.image_id)}: {error}")
     if len(usable) < source.min_images:
         reason = f"object {item.object_id} has fewer than {source.min_images} usable images"
-        result.skipped += [f"{image.image_id}: {reason}" for image, *_ in usable]
+        result.skipped += [f"{unsigned(image.image_id)}: {reason}" for image, *_ in usable]
         return
     for image, data, ext, meta, n_captions in usable:
         key = escape_key(image.image_id)

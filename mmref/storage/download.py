@@ -7,6 +7,7 @@ name resolves to a moment later.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import http.client
@@ -23,9 +24,10 @@ from dataclasses import dataclass
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from typing import Any, cast
-from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from mmref.errors import SampleError
+from mmref.storage.locations import told, without_user
 from mmref.version import __version__
 
 MAX_BYTES = 64_000_000  # of one image; a photograph of 100 megapixels has about 50 million
@@ -53,23 +55,24 @@ class Terms:
 def quoted(url: str) -> str:
     """An http(s) URL as a browser sends it: spaces and letters beyond ASCII quoted, the rest as it is. Raises ValueError."""
     parts = urlsplit(url.strip())
-    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    user, at, host = parts.netloc.rpartition("@")
+    host = host if host.isascii() else host.encode("idna").decode()
     path, query = quote(parts.path.replace("\\", "/"), safe=KEPT), quote(parts.query, safe=KEPT)
-    return urlunsplit((parts.scheme, host, path, query, ""))
+    return urlunsplit((parts.scheme, quote(user, safe=KEPT) + at + host, path, query, ""))
 
 
 def download(url: str, terms: Terms = Terms()) -> bytes:
-    """Body of an http(s) URL; what may pass is tried again, when its host says so. Messages leave out the query, which may be a
-    key.
+    """Body of an http(s) URL; what may pass is tried again, when its host says so. Messages leave out user, password and query,
+    which may be keys.
 
     Raises:
         SampleError: a page instead of an image, one that is too large or not given for this, or a way that is not taken.
         OSError: it does not come.
     """
-    name = url.partition("?")[0]
+    name = told(url)
     try:
         sent = quoted(url)
-        host = urlsplit(sent).netloc
+        host = urlsplit(without_user(sent)).netloc
     except ValueError as error:
         raise SampleError(f"{name} is no URL: {error}") from None
     with _Deadline() as deadline:
@@ -164,7 +167,7 @@ def _follow(url: str, deadline: _Deadline, terms: Terms) -> bytes:
         try:
             with gate.open(url) as answer:
                 if terms.for_training and (said := _not_for_training(answer.headers, terms.user_agent)):
-                    raise SampleError(f"{url.partition('?')[0]} is not given for training (X-Robots-Tag: {said})")
+                    raise SampleError(f"{told(url)} is not given for training (X-Robots-Tag: {said})")
                 return _body(url, answer, MAX_BYTES if terms.max_bytes is None else terms.max_bytes)
         except urllib.error.HTTPError as error:
             error.close()
@@ -172,7 +175,7 @@ def _follow(url: str, deadline: _Deadline, terms: Terms) -> bytes:
             if error.code not in MOVED or not location:
                 raise
             url = _next(url, location)
-    raise SampleError(f"{url.partition('?')[0]} is the end of {REDIRECTS} redirects, and leads on")
+    raise SampleError(f"{told(url)} is the end of {REDIRECTS} redirects, and leads on")
 
 
 def _next(url: str, location: str) -> str:
@@ -181,7 +184,7 @@ def _next(url: str, location: str) -> str:
     target = quoted(urljoin(url, quote(location.strip(), safe=f"{KEPT}#", encoding="latin-1", errors="replace")))
     scheme = urlsplit(target).scheme
     if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):
-        raise SampleError(f"{url.partition('?')[0]} leads to {scheme}://, which is not followed")
+        raise SampleError(f"{told(url)} leads to {scheme}://, which is not followed")
     return target
 
 
@@ -192,7 +195,7 @@ def _body(url: str, answer: Any, most: int) -> bytes:
         data += piece
     if (answer.length or 0) + len(data) > most:
         fix = "Save it and name the file instead"
-        raise SampleError(f"{url.partition('?')[0]} is larger than the {most:,} bytes that are fetched. {fix}")
+        raise SampleError(f"{told(url)} is larger than the {most:,} bytes that are fetched. {fix}")
     if answer.length:
         raise http.client.IncompleteRead(bytes(data[:0]), answer.length)
     return bytes(data)
@@ -279,16 +282,18 @@ class _Gate:
 
     def __init__(self, deadline: _Deadline, user_agent: str) -> None:
         self._deadline, self._user_agent = deadline, user_agent
+        self._logins: dict[tuple[str, str], str] = {}  # of schemes and hosts of the way: each is for that host alone
         self._private = True  # whether the way may go where the internet does not: it begins anywhere
         self._addresses: list[Any] | None = None  # of the host, as of getaddrinfo; None where a proxy asks it
 
     def open(self, url: str) -> Any:
         """The answer of a URL. Raises SampleError where it leads to an address that is not asked, OSError, ValueError."""
-        parts = urlsplit(url)
+        user, _, host = urlsplit(url).netloc.rpartition("@")
+        parts = urlsplit(url)._replace(netloc=host)
         if not parts.hostname:
-            raise SampleError(f"{url} is no URL: it names no host")
+            raise SampleError(f"{told(url)} is no URL: it names no host")
         proxy = _proxy(parts.scheme)
-        proxied = bool(proxy) and not urllib.request.proxy_bypass(parts.netloc)
+        proxied = bool(proxy) and not urllib.request.proxy_bypass(host)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
             found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
@@ -298,12 +303,16 @@ class _Gate:
             found = []  # often only the proxy knows names beyond its network; it also decides where they lead
         allowed = [each for each in found if self._is_open(str(each[4][0]))]
         if found and not allowed:
-            address, name = found[0][4][0], url.partition("?")[0]
-            raise SampleError(f"{name} lies at {address}, inside a network: {self._why()}")
+            raise SampleError(f"{told(url)} lies at {found[0][4][0]}, inside a network: {self._why()}")
         self._addresses = None if proxied else allowed
         if proxied:
             self._private = self._private and any(not is_public(str(each[4][0])) for each in allowed)
-        request = _Request(url, headers={"User-Agent": self._user_agent, "Accept": "*/*"})
+        headers = {"User-Agent": self._user_agent, "Accept": "*/*"}
+        if user:
+            self._logins[parts.scheme, host] = _login(user)
+        if (parts.scheme, host) in self._logins:
+            headers["Authorization"] = self._logins[parts.scheme, host]
+        request = _Request(urlunsplit(parts), headers=headers)
         request.gate = self
         return _opener(parts.scheme, proxy if proxied else None).open(request, timeout=TIMEOUT_S)
 
@@ -335,6 +344,12 @@ class _Gate:
 
     def _why(self) -> str:
         return "no image does" if self._private else "a host of the internet may not lead there"
+
+
+def _login(user: str) -> str:
+    """The header for `user:password`, as a URL has it."""
+    name, _, password = user.partition(":")
+    return "Basic " + base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode()).decode()
 
 
 class _Request(urllib.request.Request):

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from mmref.storage.download import Terms, download
 from mmref.storage.fetch import unsigned
+from mmref.storage.locations import without_user
 
 KEPT = re.compile(r"[0-9a-f]{64}(\.\d+-\d+)?$")  # names in the folder, of whole files and of parts
 FOR_TRAINING = Terms(for_training=True)
@@ -73,7 +74,7 @@ def forget(folder: str) -> None:
 
 def _host(url: str) -> str:
     try:
-        return urlsplit(url.strip()).netloc.lower()
+        return urlsplit(without_user(url.strip())).netloc.lower()
     except ValueError:  # no URL, which is said when it is fetched
         return ""
 

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from mmref.errors import OutsideError, SampleError
 from mmref.storage.download import download
-from mmref.storage.locations import check_installed, is_url, join, read_bytes, size_of
+from mmref.storage.locations import check_installed, is_url, join, read_bytes, size_of, without_user
 
 FOLDERS = 16  # whose names are kept, to look for other spellings
 OUTSIDE = "--allow-outside"  # the flag of `mmref index` and `mmref shards build table`
@@ -104,7 +104,7 @@ def outside_most(place: str, root: str, refused: list[tuple[str, str]], rows: in
 
 def id_of(ref: str) -> str:
     """The id of an image that a table names, which everybody sees who searches: the cell where it is relative; else the file's
-    name and digits of a hash of the cell, which tell neither folders nor keys. Another signature changes nothing."""
+    name and digits of a hash of the cell, which tell neither folders nor keys. Another signature or password changes nothing."""
     if not (is_url(ref) or ref.startswith("~") or os.path.isabs(ref)):
         return ref
     place = unsigned(ref)
@@ -116,7 +116,8 @@ def id_of(ref: str) -> str:
 
 
 def unsigned(ref: str) -> str:
-    """An http(s) URL without what signs it, and when; anything else as it is."""
+    """An http(s) URL without user and password, and without what signs it, and when; anything else as it is."""
+    ref = without_user(ref)
     base, mark, query = ref.partition("?")
     if _scheme(ref) not in ("http", "https") or not SIGNATURE.search(query):
         return ref

@@ -20,6 +20,8 @@ from mmref.storage.retries import is_transient, retry
 
 ODD_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
 VARIABLE = re.compile(r"(?:^|/)(\$\w+)(?=/|$)|(\$\{\w+\})")
+WEB = re.compile(r"(?i)\s*https?://")
+USER = re.compile(r"(?i)^(\s*https?://)[^/?#]*@")
 ONE_SLASH = re.compile(r"(s3a?|gcs|gs|az|abfss?|https?|hdfs|file):/(?!/)")
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
@@ -52,6 +54,16 @@ def cache_folder(name: str) -> str:
 def is_url(place: str) -> bool:
     """Whether a place is a URL rather than a path."""
     return "://" in place
+
+
+def without_user(place: str) -> str:
+    """A place without the user and password of an http(s) URL; any other as it is."""
+    return USER.sub(r"\1", place)
+
+
+def told(place: str) -> str:
+    """A place as messages tell it: an http(s) URL without user, password and query, which may be keys; any other as it is."""
+    return without_user(place).partition("?")[0] if WEB.match(place) else place
 
 
 def absolute(place: str) -> str:
@@ -202,7 +214,7 @@ def check_installed(place: str) -> None:
 
 def _missing(place: str, error: Exception) -> FileSystemMissingError:
     return FileSystemMissingError(
-        f"{place} needs a file system that is not installed: {error}. Install its package with pip on every node (s3://: "
+        f"{told(place)} needs a file system that is not installed: {error}. Install its package with pip on every node (s3://: "
         "`pip install 'mmref[s3]'`, gs://: gcsfs, az:// and abfs://: adlfs)."
     )
 
@@ -218,7 +230,7 @@ def read_bytes(place: str, start: int = 0, size: int | None = None) -> bytes:
     if is_url(place):
         fs, path = file_system(place)
         part = {} if size is None and not start else {"start": start, "end": None if size is None else start + size}
-        return retry(f"read {place}", lambda: fs.cat_file(path, **part))
+        return retry(f"read {told(place)}", lambda: fs.cat_file(path, **part))
 
     def read() -> bytes:
         with open(place, "rb") as file:
@@ -244,7 +256,7 @@ def size_of(place: str) -> int | None:
     try:
         if is_url(place):
             fs, path = file_system(place)
-            info = retry(f"look at {place}", lambda: _answered(fs.info, path))
+            info = retry(f"look at {told(place)}", lambda: _answered(fs.info, path))
             return int(info["size"]) if info["type"] == "file" else None
         found = retry(f"look at {place}", lambda: os.stat(place))
         return found.st_size if stat.S_ISREG(found.st_mode) else None

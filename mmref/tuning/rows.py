@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mmref.config import Config, build_parser, read_yaml
+from mmref.config import Config, read_yaml
+from mmref.config.cast import cast_value
 from mmref.config.shipped import file_or_name
 from mmref.errors import ConfigError
 from mmref.run.models import start_of_training
-from mmref.tuning.space import annotation, cast_value, is_single, with_values
+from mmref.tuning.space import annotation, with_values
 
 TOP = {"baseline", "rows", "over"}
 SIZES = ("train.workers", "train.gpu", "train.cpus_per_worker", "data.readers")  # what a training takes of the cluster
@@ -187,21 +187,9 @@ def _value(name: str, value: Any, path: str) -> Any:
     if name in SIZES:
         raise ConfigError(f"{path}: `{name}` sizes the trainings before they start: set it for all, on the command line.")
     hint = annotation(name, path)
-    if is_single(hint):
-        return cast_value(name, value, hint, path)
     if dataclasses.is_dataclass(hint):
         raise ConfigError(f"{path}: `{name}` is a section: set its fields, as `{name}.{dataclasses.fields(hint)[0].name}`.")
-    return _checked(name, value, path)
-
-
-def _checked(name: str, value: Any, path: str) -> Any:
-    """A list or mapping, such as a tower's config, with the types of its parts. Raises ConfigError."""
-    import jsonargparse
-
-    try:
-        return build_parser().parse_args([f"--{name}={json.dumps(value)}"])[name]
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    return cast_value(name, value, hint, path)
 
 
 def _check_name(name: str, rows: tuple[Row, ...], where: str) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import difflib
 import itertools
 import math
-import types
 import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -16,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmref.config import Config, EvalConfig, check_config, from_dict, placed, to_dict, unknown_key
+from mmref.config.cast import UNIONS, cast_value
 from mmref.config.inputs import settled
 from mmref.config.shipped import file_or_name
 from mmref.errors import ConfigError
@@ -50,7 +49,6 @@ FIXED = {
     "train.keep_checkpoints": "a trial keeps its best",
     "data.readers": "trials are sized before the sweep starts",
 }
-UNIONS = (typing.Union, types.UnionType)
 COMPARED_BY = "it is how trials are compared, all of them alike"
 LISTED = 10_000  # values of a range that a grid may have
 DRAWS = 256  # of a space, to see that its fields go together
@@ -238,32 +236,6 @@ def _values(name: str, values: Any, hint: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{path}: `{name}` needs a list of values, found {values!r}.")
     return tuple(cast_value(name, value, hint, path) for value in values)
-
-
-def cast_value(name: str, value: Any, hint: Any, path: str) -> Any:
-    """A value as its field's type. Raises ConfigError."""
-    if typing.get_origin(hint) in UNIONS:
-        parts = typing.get_args(hint)
-        for part in parts:
-            with contextlib.suppress(ConfigError):
-                return cast_value(name, value, part, path)
-        taken = " or ".join("/".join(typing.get_args(part)) or part.__name__ for part in parts)
-        raise ConfigError(f"{path}: `{name}` takes {taken}, found {value!r}.")
-    options = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
-    if options is not None:
-        if value not in options:
-            raise ConfigError(f"{path}: `{name}` is one of {', '.join(map(str, options))}; found {value!r}.")
-        return value
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:  # YAML reads 1e-3, without a point, as a string
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif type(value) is hint:
-        return value
-    raise ConfigError(f"{path}: `{name}` takes {getattr(hint, '__name__', hint)}, found {value!r}.")
 
 
 def annotation(name: str, where: str) -> Any:

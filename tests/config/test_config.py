@@ -18,6 +18,7 @@ from mmref.config import (
     config_hash,
     dump_yaml,
     from_dict,
+    from_saved,
     known_keys,
     load_config,
     to_dict,
@@ -249,6 +250,51 @@ def test_a_dumped_config_is_a_config_file(file, tmp_path):
 def test_from_dict_refuses_unknown_keys():
     with pytest.raises(ConfigError, match=r"saved: unknown config key `train.lrr`. Did you mean `train.lr`"):
         from_dict({"model": MODEL, "train": {"lrr": 1}}, "saved")
+
+
+@pytest.mark.parametrize("text, said", [
+    ("train: {workers: two}", "`train.workers` takes int, found 'two'"),
+    ("train: {lr: fast}", "`train.lr` takes float, found 'fast'"),
+    ("train: {lr: [1]}", r"`train.lr` takes float, found \[1\]"),
+    ("train: {max_steps: 1.5}", "`train.max_steps` takes int, found 1.5"),
+    ("train: {max_steps: true}", "`train.max_steps` takes int, found True"),
+    ("train: {gpu: maybe}", "`train.gpu` takes auto or bool, found 'maybe'"),
+    ("train: {zero_stage: true}", "`train.zero_stage` is one of 0, 1, 2, 3; found True"),
+    ("train: {sinks: wandb}", r"`train.sinks` takes list\[str\], found 'wandb'"),
+    ("reference: {per_object: 1e2}", "`reference.per_object` takes int, found '1e2'"),
+    ("data: {image_height: big}", "`data.image_height` takes auto or int, found 'big'"),
+    ("data: {image_mean: 5}", r"`data.image_mean` takes auto or list\[float\], found 5"),
+    ("data: {image_mean: [a, b, c]}", r"`data.image_mean` takes auto or list\[float\], found \['a', 'b', 'c'\]"),
+    ("data: {mix: [a]}", r"`data.mix` takes dict\[str, float\], found \['a'\]"),
+    ("data: {mix: 5}", r"`data.mix` takes dict\[str, float\], found 5"),
+    ("data: {mix: {a: x}}", "`data.mix` takes float, found 'x'"), ("data: {mix: {5: 0.1}}", "`data.mix` takes str, found 5"),
+    ("data: {root: 5}", "`data.root` takes str, found 5"), ("run_dir: 5", "`run_dir` takes str, found 5"),
+    ("loss: {align: foo}", "`loss.align` is one of infonce, sdm, sigmoid, rde; found 'foo'"),
+    ("eval: {refine_kinds: [foo]}", "`eval.refine_kinds` is one of sparse, dense, expansion; found 'foo'"),
+    ("eval: {refine_weights: 0.1}", r"`eval.refine_weights` takes list\[float\], found 0.1"),
+    ("model: {vision_config: vit}", r"`model.vision_config` takes dict\[str, Any\] or null, found 'vit'"),
+    ("train: {lr: -1.0}", "`train.lr` must be above 0, found -1.0"),
+    ("train: {global_batch: 7}", "train.global_batch 7 is not a multiple"),
+])  # fmt: skip
+def test_what_is_wrong_in_a_saved_config_is_named_with_its_file(text, said):
+    values = yaml.safe_load(text)
+    values["model"] = {**MODEL, **values.get("model", {})}
+    with pytest.raises(ConfigError, match=f"^runs/one/config.yaml: {said}"):
+        from_saved(values, "runs/one/config.yaml")
+
+
+def test_numbers_of_a_saved_config_are_read_as_the_command_line_does():
+    text = "train: {lr: 1e-4, layer_decay: 1}\neval: {refine_weights: [1e-1, 2]}\ndata: {mix: {there: 1e-1}}\n"
+    config = from_saved(yaml.safe_load(text) | {"model": MODEL}, "config.yaml")
+    assert (config.train.lr, config.eval.refine_weights, config.data.mix) == (1e-4, [0.1, 2], {"there": 0.1})
+
+
+def test_a_saved_config_keeps_its_hash():
+    """JSON writes 1 and 1.0 in two ways, and programs have saved both."""
+    for lr in (1, 1.0):
+        values = to_dict(from_dict({"model": MODEL, "train": {"lr": lr}}))
+        saved = from_saved(values, "config.yaml")
+        assert saved == from_dict(values) and config_hash(saved) == config_hash(from_dict(values))
 
 
 SCALE = {"run_dir": "x", "train.workers": 2, "train.accumulation": 2, "train.zero_stage": 3, "train.threads": 4,

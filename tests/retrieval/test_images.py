@@ -12,10 +12,11 @@ import pytest
 from mmref.errors import SearchIndexError, StorageError
 from mmref.retrieval import images, index
 from mmref.retrieval.images import TableColumns, list_images
+from mmref.retrieval.manifest import Source
 from mmref.retrieval.searcher import Searcher
 from mmref.retrieval.set_aside import read_skipped
 from mmref.shards.build import BuildOptions, build_shards, make_source
-from mmref.storage import image_places, retries
+from mmref.storage import download, image_places, retries
 
 
 def ids(path: Path) -> list[str]:
@@ -79,6 +80,33 @@ def test_the_same_urls_with_other_signatures(folder, run, tmp_path, monkeypatch)
     assert sorted(ids(tmp_path / "out")) == sorted(first)
     searcher = Searcher(str(tmp_path / "out"))
     assert {searcher.item(name)["path"] for name in first} == {f"{url}k2" for url in urls}, "the old ones have expired"
+
+
+def test_what_is_wrong_with_a_url_tells_no_password(folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    monkeypatch.setenv("no_proxy", "*")
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+
+    def write(key: str) -> None:
+        urls = [f"http://bob:{key}@127.0.0.1:1/{name}?w=1&Expires=1&Signature={key}" for name in ("a.jpg", "b.jpg")]
+        rows = [f"{folder}/00.png,0", *(f"{url},{number}" for number, url in enumerate(urls, 1)), f"{urls[0]},9"]
+        table.write_text("image,sku\n" + "".join(f"{row}\n" for row in rows))
+
+    columns = TableColumns(item_id="sku", allow_outside=True)
+    write("s3cr3t")
+    index.create(str(table), str(run), str(out), columns=columns, workers=0)
+    lines = read_skipped(out)
+    assert {line["id"]: line["path"] for line in lines} == {
+        "1": "http://127.0.0.1:1/a.jpg?w=1", "2": "http://127.0.0.1:1/b.jpg?w=1", "row 5": str(table),
+    }  # fmt: skip
+    assert "http://127.0.0.1:1/a.jpg cannot be fetched" in lines[0]["problem"] and "earlier row" in lines[2]["problem"]
+    assert "s3cr3t" not in (out / "skipped.jsonl").read_text()
+    write("another")
+    told: list[str] = []
+    index.sync(str(out), Source(str(table), columns=columns), workers=0, dry_run=told.append)
+    assert [line[:4] for line in told] == ["? 1 ", "? 2 "], "which of them were tried before is known"
+    index.add(str(out), str(table), columns=columns, workers=0)
+    assert sorted(read_skipped(out), key=lambda line: line["id"]) == lines
 
 
 def test_ids_of_a_shard_set_of_such_a_table(folder, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from mmref.errors import OutsideError, SourceError
 from mmref.shards.build import BuildOptions, build_shards, make_source
 from mmref.shards.sources.table import TableSource
+from mmref.storage.downloads import Downloads
 
 ROWS = [
     {"image": "a.png", "object_id": "007", "caption": "a red, small bird", "split": "train"},
@@ -171,6 +172,32 @@ def test_load_paths_and_urls(tmp_path, encode):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_password_of_a_url_does_not_stand_in_the_set(tmp_path, encode, monkeypatch):
+    fetched = []
+
+    def fetch(downloads, url):
+        fetched.append(url)
+        if "b.png" in url:
+            raise OSError("b cannot be fetched")
+        return encode(0)
+
+    monkeypatch.setattr(Downloads, "fetch", fetch)
+    urls = [
+        "http://bob:one@a.b/a.png",
+        "http://bob:two@a.b/a.png",
+        "http://bob:one@a.b/b.png?w=1&Signature=s",
+        "http://a.b/c.png",
+    ]
+    rows = [{"image": url, "object_id": "1", "caption": f"image {i}", "split": "train"} for i, url in enumerate(urls)]
+    options = BuildOptions(workers=0, min_shards=1, progress=False)
+    build_shards(make_source("table", path=write(tmp_path / "t.csv", rows)), str(tmp_path / "set"), options)
+    assert list(dict.fromkeys(fetched)) == [urls[0], urls[2], urls[3]], "a sample first, then all"
+    (index,) = (tmp_path / "set" / "train").glob("*.index.parquet")
+    assert pq.read_table(index)["image_id"].to_pylist() == ["http://a.b/a.png", "http://a.b/c.png"]
+    (line,) = (tmp_path / "set" / "left_out.jsonl").read_text().splitlines()
+    assert json.loads(line)["left_out"] == "http://a.b/b.png?w=1: b cannot be fetched"
 
 
 def test_images_outside_of_the_root_need_a_flag(tmp_path, encode):

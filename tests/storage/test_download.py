@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.server
 import socket
@@ -24,10 +25,12 @@ class Host(http.server.BaseHTTPRequestHandler):
     are large, anything else is its own path."""
 
     asked: list[str] = []
+    logins: list[tuple[str | None, str | None]] = []
 
     def do_GET(self) -> None:
         host = self.connection.getsockname()[0]
         self.asked.append(f"{host}{self.path}")
+        self.logins.append((self.headers["Host"], self.headers["Authorization"]))
         what = self.path.removeprefix("/")
         with contextlib.suppress(OSError):
             if what.startswith("to/"):
@@ -76,6 +79,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(module, "PAUSE_S", 0.0)
     monkeypatch.setattr(module, "is_public", lambda address: address == OUTER or is_public(address))
     monkeypatch.setattr(Host, "asked", [])
+    monkeypatch.setattr(Host, "logins", [])
     monkeypatch.setenv("no_proxy", "*")
     server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), Host)
     server.daemon_threads, server.block_on_close = True, False
@@ -203,8 +207,46 @@ def leading_inside(self: Host) -> None:
     self.end_headers()
 
 
-def test_messages_keep_a_key_for_themselves(port: int) -> None:
-    for url in (f"http://{INNER}:1/a.png?sig=secret", f"http://{OUTER}:{port}/to/http://{INNER}/x%3Fsig=secret"):
+@pytest.mark.parametrize(
+    ("user", "login"),
+    [("bob:s3cr3t", "bob:s3cr3t"), ("bob", "bob:"), ("b%40b:a%2Fb:%25", "b@b:a/b:%"), ("bob:größe", "bob:größe")],
+)
+def test_a_user_and_password_are_sent_as_a_browser_does(port: int, user: str, login: str) -> None:
+    assert download(f"http://{user}@{INNER}:{port}/a.png") == b"/a.png"
+    assert Host.logins == [(f"{INNER}:{port}", "Basic " + base64.b64encode(login.encode()).decode())]
+
+
+def test_a_password_goes_to_its_own_host_alone(port: int) -> None:
+    inner, outer = f"{INNER}:{port}", f"{OUTER}:{port}"
+    assert download(f"http://bob:s3cr3t@{inner}/to/http://{inner}/to//to/http://{outer}/a.png") == b"/a.png"
+    own = "Basic " + base64.b64encode(b"bob:s3cr3t").decode()
+    assert Host.logins == [(inner, own)] * 3 + [(outer, None)]
+    Host.logins.clear()
+    assert download(f"http://bob:s3cr3t@{inner}/to/http://ann:pw@{outer}/a.png") == b"/a.png"
+    assert Host.logins == [(inner, own), (outer, "Basic " + base64.b64encode(b"ann:pw").decode())]
+
+
+def test_a_proxy_is_passed_by_whatever_the_user(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://{OUTER}:{port}")
+    monkeypatch.setenv("no_proxy", INNER)
+    assert download(f"http://bob:s3cr3t@{INNER}:{port}/a.png") == b"/a.png"
+
+
+def test_messages_keep_a_key_for_themselves(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, outer = f"http://bob:secret@{INNER}:{port}", f"http://bob:secret@{OUTER}:{port}"
+    monkeypatch.setattr(module, "MAX_BYTES", 2000)
+    for url in (
+        f"http://{INNER}:1/a.png?sig=secret",
+        f"http://{OUTER}:{port}/to/http://{INNER}/x%3Fsig=secret",
+        f"http://bob:secret@{INNER}:1/a.png",
+        f"http://bob:secret@{INNER}:x/a.png",
+        "http://bob:secret@/a.png",
+        "http://bob:secret@[::1/a.png",
+        f"{outer}/to/{inner}/a.png",
+        f"{inner}/to/ftp://a.b/c",
+        f"{inner}/to/" * 7,
+        f"{inner}/length",
+    ):
         with pytest.raises((OSError, SampleError)) as error:
             download(url)
         assert "secret" not in str(error.value)

@@ -68,6 +68,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ("https://a.b/x?q=rote Tasse&w=1%2F2&sig=a/b+c==", "https://a.b/x?q=rote%20Tasse&w=1%2F2&sig=a/b+c=="),
         ('http://a.b/a"<b>.png#part', "http://a.b/a%22%3Cb%3E.png"),
         ("http://a.b/c\\d.png", "http://a.b/c/d.png"),
+        ("http://bob:größe %2F@münchen.de/a.png", "http://bob:gr%C3%B6%C3%9Fe%20%2F@xn--mnchen-3ya.de/a.png"),
         ("http://münchen.de:8080/a.png", "http://xn--mnchen-3ya.de:8080/a.png"),
     ],
 )
@@ -241,6 +242,14 @@ def test_ids_tell_neither_folders_nor_keys() -> None:
     for place in ("https://me:word@a.b", "https://a.b/?me=1", "http://[::1/", "/"):
         assert re.fullmatch(r"image-[0-9a-f]{12}", id_of(place)), id_of(place)
     assert len(id_of(f"/{'x' * 500}.png")) < 120
+
+
+def test_another_password_is_the_same_image() -> None:
+    for user in ("bob:one@", "bob:tw@o@", "ann@", "@"):
+        assert unsigned(f"HTTPS://{user}a.b/c@2x.png?w=1@") == "HTTPS://a.b/c@2x.png?w=1@"
+        assert id_of(f"https://{user}a.b/c.png") == id_of("https://a.b/c.png") == "c-2c74880a8357.png"
+    for ref in ("s3://b@c/d.png", "https://a.b/c:d@e.png", "https://a.b?c@d", "https://a.b#c@d", "x/http://a@b"):
+        assert unsigned(ref) == ref
 
 
 @pytest.mark.parametrize(

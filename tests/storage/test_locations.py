@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmref.errors import FileSystemMissingError, StorageError
 from mmref.storage import retries
-from mmref.storage.locations import absolute, file_system, folder_name, from_text, join, read_bytes, size_of, to_text
+from mmref.storage.locations import absolute, file_system, folder_name, from_text, join, read_bytes, size_of, to_text, told
 
 
 def test_places_mean_the_same_in_another_directory(tmp_path, monkeypatch):
@@ -23,6 +23,14 @@ def test_places_mean_the_same_in_another_directory(tmp_path, monkeypatch):
     assert absolute("s3://bucket/set/") == "s3://bucket/set"
     assert join("s3://bucket/set/", "a", "b") == "s3://bucket/set/a/b" and join("/set", "a") == "/set/a"
     assert folder_name("s3://bucket/set/") == folder_name("/x/set") == "set"
+
+
+@pytest.mark.parametrize(("place", "text"), [
+    ("https://bob:word@a.b:80/c@d.png?key=1", "https://a.b:80/c@d.png"), (" HTTP://bob@a.b?key", " HTTP://a.b"),
+    ("http://bob:w@rd@a.b/c", "http://a.b/c"), ("abfs://box@a.b/c?d", "abfs://box@a.b/c?d"), ("c@d?e", "c@d?e"),
+])  # fmt: skip
+def test_messages_tell_no_keys_of_urls(place, text):
+    assert told(place) == text
 
 
 @pytest.mark.parametrize("kind", ["file", "url"])

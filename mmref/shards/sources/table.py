@@ -22,7 +22,7 @@ from mmref.shards.samples import DEFAULT_FRACTIONS, SourceObject, can_name_split
 from mmref.storage.cells import Batch
 from mmref.storage.downloads import DEFAULT, Downloads
 from mmref.storage.fetch import is_web, locate, locate_inside, one_spelling, outside_most, read_location
-from mmref.storage.locations import absolute, folder_name, is_url, join
+from mmref.storage.locations import USER, absolute, folder_name, is_url, join
 from mmref.storage.tables import Table, read_table, table_files
 
 LOOKED_AT = 10_000  # rows of which links are followed before anything is begun: it takes a look at the disk for each
@@ -116,7 +116,8 @@ class TableSource:
         """Rows of a batch that can be used; the others are listed. `outside` takes those whose image lies outside of the root."""
         faults = dict(batch.faults)
         image, object_id = (self._needed(batch, column, faults) for column in (self.image, self.object_id))
-        keys = self._keys(image, looked, faults, batch.numbers, outside)
+        ids, refs = _without_users(image)
+        keys = self._keys(ids, looked, faults, batch.numbers, outside)
         splits = self._splits(batch, split, object_id, faults)
         lists = [batch.text_lists(column) for column in captions]
         for *_, wrong in lists:
@@ -127,7 +128,7 @@ class TableSource:
             _add(faults, wrong)
             extra = pa.array([pickle.dumps(fields) for fields in values], pa.binary())
         texts, kinds = _side_by_side(captions, [(found, counts) for found, counts, _ in lists])
-        columns = [batch.numbers, splits, object_id, image, keys, pa.nulls(len(image), pa.binary()), texts, kinds, extra]
+        columns = [batch.numbers, splits, object_id, ids, keys, refs, texts, kinds, extra]
         table = pa.Table.from_arrays([pa.array(c) if isinstance(c, np.ndarray) else c for c in columns], schema=ROWS)
         if not faults:
             return table
@@ -245,6 +246,15 @@ def _root_of(path: str) -> str:
             "are relative to with --image-root."
         )
     return folders.pop()
+
+
+def _without_users(images: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Ids of images, of URLs without user and password, and where these differ the whole of it, pickled."""
+    ids = pc.replace_substring_regex(images, USER.pattern, r"\1")
+    if ids.equals(images):
+        return ids, pa.nulls(len(images), pa.binary())
+    pairs = zip(ids.to_pylist(), images.to_pylist())
+    return ids, pa.array([None if name == image else pickle.dumps(image) for name, image in pairs], pa.binary())
 
 
 def _add(faults: dict[int, str], more: dict[int, str]) -> None:

@@ -291,7 +291,7 @@ def _config_of(values: dict[str, Any]) -> Config:
     return config
 
 
-def _typed(values: dict[str, Any], cls: type, where: str, prefix: str = "") -> dict[str, Any]:
+def _typed(values: dict[str, Any], cls: Any, where: str, prefix: str = "") -> dict[str, Any]:
     """The values of a nested dict as their fields' types; an equal one stays as it is, since 1 and 1.0 make two hashes. Raises
     ConfigError."""
     hints, typed = typing.get_type_hints(cls), {}

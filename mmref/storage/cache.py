@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from mmref.errors import ShardSetError
-from mmref.storage.locations import file_system
+from mmref.storage.locations import file_system, told
 from mmref.storage.locks import one_at_a_time
 from mmref.storage.retries import retry
 
@@ -51,7 +51,7 @@ class ShardCache:
 
     def _fetch(self, url: str, target: Path) -> None:
         fs, inner = file_system(url)
-        size = int(retry(f"read {url}", lambda: fs.size(inner)))
+        size = int(retry(f"read {told(url)}", lambda: fs.size(inner)))
         if size > self.limit:
             raise ShardSetError(
                 f"{url} has {size:,} bytes, the cache may hold {self.limit:,}: raise `data.cache_gb`, or set it to 0 to "
@@ -68,7 +68,7 @@ class ShardCache:
             if (got := part.stat().st_size) != size:
                 raise OSError(f"{size} bytes expected, {got} came")
 
-        retry(f"read {url}", download)
+        retry(f"read {told(url)}", download)
         os.replace(part, target)
         with open(self.folder / FETCHES, "a", encoding="utf-8") as log:
             log.write(target.name + "\n")

@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 
-from mmref.storage.locations import file_system, is_folder, is_url, size_of
+from mmref.storage.locations import file_system, is_folder, is_url, size_of, told
 from mmref.storage.retries import retry
 
 
@@ -59,7 +59,7 @@ def _of_url(place: str, endings: tuple[str, ...]) -> list[str]:
         return sorted({*files, *(path for folder in folders for path in fs.find(folder))})
 
     try:
-        found = retry(f"list {place}", look)
+        found = retry(f"list {told(place)}", look)
     except FileNotFoundError:
         return []
     names = [path for path in found if path.lower().endswith(endings) and "/." not in path.removeprefix(inner)]

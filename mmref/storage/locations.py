@@ -270,7 +270,7 @@ def is_folder(place: str) -> bool:
         return os.path.isdir(place)
     fs, path = file_system(place)
     try:
-        return bool(retry(f"look at {place}", lambda: _answered(fs.info, path))["type"] == "directory")
+        return bool(retry(f"look at {told(place)}", lambda: _answered(fs.info, path))["type"] == "directory")
     except (FileNotFoundError, NotADirectoryError):
         return False
 

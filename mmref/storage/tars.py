@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mmref.errors import SourceError
-from mmref.storage.locations import endless, file_system, is_url
+from mmref.storage.locations import endless, file_system, is_url, told
 from mmref.storage.retries import retry
 
 LOCAL_BLOCK, REMOTE_BLOCK = 8 << 10, 4 << 20  # bytes; a request takes as long as some megabytes of a stream
@@ -45,7 +45,7 @@ def tar_stamp(place: str) -> str:
     if not is_url(place):
         return stamp_of(retry(f"look at {place}", lambda: os.stat(place)))
     fs, inner = file_system(place)
-    return _stamp_of_answer(retry(f"look at {place}", lambda: fs.info(inner)))
+    return _stamp_of_answer(retry(f"look at {told(place)}", lambda: fs.info(inner)))
 
 
 def stamp_of(found: os.stat_result) -> str:
@@ -78,10 +78,10 @@ class Tar:
         self._file, self._buffer, self._at = -1, b"", 0
         if is_url(place):
             self._fs, self._inner = file_system(place)
-            info = retry(f"look at {place}", lambda: self._fs.info(self._inner))
+            info = retry(f"look at {told(place)}", lambda: self._fs.info(self._inner))
             self.size, self.stamp, self._block = info.get("size"), _stamp_of_answer(info), REMOTE_BLOCK
             if self.size is None:  # a server that does not say how much comes gives no parts of it either
-                self._take_whole(retry(f"read {place}", lambda: self._fs.cat_file(self._inner)))
+                self._take_whole(retry(f"read {told(place)}", lambda: self._fs.cat_file(self._inner)))
         else:
             if why := endless(place):
                 raise SourceError(f"{why}: name a tar.")

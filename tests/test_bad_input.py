@@ -100,9 +100,9 @@ def test_checkpoints_scored_in_another_way(attempt: Callable[..., str], tmp_path
     folder = tmp_path / "run" / "checkpoints" / "step-00000004-abc"
     folder.mkdir(parents=True)
     (folder / "meta.json").write_text('{"step": 4, "world": 1, "files": {}}')
-    shutil.copy(write_config(make_config({"eval.metric": "mINP"}), tmp_path), tmp_path / "run" / "config.yaml")
+    shutil.copy(write_config(make_config({"eval.metric": "R@1"}), tmp_path), tmp_path / "run" / "config.yaml")
     error = attempt()
-    assert "RunDirectoryError" in error and "scored with `eval.metric` mINP, and is to go on with" in error
+    assert "RunDirectoryError" in error and "scored with `eval.metric` R@1, and is to go on with" in error
 
 
 def test_evaluating_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import functools
 from matplotlib.font_manager import findSystemFonts, fontManager, get_font
 
 OWN = "DejaVu Sans"  # comes with matplotlib
+REGULAR = (400, "normal", "regular")
 LAST_RESORT = "Last Resort"  # has a box for every letter
 
 
@@ -17,7 +18,9 @@ def fonts_for(text: str) -> tuple[list[str], str]:
     names = [OWN]
     if missing:
         _look_again()
-        for entry in sorted(fontManager.ttflist, key=lambda entry: (abs(entry.weight - 400), entry.style, entry.name)):
+        for entry in sorted(
+            fontManager.ttflist, key=lambda entry: (entry.style != "normal", entry.weight not in REGULAR, entry.name)
+        ):
             if not entry.name.startswith(LAST_RESORT) and (found := missing & _letters(entry.fname)):
                 missing -= found
                 names.append(entry.name)

@@ -93,7 +93,8 @@ def write_config(config: Config, folder: Path) -> Path:
 def records(run: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl."""
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk may hold half of the last one
 
 
 def losses(run: Path) -> dict[int, float]:

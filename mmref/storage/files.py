@@ -49,14 +49,13 @@ def _of_url(place: str, endings: tuple[str, ...]) -> list[str]:
         return []
     fs, inner = file_system(place)
 
-    def look() -> list[str]:
+    def look() -> set[str]:
         """Files below the folder, or of the pattern and below the folders that it matches."""
         if not glob.has_magic(inner):
-            return list(fs.find(inner))
+            return set(fs.find(inner))
         found = fs.glob(inner, detail=True)
-        folders = [path for path, about in found.items() if about["type"] == "directory" and path.lower().endswith(endings)]
-        files = [path for path, about in found.items() if about["type"] != "directory"]
-        return sorted({*files, *(path for folder in folders for path in fs.find(folder))})
+        folders = {path for path, about in found.items() if about["type"] == "directory"}
+        return (found.keys() - folders).union(*(fs.find(path) for path in folders if path.lower().endswith(endings)))
 
     try:
         found = retry(f"list {told(place)}", look)

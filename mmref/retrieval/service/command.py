@@ -78,14 +78,13 @@ def serve_main(argv: Sequence[str]) -> int:
         ("rate", "searches a second of one client; 0: any number"),
     ):
         default = getattr(defaults, name)
-        flag = f"--max-{name.replace('_', '-')}"
         kind = positive if isinstance(default, int) else amount
-        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
+        parser.add_argument(_flag(name), type=kind, default=default, help=f"{text} (default: %(default)s)")
     args = parser.parse_args(argv)
     for name, most in defaults.most().items():
         if (given := getattr(args, f"max_{name}")) > most:
-            flag = f"--max-{name.replace('_', '-')}"
-            raise UsageError(f"{flag} {given} is more than the service's other limits leave room for: give at most {most}.")
+            fix = f"give at most {most}"
+            raise UsageError(f"{_flag(name)} {given} is more than the service's other limits leave room for: {fix}.")
     if args.store and len(args.indexes) > 1:
         raise UsageError("--store is of one index: serve the others on another port.")
     if args.judgements and not args.judge:
@@ -115,6 +114,11 @@ def serve_main(argv: Sequence[str]) -> int:
         status = stopped.code
     sys.stdout.flush()
     os._exit(status)  # a search that still computes, and Python's own tidying, would hold the process for seconds
+
+
+def _flag(name: str) -> str:
+    """The option of a field of Limits."""
+    return f"--max-{name.replace('_', '-')}"
 
 
 def read_token(path: str | None) -> str | None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from mmref.errors import SampleError
 from mmref.storage.fetch import read_location
-from mmref.storage.locations import file_system, is_url, read_bytes
+from mmref.storage.locations import is_url, read_bytes
 from mmref.storage.parquet import open_parquet, parquet_batches
 
 IN_ROW = -1  # in place of a length
@@ -91,8 +91,7 @@ class _RowReader:
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._next = self._end = 0  # rows that the batches give next, and where their row group ends
         try:
-            fs, inner = file_system(file) if is_url(file) else (None, file)
-            self._file = open_parquet(fs.open(inner, "rb") if fs else inner, BUFFER_BYTES)
+            self._file = open_parquet(file, BUFFER_BYTES)
             nested = pa.types.is_struct(self._file.schema_arrow.field(column).type)
         except KeyError:
             raise SampleError(f"{file} has no column {column!r} any more") from None

@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmref.storage.locations import is_url, opened
+
 BATCH_ROWS = 65_536
 
 
@@ -20,12 +22,15 @@ def open_parquet(source: Any, buffer_bytes: int = 0) -> pq.ParquetFile:
     """A file of which only the description is read: names, types, number of rows.
 
     Args:
-        source: path, or a file that is open for bytes.
+        source: path or URL, or a file that is open for bytes.
         buffer_bytes: read as many at once of a column; 0: all of a row group, which is quicker and takes its memory.
 
     Raises:
         OSError, ValueError: it cannot be read, or is no Parquet file that can be read here.
+        FileSystemMissingError: what opens such URLs is not installed.
     """
+    if isinstance(source, str) and is_url(source):
+        source = opened(source)
     with _as_documented():
         return pq.ParquetFile(source, pre_buffer=False, buffer_size=buffer_bytes)
 

@@ -22,7 +22,6 @@ import pyarrow.compute as pc
 from mmref.errors import MMRefError, SourceError
 from mmref.storage.cells import Batch, Row
 from mmref.storage.files import matching_files
-from mmref.storage.locations import file_system, is_url
 from mmref.storage.parquet import BATCH_ROWS, open_parquet, parquet_batches
 from mmref.storage.plain_csv import LARGEST, Piece
 from mmref.storage.plain_json import count_lines, holds_no_other, json_kinds, plain_columns
@@ -304,8 +303,7 @@ def _parquet_files(place: str, files: list[str]) -> Table:
 def _parquet(place: str) -> Table:
     damaged = (pa.ArrowException, OSError, ValueError)
     try:
-        fs, inner = file_system(place) if is_url(place) else (None, place)
-        file = open_parquet(fs.open(inner, "rb") if fs else inner)
+        file = open_parquet(place)
         names = file.schema_arrow.names
     except damaged as error:
         kind = "cannot be read" if isinstance(error, OSError) else "is not a Parquet file"

@@ -21,7 +21,7 @@ from mmref.shards.sources.image_columns import ImageColumns, labels_of
 from mmref.shards.sources.listed import ListedImage, ListedSource
 from mmref.storage.fetch import locate_inside
 from mmref.storage.image_places import BUFFER_BYTES, Place, read_place, row_place
-from mmref.storage.locations import file_system, is_url
+from mmref.storage.locations import is_url
 from mmref.storage.parquet import open_parquet, parquet_batches
 from mmref.storage.tables import Row
 from mmref.terminal.progress import Counter as Progress
@@ -197,7 +197,7 @@ class ParquetPart:
         self.path, self.prefix, self.split, self._pack = path, prefix, split, pack
         self.root, self._locate = os.path.dirname(path) if root is None else root, locate
         with _named(path):
-            self._file = open_parquet(_source(path), BUFFER_BYTES)
+            self._file = open_parquet(path, BUFFER_BYTES)
         self.schema: pa.Schema = self._file.schema_arrow
 
     def rows(self, image: str, others: Sequence[str]) -> Iterator[ImageRow]:
@@ -247,7 +247,7 @@ class ParquetPart:
 def first_value(part: ParquetPart, column: str) -> bytes | None:
     """The first of a column of bytes that is not null. Raises SourceError."""
     with _named(part.path):
-        for batch in parquet_batches(open_parquet(_source(part.path), BUFFER_BYTES), [column], 1):
+        for batch in parquet_batches(open_parquet(part.path, BUFFER_BYTES), [column], 1):
             if (value := batch.column(0)[0].as_py()) is not None:
                 return value
     return None
@@ -296,14 +296,6 @@ class ArrowPart:
         edges = np.frombuffer(offsets, wide)[values.offset : values.offset + len(values) + 1].astype(np.int64)
         sizes = np.where(values.is_valid().to_numpy(zero_copy_only=False), np.diff(edges), 0)
         return list(zip((start + edges[:-1]).tolist(), sizes.tolist()))
-
-
-def _source(path: str) -> Any:
-    """What Parquet is read from: a path, or a URL's file."""
-    if not is_url(path):
-        return path
-    fs, inner = file_system(path)
-    return fs.open(inner, "rb")
 
 
 def image_row(

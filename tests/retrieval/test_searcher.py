@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -168,6 +172,24 @@ def test_bad_queries_are_named(searcher):
 def test_a_small_index_answers_with_all_it_has(folder, run, tmp_path):
     index.create(str(folder / "deep"), str(run), str(tmp_path / "out"), workers=0)
     assert len(mmref.Searcher(str(tmp_path / "out")).search("red circle")) == 5
+
+
+def test_a_script_that_holds_an_index_to_its_end_ends_in_silence(split_index):
+    script = "import atexit, sys, mmref; searcher = mmref.Searcher(sys.argv[1]); atexit.register(lambda: searcher)"
+    done = subprocess.run([sys.executable, "-c", script, str(split_index)], text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0 and "ignored" not in done.stderr, done.stderr
+
+
+def test_files_of_an_index_are_closed_with_it(split_index):
+    def held() -> list[str]:
+        links = [Path("/proc/self/fd") / number for number in os.listdir("/proc/self/fd")]
+        return [file for link in links if link.is_symlink() and (file := os.readlink(link)).startswith(str(split_index))]
+
+    searcher = Searcher(str(split_index))
+    assert held()
+    del searcher
+    gc.collect()
+    assert not held()
 
 
 def test_three_lines(split_index):

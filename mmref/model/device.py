@@ -18,6 +18,11 @@ def chosen_device(asked: str | torch.device = "auto") -> torch.device:
         raise ModelError(f"the device {asked!r} is none that PyTorch knows ({said}): give auto, cpu or cuda.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"the device {asked} is not here: PyTorch sees no GPU. Leave it out, or give `cpu`.")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # of a kind that this PyTorch was built without, a GPU that is not there
+        said = str(error).splitlines()[0]
+        raise ModelError(f"the device {asked} cannot be used ({said}): give auto, cpu or cuda.") from None
     return device
 
 

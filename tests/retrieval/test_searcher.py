@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -163,10 +164,32 @@ def test_bad_queries_are_named(searcher):
         with pytest.raises(QueryError, match=rf"{name} is 3\.0: give a whole number"):
             searcher.search("x", **{name: 3.0})
     assert len(searcher.search("x", top=np.int64(3), offset=np.int64(1))) == 3
-    with pytest.raises(QueryError, match="weight of the image is 2"):
-        searcher.search("x", image_weight=2)
+    for weight in (2, "0.5", None):
+        with pytest.raises(QueryError, match=f"weight of the image is {weight!r}"):
+            searcher.search("x", image_weight=weight)
+    for sort in (["split"], 5):
+        with pytest.raises(QueryError, match="give the name of one column"):
+            searcher.search("x", sort=sort)
+    for search in (searcher.search_many, searcher.search_many_objects):
+        for single in ("a bird", Query("a bird"), Path("a.jpg"), None):
+            with pytest.raises(QueryError, match=r"queries is .*: give a list"):
+                search(single)
+    with pytest.raises(QueryError, match=r"within is .*: give a list"):
+        searcher.search("x", within=searcher.items["id"][0].as_py())
+    with pytest.raises(QueryError, match="has no item '3'"):
+        searcher.item(3)
     with pytest.raises(QueryError, match="candidates is -1"):
         searcher.search("x", candidates=-1)
+
+
+def test_queries_and_ids_come_as_arrays_columns_and_generators(searcher):
+    texts = ["a bird", "a red circle"]
+    ids = searcher.items["id"].slice(0, 3)
+    for search in (searcher.search_many, searcher.search_many_objects):
+        expected = search(texts, within=ids.to_pylist())
+        for given in (np.array(texts), pa.array(texts), (text for text in texts)):
+            assert search(given, within=ids) == expected
+        assert search(text for text in ()) == search(np.array([])) == []
 
 
 def test_a_small_index_answers_with_all_it_has(folder, run, tmp_path):

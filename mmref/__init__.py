@@ -61,7 +61,7 @@ def build_index(
     allow_outside: bool = False,
     config: str | None = None,
     folders: Literal["auto", "objects", "plain"] = "auto",
-    kind: Literal["auto", "flat", "ivf", "hnsw"] = "auto",
+    kind: Literal["auto", "flat", "ivf", "hnsw", "ivfpq"] = "auto",
     recall: float = 0.95,
     workers: int | None = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -81,7 +81,7 @@ def build_index(
         allow_outside: of a table, take images that lie elsewhere than below `image_root`.
         config: of a dataset that has several.
         folders: what the folders in a folder are: objects; plain: nothing; auto: objects where every image lies in object/image.
-        kind: exact search (flat) or approximate (ivf, hnsw); auto: exact up to a million images.
+        kind: exact search (flat) or approximate (ivf, hnsw, and ivfpq in less memory); auto: exact up to a million images.
         recall: share of the ten nearest, 0 to 1, that an approximate search must find.
         workers: Ray actors that embed, None: one a core. 0, the default: in this process, quickest for a few thousand images.
         device: where images are embedded; auto: a GPU where there is one.

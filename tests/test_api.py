@@ -19,7 +19,7 @@ from support.pretrained import PHOTOGRAPHS, save_pretrained
 
 import mmref
 from mmref.config import Config, load_config
-from mmref.errors import ConfigError, ExtraMissingError, ModelError, PathError, SearchIndexError
+from mmref.errors import ConfigError, ExtraMissingError, ModelError, PathError, SearchIndexError, UsageError
 
 LIGHT = """
 import sys
@@ -75,6 +75,21 @@ def test_an_index_is_made_and_searched(clip: Path, tmp_path: Path) -> None:
         mmref.build_index(photos, clip, out)
     with pytest.raises(PathError, match="is a URL"):
         mmref.build_index(photos, clip, "s3://bucket/index")
+
+
+def test_choices_that_there_are_none_of_are_named_before_anything_is_embedded(clip: Path, tmp_path: Path) -> None:
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"kind": "fancy"}, SearchIndexError, "kind is 'fancy': give one of auto, flat, ivf, hnsw, ivfpq"),
+        ({"folders": "some"}, SearchIndexError, "folders is 'some': give one of auto, objects, plain"),
+        ({"recall": 95}, SearchIndexError, "recall is 95: give a share"),
+        ({"workers": -1}, UsageError, "workers is -1: give a number"),
+    ]
+    for given, kind, said in wrong:
+        with pytest.raises(kind, match=said):
+            mmref.build_index(tmp_path, clip, tmp_path / "index", **given)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ModelError, match="the device mps cannot be used"):
+        mmref.load(clip, device="mps")
 
 
 def test_a_model_is_scored(clip: Path, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from mmref.cluster.address import cluster_address
 from mmref.config import AUTO, Config, TrainConfig
-from mmref.errors import ClusterTooSmallError
+from mmref.errors import ClusterTooSmallError, UsageError
 from mmref.extras import missing, need
 
 LOCAL_CPUS = 8  # logical: on a small machine, workers and readers share its cores
@@ -59,8 +59,10 @@ def workers_that_fit(asked: int | None) -> int:
     """Actors or tasks of a CPU each: `asked`, None for one a core, but no more than a local cluster offers; that is said.
 
     0 are none: the work is done in this process, as it is for None where Ray is not installed. Called before `connect`. A
-    cluster that RAY_ADDRESS names may grow. Raises ClusterStartError as `cluster_address`, ExtraMissingError.
+    cluster that RAY_ADDRESS names may grow. Raises ClusterStartError as `cluster_address`, ExtraMissingError, UsageError.
     """
+    if asked is not None and asked < 0:
+        raise UsageError(f"workers is {asked}: give a number of Ray actors, or 0 for this process.")
     if asked == 0 or (asked is None and missing("train", "ray")):
         return 0
     need("train", f"work by {asked} Ray actors", "ray", otherwise="Or do it in this process: `--workers 0`.")

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -233,17 +234,14 @@ class SampleReader:
         self.index, self.cache = index, cache
         self._files: OrderedDict[str, int] = OrderedDict()  # path -> file descriptor, least recently used first
         self._lock = threading.Lock()  # of _files: evaluation reads with several threads
+        weakref.finalize(self, _close_all, self._files).atexit = False  # `__del__` may find no `os` when Python ends
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SampleReader, (self.index, self.cache)
 
-    def __del__(self) -> None:
-        self.close()
-
     def close(self) -> None:
         """Closes the cached files. The reader stays usable."""
-        while getattr(self, "_files", None):
-            os.close(self._files.popitem()[1])
+        _close_all(self._files)
 
     @contextlib.contextmanager
     def _opened(self, shard: int, path: str) -> Iterator[int]:
@@ -425,6 +423,12 @@ def sound(found: T | SampleError) -> T:
     if isinstance(found, SampleError):
         raise found
     return found
+
+
+def _close_all(files: OrderedDict[str, int]) -> None:
+    """Close what a reader holds open."""
+    while files:
+        os.close(files.popitem()[1])
 
 
 def _open(path: str) -> Any:

@@ -12,7 +12,7 @@ Needs no Ray, DeepSpeed or shard set.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -93,13 +93,19 @@ class Model:
         return float(close["cosine"]) if close else None
 
     def encode_text(self, texts: Sequence[str], batch: int = 128) -> Floats:
-        """n sentences -> (n, d). Longer ones are cut to `config.data.max_tokens` tokens."""
-        if isinstance(texts, str):
+        """n sentences -> (n, d). Longer ones are cut to `config.data.max_tokens` tokens. Raises SampleError that names what is no
+        text."""
+        if _is_single(texts):
             raise TypeError("encode_text takes a list of sentences: encode_text([sentence]).")
-        return self._batched(list(texts), batch, self._encoder.texts)
+        texts = list(texts)
+        for i, text in enumerate(texts):
+            _check_text(text, f"text {i}")
+        return self._batched(texts, batch, self._encoder.texts)
 
     def encode_images(self, images: Sequence[ImageLike], batch: int = 128) -> Floats:
         """n images -> (n, d). Raises SampleError that names the image which cannot be read."""
+        if _is_single(images):
+            raise TypeError("encode_images takes a list of images: encode_images([image]).")
         return self._batched(list(images), batch, lambda part: self._encoder.images(self.pixels(part)))
 
     def pixels(self, images: Sequence[ImageLike]) -> NDArray[np.uint8]:
@@ -108,6 +114,8 @@ class Model:
         return np.stack([read_image(image, fit, f"image {i}") for i, image in enumerate(images)])
 
     def _batched(self, items: list[T], batch: int, encode: Callable[[list[T]], Floats]) -> Floats:
+        if batch < 1:
+            raise ValueError(f"batch is {batch}: give at least 1.")
         if not items:
             return np.zeros((0, self.dim), np.float32)
         with self._encoder:
@@ -131,6 +139,22 @@ class Model:
         top_p = self.refinement.top_p
         inside = None if top_p is None else candidates(scores, top_p)
         return refine(scores, reference_similarity(codes, gallery.codes), self.refinement.weight, inside)
+
+
+def _is_single(given: Any) -> bool:
+    """Whether one text or image was given in the place of several: some of them can be iterated over too."""
+    if isinstance(given, np.ndarray):
+        return given.ndim == 0 or (given.ndim == 3 and given.shape[2] == 3)
+    one = isinstance(given, str | bytes | bytearray | memoryview | os.PathLike | Image.Image | Fitted) or hasattr(given, "read")
+    return one or not isinstance(given, Iterable)
+
+
+def _check_text(text: Any, name: str) -> None:
+    """Raise SampleError for what no tokenizer takes, or would take for something else, as it does a pair of texts."""
+    if not isinstance(text, str):
+        raise SampleError(f"{name} is {text!r:.100}, which is no text.")
+    if not text.isascii() and text.encode(errors="ignore").decode() != text:  # half a surrogate pair
+        raise SampleError(f"{name}, {text!a:.100}, is no text that UTF-8 can hold.")
 
 
 def read_image(image: ImageLike, fit: Fit, name: str) -> NDArray[np.uint8]:

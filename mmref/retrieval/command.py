@@ -16,7 +16,6 @@ from mmref.terminal.arguments import count, images, local_path, model, place, sh
 from mmref.terminal.output import printable, to_json
 from mmref.terminal.parser import Parser
 
-FOLDERS = ("auto", "objects", "plain")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -33,6 +32,8 @@ def index_main(argv: Sequence[str]) -> int:
 
 def _source_options(parser: argparse.ArgumentParser, needed: bool = True) -> None:
     """IMAGES, as the next positional argument, and how they are read."""
+    from mmref.retrieval.images import FOLDERS
+
     parser.add_argument(
         "images", nargs=None if needed else "?", type=images, metavar="IMAGES",
         help="folder (recursive), shard set, table, Parquet files that hold images (also a glob), URL prefix, or dataset of "

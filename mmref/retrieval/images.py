@@ -39,6 +39,7 @@ COLUMNS = {  # of every listing, before metadata columns
     "file_stamp": pa.string(),
 }  # fmt: skip
 RESERVED = {*COLUMNS, "uid", "width", "height", "file_sha256", "captions", "image_id"}
+FOLDERS = ("auto", "objects", "plain")  # what the folders of a folder may be taken for
 QUERIES = 256  # captions kept to measure the recall of an approximate index with
 
 
@@ -70,7 +71,7 @@ class TableColumns:
     item_id: str | None = None  # None: the image's own, see `mmref.storage.fetch.id_of`
     allow_outside: bool = False  # of the image root
     config: str | None = None  # of a dataset
-    folders: str = "auto"  # whether the folders of a folder are objects: auto, objects or plain
+    folders: str = "auto"  # whether the folders of a folder are objects: one of FOLDERS
 
 
 DEFAULT_COLUMNS = TableColumns()

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +39,7 @@ from mmref.retrieval.changes import (
     unread_before,
 )
 from mmref.retrieval.chunks import JOURNAL, PLACE, Chunks, embed, identity
-from mmref.retrieval.images import DEFAULT_COLUMNS, Listing, TableColumns, list_images, no_items
+from mmref.retrieval.images import DEFAULT_COLUMNS, FOLDERS, Listing, TableColumns, list_images, no_items
 from mmref.retrieval.journal import KILLED
 from mmref.retrieval.manifest import Manifest, Source
 from mmref.retrieval.segment import Segment, copy_rows, open_segments, write_segment
@@ -103,6 +103,7 @@ def create(
     """
     if "://" in out:
         raise SearchIndexError(f"{out} is a URL, and an index is a local folder: give one with --out.")
+    _check_asked(kind, recall, columns.folders)
     images, target = images_place(images), Path(os.path.realpath(os.path.expanduser(out)))
     _check_free(target)
     work = target.with_name(f"{target.name}.partial")
@@ -128,6 +129,15 @@ def create(
         os.rename(work, target)
         _tidy(target)
     return manifest
+
+
+def _check_asked(kind: str, recall: float, folders: str) -> None:
+    """Raise SearchIndexError for choices that there are none of, before hours of work: the terminal offers no others."""
+    for name, given, known in (("kind", kind, get_args(Kind)), ("folders", folders, FOLDERS)):
+        if given not in known:
+            raise SearchIndexError(f"{name} is {given!r}: give one of {', '.join(known)}.")
+    if not 0 <= recall <= 1:
+        raise SearchIndexError(f"recall is {recall}: give a share of the ten nearest, from 0 to 1.")
 
 
 def add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -90,5 +91,5 @@ def check(query: Query) -> None:
         raise QueryError(f"the query {query.text!a} is no text that UTF-8 can hold.")
     if not (query.text or "").strip() and query.image is None:
         raise QueryError("the query is empty: give a sentence, an image, or both.")
-    if not 0 <= query.image_weight <= 1:
-        raise QueryError(f"the weight of the image is {query.image_weight}: give 0 to 1.")
+    if not isinstance(query.image_weight, numbers.Real) or not 0 <= query.image_weight <= 1:
+        raise QueryError(f"the weight of the image is {query.image_weight!r:.100}: give 0 to 1.")

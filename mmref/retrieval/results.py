@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
@@ -112,6 +113,15 @@ def whole(name: str, given: SupportsIndex) -> int:
         return operator.index(given)
     except TypeError:
         raise QueryError(f"{name} is {given!r:.100}: give a whole number.") from None
+
+
+def several(name: str, given: Any) -> list[Any]:
+    """An argument that is several things: any list, array, column or generator of them. Raises QueryError for a single one, whose
+    letters would be taken for them."""
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, str | bytes | os.PathLike) or not isinstance(given, Iterable):
+        raise QueryError(f"{name} is {given!r:.100}: give a list, [...], also of a single one.")
+    return list(given)
 
 
 def sort_column(sort: str) -> tuple[str, bool]:

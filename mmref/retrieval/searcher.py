@@ -39,7 +39,17 @@ from mmref.retrieval.notebook import Results
 from mmref.retrieval.objects import Objects, RankedObject, rank_objects
 from mmref.retrieval.query_encoder import QueryEncoder
 from mmref.retrieval.ranking import Encoded, Ranker
-from mmref.retrieval.results import DEFAULT_IMAGES, ObjectResult, Query, Reference, Result, sort_column, sorted_by, whole
+from mmref.retrieval.results import (
+    DEFAULT_IMAGES,
+    ObjectResult,
+    Query,
+    Reference,
+    Result,
+    several,
+    sort_column,
+    sorted_by,
+    whole,
+)
 from mmref.retrieval.segment import join_items, open_segments
 from mmref.retrieval.vector_file import open_vectors
 from mmref.retrieval.vectors import Approximate
@@ -193,6 +203,7 @@ class Searcher:
             QueryError: an empty query, an unreadable image, more results than items, an unknown item. UnknownColumnError.
             FilterError: a filter that cannot be read, or does not fit its column.
         """
+        queries = several("queries", queries)
         top = min(DEFAULT_TOP, len(self)) if top is None else whole("top", top)
         if not 1 <= top <= len(self):
             raise QueryError(f"top is {top}: give 1 to {len(self)}, the number of items in {self.index.name}.")
@@ -253,7 +264,7 @@ class Searcher:
         Raises:
             QueryError: as in `search_many`, and where the index knows no objects.
         """
-        objects = self.objects
+        queries, objects = several("queries", queries), self.objects
         top = min(DEFAULT_TOP, len(objects)) if top is None else whole("top", top)
         if not 1 <= top <= len(objects):
             raise QueryError(f"top is {top}: give 1 to {len(objects)}, the number of objects in {self.index.name}.")
@@ -276,7 +287,9 @@ class Searcher:
             self.check_sort(sort)
 
     def check_sort(self, sort: str) -> None:
-        """Raise UnknownColumnError where there is no column to sort by."""
+        """Raise UnknownColumnError where there is no column to sort by, QueryError where the name of one is no text."""
+        if not isinstance(sort, str):
+            raise QueryError(f"sort is {sort!r:.100}: give the name of one column, such as 'price' or '-price'.")
         check_column(sort_column(sort)[0], list(self.filter_columns), self.index.name)
 
     def in_order(self, results: Results[Result], sort: str | None) -> Results[Result]:
@@ -432,7 +445,7 @@ class Searcher:
         conditions = read_where(where)
         rows = self.matching(conditions) if conditions else None
         if within is not None:
-            some = np.unique(np.array([self.row(str(item_id)) for item_id in within], np.int64))
+            some = np.unique(np.array([self.row(item_id) for item_id in several("within", within)], np.int64))
             rows = some if rows is None else np.intersect1d(rows, some, assume_unique=True)
         return Selection(len(self) if rows is None else len(rows), rows)
 
@@ -453,7 +466,7 @@ class Searcher:
 
     def row(self, item_id: str) -> int:
         """Row of an item. Raises QueryError."""
-        ids = self.items["id"]
+        ids, item_id = self.items["id"], str(item_id)  # a column of ids may have held numbers
         at = bisect.bisect_left(self._by_id, item_id, key=lambda row: ids[row].as_py())
         if at == len(self) or ids[self._by_id[at]].as_py() != item_id:
             raise QueryError(f"{self.index.name} has no item {item_id!r}.")
@@ -480,7 +493,7 @@ class Searcher:
 
     def item_of(self, object_id: str) -> str | None:
         """Id of the first item of an object, None where the index has none."""
-        row = pc.index(self.items["object_id"], pa.scalar(object_id, pa.string())).as_py()
+        row = pc.index(self.items["object_id"], pa.scalar(str(object_id), pa.string())).as_py()
         return self.items["id"][row].as_py() if row >= 0 else None
 
     def item(self, item_id: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,7 @@ class Segment:
             self.spans: NDArray[np.int64] = np.load(folder / "thumbnails.npy", mmap_mode="r")
             self.items: pa.Table = read_items(folder)
             self._thumbnails = os.open(folder / "thumbnails.bin", os.O_RDONLY)
+            weakref.finalize(self, os.close, self._thumbnails).atexit = False  # as in `RowFile`
         except (OSError, ValueError) as error:
             raise SearchIndexError(f"{folder} cannot be read ({error}): the index is damaged; make it again.") from None
         lengths = {len(x) for x in (self.features, self.uids, self.spans, self.items, *self.codes.values())}
@@ -60,10 +62,6 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.uids)
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
-            os.close(self._thumbnails)
 
     def thumbnail(self, row: int) -> bytes:
         """WebP of a row."""

@@ -6,9 +6,9 @@ ending the process (SIGBUS). So arrays are written, and mapped only to be read.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -69,14 +69,12 @@ class RowFile:
     def __init__(self, path: Path, mapped: np.memmap[Any, Any]) -> None:
         self.shape, self.dtype, self._offset = mapped.shape, mapped.dtype, mapped.offset
         self._handle = os.open(path, os.O_RDONLY)
+        # Not `__del__`: where Python ends before its objects do, that finds no `os` any more, and complains.
+        weakref.finalize(self, os.close, self._handle).atexit = False
         os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __len__(self) -> int:
         return int(self.shape[0])
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
-            os.close(self._handle)
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Rows (any shape) of 0 and more: rows.shape + (width,)."""

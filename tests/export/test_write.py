@@ -194,8 +194,19 @@ def test_images_come_as_files_bytes_pil_and_arrays(exported, tmp_path):
                         (5, "image 0 is a int: give a file or URL, its bytes")):  # fmt: skip
         with pytest.raises(SampleError, match=said):
             loaded.encode_images([wrong])
-    with pytest.raises(TypeError, match="takes a list"):
-        loaded.encode_text("a bird")
+    for single in (path, str(path), data, io.BytesIO(data), Image.open(path), array, None):
+        with pytest.raises(TypeError, match="encode_images takes a list"):
+            loaded.encode_images(single)
+    assert loaded.encode_images(np.stack([array, array])).shape == (2, loaded.dim)
+    for single in ("a bird", b"a bird", np.array("a bird"), None):
+        with pytest.raises(TypeError, match="encode_text takes a list"):
+            loaded.encode_text(single)
+    for text, said in ((None, "text 1 is None, which is no text"), (("a", "b"), "text 1 is .* no text"),
+                       ("caf\udce9", "text 1, .*udce9.*, is no text that UTF-8")):  # fmt: skip
+        with pytest.raises(SampleError, match=said):
+            loaded.encode_text(["a bird", text])
+    with pytest.raises(ValueError, match="batch is 0: give at least 1"):
+        loaded.encode_text(["a bird"], batch=0)
 
 
 def test_the_card_holds_the_metrics_and_its_three_lines_work(exported, tmp_path, monkeypatch):

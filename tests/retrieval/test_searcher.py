@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -159,15 +164,55 @@ def test_bad_queries_are_named(searcher):
         with pytest.raises(QueryError, match=rf"{name} is 3\.0: give a whole number"):
             searcher.search("x", **{name: 3.0})
     assert len(searcher.search("x", top=np.int64(3), offset=np.int64(1))) == 3
-    with pytest.raises(QueryError, match="weight of the image is 2"):
-        searcher.search("x", image_weight=2)
+    for weight in (2, "0.5", None):
+        with pytest.raises(QueryError, match=f"weight of the image is {weight!r}"):
+            searcher.search("x", image_weight=weight)
+    for sort in (["split"], 5):
+        with pytest.raises(QueryError, match="give the name of one column"):
+            searcher.search("x", sort=sort)
+    for search in (searcher.search_many, searcher.search_many_objects):
+        for single in ("a bird", Query("a bird"), Path("a.jpg"), None):
+            with pytest.raises(QueryError, match=r"queries is .*: give a list"):
+                search(single)
+    with pytest.raises(QueryError, match=r"within is .*: give a list"):
+        searcher.search("x", within=searcher.items["id"][0].as_py())
+    with pytest.raises(QueryError, match="has no item '3'"):
+        searcher.item(3)
     with pytest.raises(QueryError, match="candidates is -1"):
         searcher.search("x", candidates=-1)
+
+
+def test_queries_and_ids_come_as_arrays_columns_and_generators(searcher):
+    texts = ["a bird", "a red circle"]
+    ids = searcher.items["id"].slice(0, 3)
+    for search in (searcher.search_many, searcher.search_many_objects):
+        expected = search(texts, within=ids.to_pylist())
+        for given in (np.array(texts), pa.array(texts), (text for text in texts)):
+            assert search(given, within=ids) == expected
+        assert search(text for text in ()) == search(np.array([])) == []
 
 
 def test_a_small_index_answers_with_all_it_has(folder, run, tmp_path):
     index.create(str(folder / "deep"), str(run), str(tmp_path / "out"), workers=0)
     assert len(mmref.Searcher(str(tmp_path / "out")).search("red circle")) == 5
+
+
+def test_a_script_that_holds_an_index_to_its_end_ends_in_silence(split_index):
+    script = "import atexit, sys, mmref; searcher = mmref.Searcher(sys.argv[1]); atexit.register(lambda: searcher)"
+    done = subprocess.run([sys.executable, "-c", script, str(split_index)], text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0 and "ignored" not in done.stderr, done.stderr
+
+
+def test_files_of_an_index_are_closed_with_it(split_index):
+    def held() -> list[str]:
+        links = [Path("/proc/self/fd") / number for number in os.listdir("/proc/self/fd")]
+        return [file for link in links if link.is_symlink() and (file := os.readlink(link)).startswith(str(split_index))]
+
+    searcher = Searcher(str(split_index))
+    assert held()
+    del searcher
+    gc.collect()
+    assert not held()
 
 
 def test_three_lines(split_index):

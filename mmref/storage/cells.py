@@ -136,6 +136,17 @@ class Batch:
         return Batch(self.numbers, {column: self.cells[column]}).rows()
 
 
+def line_texts(lines: Iterable[str], kind: str) -> list[str]:
+    """Captions of a text file, one a line, each as a cell of a table would be read. Raises SampleError that names the line."""
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_text(kind, line))
+        except SampleError as error:
+            raise SampleError(f"line {number}: {error}") from None
+    return [text for text in found if text]
+
+
 def is_list(kind: pa.DataType) -> bool:
     """Whether cells of a type are lists, of any or of a fixed length."""
     t = pa.types

@@ -53,6 +53,23 @@ def test_list_column_and_several_columns(tmp_path):
     assert (image.captions, image.caption_kinds) == (["three", "one", "two"], ["title", "captions", "captions"])
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize("captions", ["['a red bird', \"it's small\"]", "['a bird'\n 'red']"])
+def test_lists_that_were_written_as_texts(tmp_path, ending, captions):
+    """pandas writes a column of lists into a CSV like this: their brackets would be trained on."""
+    path = tmp_path / f"t.{ending}"
+    rows = [{"image": f"{i}.png", "object_id": f"{i}", "caption": captions} for i in range(3)]
+    text = [json.dumps(row) for row in rows]
+    if ending == "csv":
+        quoted = captions.replace('"', '""')
+        text = ["image,object_id,caption", *(f'{row["image"]},{row["object_id"]},"{quoted}"' for row in rows)]
+    path.write_text("\n".join(text))
+    with pytest.raises(SourceError, match=r"'caption' are lists that were written as texts, the first .*red.* a row for each"):
+        make_source("table", path=str(path)).objects()
+    path.write_text("\n".join([*text, "3.png,3,[a] bird" if ending == "csv" else json.dumps({**rows[0], "caption": "x"}), ""]))
+    assert len(make_source("table", path=str(path)).objects()) >= 3, "a caption may look like one"
+
+
 def test_own_column_names(tmp_path):
     rows = [{"file": "a.png", "sku": "s", "text": "one", "part": "test", "shop": "north"}]
     source = TableSource(write(tmp_path / "t.csv", rows), "file", "sku", ["text"], "part", keep=["shop"])

@@ -26,7 +26,7 @@ from mmref.config.shipped import file_or_name
 from mmref.config.tree import Config, DataConfig
 from mmref.errors import ConfigError
 from mmref.storage.locations import absolute, expanded, folder_name, in_utf8
-from mmref.storage.texts import parse_yaml, read_text
+from mmref.storage.texts import ODD_NUMBER, parse_yaml, read_text
 from mmref.terminal.parser import respelled
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.name != "run_dir")
@@ -74,7 +74,7 @@ def unknown_key(key: str, where: str) -> ConfigError:
     """The error for a key that does not exist, with the nearest that does."""
 
     def alike(a: str, b: str) -> float:
-        return difflib.SequenceMatcher(None, a, b).ratio()
+        return difflib.SequenceMatcher(None, a.lower(), b).ratio()
 
     def closeness(known: str) -> tuple[float, bool, float]:
         """By the whole name or, where the section is wrong or missing, by the last part; most keys are of `train`."""
@@ -84,7 +84,9 @@ def unknown_key(key: str, where: str) -> ConfigError:
     near = max([*known_keys(), *SECTIONS], key=closeness)
     hint = f" Did you mean `{near}`?" if closeness(near)[0] >= 0.7 else " `mmref train --help` lists all keys."
     section, dot, name = key.partition(".")
-    if key == near and dot:  # as flags are written
+    if key in SECTIONS:  # as a flag
+        hint = f" It is a section: name a field of it, `--{key}.FIELD VALUE`."
+    elif key == near and dot:  # as flags are written
         hint = f" A file has it in its section: `{section}:` and, indented below, `{name}: ...`."
     return ConfigError(f"{where}: unknown config key `{key}`.{hint}")
 
@@ -146,13 +148,17 @@ def load_config(argv: list[str]) -> Config:
             print(build_parser(following).format_help())
             raise SystemExit(0)
     argv = _with_values(with_files(respelled(argv, [f"--{key}" for key in (*known_keys(), "config", "preset", "print_config")])))
+    defaults = {name: value for name, _, value in options(Config())}
     for word, following in zip(argv, [*argv[1:], ""]):
         name, given, value = word[2:].partition("=")
         name = name.removesuffix("+")
         if word.startswith("--") and name not in {"config", "help", "print_config"} and not _is_key(name):
             raise unknown_key(name, "command line")
-        if (name == "data.mix" or "_config" in name) and (text := value if given else following).startswith("{"):
+        text = value if given else following
+        if (name == "data.mix" or "_config" in name) and text.startswith("{"):
             parse_yaml(text, f"--{name}", ConfigError)  # a key that is given twice is one too many here as well
+        elif isinstance(defaults.get(name), int | float):
+            _check_number(name, text)
     return _parsed(argv)
 
 
@@ -206,6 +212,12 @@ def _parsed(argv: list[str]) -> Config:
     config = parser.instantiate_classes(parsed)
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
     return check_config(with_places(Config(**values), lambda place: in_utf8(expanded(place))))
+
+
+def _check_number(name: str, text: str) -> None:
+    """Raise ConfigError for a number of the command line that jsonargparse, which reads YAML, takes for another: 010 for 8."""
+    if ODD_NUMBER.match(text):
+        parse_yaml(f"{name}: {text}", f"--{name}", ConfigError)
 
 
 def _is_key(name: str) -> bool:

@@ -7,6 +7,7 @@ part of it. Texts are read on the way, of images only where they lie.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,8 @@ from typing import Any, Literal
 from mmref.data.kinds import kind_of
 from mmref.errors import SampleError, SourceError
 from mmref.shards.samples import DEFAULT_FRACTIONS, cell_split, hash_split
+from mmref.storage.cells import Row, line_texts
 from mmref.storage.locations import to_text
-from mmref.storage.tables import Row
 from mmref.storage.tars import Member, Tar
 
 TEXTS = ("txt", "json", "cls")
@@ -206,7 +207,8 @@ def _captions(sample: TarSample, record: Row, reading: Reading) -> tuple[list[st
 
 
 def _lines(sample: TarSample) -> list[str]:
-    return [line.strip() for line in text_of(sample, "txt").split("\n") if line.strip()]
+    with io.StringIO(text_of(sample, "txt"), newline=None) as text:  # breaks at line ends alone, whichever they are
+        return line_texts(text, TXT)
 
 
 def _class_of(sample: TarSample) -> str:

@@ -83,7 +83,7 @@ class Batch:
 
     def rows(self) -> Iterator[Row]:
         """The rows, one by one."""
-        columns = {name: cells if isinstance(cells, list) else _cells(cells) for name, cells in self.cells.items()}
+        columns = {name: cells if isinstance(cells, list) else python_values(cells) for name, cells in self.cells.items()}
         for position, number in enumerate(self.numbers.tolist()):
             fault = self.faults.get(position, "")
             yield Row(number, {name: cells[position] for name, cells in columns.items()}, fault)
@@ -134,6 +134,17 @@ class Batch:
     def _alone(self, column: str) -> Iterator[Row]:
         """Rows of a column; what is wrong with others is told elsewhere."""
         return Batch(self.numbers, {column: self.cells[column]}).rows()
+
+
+def line_texts(lines: Iterable[str], kind: str) -> list[str]:
+    """Captions of a text file, one a line, each as a cell of a table would be read. Raises SampleError that names the line."""
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_text(kind, line))
+        except SampleError as error:
+            raise SampleError(f"line {number}: {error}") from None
+    return [text for text in found if text]
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -246,7 +257,7 @@ def _json(column: str, value: Any) -> Any:
     return [_json(column, each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _cells(column: Any) -> list[Any]:
+def python_values(column: Any) -> list[Any]:
     """Values of an Arrow array; where one has no Python value (text that is no UTF-8, the year 20000), that one alone is none."""
     if pa.types.is_float32(column.type):  # 0.1 of 32 bits is not 0.10000000149011612
         column = column.cast(pa.string()).cast(pa.float64())

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 
 from mmref.errors import MMRefError, SourceError
 from mmref.storage.cells import Batch, Row
-from mmref.storage.files import matching_files
+from mmref.storage.files import folder_of, matching_files
 from mmref.storage.parquet import BATCH_ROWS, open_parquet, parquet_batches
 from mmref.storage.plain_csv import LARGEST, Piece
 from mmref.storage.plain_json import count_lines, holds_no_other, json_kinds, plain_columns
@@ -31,6 +32,7 @@ TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 PARQUET = (".parquet",)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 LONGEST_CELL = 2**31 - 1  # characters; a quotation mark that is never closed is found at the end of the file
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # in the name of a folder
 FIRST = 1 << 16  # bytes of a CSV that are read for the names of its columns
 
 
@@ -86,6 +88,18 @@ def table_files(place: str) -> list[str]:
 def parquet_files(place: str) -> list[str]:
     """The Parquet files that a file's path, a glob or a folder names, in order; [] where it is none of these."""
     return matching_files(place, PARQUET)
+
+
+def told_by_folders(place: str, files: Sequence[str]) -> list[dict[str, str | None]]:
+    """Of each file of a place the columns that its folders are named after, as in `split=train/part-0.parquet`: Spark, Dask,
+    pandas and pyarrow divide a table so, and leave these columns out of its files. A name that not all have is no column."""
+    found: list[dict[str, str | None]] = []
+    for file in files:
+        folders = file.removeprefix(folder_of(place, PARQUET)).split("/")[:-1]
+        told = (folder.partition("=") for folder in folders if "=" in folder)
+        found.append({unquote(name): None if value == NO_VALUE else unquote(value) for name, _, value in told if name})
+    common = set.intersection(*map(set, found)) if found else set()
+    return [{name: value for name, value in told.items() if name in common} for told in found]
 
 
 def check_same_columns(columns: Mapping[str, Sequence[str]]) -> None:
@@ -285,7 +299,7 @@ def _json_row(place: str, number: int, line: str, columns: Sequence[str], first:
 
 def _parquet_files(place: str, files: list[str]) -> Table:
     """Files of the same columns as one table, whose rows are numbered through."""
-    tables = [_parquet(file) for file in files]
+    tables = [_parquet(file, told) for file, told in zip(files, told_by_folders(place, files))]
     check_same_columns({table.place: table.names for table in tables})
 
     def batches(columns: Sequence[str]) -> Iterator[Batch]:
@@ -300,11 +314,13 @@ def _parquet_files(place: str, files: list[str]) -> Table:
     return Table(place, tables[0].names, batches)
 
 
-def _parquet(place: str) -> Table:
+def _parquet(place: str, told: Mapping[str, str | None] | None = None) -> Table:
+    """told: columns with one value for all rows, where the file has none of that name."""
     damaged = (pa.ArrowException, OSError, ValueError)
     try:
         file = open_parquet(place)
         names = file.schema_arrow.names
+        more = {name: pa.scalar(value, pa.string()) for name, value in (told or {}).items() if name not in names}
     except damaged as error:
         kind = "cannot be read" if isinstance(error, OSError) else "is not a Parquet file"
         raise SourceError(f"{place} {kind}: {error}.") from None
@@ -312,10 +328,11 @@ def _parquet(place: str) -> Table:
     def batches(columns: Sequence[str]) -> Iterator[Batch]:
         number = 0
         try:
-            for batch in parquet_batches(file, columns):
-                yield Batch(number + 1 + np.arange(len(batch)), {name: batch.column(name) for name in columns})
+            for batch in parquet_batches(file, [name for name in columns if name not in more]):
+                cells = {n: pa.repeat(more[n], len(batch)) if n in more else batch.column(n) for n in columns}
+                yield Batch(number + 1 + np.arange(len(batch)), cells)
                 number += len(batch)
         except damaged as error:
             raise SourceError(f"{place} is damaged after row {number}: {error}.") from None
 
-    return Table(place, names, batches)
+    return Table(place, [*names, *more], batches)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections.abc import Hashable, Iterator
 from typing import Any, TextIO
 
@@ -23,6 +24,7 @@ MARKS = {  # UTF-32 before UTF-16, whose mark it begins with
 NO_TEXTS = {b"PK\3\4": "a spreadsheet or ZIP archive", b"\x1f\x8b": "packed with gzip", b"PAR1": "a Parquet file"}
 BLOCK = 8 << 20  # bytes of a text that are looked at together
 MERGE = "tag:yaml.org,2002:merge"
+ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+$|.*:)")  # octal or of base 60, but not 0.5, 0x1f or 0b11
 
 
 def open_text(place: str, wrong: type[MMRefError], newline: str | None = "") -> TextIO:
@@ -128,12 +130,12 @@ def read_lines(place: str, wrong: type[MMRefError]) -> list[str]:
 def parse_yaml(text: str, place: str, wrong: type[MMRefError]) -> dict[str, Any]:
     """Keys and values of a YAML text, {} for an empty one. `place` names it in messages.
 
-    Raises `wrong` where it is no YAML, holds something else than keys and values, a key that is no text, or a key twice at any
-    depth.
+    Raises `wrong` where it is no YAML, holds something else than keys and values, a key that is no text, a key twice at any
+    depth, or a number that YAML 1.1 reads as another than it looks like.
     """
     try:
-        loaded = yaml.load(text, _DistinctKeys)
-    except _KeyTwiceError as error:
+        loaded = yaml.load(text, _Plain)
+    except _OddError as error:
         raise wrong(f"{place}: {error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -142,19 +144,23 @@ def parse_yaml(text: str, place: str, wrong: type[MMRefError]) -> dict[str, Any]
         raise wrong(f"{place}{where} is not YAML: {' '.join(filter(None, (error.context, error.problem)))}.{hint}") from None
     except Exception as error:  # a value that is none of its tag's: each has an error of its own
         raise wrong(f"{place} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(loaded or {}, dict):
-        raise wrong(f"{place} must hold keys and values, found a {type(loaded).__name__}.")
-    if odd := [key for key in loaded or {} if not isinstance(key, str)]:
+    values = {} if loaded is None else loaded
+    if not isinstance(values, dict):
+        raise wrong(f"{place} must hold keys and values, found a {type(values).__name__}.")
+    if odd := [key for key in values if not isinstance(key, str)]:
         raise wrong(f"{place}: the key `{odd[0]}` is no text to YAML, but a {type(odd[0]).__name__}: put it in quotes.")
-    return loaded or {}
+    return values
 
 
-class _KeyTwiceError(Exception):
-    pass
+class _OddError(Exception):
+    """What PyYAML takes in silence for something else than its writer meant."""
 
 
-class _DistinctKeys(yaml.SafeLoader):
-    """YAML asks for distinct keys; PyYAML takes the last of two in silence. Keys that `<<` merges may be overridden."""
+class _Plain(yaml.SafeLoader):
+    """YAML asks for distinct keys; PyYAML takes the last of two in silence. Keys that `<<` merges may be overridden.
+
+    PyYAML reads numbers as YAML 1.1 has them: 010 is 8 and 1:30 is 90, which YAML 1.2 and other programs read otherwise.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -164,8 +170,20 @@ class _DistinctKeys(yaml.SafeLoader):
                 name = MERGE if key.tag == MERGE else self.construct_object(key)
                 line = key.start_mark.line + 1
                 if name in lines:
-                    raise _KeyTwiceError(
-                        f"`{key.value}` is given twice, in line {lines[name]} and in line {line}: keep one of them."
-                    )
+                    raise _OddError(f"`{key.value}` is given twice, in line {lines[name]} and in line {line}: keep one of them.")
                 lines[name] = line
         return node
+
+    def plain_number(self, node: yaml.ScalarNode) -> int | float:
+        """A whole number, or one with a point, that is what it looks like. Raises _OddError."""
+        number: int | float = (self.construct_yaml_int if node.tag.endswith(":int") else self.construct_yaml_float)(node)
+        if ODD_NUMBER.match(node.value):
+            raise _OddError(
+                f"`{node.value}` in line {node.start_mark.line + 1} is the number {number} to YAML: write that, or put a text in "
+                "quotation marks."
+            )
+        return number
+
+
+for kind in ("int", "float"):
+    _Plain.add_constructor(f"tag:yaml.org,2002:{kind}", _Plain.plain_number)

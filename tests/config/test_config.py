@@ -79,13 +79,25 @@ def test_unknown_key_in_a_file_names_the_file_and_the_nearest(file, content, fou
 @pytest.mark.parametrize("flag, meant", [
     ("--train.max_step", "train.max_steps"), ("--max_steps", "train.max_steps"), ("--workers", "train.workers"),
     ("--train.w_rec", "loss.w_rec"), ("--rundir", "run_dir"), ("--trian.lr", "train.lr"),
-    ("--lr", "train.lr"), ("--reference.memontum", "reference.momentum"),
+    ("--lr", "train.lr"), ("--reference.memontum", "reference.momentum"), ("--train.LR", "train.lr"),
 ])  # fmt: skip
 def test_unknown_flag_names_the_nearest(file, flag, meant):
     for argv in ([flag, "3"], [f"{flag}=3"]):
         with pytest.raises(ConfigError) as raised:
             load_config(["--config", file(), *argv])
         assert f"`{flag[2:]}`" in str(raised.value) and f"Did you mean `{meant}`?" in str(raised.value)
+
+
+def test_a_section_is_no_flag(file):
+    with pytest.raises(ConfigError, match=r"unknown config key `train`. It is a section: .*`--train.FIELD VALUE`"):
+        load_config(["--config", file(), "--train", "lr=1"])
+
+
+@pytest.mark.parametrize("argv", [["--train.seed", "010"], ["--train.seed=010"], ["--train.max_steps", "1:30"]])
+def test_a_number_that_yaml_takes_for_another_is_refused(file, argv):
+    """Seeds out of `seq -w` would be others, and 010 the same as 8."""
+    with pytest.raises(ConfigError, match=r"--train\.(seed|max_steps): `(010|1:30)` in line 1 is the number (8|90) to YAML"):
+        load_config(["--config", file(), *argv])
 
 
 @pytest.mark.parametrize("argv", [

@@ -99,6 +99,17 @@ def test_half_broken_files_are_named_and_nothing_stops(put, tmp_path):
     assert any("1 hidden" in line and "1 .mp4" in line for line in manifest["warnings"])
 
 
+def test_lines_of_a_text_are_captions_as_cells_of_a_table_are(put):
+    root = put({
+        "a/1.png": 1, "a/1.txt": "one\rtwo\r\n\u200b\n\ufeffthree\n", "a/2.png": 2, "a/2.txt": "so\nn\0ul\n", "b/3.png": 3,
+        "b/captions.txt": "\u2060\nof b",
+    })  # fmt: skip
+    source = FolderSource(str(root))
+    found = {image.image_id: image.captions for image in source.images()}
+    assert found == {"a/1.png": ["one", "two", "three"], "a/2.png": [], "b/3.png": ["of b"]}
+    assert source.left_out == [("a/2.txt", "line 2: txt holds a NUL character: 'n\\x00ul'")]
+
+
 def test_folders_of_splits(put):
     files = {f"{split}/{o}/{i}.png": i for split, o in (("Train", "x"), ("validation", "y"), ("test", "z")) for i in range(2)}
     root = put({**files, "Train/metadata.csv": "file_name,text\nx/0.png,here\n"})

@@ -161,12 +161,14 @@ def test_members_as_people_write_them(tmp_path: Path, index: Index) -> None:
         {"__key__": "webp", "webp": picture(6, "WEBP"), "json": {"captions": ["a", "", "b"]}, "txt": "not this"},
         {"__key__": "gif", "gif": picture(7, "GIF"), "txt": "decoded as any other", "npy": b"0"},
         {"__key__": "caf\udce9", "jpg": picture(8), "txt": "of an old zip"},
+        {"__key__": "mac", "jpg": picture(9), "txt": "one\rtwo\r\n\u200b\nthree"},
     ])  # fmt: skip
     shards = index(tmp_path / "a.tar")
     found = metas(shards)
     assert {name: meta["captions"] for name, meta in found.items()} == {
         "a/x/1": ["first", "second"], "a/y/1": ["with a mark"], "a/two": ["two images"], "a/webp": ["a", "b"],
         "a/gif": ["decoded as any other"], "a/caf\\xe9": ["of an old zip"],
+        "a/mac": ["one", "two", "three"],
     }  # fmt: skip
     train = shards.index("train")
     by_id = {train.image_ids[i]: SampleReader(train).read(i).image_bytes for i in range(len(train))}
@@ -201,6 +203,7 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path, index: Index) 
         {"__key__": "json", "jpg": picture(1), "json": b"{"},
         {"__key__": "list", "jpg": picture(1), "json": b"[]"},
         {"__key__": "latin", "jpg": picture(1), "txt": "\xe9".encode("latin-1")},
+        {"__key__": "nul", "jpg": picture(1), "txt": "fine\nn\0ul"},
         {"__key__": "half", "jpg": picture(1), "json": b'{"caption": "\\ud800"}'},
         {"__key__": "failed", "jpg": picture(1), "json": {"url": "u", "key": "k", "status": "failed_to_resize", "caption": "c"}},
     ])  # fmt: skip
@@ -224,7 +227,7 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path, index: Index) 
     ):  # fmt: skip
         assert line in skipped["first"]
     for begin in ("a/json: its .json is broken", "a/latin: its .txt is no UTF-8: byte 0xe9 at 0",
-                  "a/half: caption cannot be written", "00000.tar is broken, "):  # fmt: skip
+                  "a/nul: line 2: .txt holds a NUL", "a/half: caption cannot be written", "00000.tar is broken, "):  # fmt: skip
         assert any(line.startswith(begin) for line in skipped["first"]), begin
 
 

@@ -199,3 +199,25 @@ def test_a_column_of_lists_of_images_is_named(tmp_path):
     pq.write_table(table, tmp_path / "t.parquet")
     with pytest.raises(SourceError, match="'image' holds lists of images, and a row is one image"):
         make_source("table", path=str(tmp_path / "t.parquet")).objects()
+
+
+def test_columns_that_folders_are_named_after(tmp_path):
+    for number, split in enumerate(("test", "train", "val")):
+        write_table(tmp_path / "t" / f"split={split}" / "part-0.parquet", rows_of(4, 4 * number))
+    images = list(make_source("table", path=str(tmp_path / "t"), object_id="label", captions=["text"]).images())
+    assert [image.split for image in images] == ["test"] * 4 + ["train"] * 4 + ["val"] * 4
+    lenient = ParquetImages(str(tmp_path / "t"), object_id="label", strict=False)
+    assert [image.extra["split"] for image in lenient.images()] == ["test"] * 4 + ["train"] * 4 + ["val"] * 4
+
+
+def test_a_cell_that_cannot_be_read_costs_its_row_alone(tmp_path):
+    """As of other tables: a time beyond what Python knows, and floats of 32 bits as they were written."""
+    seconds = pa.array([0, 600_000_000_000, 60], pa.timestamp("s"))
+    table = pa.table({
+        "image": [encoded(i) for i in range(3)], "object_id": ["a", "b", "c"], "caption": ["x"] * 3, "time": seconds,
+        "share": pa.array([0.1, 0.2, 0.3], pa.float32()),
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "t.parquet")
+    source = make_source("table", path=str(tmp_path / "t.parquet"), keep=["time", "share"])
+    assert [image.extra["share"] for image in source.images()] == [0.1, 0.3]
+    assert [line.partition(": time: cannot be read")[0] for line in source.skipped] == ["t, row 2"]

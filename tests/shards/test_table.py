@@ -53,6 +53,23 @@ def test_list_column_and_several_columns(tmp_path):
     assert (image.captions, image.caption_kinds) == (["three", "one", "two"], ["title", "captions", "captions"])
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize("captions", ["['a red bird', \"it's small\"]", "['a bird'\n 'red']"])
+def test_lists_that_were_written_as_texts(tmp_path, ending, captions):
+    """pandas writes a column of lists into a CSV like this: their brackets would be trained on."""
+    path = tmp_path / f"t.{ending}"
+    rows = [{"image": f"{i}.png", "object_id": f"{i}", "caption": captions} for i in range(3)]
+    text = [json.dumps(row) for row in rows]
+    if ending == "csv":
+        quoted = captions.replace('"', '""')
+        text = ["image,object_id,caption", *(f'{row["image"]},{row["object_id"]},"{quoted}"' for row in rows)]
+    path.write_text("\n".join(text))
+    with pytest.raises(SourceError, match=r"'caption' are lists that were written as texts, the first .*red.* a row for each"):
+        make_source("table", path=str(path)).objects()
+    path.write_text("\n".join([*text, "3.png,3,[a] bird" if ending == "csv" else json.dumps({**rows[0], "caption": "x"}), ""]))
+    assert len(make_source("table", path=str(path)).objects()) >= 3, "a caption may look like one"
+
+
 def test_own_column_names(tmp_path):
     rows = [{"file": "a.png", "sku": "s", "text": "one", "part": "test", "shop": "north"}]
     source = TableSource(write(tmp_path / "t.csv", rows), "file", "sku", ["text"], "part", keep=["shop"])
@@ -301,3 +318,27 @@ def test_names_in_files_of_several_folders_need_a_root(tmp_path):
         pq.write_table(pa.table({"image": ["1.png"], "object_id": [part], "caption": [part]}), tmp_path / part / "t.parquet")
     with pytest.raises(SourceError, match=r"files of 2 folders .*--image-root"):
         make_source("table", path=str(tmp_path))
+
+
+@pytest.mark.parametrize("given", ["t", "t/*/*/*.parquet"])
+def test_columns_that_folders_are_named_after(tmp_path, given):
+    """As Spark's `partitionBy`, Dask, pandas and pyarrow write them: without these columns, objects of train would be in test."""
+    table = pa.table({
+        "image": [f"{i}.png" for i in range(4)], "object_id": ["a", "b", "c", "d"], "caption": ["x"] * 4,
+        "split": ["train", "train", "val", "test"], "kind of": ["in/side", "50%", None, "7"],
+    })  # fmt: skip
+    pq.write_to_dataset(table, tmp_path / "t", partition_cols=["split", "kind of"])
+    source = make_source("table", path=str(tmp_path / given), image_root=str(tmp_path), keep=["kind of"])
+    assert {(item.object_id, item.split, item.images[0].extra["kind of"]) for item in source.objects()} == {
+        ("a", "train", "in/side"), ("b", "train", "50%"), ("c", "val", None), ("d", "test", "7"),
+    }  # fmt: skip
+
+
+def test_a_folder_with_an_equals_sign_is_a_column_where_all_have_it(tmp_path):
+    for folder in ("lr=1", "other"):
+        (tmp_path / "t" / folder).mkdir(parents=True)
+        pq.write_table(
+            pa.table({"image": ["1.png"], "object_id": [folder], "caption": ["x"]}), tmp_path / "t" / folder / "t.parquet"
+        )
+    source = make_source("table", path=str(tmp_path / "t"), object_id="image", image_root=str(tmp_path))
+    assert [len(item.images) for item in source.objects()] == [1]

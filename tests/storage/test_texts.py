@@ -90,6 +90,12 @@ def test_missing_files_and_pipes(tmp_path: Path) -> None:
         ("a: 2024-02-31\n", "not YAML: day is out of range"),
         ("a: \0\n", "not YAML"),
         ("- a\n", "must hold keys and values, found a list"),
+        ("[]\n", "must hold keys and values, found a list"),
+        ("false\n", "must hold keys and values, found a bool"),
+        ("a: 1\nb: {seed: 010}\n", "`010` in line 2 is the number 8"),
+        ("a: [1, -0_17]\n", "`-0_17` in line 1 is the number -15"),
+        ("a: 1:30\n", "`1:30` in line 1 is the number 90"),
+        ("a: 1:30.5\n", "`1:30.5` in line 1 is the number 90.5"),
     ],
 )
 def test_yaml_that_is_refused(text: str, said: str) -> None:
@@ -103,6 +109,10 @@ def test_yaml_that_is_as_before() -> None:
         "base": {"a": 1, "b": 2}, "more": {"b": 3}, "x": {"a": 1, "b": 4}, "y": {"a": 1, "b": 3, "c": True},
     }  # fmt: skip
     assert parse_yaml("# nothing\n", "f", ConfigError) == {}
+    numbers = "a: [0, -0, 0x10, 0b11, 1_000, +5, 0.5, 00.5, .5, 1.0e-3, '010', '1:30', 08, 0o10]"
+    assert parse_yaml(numbers, "f", ConfigError)["a"] == [
+        0, 0, 16, 3, 1000, 5, 0.5, 0.5, 0.5, 1e-3, "010", "1:30", "08", "0o10"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", [["--config", "{}"], ["--config={}"]])

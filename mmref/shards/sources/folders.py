@@ -19,6 +19,7 @@ from mmref.errors import MMRefError, SampleError, SourceError
 from mmref.shards.samples import DEFAULT_FRACTIONS, SPLIT_NAMES
 from mmref.shards.sources.image_columns import CAPTION_NAMES
 from mmref.shards.sources.listed import ListedImage, ListedSource
+from mmref.storage.cells import line_texts
 from mmref.storage.image_places import Place
 from mmref.storage.locations import folder_name, is_url, to_text
 from mmref.storage.tables import Table, read_table
@@ -289,7 +290,10 @@ def _spoken(object_id: str) -> str:
 
 def _lines(path: str) -> list[tuple[str, str]]:
     """Captions of a text file, one a line. Raises SourceError."""
-    return [(line, FILE_KIND) for line in read_lines(path, SourceError) if line]
+    try:
+        return [(text, FILE_KIND) for text in line_texts(read_lines(path, SourceError), FILE_KIND)]
+    except SampleError as error:
+        raise SourceError(str(error)) from None
 
 
 def _nfc(name: str) -> str:

@@ -19,11 +19,11 @@ from mmref.errors import SampleError, SourceError
 from mmref.shards.samples import cell_split
 from mmref.shards.sources.image_columns import ImageColumns, labels_of
 from mmref.shards.sources.listed import ListedImage, ListedSource
+from mmref.storage.cells import Row, python_values
 from mmref.storage.fetch import locate_inside
 from mmref.storage.image_places import BUFFER_BYTES, Place, read_place, row_place
 from mmref.storage.locations import is_url
 from mmref.storage.parquet import open_parquet, parquet_batches
-from mmref.storage.tables import Row
 from mmref.terminal.progress import Counter as Progress
 
 LISTED_ROWS = 4096  # at a time
@@ -181,6 +181,7 @@ class ParquetPart:
 
     Args:
         pack: a file for the images where they lie in large groups of rows, of which each jump would unpack one; "": none.
+        told: further columns, with one value for all rows (`told_by_folders`).
 
     Raises SourceError where it cannot be read.
     """
@@ -193,15 +194,25 @@ class ParquetPart:
         root: str | None = None,
         locate: Locate = locate_inside,
         pack: str = "",
+        told: Mapping[str, str | None] | None = None,
     ) -> None:
         self.path, self.prefix, self.split, self._pack = path, prefix, split, pack
         self.root, self._locate = os.path.dirname(path) if root is None else root, locate
         with _named(path):
             self._file = open_parquet(path, BUFFER_BYTES)
         self.schema: pa.Schema = self._file.schema_arrow
+        self._told = {name: value for name, value in (told or {}).items() if name not in self.schema.names}
+        for name in self._told:
+            self.schema = self.schema.append(pa.field(name, pa.string()))
 
     def rows(self, image: str, others: Sequence[str]) -> Iterator[ImageRow]:
         """Rows in order. Raises SourceError where the file is damaged."""
+        told = {name: self._told[name] for name in others if name in self._told}
+        for row in self._own_rows(image, [name for name in others if name not in told]):
+            yield row._replace(cells={**row.cells, **told}) if told else row
+
+    def _own_rows(self, image: str, others: Sequence[str]) -> Iterator[ImageRow]:
+        """Rows with columns of the file itself."""
         chunks = self._chunks(image)
         if self._pack and max((chunk.total_uncompressed_size for chunk in chunks), default=0) > LARGE_GROUP:
             with Pack(self._pack) as pack:
@@ -319,7 +330,7 @@ def _paths(column: pa.Array | None, count: int) -> list[str | None]:
 
 def _cells(batch: pa.RecordBatch, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Some columns of each row."""
-    values = [batch.column(name).to_pylist() for name in names]
+    values = [python_values(batch.column(name)) for name in names]
     for i in range(batch.num_rows):
         yield {name: column[i] for name, column in zip(names, values)}
 

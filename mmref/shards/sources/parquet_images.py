@@ -25,7 +25,7 @@ from mmref.shards.sources.table import TableSource
 from mmref.storage.fetch import locate, locate_inside
 from mmref.storage.files import folder_of
 from mmref.storage.locations import absolute, folder_name
-from mmref.storage.tables import PARQUET, check_same_columns, parquet_files
+from mmref.storage.tables import PARQUET, check_same_columns, parquet_files, told_by_folders
 
 SPLIT = re.compile(rf"(?:^|[/._-])(train|val|test|{'|'.join(SPLIT_NAMES)})(?=[/._-]|$)")  # in a file's name
 OPTIONS = (  # of `table` that mean something where rows hold their images, so that nothing is fetched
@@ -81,11 +81,11 @@ def open_parts(
     """
     parts: list[ParquetPart] = []
     below = f"{folder.rstrip('/')}/" if (folder := folder_of(place, PARQUET)) else ""
-    for file in files:
+    for file, columns in zip(files, told_by_folders(place, files)):
         name = file.removeprefix(below).removesuffix(".parquet")
         told = SPLIT.search(name.lower()) if splits_by_name else None
         split, pack = split_name(told[1]) if told else None, pack_name(scratch, f"{len(parts)}")
-        parts.append(ParquetPart(file, name, split, image_root, where, pack))
+        parts.append(ParquetPart(file, name, split, image_root, where, pack, columns))
     check_same_columns({part.path: part.schema.names for part in parts})
     return parts
 

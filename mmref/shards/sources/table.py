@@ -29,6 +29,7 @@ LOOKED_AT = 10_000  # rows of which links are followed before anything is begun:
 WEB = r"(?i)^https?://"
 ODD = r"^[~/]|(^|/)\.{1,2}(/|$)|://|\\"  # names that may lie outside of the root
 ODD_AT_URL = ODD + "|%|::"
+WRITTEN_LIST = r"""(?s)^\[\s*['"].*['"]\s*\]$"""  # as pandas writes a list into a CSV
 RESPELLED = ODD + r"|//|[^\x00-\x7F]"  # names that may have another spelling
 
 
@@ -122,6 +123,8 @@ class TableSource:
         lists = [batch.text_lists(column) for column in captions]
         for *_, wrong in lists:
             _add(faults, wrong)
+        if looked == LOOKED_AT:  # the first rows of all
+            self._check_no_lists({column: texts for column, (texts, *_) in zip(captions, lists)})
         extra = pa.nulls(len(image), pa.binary())
         if self.keep:
             values, wrong = batch.values(self.keep)
@@ -136,6 +139,16 @@ class TableSource:
         kept = np.ones(len(table), bool)
         kept[list(faults)] = False
         return table.filter(pa.array(kept))
+
+    def _check_no_lists(self, captions: Mapping[str, pa.Array]) -> None:
+        """Raise SourceError where every caption of a column is a list that was written as a text."""
+        for column, texts in captions.items():
+            if len(texts) and pc.all(pc.match_substring_regex(texts, WRITTEN_LIST)).as_py():
+                raise SourceError(
+                    f"{self.path}: the captions of column {column!r} are lists that were written as texts, the first "
+                    f"{texts[0].as_py()!r:.80}. A CSV holds no lists: save the table as Parquet or JSON lines (with pandas, "
+                    "`to_json(path, orient='records', lines=True)`), or write a row for each caption."
+                )
 
     def _needed(self, batch: Batch, column: str, faults: dict[int, str]) -> pa.Array:
         """Texts of a column that a row cannot do without."""

@@ -166,7 +166,8 @@ def base_models(config: Config) -> list[str]:
     ]
 
 
-def on_hub(card: str, repo: str) -> str:
+def on_hub(card: str, repo: str, branch: str | None = None) -> str:
     """A card in which the model is loaded from a repository of a hub, `user/repo`, rather than from a folder."""
-    inside = re.sub(rf'from_pretrained\("{HERE}/([^"]+)"\)', rf'from_pretrained("{repo}", subfolder="\1")', card)
-    return inside.replace(f'"{HERE}"', f'"hf://{repo}"')
+    revision = f', revision="{branch}"' if branch else ""
+    inside = re.sub(rf'from_pretrained\("{HERE}/([^"]+)"\)', rf'from_pretrained("{repo}", subfolder="\1"{revision})', card)
+    return inside.replace(f'"{HERE}"', f'"hf://{repo}@{branch}"' if branch else f'"hf://{repo}"')

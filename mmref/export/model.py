@@ -26,7 +26,7 @@ from mmref.config import Config
 from mmref.data.decode import pillow_rgb
 from mmref.data.fit import Fit, Fitted
 from mmref.data.tokens import Tokens
-from mmref.errors import SampleError
+from mmref.errors import ConfigError, ModelError, SampleError
 from mmref.evaluate.features import Encoder, Floats
 from mmref.evaluate.refinement import (
     Codes,
@@ -37,7 +37,7 @@ from mmref.evaluate.refinement import (
     refine,
 )
 from mmref.model.mmref import MMRef
-from mmref.run.exported import read_export
+from mmref.run.exported import AGAIN, read_export
 from mmref.storage.fetch import read_location
 from mmref.storage.locations import read_bytes
 
@@ -196,8 +196,16 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mo
         found.tokens,
         found.references,
         found.object_ids,
-        RefinementSettings(**found.card["refinement"]),
+        _refinement(found.card, path),
         found.text_mean,
         torch.device(device),
         found.card,
     )
+
+
+def _refinement(card: dict[str, Any], folder: str | os.PathLike[str]) -> RefinementSettings:
+    """Raises ModelError where the card of an export has none that can be read."""
+    try:
+        return RefinementSettings(**card["refinement"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ModelError(f"{folder}/config.json is damaged: its refinement cannot be read ({error}). {AGAIN}") from None

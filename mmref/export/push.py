@@ -9,10 +9,11 @@ from pathlib import Path
 from mmref.errors import ExportError
 from mmref.export.card import on_hub
 from mmref.export.write import export_run
+from mmref.run.models import find_model
 from mmref.storage.hub import SCHEME, check_may_push, parse_hub, push_folder
 from mmref.storage.locations import is_url
 
-CARD, WEIGHTS = "README.md", "model.safetensors"
+CARD = "README.md"
 
 
 def push(model: str, place: str, data: str | None = None, private: bool = False, message: str | None = None) -> str:
@@ -30,22 +31,22 @@ def push(model: str, place: str, data: str | None = None, private: bool = False,
 
     Raises:
         HubError: a wrong name, or the hub fails. HubTokenError, HubUnreachableError. ExportError: the run is not evaluated, or
-            `model` is neither a run nor an export.
+            `model` is neither a run nor an export. ModelError: nothing can be told of its folder.
     """
     check_may_push(place)  # before minutes are spent on an export
-    repo, _ = parse_hub(place)
+    repo, branch = parse_hub(place)
+    found = find_model(model) if is_url(model) or os.path.isdir(model) else None
+    if found is None or found.kind == "pretrained":
+        raise ExportError(f"{model} is neither a run directory of `mmref train` nor a folder of `mmref export`.")
     with tempfile.TemporaryDirectory(prefix="mmref-push-") as folder:
-        exported = Path(model)
-        if is_url(model) or not (exported / WEIGHTS).exists():
-            if not is_url(model) and not (exported / "config.yaml").exists():
-                raise ExportError(f"{model} is neither a run directory of `mmref train` nor a folder of `mmref export`.")
-            exported = export_run(model, f"{folder}/{repo.rpartition('/')[2]}", data)
+        name = f"{folder}/{repo.rpartition('/')[2]}"
+        exported = Path(found.place) if found.kind == "export" else export_run(found.place, name, data)
         if not (exported / CARD).exists():
             raise ExportError(f"{exported} has no {CARD}: export the run again.")
         sent = Path(folder) / "sent"
         _mirror(exported, sent)
         (sent / CARD).unlink()
-        (sent / CARD).write_text(on_hub((exported / CARD).read_text("utf-8"), repo), "utf-8")
+        (sent / CARD).write_text(on_hub((exported / CARD).read_text("utf-8"), repo, branch), "utf-8")
         return push_folder(str(sent), f"{SCHEME}{place.removeprefix(SCHEME)}", message or "Model of mmref", private)
 
 

@@ -83,11 +83,15 @@ def read_export(folder: Path) -> Exported:
         weights = load_file(path)
     with _reading(folder / REFERENCES) as path:
         arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}  # mapped
+        ids = _object_ids(arrays)
     if named := [n for n in (config.model.dual, config.model.vision, config.model.text) if n]:  # an export names none
         raise ModelError(f"{folder}/config.yaml wants the model {named[0]} from elsewhere: export the run again.")
     tokenizer = read_tokenizer(str(folder / "tokenizer"), AGAIN)
     tokens = Tokens(tokenizer, config.data.max_tokens, config.data.padding)
     module = build_model(config, tokens.vocab_size)
+    sizes = {name: value.shape for name, value in module.state_dict().items()}
+    if other := [name for name, value in weights.items() if value.shape != sizes.get(name, value.shape)]:
+        raise ModelError(f"{folder}/model.safetensors does not fit its config: {other[:3]} have other sizes. Export again.")
     missing, unknown = module.load_state_dict(weights, strict=False)
     # Where a tower's batch norms count no batches, torch itself adds the counts that it then does not know.
     unknown = [name for name in unknown if name in weights]
@@ -95,5 +99,14 @@ def read_export(folder: Path) -> Exported:
         raise ModelError(
             f"{folder}/model.safetensors does not fit its config: missing {missing[:3]}, unknown {unknown[:3]}. Export again."
         )
-    ids = unpack_strings(*(arrays[name] for name in ID_TENSORS)).to_pylist()
     return Exported(card, config, module, tokens, arrays.get(ROWS), ids, arrays.get("text_mean"))
+
+
+def _object_ids(arrays: dict[str, NDArray[Any]]) -> list[str]:
+    """Of each object that has references. Raises ValueError where they are not there, or not one for each."""
+    if absent := [name for name in ID_TENSORS if name not in arrays]:
+        raise ValueError(f"it has no tensor {absent[0]}")
+    ids: list[str] = unpack_strings(*(arrays[name] for name in ID_TENSORS)).to_pylist()
+    if ROWS in arrays and len(arrays[ROWS]) != len(ids):
+        raise ValueError(f"it has references of {len(arrays[ROWS])} objects, and the ids of {len(ids)}")
+    return ids

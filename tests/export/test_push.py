@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.hub import TOKEN, asked_instead, running_hub
+from support.pretrained import save_pretrained
 from support.tiny_run import make_run
 
 from mmref.cli import main
-from mmref.errors import ExportError, HubTokenError
+from mmref.errors import ExportError, HubTokenError, ModelError
 from mmref.export.card import base_models, on_hub
 from mmref.export.model import load
 from mmref.export.push import push
@@ -77,7 +78,12 @@ def test_pushing_again_leaves_only_what_the_model_has(hub, run):
 
 
 def test_what_cannot_be_pushed_is_named_before_anything_is_exported(hub, run, tmp_path, monkeypatch):
-    with pytest.raises(ExportError, match="is neither a run directory of `mmref train` nor a folder of `mmref export`"):
+    save_pretrained("clip", tmp_path / "clip")
+    (tmp_path / "clip" / "README.md").write_text("Somebody's model\n")
+    for model in (str(tmp_path / "clip"), str(tmp_path / "absent"), "openai/clip-vit-base-patch32"):
+        with pytest.raises(ExportError, match="is neither a run directory of `mmref train` nor a folder of `mmref export`"):
+            push(model, "me/birds")
+    with pytest.raises(ModelError, match="is none of these: a run directory"):
         push(str(tmp_path), "me/birds")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("mmref.export.push.export_run", lambda *_: pytest.fail("it was exported"))
@@ -102,6 +108,9 @@ def test_a_card_names_what_the_weights_set_out_from(make_config, tmp_path):
 def test_the_other_ways_to_load_are_of_the_repository_too():
     text = 'AutoModel.from_pretrained("DIR/transformers")\nmmref.load("DIR")\n'
     assert on_hub(text, "me/x") == ('AutoModel.from_pretrained("me/x", subfolder="transformers")\nmmref.load("hf://me/x")\n')
+    assert on_hub(text, "me/x", "v2") == (
+        'AutoModel.from_pretrained("me/x", subfolder="transformers", revision="v2")\nmmref.load("hf://me/x@v2")\n'
+    )
 
 
 def test_a_folder_without_a_card_is_named(hub, run, tmp_path):

@@ -309,9 +309,31 @@ def test_damaged_files_of_an_export_are_named(exported, tmp_path):
                 with pytest.raises(ModelError, match=rf"{folder}.*(Export|Write)"):
                     has_references(find_model(str(folder)))
         (folder / name).write_bytes(whole)
+    _check_what_does_not_fit(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(ModelError, match=r"config.json is damaged: it holds no names and values, but a list. Export the run"):
         mmref.load(folder)
+
+
+def _check_what_does_not_fit(folder):
+    """Files that can be read, and do not belong together, as parts of two exports in one folder."""
+    for name, change, said in (
+        ("model.safetensors", lambda found: found | {min(found): found[min(found)][1:]}, "other sizes"),
+        ("references.safetensors", lambda found: found | {"rows": found["rows"][1:]}, "references of .* objects, and the ids of"),
+        ("references.safetensors", lambda found: {"rows": found["rows"]}, "has no tensor object_id_bytes"),
+    ):
+        whole = (folder / name).read_bytes()
+        save_file(change(load_file(folder / name)), folder / name)
+        with pytest.raises(ModelError, match=rf"(?i){folder}/{name}.*{said}.*export"):
+            mmref.load(folder)
+        (folder / name).write_bytes(whole)
+    whole = (folder / "config.json").read_bytes()
+    card = json.loads(whole)
+    for refinement in (None, {"kind": "fancy"}, {"newer": 1}):
+        (folder / "config.json").write_text(json.dumps({**card, "refinement": refinement}))
+        with pytest.raises(ModelError, match=r"config.json is damaged: its refinement cannot be read.*Export"):
+            mmref.load(folder)
+    (folder / "config.json").write_bytes(whole)
 
 
 def test_what_cannot_be_exported_is_said(make_config, tmp_path, capsys):

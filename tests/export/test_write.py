@@ -280,7 +280,7 @@ def test_an_export_is_whole_or_absent(make_config, tmp_path, monkeypatch):
         exporting.export_run(run, out)
 
     for fault, error, message in [
-        (crash, KeyboardInterrupt, ""),
+        (crash, KeyboardInterrupt, None),
         (full, StorageError, f"no space left for {out}"),
         (second, ExportError, f"{out} is in use: process {os.getpid()} on "),
     ]:

@@ -57,6 +57,18 @@ def test_captions_from_everywhere(put):
     assert any("deeper than object/picture: 1 (mug/sub/f.png" in line for line in source.warnings)
 
 
+def test_a_table_whose_captions_are_written_lists_is_left_out_whole(put):
+    root = put({
+        "a/1.png": 1, "a/1.txt": "one", "a/captions.csv": "file_name,caption\n1.png,\"['a red', 'mug']\"\n1.png,\"['two']\"\n",
+    })  # fmt: skip
+    source = FolderSource(str(root))
+    assert [image.captions for image in source.images()] == [["one"]]
+    ((name, why),) = source.left_out
+    assert name == "a/captions.csv" and why.startswith(
+        "it: the captions of column 'caption' are lists that were written as texts"
+    )
+
+
 def test_half_broken_files_are_named_and_nothing_stops(put, tmp_path):
     root = put({
         "a/1.png": 1, "a/1.txt": "one", "a/2.png": 2, "a/2.txt": "caf\xe9".encode("latin-1"), "b/3.png": b"no picture",

@@ -14,10 +14,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import pyarrow as pa
+
 from mmref.data.folder import Found, describe, look_into
 from mmref.errors import MMRefError, SampleError, SourceError
 from mmref.shards.samples import DEFAULT_FRACTIONS, SPLIT_NAMES
-from mmref.shards.sources.image_columns import CAPTION_NAMES
+from mmref.shards.sources.image_columns import CAPTION_NAMES, check_no_written_lists
 from mmref.shards.sources.listed import ListedImage, ListedSource
 from mmref.storage.cells import line_texts
 from mmref.storage.image_places import Place
@@ -233,19 +235,23 @@ class _Captions:
             raise SourceError(f"no column of file names, only {', '.join(table.names)}: call it {FILE_COLUMNS[0]}")
         columns = self._caption_columns(table)
         object_column = OBJECT_COLUMN if OBJECT_COLUMN in table.names and place != OBJECT_COLUMN else None
+        taken: list[tuple[str, list[tuple[str, str]]]] = []
         for row in table.rows([place, *columns, *([object_column] if object_column else [])]):
             try:
                 meant = self._meant(folder, row.needed(place))
                 texts = [(text, column) for column in columns for text in row.texts(column)]
-                if meant.endswith("/"):
-                    self._of_folder[meant] += texts
-                    continue
-                self.names_pictures = True
-                if object_column and (object_id := row.text(object_column)):
-                    self._tell_object(meant, object_id, f"{to_text(name)}, row {row.number}")
-                self._own[meant] += texts
+                if not meant.endswith("/"):
+                    self.names_pictures = True
+                    if object_column and (object_id := row.text(object_column)):
+                        self._tell_object(meant, object_id, f"{to_text(name)}, row {row.number}")
+                taken.append((meant, texts))
             except SampleError as error:
                 self.source.leave_out(f"{to_text(name)}, row {row.number}", str(error))
+        for column in columns:
+            captions = [text for _, texts in taken for text, kind in texts if kind == column]
+            check_no_written_lists(path, column, pa.array(captions, pa.string()))
+        for meant, texts in taken:
+            (self._of_folder if meant.endswith("/") else self._own)[meant] += texts
 
     def _tell_object(self, image: str, object_id: str, row: str) -> None:
         """Take an object from a row. Raises SampleError where an earlier one says another, which is kept as a contradiction."""

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmref.errors import SourceError
 from mmref.storage.cells import Row, is_list
 
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "sentence", "sentences", "description", "descriptions")
+WRITTEN_LIST = r"""(?s)^\[\s*['"].*['"]\s*\]$"""  # as pandas writes a list into a CSV
 
 
 @dataclass(frozen=True)
@@ -160,3 +162,13 @@ def _columns(schema: pa.Schema) -> str:
     kinds = kinds_of(schema)
     words = {"image": "images", "images": "lists of images", "texts": "lists of texts", "bytes": "bytes", "label": "labels"}
     return f"Its columns: {', '.join(f'{f.name} ({words.get(kinds[f.name], str(f.type))})' for f in schema)}."
+
+
+def check_no_written_lists(place: str, column: str, captions: pa.Array) -> None:
+    """Raise SourceError where every caption of a table's column is a list that was written as a text."""
+    if len(captions) and pc.all(pc.match_substring_regex(captions, WRITTEN_LIST)).as_py():
+        raise SourceError(
+            f"{place}: the captions of column {column!r} are lists that were written as texts, the first "
+            f"{captions[0].as_py()!r:.80}. A CSV holds no lists: save the table as Parquet or JSON lines (with pandas, "
+            "`to_json(path, orient='records', lines=True)`), or write a row for each caption."
+        )

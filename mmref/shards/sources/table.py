@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from mmref.errors import OutsideError, SampleError, SourceError
 from mmref.shards.rows import ROWS, TEXTS, Conflict, as_lists, image_conflict, merge_images, objects_of, split_conflict
 from mmref.shards.samples import DEFAULT_FRACTIONS, SourceObject, can_name_split, check_kept, common_split, hash_split
+from mmref.shards.sources.image_columns import check_no_written_lists
 from mmref.storage.cells import Batch
 from mmref.storage.downloads import DEFAULT, Downloads
 from mmref.storage.fetch import is_web, locate, locate_inside, one_spelling, outside_most, read_location
@@ -29,7 +30,6 @@ LOOKED_AT = 10_000  # rows of which links are followed before anything is begun:
 WEB = r"(?i)^https?://"
 ODD = r"^[~/]|(^|/)\.{1,2}(/|$)|://|\\"  # names that may lie outside of the root
 ODD_AT_URL = ODD + "|%|::"
-WRITTEN_LIST = r"""(?s)^\[\s*['"].*['"]\s*\]$"""  # as pandas writes a list into a CSV
 RESPELLED = ODD + r"|//|[^\x00-\x7F]"  # names that may have another spelling
 
 
@@ -124,7 +124,8 @@ class TableSource:
         for *_, wrong in lists:
             _add(faults, wrong)
         if looked == LOOKED_AT:  # the first rows of all
-            self._check_no_lists({column: texts for column, (texts, *_) in zip(captions, lists)})
+            for column, (texts, *_) in zip(captions, lists):
+                check_no_written_lists(self.path, column, texts)
         extra = pa.nulls(len(image), pa.binary())
         if self.keep:
             values, wrong = batch.values(self.keep)
@@ -139,16 +140,6 @@ class TableSource:
         kept = np.ones(len(table), bool)
         kept[list(faults)] = False
         return table.filter(pa.array(kept))
-
-    def _check_no_lists(self, captions: Mapping[str, pa.Array]) -> None:
-        """Raise SourceError where every caption of a column is a list that was written as a text."""
-        for column, texts in captions.items():
-            if len(texts) and pc.all(pc.match_substring_regex(texts, WRITTEN_LIST)).as_py():
-                raise SourceError(
-                    f"{self.path}: the captions of column {column!r} are lists that were written as texts, the first "
-                    f"{texts[0].as_py()!r:.80}. A CSV holds no lists: save the table as Parquet or JSON lines (with pandas, "
-                    "`to_json(path, orient='records', lines=True)`), or write a row for each caption."
-                )
 
     def _needed(self, batch: Batch, column: str, faults: dict[int, str]) -> pa.Array:
         """Texts of a column that a row cannot do without."""

@@ -118,7 +118,10 @@ def check_same_columns(columns: Mapping[str, Sequence[str]]) -> None:
 def _csv(place: str) -> Table:
     """Cells of a CSV are text. A row may end early, as spreadsheets write it; its other cells are missing."""
     separator = "\t" if place.lower().endswith(".tsv") else ","
-    header = next(_records(place, separator, line_blocks(place, SourceError, FIRST)), None)
+    records = _records(place, separator, line_blocks(place, SourceError, FIRST))
+    header = next(records, None)
+    if header is not None and "".join(header.cells).strip() in ("sep=", f"sep={separator}"):  # written for Excel above the names
+        header = next(records, None)
     if header is None:
         raise SourceError(f"{place} is empty: the first line must name the columns.")
     if header.fault:

@@ -128,6 +128,14 @@ def test_columns_without_a_name(tmp_path: Path) -> None:
     assert list_images(place).items.column_names[-1] == "caption"
 
 
+@pytest.mark.parametrize("first", ["sep=,", "\ufeffsep=,", '"sep=,"', "\nsep=,\r", "sep="])
+def test_a_first_line_for_excel_names_no_columns(tmp_path: Path, first: str) -> None:
+    place = write(tmp_path / "t.csv", f'{first}\n{HEADER}a.png,1,x\nb.png,2,"a ""b"""\nc.png,3,a, b\n')
+    found, skipped = taken(place)
+    assert found == {"a.png": ("1", ["x"]), "b.png": ("2", ['a "b"'])} and len(skipped) == 1
+    assert ": 4 cells, but 3 columns" in skipped[0]
+
+
 # -- cells -----------------------------------------------------------------------------------------------------------
 
 TEXTS: list[tuple[Any, str | None]] = [

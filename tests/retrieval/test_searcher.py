@@ -203,12 +203,12 @@ def test_a_script_that_holds_an_index_to_its_end_ends_in_silence(split_index):
     assert done.returncode == 0 and "ignored" not in done.stderr, done.stderr
 
 
-def test_files_of_an_index_are_closed_with_it(split_index):
+def test_files_of_an_index_are_closed_with_it(own_index):
     def held() -> list[str]:
         links = [Path("/proc/self/fd") / number for number in os.listdir("/proc/self/fd")]
-        return [file for link in links if link.is_symlink() and (file := os.readlink(link)).startswith(str(split_index))]
+        return [file for link in links if link.is_symlink() and (file := os.readlink(link)).startswith(str(own_index))]
 
-    searcher = Searcher(str(split_index))
+    searcher = Searcher(str(own_index))
     assert held()
     del searcher
     gc.collect()

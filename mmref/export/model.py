@@ -40,6 +40,7 @@ from mmref.model.mmref import MMRef
 from mmref.run.exported import AGAIN, read_export
 from mmref.storage.fetch import read_location
 from mmref.storage.locations import read_bytes
+from mmref.storage.texts import is_utf8
 
 T = TypeVar("T")
 
@@ -153,7 +154,7 @@ def _check_text(text: Any, name: str) -> None:
     """Raise SampleError for what no tokenizer takes, or would take for something else, as it does a pair of texts."""
     if not isinstance(text, str):
         raise SampleError(f"{name} is {text!r:.100}, which is no text.")
-    if not text.isascii() and text.encode(errors="ignore").decode() != text:  # half a surrogate pair
+    if not is_utf8(text):
         raise SampleError(f"{name}, {text!a:.100}, is no text that UTF-8 can hold.")
 
 

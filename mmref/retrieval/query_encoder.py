@@ -14,6 +14,7 @@ from mmref.export.model import ImageLike, Model
 from mmref.retrieval.exact import Floats
 from mmref.retrieval.ranking import Encoded, Ranker
 from mmref.retrieval.results import Query
+from mmref.storage.texts import is_utf8
 
 
 class QueryEncoder:
@@ -87,7 +88,7 @@ def check(query: Query) -> None:
     """Raise QueryError where a query cannot be encoded."""
     if query.text is not None and not isinstance(query.text, str):
         raise QueryError(f"the query is {query.text!r:.100}, which is no text: give a sentence as `text`, an image as `image`.")
-    if (query.text or "").encode(errors="ignore").decode() != (query.text or ""):  # half a surrogate pair
+    if not is_utf8(query.text or ""):
         raise QueryError(f"the query {query.text!a} is no text that UTF-8 can hold.")
     if not (query.text or "").strip() and query.image is None:
         raise QueryError("the query is empty: give a sentence, an image, or both.")

@@ -93,9 +93,10 @@ def parquet_files(place: str) -> list[str]:
 def told_by_folders(place: str, files: Sequence[str]) -> list[dict[str, str | None]]:
     """Of each file of a place the columns that its folders are named after, as in `split=train/part-0.parquet`: Spark, Dask,
     pandas and pyarrow divide a table so, and leave these columns out of its files. A name that not all have is no column."""
+    top = folder_of(place, PARQUET)
     found: list[dict[str, str | None]] = []
     for file in files:
-        folders = file.removeprefix(folder_of(place, PARQUET)).split("/")[:-1]
+        folders = file.removeprefix(top).split("/")[:-1]
         told = (folder.partition("=") for folder in folders if "=" in folder)
         found.append({unquote(name): None if value == NO_VALUE else unquote(value) for name, _, value in told if name})
     common = set.intersection(*map(set, found)) if found else set()
@@ -323,10 +324,10 @@ def _parquet(place: str, told: Mapping[str, str | None] | None = None) -> Table:
     try:
         file = open_parquet(place)
         names = file.schema_arrow.names
-        more = {name: pa.scalar(value, pa.string()) for name, value in (told or {}).items() if name not in names}
     except damaged as error:
         kind = "cannot be read" if isinstance(error, OSError) else "is not a Parquet file"
         raise SourceError(f"{place} {kind}: {error}.") from None
+    more = {name: pa.scalar(value, pa.string()) for name, value in (told or {}).items() if name not in names}
 
     def batches(columns: Sequence[str]) -> Iterator[Batch]:
         number = 0

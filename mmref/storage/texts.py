@@ -127,6 +127,11 @@ def read_lines(place: str, wrong: type[MMRefError]) -> list[str]:
         return [line.strip() for line in file]
 
 
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a text: not where it has half a surrogate pair."""
+    return text.isascii() or text.encode(errors="ignore").decode() == text
+
+
 def parse_yaml(text: str, place: str, wrong: type[MMRefError]) -> dict[str, Any]:
     """Keys and values of a YAML text, {} for an empty one. `place` names it in messages.
 

@@ -13,11 +13,10 @@ A reader opens the files of one manifest; a writer leaves them alone, and delete
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -38,21 +37,21 @@ from mmref.retrieval.changes import (
     some,
     unread_before,
 )
-from mmref.retrieval.chunks import JOURNAL, PLACE, Chunks, embed, identity
+from mmref.retrieval.chunks import JOURNAL, identity
 from mmref.retrieval.images import DEFAULT_COLUMNS, FOLDERS, Listing, TableColumns, list_images, no_items
 from mmref.retrieval.journal import KILLED
 from mmref.retrieval.manifest import Manifest, Source
-from mmref.retrieval.segment import Segment, copy_rows, open_segments, write_segment
+from mmref.retrieval.segment import Segment, copy_rows, open_segments
 from mmref.retrieval.set_aside import add_left_out, not_taken, passed_over, read_left_out, read_skipped, write_skipped
 from mmref.retrieval.size import chosen_kind
 from mmref.retrieval.sources import images_place
 from mmref.retrieval.vector_file import PARTS, build_vectors, changed_vectors
 from mmref.retrieval.vectors import Kind
+from mmref.retrieval.work_folder import discard, embed_listing, kept_if_begun, start_work
 from mmref.run.models import source_of
 from mmref.storage.disk import sync_files, told_when_full
-from mmref.storage.fetch import unsigned
 from mmref.storage.locks import held
-from mmref.storage.whole_folder import held_folder, write_whole
+from mmref.storage.whole_folder import held_folder
 from mmref.terminal.output import printable
 from mmref.terminal.progress import say
 
@@ -107,17 +106,17 @@ def create(
     images, target = images_place(images), Path(os.path.realpath(os.path.expanduser(out)))
     _check_free(target)
     work = target.with_name(f"{target.name}.partial")
-    with told_when_full(target), held_folder(work, target, SearchIndexError), _kept_if_begun(work):
+    with told_when_full(target), held_folder(work, target, SearchIndexError), kept_if_begun(work):
         _check_free(target)  # who held it has made the index meanwhile
         # These values make a command the same one; another one starts over.
         source = Source(images, split, columns)
-        _start(work, {**source_of(model), **source.to_dict()})
+        start_work(work, {**source_of(model), **source.to_dict()})
         listing = _listed(images, split, columns)
         if not (work / "model").exists():
             bundle.bundle_model(model, work / "model")
-        skipped = _embed(work, listing.items, work / "segments" / "000000", workers, 0, work / "model", device=device)
+        skipped = embed_listing(work, listing.items, work / "segments" / "000000", workers, 0, work / "model", device=device)
         if len(skipped) == len(listing.items):
-            _discard(work / "chunks")  # the next start looks again
+            discard(work / "chunks")  # the next start looks again
             raise SearchIndexError(f"none of {len(skipped)} images can be read, the first: {skipped[0]['problem']}")
         skipped += not_taken(images, listing)
         write_skipped(work, skipped)
@@ -228,15 +227,15 @@ def _take_in(
                 notes.append(f"{len(again):,} could not be read the last time and are tried again: {some(sorted(again))}")
             return replace(manifest, notes=notes)
         work = folder / ".adding"
-        stack.enter_context(_kept_if_begun(work))
+        stack.enter_context(kept_if_begun(work))
         work.mkdir(exist_ok=True)
-        _start(work, {"generation": manifest.generation, **source.to_dict()})
+        start_work(work, {"generation": manifest.generation, **source.to_dict()})
         if model is not None:
             _check_same_model(folder, work / "given", manifest, model)
         name = f"{manifest.generation:06d}"
         before = read_skipped(folder)
         killers = {identity(s) for s in before if s["problem"] == KILLED}
-        unread = _embed(work, found.items, work / name, workers, manifest.next_uid, folder / "model", killers, device)
+        unread = embed_listing(work, found.items, work / name, workers, manifest.next_uid, folder / "model", killers, device)
         skipped = [*skipped_elsewhere(before, listing, images, split), *not_taken(images, listing), *unread]
         notes = describe_changes(found, {s["id"] for s in unread}, images, removing) + passed_over(listing)
         gone = {*found.replaced, *(found.missing if removing else ())}
@@ -266,7 +265,7 @@ def _with_changes(
         raise SearchIndexError(f"nothing would be left of {folder}: delete the folder instead.")
     names, added = _rewritten(folder, manifest, segments, gone, same), None
     if embedded:
-        _discard(folder / "segments" / new.name)
+        discard(folder / "segments" / new.name)
         os.rename(new, folder / "segments" / new.name)
         added = Segment(folder / "segments" / new.name)
         names.append(new.name)
@@ -275,7 +274,7 @@ def _with_changes(
     changed = replace(changed, vectors=changed_vectors(folder, manifest, changed, added))
     if len(names) > MOST_SEGMENTS:
         joined = f"{new.name}-joined"
-        _discard(folder / "segments" / joined)
+        discard(folder / "segments" / joined)
         copy_rows(folder / "segments" / joined, [(s, np.arange(len(s))) for s in open_segments(folder, changed)])
         changed = replace(changed, segments=[joined])
     return changed
@@ -352,33 +351,6 @@ def _first_manifest(
     )
 
 
-@contextlib.contextmanager
-def _kept_if_begun(work: Path) -> Iterator[None]:
-    """An error leaves the work folder for the next start where something is embedded; else nothing of it stays."""
-    try:
-        yield
-    except Exception:
-        if not _has_embedded(work):
-            _discard(work)
-        raise
-
-
-def _has_embedded(work: Path) -> bool:
-    return any(work.glob("chunks/*.npz"))
-
-
-def _start(work: Path, plan: dict[str, Any]) -> None:
-    """Keep what an interrupted call with the same plan has done, remove what another one left."""
-    path = work / "plan.json"
-    if not path.exists() or json.loads(path.read_text("utf-8")) != plan:
-        if _has_embedded(work):
-            say("what was begun here was of another model, source or index, or had other options: starting over")
-        for entry in work.iterdir():
-            if entry.name != ".lock":
-                _discard(entry)
-        write_whole(path, json.dumps(plan))
-
-
 def _listed(images: str, split: str | None, columns: TableColumns) -> Listing:
     """What is there now: a resumed call lists again, and embeds what it has not embedded. Raises SearchIndexError."""
     listing = list_images(images, split, columns)
@@ -404,7 +376,7 @@ def _rewritten(
             names.append(name)
         elif not gone.all():
             names.append(f"{manifest.generation:06d}-{len(names)}")
-            _discard(folder / "segments" / names[-1])
+            discard(folder / "segments" / names[-1])
             copy_rows(folder / "segments" / names[-1], [(segment, np.flatnonzero(~gone))], same, forget)
     return names
 
@@ -442,35 +414,6 @@ def _listed_too(listed: list[dict[str, Any]], source: Source) -> list[dict[str, 
     return listed if source in of else [*others, source.to_dict()]
 
 
-def _embed(
-    work: Path,
-    items: pa.Table,
-    target: Path,
-    workers: int,
-    first_uid: int,
-    model: Path,
-    killers: Collection[str] = (),
-    device: str = "auto",
-) -> list[dict[str, Any]]:
-    """Embed the items of a listing and write its readable images as a segment; returns those that could not be read."""
-    chunks = Chunks(work, items)
-    embed(chunks, model, workers, killers, device)
-    count, dim = 0, 0
-    skipped: list[dict[str, Any]] = []
-    for rows, arrays in chunks.read():
-        count += len(arrays["position"])
-        dim = arrays["features"].shape[1]
-        for position, problem in json.loads(arrays["problems"].tobytes()).items():
-            (row,) = rows.slice(int(position), 1).to_pylist()
-            # For an image that is never decoded again, its place tells whether it is still the same.
-            kept = ("id", *PLACE) if problem == KILLED else ("id", "path")
-            skipped.append({**{name: row[name] for name in kept}, "path": unsigned(row["path"]), "problem": problem})
-    _discard(target)
-    if count:
-        write_segment(target, chunks.read(), first_uid, count, dim)
-    return skipped
-
-
 def _next(manifest: Manifest, **changes: Any) -> Manifest:
     return replace(manifest, generation=manifest.generation + 1, **changes)
 
@@ -480,10 +423,10 @@ def _commit(index: Path, manifest: Manifest) -> None:
     manifest.write(index)
     for entry in (index / "segments").iterdir():
         if entry.name not in manifest.segments:
-            _discard(entry)
+            discard(entry)
     for entry in index.glob("vectors-*"):
         if entry.name != manifest.vectors.get("file"):
-            _discard(entry)
+            discard(entry)
     _tidy(index)
 
 
@@ -501,15 +444,15 @@ def _tidy(index: Path) -> None:
         "new",
     ):
         for entry in index.glob(name):
-            _discard(entry)
+            discard(entry)
 
 
 def _check_same_model(index: Path, other: Path, manifest: Manifest, model: str) -> None:
     """`other` is where the model is copied for a moment."""
-    _discard(other)
+    discard(other)
     bundle.bundle_model(model, other)
     same, found = bundle.is_of(other, manifest.model), bundle.fingerprint(other)
-    _discard(other)
+    discard(other)
     if not same:
         raise ModelMismatchError(
             f"{model} (fingerprint {found[:12]}) is not the model of {index} ({manifest.model[:12]}): features of two "
@@ -521,10 +464,3 @@ def _load(model: Path) -> Any:
     from mmref.export.model import load
 
     return load(model)
-
-
-def _discard(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

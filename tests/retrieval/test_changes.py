@@ -262,7 +262,7 @@ def test_the_same_words_in_another_directory_are_another_command(folder, run, tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index, "_embed", dies)
+        patch.setattr(index, "embed_listing", dies)
         index.create("photos", str(run), str(tmp_path / "out"), workers=0)
     monkeypatch.chdir(tmp_path / "two")
     index.create("photos", str(run), str(tmp_path / "out"), workers=0)

@@ -120,7 +120,7 @@ def test_another_command_does_not_resume_what_was_begun(folder, run, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index, "_embed", dies)
+        patch.setattr(index, "embed_listing", dies)
         index.create(str(folder), str(run), str(out), workers=0)
     index.create(str(folder / "deep"), str(run), str(out), workers=0)
     assert ids(out) == ["01.png", "03.png", "05.png", "07.png", "09.png"]
@@ -379,7 +379,7 @@ def test_what_a_killed_writer_left_is_cleared(folder, run, tmp_path, monkeypatch
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index, "_embed", dies)
+        patch.setattr(index, "embed_listing", dies)
         index.create(str(folder / "deep"), str(run), str(out), workers=0)
     work = tmp_path / "out.partial"
     (work / ".export-x").mkdir()  # killed while the run was exported

@@ -123,15 +123,17 @@ class Model:
             return np.concatenate([encode(items[i : i + batch]) for i in range(0, len(items), batch)])
 
     def gallery(self, features: Floats) -> Gallery:
-        """Prepare image features (g, d) for many calls of `refine`."""
+        """Prepare image features (g, d) for many calls of `refine`. Raises as `refine`."""
+        features = _features(features, self.dim, "images")
         return Gallery(features, None if self.space is None else self.space.encode(features, self.refinement, gallery=True))
 
     def refine(self, text: Floats, images: Floats | Gallery) -> Floats:
         """Scores (q, g) of text features (q, d) with images: cosines, and on the first candidates the refinement.
 
         A sentence's scores do not depend on the other sentences of the call. `images` is the whole gallery: dense
-        codes are centred by its mean.
+        codes are centred by its mean. Raises ValueError for what are no features.
         """
+        text = _features(text, self.dim, "text")
         gallery = images if isinstance(images, Gallery) else self.gallery(images)
         scores = text @ gallery.features.T
         if self.space is None or gallery.codes is None or not len(text):
@@ -148,6 +150,18 @@ def _is_single(given: Any) -> bool:
         return given.ndim == 0 or (given.ndim == 3 and given.shape[2] == 3)
     one = isinstance(given, str | bytes | bytearray | memoryview | os.PathLike | Image.Image | Fitted) or hasattr(given, "read")
     return one or not isinstance(given, Iterable)
+
+
+def _features(given: Any, dim: int, name: str) -> Floats:
+    """(n, dim) float32. Raises ValueError for anything else."""
+    try:
+        found = np.asarray(given, np.float32)
+        what = f"an array of shape {found.shape}"
+    except (TypeError, ValueError, RuntimeError):  # PyTorch's and NumPy's
+        found, what = np.zeros(0, np.float32), f"{given!r:.100}"
+    if found.ndim != 2 or found.shape[1] != dim:
+        raise ValueError(f"{name} must be features (n, {dim}), as `encode_text` and `encode_images` give, and not {what}.")
+    return found
 
 
 def _check_text(text: Any, name: str) -> None:

@@ -73,7 +73,8 @@ class Selection:
 
 
 class Searcher:
-    """Answers queries from an index directory. Thread-safe; holds the state of the index at the time it was opened.
+    """Answers queries from an index directory. Thread-safe; holds the state of the index at the time it was opened. Pickled, it
+    is where the index lies: another process opens it anew.
 
     Args:
         index: directory written by `mmref index`.
@@ -85,7 +86,7 @@ class Searcher:
     """
 
     def __init__(self, index: str | os.PathLike[str], device: str = "auto", cached: int = 4096) -> None:
-        self.index, self.device = Path(index).expanduser().absolute(), chosen_device(device)
+        self.index, self.device, self._asked = Path(index).expanduser().absolute(), chosen_device(device), device
         self._start(cached, None)
 
     def _start(self, cached: int, previous: Searcher | None) -> None:
@@ -99,10 +100,13 @@ class Searcher:
         self._filters: OrderedDict[frozenset[Condition], Rows] = OrderedDict()
         self._lock = threading.Lock()  # of the filters
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self.index), self._asked, self._encoder.cached)
+
     def reopened(self) -> Searcher:
         """Another searcher, of the index as it is on disk now; the model is loaded again only if it has changed."""
         fresh = Searcher.__new__(Searcher)
-        fresh.index, fresh.device = self.index, self.device
+        fresh.index, fresh.device, fresh._asked = self.index, self.device, self._asked
         fresh._start(self._encoder.cached, self)
         return fresh
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +37,12 @@ class StoreSearcher(Searcher):
 
     def __init__(self, index: str | os.PathLike[str], store: str, device: str = "auto", cached: int = 4096) -> None:
         self.store: Store = open_store(store)
+        self._url = store
         super().__init__(index, device, cached)
         self._check()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self.index), self._url, self._asked, self._encoder.cached)
 
     def _check(self) -> None:
         about, manifest = self.store.about, self.manifest

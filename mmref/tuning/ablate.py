@@ -169,8 +169,8 @@ def read_result(config: Config, split: str, data: str) -> dict[str, Any] | None:
     run = RunDir(config.run_dir)
     if not run.exists(result_name(split)):
         return None
-    metrics = run.read_json(result_name(split))
-    if metrics["config_hash"] != config_hash(config):
+    metrics = run.read_fields(result_name(split))
+    if metrics.get("config_hash") != config_hash(config):
         raise RunDirectoryError(
             f"{run.path} holds a training of another config. Give another `--run_dir`, or remove that folder."
         )

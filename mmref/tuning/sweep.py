@@ -86,7 +86,7 @@ def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None
     if not run.exists("space.yaml"):
         raise RunDirectoryError(f"{run.path} holds no sweep to go on with (there is no space.yaml). Start it without "
                                 "`--resume`.")  # fmt: skip
-    options = Options(**run.read_json("sweep.json"))
+    options = _options_of(run)
     changed = {k: number(v) for k, v in changes.items() if v is not None}
     options = dataclasses.replace(options, **changed)  # type: ignore[arg-type]
     if (begun := len({line["trial"] for line in read_jsonl(run, LOG)})) > options.trials:
@@ -103,6 +103,17 @@ def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None
             for trial in [t for t in log.trials.values() if t.status == "failed"]:
                 log.reopen(trial.number)
         return _run(own, prepared, space, options, run)
+
+
+def _options_of(run: RunDir) -> Options:
+    """What a sweep was begun with. Raises RunDirectoryError where this version has other options."""
+    try:
+        return Options(**run.read_fields("sweep.json"))
+    except TypeError as error:
+        raise RunDirectoryError(
+            f"{run.join('sweep.json')} is damaged, or of a version with other options ({error}): go on with the version of mmref "
+            "that began the sweep, or start one in another `--run_dir`."
+        ) from None
 
 
 def prepare(base: Config, space: Space, options: Options, run: RunDir) -> Config:

@@ -185,6 +185,13 @@ def test_images_come_as_files_bytes_pil_and_arrays(exported, tmp_path):
     np.testing.assert_allclose(features, np.repeat(features[:1], 9, 0), atol=1e-6)
     assert loaded.encode_images([]).shape == loaded.encode_text([]).shape == (0, loaded.dim)
     assert loaded.refine(loaded.encode_text([]), features).shape == (0, 9)
+    text = loaded.encode_text(["red"])
+    np.testing.assert_array_equal(loaded.refine(torch.from_numpy(text), features.tolist()), loaded.refine(text, features))
+    for wrong in (["red"], text[0], text[:, 1:], None, text[0, 0], [[1.0], [1.0, 2.0]]):
+        with pytest.raises(ValueError, match=r"text must be features \(n, 8\)"):
+            loaded.refine(wrong, features)
+        with pytest.raises(ValueError, match=r"images must be features \(n, 8\)"):
+            loaded.gallery(wrong)
     for wrong, said in ((tmp_path / "none.png", "none.png: cannot be read"), (b"", "image 0: the image is empty"),
                         (array[..., 0], r"array must be RGB .* found \(40, 31\)"),
                         (array[:0], "image 0: the image is empty: it has 31x0 pixels"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -201,6 +202,12 @@ def test_a_script_that_holds_an_index_to_its_end_ends_in_silence(split_index):
     script = "import atexit, sys, mmref; searcher = mmref.Searcher(sys.argv[1]); atexit.register(lambda: searcher)"
     done = subprocess.run([sys.executable, "-c", script, str(split_index)], text=True, capture_output=True, timeout=300)
     assert done.returncode == 0 and "ignored" not in done.stderr, done.stderr
+
+
+def test_a_searcher_goes_to_another_process_as_the_place_of_its_index(searcher):
+    sent = pickle.loads(pickle.dumps(searcher))
+    assert sent.search("a red circle", top=3) == searcher.search("a red circle", top=3)
+    assert len(pickle.dumps(searcher)) < 1000 and pickle.dumps(sent.reopened()) == pickle.dumps(searcher)
 
 
 def test_files_of_an_index_are_closed_with_it(own_index):

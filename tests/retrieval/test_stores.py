@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -121,6 +122,7 @@ def test_results_are_those_of_the_index(split_index, url):
     for options in ({}, {"refine": False}, {"candidates": 4}, {"where": {"object_id": mine.items["object_id"][0].as_py()}}):
         assert_same(theirs.search_many(SENTENCES, top, **options), mine.search_many(SENTENCES, top, **options))
     assert [r.references for r in theirs.search("a red circle")], "codes come from the store"
+    assert_same([pickle.loads(pickle.dumps(theirs)).search("a red circle", top=top)], [mine.search("a red circle", top=top)])
 
 
 @pytest.mark.parametrize("refinement", [{"kind": "dense"}, {"kind": "expansion"}])

@@ -175,6 +175,13 @@ def test_the_starting_weights_are_a_row(
 
 def test_results_of_another_config_are_refused(base: Config, trained: list[str]) -> None:
     ablate(base, ROWS, [0])
+    result = next(Path(base.run_dir).glob("*/result-*.json"))
+    whole = result.read_text()
+    for damaged, said in ((json.dumps({"refined": {}}), "another config"), ("[]", "is damaged: it holds no names and values")):
+        result.write_text(damaged)
+        with pytest.raises(RunDirectoryError, match=said):
+            ablate(base, ROWS, [0])
+    result.write_text(whole)
     base.train.lr *= 2
     with pytest.raises(RunDirectoryError, match="another config"):
         ablate(base, ROWS, [0])

@@ -21,6 +21,7 @@ from mmref.data.shard_set import ShardSet, data_fingerprint
 from mmref.errors import ConfigError, RunDirectoryError, ShardSetError, SweepError
 from mmref.evaluate.features import read_queries
 from mmref.run.directory import DATA, RunDir
+from mmref.run.models import is_of, source_of, start_of_training
 from mmref.train.trainer import check_inputs, check_same_data
 from mmref.tuning.ablation_table import markdown, plot, summarise, table_csv
 from mmref.tuning.capacity import TRIAL_CPUS, connected, largest_node, sharing
@@ -163,9 +164,17 @@ def check_judged_alike(config: Config) -> None:
         raise RunDirectoryError(f"{run.path} {otherwise}. Give the same, another `--run_dir`, or remove that folder.")
 
 
+def started_from(config: Config) -> dict[str, Any]:
+    """What a result keeps of the model that its training starts from: nothing where the weights are random or of a hub, which
+    the config names well enough."""
+    given = start_of_training(config)
+    return {"started_from": source_of(given)} if os.path.isdir(given) else {}
+
+
 def read_result(config: Config, split: str, data: str) -> dict[str, Any] | None:
     """Metrics of a finished training, None where it is not finished. Raises RunDirectoryError for one of another config, of
-    shards with other contents than `data`, as of `data_fingerprint`, or evaluated for less than is asked for."""
+    shards with other contents than `data`, as of `data_fingerprint`, of a start whose files were others, or evaluated for less
+    than is asked for."""
     run = RunDir(config.run_dir)
     if not run.exists(result_name(split)):
         return None
@@ -175,6 +184,12 @@ def read_result(config: Config, split: str, data: str) -> dict[str, Any] | None:
             f"{run.path} holds a training of another config. Give another `--run_dir`, or remove that folder."
         )
     check_same_data(run, config, data)
+    given, kept = start_of_training(config), metrics.get("started_from")
+    if kept and os.path.isdir(given) and not is_of(kept, given):
+        raise RunDirectoryError(
+            f"{run.path} was trained from {given} as it was before its files changed. Give another `--run_dir`, or remove that "
+            "folder."
+        )
     if lacking := evaluated_for_less(metrics, config):
         raise RunDirectoryError(
             f"{run.path} {lacking}. Remove {result_name(split)} there to have it evaluated again, or leave that out."
@@ -195,6 +210,7 @@ def train_and_evaluate(values: dict[str, Any], split: str, trains: bool = True) 
     for name, value in SETTINGS.items():  # of the nested training, for which this process is the driver
         os.environ.setdefault(name, value)
     config = from_dict(values)
+    start = started_from(config)
     with named_address():
         if trains:
             train(config, final_evaluation=False)
@@ -204,7 +220,7 @@ def train_and_evaluate(values: dict[str, Any], split: str, trains: bool = True) 
             run.write_text("config.yaml", dump_yaml(config))
             run.write_text(DATA, data_fingerprint(config))
             metrics = {**evaluate_start(config, run, split), "config_hash": config_hash(config)}
-        result = {**metrics, "machine": machine(with_gpus(config))}
+        result = {**metrics, **start, "machine": machine(with_gpus(config))}
         RunDir(config.run_dir).write_text(result_name(split), json.dumps(result, indent=1))
     return dict(metrics["refined"])
 

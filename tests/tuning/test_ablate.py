@@ -53,7 +53,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 continue
             state = {"R@1": 40.0 + training.seed, "mAP": 30.0}
             metrics = {"initial": state, "refined": state, "by_caption_kind": {}, "config_hash": config_hash(config)}
-            metrics["machine"] = "one"
+            metrics |= {"machine": "one", **module.started_from(config)}
             run = RunDir(config.run_dir)
             run.write_text(result_name(split), json.dumps(metrics))
             lines = [{"step": i, "step_seconds": s} for i, s in enumerate((9.0, 1.0, 1.0))]
@@ -185,6 +185,21 @@ def test_results_of_another_config_are_refused(base: Config, trained: list[str])
     base.train.lr *= 2
     with pytest.raises(RunDirectoryError, match="another config"):
         ablate(base, ROWS, [0])
+
+
+def test_results_of_a_start_whose_files_changed_are_refused(base: Config, trained: list[str], tmp_path: Path) -> None:
+    from support.pretrained import save_pretrained
+
+    clip = str(save_pretrained("clip", tmp_path / "clip"))
+    rows = Rows((Row("tuned"), Row("zero-shot", steps=0)), "tuned")
+    base.train.start_from = clip
+    for _ in range(2):
+        ablate(base, rows, [0])
+    assert trained == ["tuned-seed0", "zero-shot-seed0"]
+    weights = next(Path(clip).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    with pytest.raises(RunDirectoryError, match="before its files changed"):
+        ablate(base, rows, [0])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mmref.errors import ShardSetError
+from mmref.errors import ShardSetError, StorageError
 from mmref.storage.array_file import ArrayFile
 from mmref.storage.disk import told_when_full
 from mmref.storage.locations import cache_folder
@@ -134,19 +134,44 @@ def _node_copy(place: str, stamp: str, write: Callable[[Path], None]) -> Path:
     copy = folder / f"{own}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
     if copy.exists():
         return copy
-    folder.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(folder / f".{own}.lock"):
-        if not copy.exists():
-            for stale in (*folder.glob(f"{own}-*"), *folder.glob(f".{own}-*")):  # what has them mapped keeps them
-                shutil.rmtree(stale, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        with _named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(one_at_a_time(folder / f".{own}.lock"))
+            if copy.exists():
+                return copy
+            if alone:
+                for stale in (*folder.glob(f"{own}-*"), *folder.glob(f".{own}-*")):  # what has them mapped keeps them
+                    shutil.rmtree(stale, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{own}-"))
-            try:
-                with told_when_full(copy):
-                    write(temporary)
-                os.rename(temporary, copy)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with told_when_full(copy):
+                write(temporary)
+            with _named(folder):
+                _put(temporary, copy)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return copy
+
+
+def _put(temporary: Path, copy: Path) -> None:
+    try:
+        os.rename(temporary, copy)
+    except OSError:
+        if not copy.exists():  # else another process made the same, where the file system has no locks
+            raise
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Raises StorageError for the errors of the cache's own folder, which say nothing of the set."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{folder}, where the indexes of large sets are kept on this machine, cannot be written: {error.strerror or error}. "
+            "Name another folder by the variable MMREF_CACHE."
+        ) from error
 
 
 class _Objects:

@@ -152,6 +152,8 @@ class Plan:
     order: Order | None = None  # ShuffledOrder by default
 
     def __post_init__(self) -> None:
+        if not self.n_objects:
+            raise TooFewObjectsError("the split has no objects.")
         if self.n_objects < self.objects_per_step:
             raise TooFewObjectsError(
                 f"the split has {self.n_objects} objects, but a step takes {self.objects_per_step} different ones "
@@ -290,6 +292,13 @@ def windowed_order(shard: NDArray[np.int32], window: int, seed: int) -> Windowed
     return WindowedOrder(shard_start, window, seed, by_shard)
 
 
+def _part_of(config: Config, number: int) -> str:
+    """Which of several sets is too small, and whether its objects were drawn; empty of a single one that is whole."""
+    data = config.data
+    drawn = f"`data.max_objects` {data.max_objects} draws them from all sets together; " if data.max_objects and data.mix else ""
+    return f"{[data.root, *data.mix][number]}: {drawn}" if data.mix else ""
+
+
 def build_plan(config: Config, index: SplitIndex) -> Plan | MixedPlan:
     """The plan of a run over its training index (`train_index`). Raises TooFewObjectsError, NeighborsError."""
     data, seed = config.data, config.train.seed
@@ -307,7 +316,10 @@ def build_plan(config: Config, index: SplitIndex) -> Plan | MixedPlan:
             rows = np.where(rows < 0, rows, rows - first).astype(np.int32)
             order = GroupedOrder(rows, config.objects_per_step, groups, data.group_size, seed)
         own = start - start[0] if first else start
-        plans.append(Plan(own, config.objects_per_step, config.train.images_per_object, seed, order))
+        try:
+            plans.append(Plan(own, config.objects_per_step, config.train.images_per_object, seed, order))
+        except TooFewObjectsError as error:
+            raise TooFewObjectsError(f"{_part_of(config, len(plans))}{error}") from None
     if len(plans) == 1:
         return plans[0]
     shares = list(data.mix.values())

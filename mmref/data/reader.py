@@ -22,6 +22,7 @@ from mmref.data.sample_reader import RawSample, sound
 from mmref.data.shard_set import open_reader, train_index
 from mmref.data.tokens import load_tokens
 from mmref.errors import SampleError
+from mmref.storage.secrets import told
 
 Batch = dict[str, NDArray[Any]]
 Sample = tuple[
@@ -130,7 +131,7 @@ class StepReader:
         return self._decoded(index, self.samples.read(index))
 
     def _decoded(self, index: int, raw: RawSample) -> tuple[NDArray[np.uint8], list[str]]:
-        name = f"{self.index.shard_paths[int(self.index.shard[index])]}:{raw.meta.get('image_id', index)}"
+        name = f"{told(self.index.shard_paths[int(self.index.shard[index])])}:{raw.meta.get('image_id', index)}"
         captions = [c for c, _ in usable_captions(raw.meta, name)]
         return self.fit.decode(raw.image_bytes, name), captions
 

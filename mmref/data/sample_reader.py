@@ -24,9 +24,10 @@ import numpy as np
 from mmref.data.columns import read_columns
 from mmref.errors import SampleError, ShardSetError, StorageError
 from mmref.storage.cache import ShardCache
-from mmref.storage.locations import file_system, is_url, read_bytes
+from mmref.storage.locations import UNTOLD, file_system, is_url, read_bytes
 from mmref.storage.ranges import Range, Request, requests
 from mmref.storage.retries import retry
+from mmref.storage.secrets import said, told
 from mmref.storage.tars import size_in, stamp_of
 
 T = TypeVar("T")
@@ -299,7 +300,7 @@ class SampleReader:
         """Raise ShardSetError where a tar outside of its set is no longer the one that was indexed. Of one in the cache only the
         size is known: its tag is part of its name there."""
         path, stamp = self.index.shard_paths[shard], self.index.stamp(shard)
-        same = str(found.st_size) == size_in(stamp) if is_url(path) else stamp_of(found) == stamp
+        same = size_in(stamp) in (found.st_size, UNTOLD) if is_url(path) else stamp_of(found) == stamp
         if stamp and not (same and stat.S_ISREG(found.st_mode)):
             raise changed_in_place(path, stamp_of(found), stamp)
 
@@ -330,13 +331,15 @@ class SampleReader:
             if is_url(path) and self.cache is None:
                 data = read_bytes(path, wanted.start, size)
             else:
-                data = retry(f"read {path}", lambda: self._pread(shard, path, wanted.start, size))
+                data = retry(f"read {told(path)}", lambda: self._pread(shard, path, wanted.start, size))
         except OSError as error:  # no such file any more, no permission: so do credentials that have run out
-            raise StorageError(f"cannot read {path}: {error}. Mend it, then start the same command: it resumes.") from error
+            raise StorageError(
+                f"cannot read {told(path)}: {said(error)}. Mend it, then start the same command: it resumes."
+            ) from error
         if len(data) > size:
             raise StorageError(
-                f"{path} is only given as a whole, {len(data):,} bytes where {size:,} were asked for: set `data.cache_gb`, so "
-                "that each node keeps it."
+                f"{told(path)} is only given as a whole, {len(data):,} bytes where {size:,} were asked for: set `data.cache_gb`, "
+                "so that each node keeps it."
             )
         return data
 
@@ -381,7 +384,7 @@ class SampleReader:
         if isinstance(data, SampleError):
             return data
         index = self.index
-        where = f"{index.json_path(int(index.shard[i]))}: json of {index.keys[i]!r} at byte {index.json_offset[i]}"
+        where = f"{told(index.json_path(int(index.shard[i])))}: json of {index.keys[i]!r} at byte {index.json_offset[i]}"
         try:
             meta = json.loads(data)
         except ValueError as error:  # covers broken UTF-8 as well
@@ -448,8 +451,8 @@ def _stamp(path: str) -> str:
 def changed_in_place(path: str, found: str, expected: str) -> ShardSetError:
     """The error for a tar outside of its set that is no longer the one that was indexed."""
     return ShardSetError(
-        f"{path} is not the tar that was indexed: size and time (or tag) are {found}, they were {expected}. Index the tars again "
-        "with `mmref shards index`, or put the old one back."
+        f"{told(path)} is not the tar that was indexed: size and time (or tag) are {found}, they were {expected}. Index the tars "
+        "again with `mmref shards index`, or put the old one back."
     )
 
 

@@ -8,6 +8,7 @@ object's images side by side. A set may travel packed (`.tar.gz` for every tar):
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -79,8 +80,8 @@ class ShardSet:
             packed = join(self.root, shard["packed"]) if "packed" in shard else None
             if packed is None or is_url(self.root) or not os.path.exists(packed):
                 continue  # a shard that is missing altogether is reported by index() and verify()
-            if os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(packed):
-                continue  # an older one was unpacked from another version of the set
+            if _is_unpacked(path, packed, shard):
+                continue
             try:
                 self._unpack_one(packed, path, shard)
             except (OSError, EOFError, zlib.error) as error:  # EOFError: the packed file ends early
@@ -255,6 +256,20 @@ def drawn_part(index: SplitIndex, config: Config) -> SplitIndex:
         place = np.arange(len(images)) - np.searchsorted(of, of)  # among the images of its object, in the order of the draws
         images = np.sort(images[by_draw][place < most])
     return index.part(objects, images)
+
+
+def _is_unpacked(path: str, packed: str, shard: dict[str, Any]) -> bool:
+    """Whether a shard is there that the manifest names: an older one may have been unpacked from another version of the set, or
+    copied without its time."""
+    if not os.path.exists(path) or os.path.getsize(path) != shard["bytes"]:
+        return False
+    if os.path.getmtime(path) >= os.path.getmtime(packed):
+        return True
+    if sha256_of(path) != shard["sha256"]:
+        return False
+    with contextlib.suppress(OSError):  # may not be written: it is looked at each time
+        os.utime(path)
+    return True
 
 
 def data_fingerprint(config: Config) -> str:

@@ -32,8 +32,8 @@ from mmref.retrieval.images import read_image_bytes
 from mmref.retrieval.journal import KILLED, Journal, Watch
 from mmref.storage.disk import sync_files
 from mmref.storage.fetch import unsigned
-from mmref.storage.locations import told
 from mmref.storage.parquet import read_parquet
+from mmref.storage.secrets import told
 from mmref.terminal.progress import Counter, say
 
 THUMBNAIL_PX, THUMBNAIL_QUALITY = 256, 80

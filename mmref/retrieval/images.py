@@ -31,7 +31,8 @@ from mmref.storage.cells import Row
 from mmref.storage.fetch import id_of, locate, locate_inside, outside_most, unsigned
 from mmref.storage.files import matching_files
 from mmref.storage.image_places import Place, file_of, read_place
-from mmref.storage.locations import absolute, from_text, is_url, join, size_of, to_text, told
+from mmref.storage.locations import absolute, from_text, is_url, join, size_of, to_text
+from mmref.storage.secrets import told
 from mmref.storage.tables import TABLE_ENDINGS, Table, read_table
 
 COLUMNS = {  # of every listing, before metadata columns

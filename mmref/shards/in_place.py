@@ -35,6 +35,7 @@ from mmref.shards.tasks import run_jobs
 from mmref.shards.tokenizer import train_captions, train_tokenizer
 from mmref.storage.locations import folder_name, opened, size_of, to_text
 from mmref.storage.parquet import read_parquet
+from mmref.storage.secrets import said, told
 from mmref.storage.tars import Tar
 from mmref.storage.whole_folder import whole_folder, write_whole
 
@@ -104,7 +105,7 @@ def index_tars(given: Sequence[str], out: str, options: InPlaceOptions = InPlace
     """
     tars = find_tars(given)
     names = labels(tars)
-    reading, joined, said = choose_reading(tars, options.reading)
+    reading, joined, choices = choose_reading(tars, options.reading)
 
     def replaced(root: Path) -> set[str]:
         return files_of_set(root, options.overwrite, "", set())
@@ -118,7 +119,7 @@ def index_tars(given: Sequence[str], out: str, options: InPlaceOptions = InPlace
         with contextlib.closing(LeftOut(work / LEFT_OUT)) as left_out:
             for number in range(len(tars)):
                 left_out.join(str(work / PARTS / _file(number, "left_out")))
-        manifest = _manifest(folder_name(str(out)), scanned, names, options, said, left_out)
+        manifest = _manifest(folder_name(str(out)), scanned, names, options, choices, left_out)
         write_indexes(
             work, [work / PARTS / _file(number, "arrow") for number in range(len(tars))], _shard_numbers(scanned), manifest
         )
@@ -157,7 +158,9 @@ def scan_tar(shared: tuple[Reading, Joined | None], job: Job) -> ScannedTar:
             found = ScannedTar(place, tar.stamp, tar.size, tar.headers, tar.ranges)
             broken = tar.broken
     except OSError as error:
-        raise SourceError(f"{place} cannot be read: {error}. Leave it out, or mend it; then start the same command.") from None
+        raise SourceError(
+            f"{told(place)} cannot be read: {said(error)}. Leave it out, or mend it; then start the same command."
+        ) from None
     found.passed_over = contents.passed_over
     skipped = [f"{label}.tar: {line}" for line in contents.skipped]
     if broken:

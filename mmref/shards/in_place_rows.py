@@ -7,7 +7,7 @@ hashes is a share of the rows, and one share after the other is sorted in memory
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mmref.shards.rows import in_groups
 
 SHARE_ROWS = 4_000_000  # sorted at a time, about a gigabyte
 ROW_GROUP = 1_000_000
+MOST_MAPPED = 10_000  # files at a time: a process has 65,530 maps in all
 PART_SCHEMA = pa.schema([
     ("split", pa.large_string()), ("fraction", pa.float64()),
     *(INDEX_SCHEMA.field(name) for name in ("object_id", "image_id", "key", "image_ext", "image_offset", "image_size")),
@@ -51,17 +52,17 @@ def write_indexes(root: Path, parts: Sequence[Path], shards: Mapping[str, Sequen
 
     Raises SourceError for an object of two splits.
     """
-    tables = [_mapped(path) for path in parts]
-    fractions = [np.concatenate([chunk.to_numpy() for chunk in table["fraction"].chunks] or [[]]) for table in tables]
-    count = max(1, -(-sum(len(table) for table in tables) // SHARE_ROWS))
+    tables = list(_tables(parts))
+    fractions = [np.concatenate([chunk.to_numpy() for chunk in table["fraction"].chunks] or [[]]) for table, _ in tables]
+    count = max(1, -(-sum(len(table) for table, _ in tables) // SHARE_ROWS))
     edges = np.append(np.linspace(0, 1, count + 1)[:-1], np.inf)
     bounds = [np.searchsorted(each, edges) for each in fractions]
     with contextlib.ExitStack() as stack:
         splits = {name: _open(stack, root, name, numbers) for name, numbers in shards.items()}
         for share in range(count):
             pieces = [
-                table.slice(bound[share], bound[share + 1] - bound[share]).append_column("tar", _constant(number, bound, share))
-                for number, (table, bound) in enumerate(zip(tables, bounds))
+                _with_tar(table.slice(bound[share], bound[share + 1] - bound[share]), number)
+                for (table, number), bound in zip(tables, bounds)
                 if bound[share + 1] > bound[share]
             ]
             if pieces:
@@ -75,8 +76,23 @@ def _mapped(path: Path) -> pa.Table:
         return pa.ipc.open_file(file).read_all()
 
 
-def _constant(number: int, bound: NDArray[Any], share: int) -> pa.Array:
-    return pa.array(np.full(bound[share + 1] - bound[share], number, np.int32))
+def _tables(parts: Sequence[Path]) -> Iterator[tuple[pa.Table, int | None]]:
+    """Rows by `fraction`, and of which tar they are: of each part alone, or of several joined, whose rows say it themselves."""
+    size = -(-len(parts) // MOST_MAPPED)
+    for first in range(0, len(parts), max(1, size)):
+        some = [(_mapped(path), number) for number, path in enumerate(parts[first : first + size], first)]
+        if size == 1:
+            yield some[0]
+            continue
+        rows = pa.concat_tables([_with_tar(*each) for each in some]).combine_chunks().sort_by("fraction")
+        path = parts[first].with_suffix(".joined")
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+            writer.write_table(rows.combine_chunks())
+        yield _mapped(path), None
+
+
+def _with_tar(rows: pa.Table, number: int | None) -> pa.Table:
+    return rows if number is None else rows.append_column("tar", pa.array(np.full(len(rows), number, np.int32)))
 
 
 def _open(stack: contextlib.ExitStack, root: Path, name: str, numbers: Sequence[int]) -> _Split:

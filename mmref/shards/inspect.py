@@ -85,5 +85,6 @@ def contact_sheet(shards: ShardSet, split: str, path: str, objects: int = 12) ->
                 draw.text((2, line * height + 1), title.decode("latin-1")[:130], fill="black")
     reader.close()
     encoded = io.BytesIO()
-    sheet.save(encoded, Image.registered_extensions().get(os.path.splitext(path)[1].lower(), "PNG"))
+    kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower(), "PNG")
+    sheet.save(encoded, kind if kind in Image.SAVE else "PNG")  # some can only be read
     write_output("--sheet", path, encoded.getvalue())

@@ -20,6 +20,7 @@ from mmref.shards.tar_samples import (
     common_fields,
     read_tar,
 )
+from mmref.storage.secrets import said, told
 from mmref.storage.tables import read_table
 from mmref.storage.tars import Tar
 from mmref.storage.texts import read_lines
@@ -79,7 +80,7 @@ def _first(tars: Sequence[str]) -> tuple[str, TarContents]:
             with Tar(place) as tar:
                 contents = read_tar(tar, hashed=False)
         except OSError as error:
-            raise SourceError(f"{place} cannot be read: {error}.") from None
+            raise SourceError(f"{told(place)} cannot be read: {said(error)}.") from None
         if any(sample.image for sample in contents.samples.values()):
             return place, contents
     found = ", ".join(contents.passed_over) or ("texts alone" if contents.samples else "nothing that can be read")
@@ -92,7 +93,7 @@ def _first(tars: Sequence[str]) -> tuple[str, TarContents]:
 def _unknown(place: str, name: str, option: str, known: Iterable[str]) -> SourceError:
     near = difflib.get_close_matches(name, sorted(known), 1, 0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return SourceError(f"{option} {name}: no sample of {place} has such a field, only {', '.join(sorted(known))}.{hint}")
+    return SourceError(f"{option} {name}: no sample of {told(place)} has such a field, only {', '.join(sorted(known))}.{hint}")
 
 
 def _ids(options: ReadingOptions, known: set[str], place: str) -> tuple[Literal["field", "image", "duplicate"], str]:
@@ -108,7 +109,7 @@ def _check_captions(options: ReadingOptions, known: set[str], classes: tuple[str
     if options.captions or classes or known & {*CAPTION_FIELDS, TXT}:
         return
     hint = "give the names of the classes with --classes FILE, one a line" if CLS in known else "name its fields with --captions"
-    raise SourceError(f"{place}: no sample has a caption (.txt, or `caption` or `captions` in .json): {hint}. It has: "
+    raise SourceError(f"{told(place)}: no sample has a caption (.txt, or `caption` or `captions` in .json): {hint}. It has: "
                       f"{', '.join(sorted(known - {KEY})) or 'images alone'}.")  # fmt: skip
 
 

@@ -207,12 +207,16 @@ def parse_renaming(text: str) -> tuple[str, str]:
 
 
 def parse_fractions(text: str) -> dict[str, float]:
-    """`train=0.7,val=0.1,test=0.2` -> dict. Raises UsageError unless they are positive and sum to 1."""
+    """`train=0.7,val=0.1,test=0.2` -> dict. Raises UsageError unless they are positive and sum to 1, SourceError for what cannot
+    name a split."""
     try:
-        found = {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
+        given = [(split_name(name), float(value)) for name, value in (part.split("=") for part in text.split(","))]
     except ValueError as error:
         raise UsageError(f"--fractions {text!r} is not of the form train=0.7,val=0.1,test=0.2.") from error
-    if min(found.values()) < 0 or abs(sum(found.values()) - 1) > 1e-6:
+    found = dict(given)
+    if len(found) < len(given):
+        raise UsageError(f"--fractions {text!r} names a split twice (validation and dev are val).")
+    if min(found.values()) < 0 or not abs(sum(found.values()) - 1) <= 1e-6:  # nor is it with a NaN
         raise UsageError(f"--fractions {text!r} sum to {sum(found.values()):g}: they must be positive and sum to 1.")
     return found
 

@@ -12,6 +12,7 @@ from mmref.data.manifest import STORAGES, outside
 from mmref.errors import SourceError
 from mmref.storage.locations import absolute, expanded, file_system, in_utf8, is_url
 from mmref.storage.retries import retry
+from mmref.storage.secrets import told, without_user
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -20,27 +21,29 @@ WILD = re.compile(r"[*?\[]")
 
 
 def find_tars(given: Sequence[str]) -> list[str]:
-    """Paths (whole) and URLs of the tars that are meant, each once, in the order in which they are given; those of one glob or
-    folder by name.
+    """Paths (whole) and URLs of the tars that are meant, each file once, in the order in which they are given; those of one glob
+    or folder by name.
 
     Raises SourceError for what names no tar, a packed one, or a folder that holds its tars in folders; PathError for a name that
     is no UTF-8.
     """
-    found: dict[str, None] = {}
+    by_file: dict[str, str] = {}  # a link is the tar that it leads to
     for text in given:
         for place in _expand_braces(text):
-            found |= dict.fromkeys(_tars_of(place))
+            for tar in _tars_of(place):
+                by_file.setdefault(tar if is_url(tar) else os.path.realpath(tar), tar)
+    found = list(by_file.values())
     for place in found:
         in_utf8(place)
         if is_url(place) and (why := outside(place)):
             raise SourceError(f"{why}: name a .tar on {', '.join(STORAGES)}.")
-    return list(found)
+    return found
 
 
 def _expand_braces(text: str) -> Iterator[str]:
     """`{000..999}` and `{a,b}`, as a shell expands them without quotes."""
     match = BRACES.search(text)
-    if match is None:
+    if match is None or os.path.lexists(expanded(text)):
         yield text
         return
     inner = match[1]
@@ -59,8 +62,8 @@ def _expand_braces(text: str) -> Iterator[str]:
 def _tars_of(given: str) -> list[str]:
     if packed := PACKED.search(given):
         raise SourceError(
-            f"{given} is packed ({packed[0]}), so no sample in it can be read alone. Unpack it to a plain .tar (of .tar.gz: "
-            "`gunzip`), and name that."
+            f"{told(given)} is packed ({packed[0]}), so no sample in it can be read alone. Unpack it to a plain .tar (of "
+            ".tar.gz: `gunzip`), and name that."
         )
     if is_url(given):
         return _tars_of_url(given)
@@ -80,7 +83,9 @@ def _tars_of_url(given: str) -> list[str]:
     if given.partition("?")[0].endswith(".tar") and not WILD.search(given.partition("?")[0]):
         return [given]
     if given.startswith(("http://", "https://")):
-        raise SourceError(f"{given}: over http tars cannot be listed. Give each by its URL, or a range: .../{{00000..00999}}.tar")
+        raise SourceError(
+            f"{told(given)}: over http tars cannot be listed. Give each by its URL, or a range: .../{{00000..00999}}.tar"
+        )
     fs, inner = file_system(given)
     if WILD.search(given):
         return _tars_of_glob(given, sorted(fs.unstrip_protocol(path) for path in retry(f"list {given}", lambda: fs.glob(inner))))
@@ -116,9 +121,9 @@ def _packed_hint(names: list[str]) -> str:
 
 def labels(tars: Sequence[str]) -> list[str]:
     """A short name for each tar, its own: the ends of the paths, without `.tar`, with as many folders as tell them apart."""
-    parts = [place.partition("?")[0].removesuffix(".tar").split("/") for place in tars]
+    parts = [without_user(place).partition("?")[0].removesuffix(".tar").split("/") for place in tars]
     for depth in range(1, max(len(part) for part in parts) + 1):
         found = ["/".join(part[-depth:]) for part in parts]
         if len(set(found)) == len(found):
             return found
-    raise SourceError(f"Two tars have one path and other parameters behind the `?`: {tars[0]} ...; give each once.")
+    raise SourceError(f"Two tars have one path and other parameters behind the `?`: {told(tars[0])} ...; give each once.")

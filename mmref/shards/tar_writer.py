@@ -169,6 +169,7 @@ def write_shard(
         if pack:
             result.entry["packed"] = f"{file}.gz"
             _pack(temporary, f"{path}.gz")
+            os.utime(temporary)  # older than what was packed of it, it would be taken for one of another version
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

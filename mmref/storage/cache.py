@@ -8,16 +8,22 @@ go. One that is still open in some process can go too: its bytes stay readable u
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from mmref.errors import ShardSetError
-from mmref.storage.locations import file_system, told
+from mmref.storage.fetch import unsigned
+from mmref.storage.locations import UNTOLD, file_system, size_told
 from mmref.storage.locks import one_at_a_time
 from mmref.storage.retries import retry
+from mmref.storage.secrets import told
 
 FETCHES = "fetches.log"
+LONGEST = 100  # bytes that a shard's own name has in the name of its copy
+OWN = re.compile(r"[0-9a-f]{16}-.*", re.DOTALL)  # names of copies
 
 
 class ShardCache:
@@ -33,14 +39,18 @@ class ShardCache:
         Args:
             content: its sha256 in the manifest, by which a shard that was built anew at the same place is another one.
         """
-        name = hashlib.sha256(f"{url} {content}".encode()).hexdigest()[:16] + "-" + url.rsplit("/", 1)[-1]
+        # What signs a URL is another the next day, and would make a name longer than a disk takes.
+        where = unsigned(url)
+        last = where.partition("?")[0].rsplit("/", 1)[-1].encode()[-LONGEST:].decode(errors="ignore")
+        name = f"{hashlib.sha256(f'{where} {content}'.encode()).hexdigest()[:16]}-{last}"
         target = self.folder / name
         if self._touch(target):
             return str(target)
         with self._lock(name):  # one process of the node downloads, the others wait for it
             if not self._touch(target):
-                for torn in self.folder.glob(f"{name}.part-*"):
-                    torn.unlink(missing_ok=True)
+                for torn in self.folder.glob(f"{glob.escape(name)}.part-*"):
+                    if not _is_alive(torn):  # one may be at work where the file system has no locks
+                        torn.unlink(missing_ok=True)
                 self._fetch(url, target)
         return str(target)
 
@@ -51,32 +61,46 @@ class ShardCache:
 
     def _fetch(self, url: str, target: Path) -> None:
         fs, inner = file_system(url)
-        size = int(retry(f"read {told(url)}", lambda: fs.size(inner)))
-        if size > self.limit:
-            raise ShardSetError(
-                f"{url} has {size:,} bytes, the cache may hold {self.limit:,}: raise `data.cache_gb`, or set it to 0 to "
-                "read byte ranges."
-            )
+        size = size_told({"size": retry(f"look at {told(url)}", lambda: fs.size(inner))})
+        self._check_fits(url, size)
         part = target.with_name(f"{target.name}.part-{os.getpid()}")
-        with self._lock("room"):  # room is made and taken by one process at a time
-            self._make_room(size)
-            with open(part, "wb") as file:
-                file.truncate(size)  # counts from now on
+        if size != UNTOLD:
+            with self._lock("room"):  # room is made and taken by one process at a time
+                self._make_room(size)
+                with open(part, "wb") as file:
+                    file.truncate(size)  # counts from now on
 
         def download() -> None:
             fs.get_file(inner, str(part))
-            if (got := part.stat().st_size) != size:
+            if (got := part.stat().st_size) != size != UNTOLD:
                 raise OSError(f"{size} bytes expected, {got} came")
 
         retry(f"read {told(url)}", download)
+        if size == UNTOLD:
+            try:
+                self._check_fits(url, part.stat().st_size)
+            except ShardSetError:
+                part.unlink()
+                raise
+            with self._lock("room"):
+                self._make_room(0)  # it is here, and counts
         os.replace(part, target)
         with open(self.folder / FETCHES, "a", encoding="utf-8") as log:
             log.write(target.name + "\n")
 
+    def _check_fits(self, url: str, size: int) -> None:
+        """Raise ShardSetError for a shard that is larger than the cache may be."""
+        if size > self.limit:
+            raise ShardSetError(
+                f"{told(url)} has {size:,} bytes, the cache may hold {self.limit:,}: raise `data.cache_gb`, or set it to 0 to "
+                "read byte ranges."
+            )
+
     def _make_room(self, size: int) -> None:
+        """Remove the shards unused for longest until there is room. What else lies in the folder stays: it may be anyone's."""
         held = []
         for path in self.folder.iterdir():
-            if path.name.endswith(".lock") or path.name == FETCHES:
+            if not OWN.fullmatch(path.name) or path.suffix == ".lock":
                 continue
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
@@ -97,7 +121,7 @@ class ShardCache:
             return False
         return True
 
-    def _lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+    def _lock(self, name: str) -> contextlib.AbstractContextManager[bool]:
         return one_at_a_time(self.folder / f"{name}.lock")
 
 

@@ -27,7 +27,7 @@ from typing import Any, cast
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from mmref.errors import SampleError
-from mmref.storage.locations import told, without_user
+from mmref.storage.secrets import told, without_user
 from mmref.version import __version__
 
 MAX_BYTES = 64_000_000  # of one image; a photograph of 100 megapixels has about 50 million

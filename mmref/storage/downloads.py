@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from mmref.storage.download import Terms, download
 from mmref.storage.fetch import unsigned
-from mmref.storage.locations import without_user
+from mmref.storage.secrets import without_user
 
 KEPT = re.compile(r"[0-9a-f]{64}(\.\d+-\d+)?$")  # names in the folder, of whole files and of parts
 FOR_TRAINING = Terms(for_training=True)

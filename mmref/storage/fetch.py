@@ -17,7 +17,8 @@ from urllib.parse import unquote
 
 from mmref.errors import OutsideError, SampleError
 from mmref.storage.download import download
-from mmref.storage.locations import check_installed, is_url, join, read_bytes, size_of, without_user
+from mmref.storage.locations import check_installed, is_url, join, read_bytes, size_of
+from mmref.storage.secrets import without_user
 
 FOLDERS = 16  # whose names are kept, to look for other spellings
 OUTSIDE = "--allow-outside"  # the flag of `mmref index` and `mmref shards build table`

@@ -6,8 +6,9 @@ import glob
 import itertools
 import os
 
-from mmref.storage.locations import file_system, is_folder, is_url, size_of, told
+from mmref.storage.locations import file_system, is_folder, is_url, size_of
 from mmref.storage.retries import retry
+from mmref.storage.secrets import told
 
 
 def is_glob(place: str) -> bool:

@@ -11,19 +11,19 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmref.errors import FileSystemMissingError, PathError
 from mmref.storage.retries import is_transient, retry
+from mmref.storage.secrets import told
 
 ODD_BYTE = re.compile(r"\\x[89a-f][0-9a-f]")
 VARIABLE = re.compile(r"(?:^|/)(\$\w+)(?=/|$)|(\$\{\w+\})")
-WEB = re.compile(r"(?i)\s*https?://")
-USER = re.compile(r"(?i)^(\s*https?://)[^/?#]*@")
 ONE_SLASH = re.compile(r"(s3a?|gcs|gs|az|abfss?|https?|hdfs|file):/(?!/)")
 
+UNTOLD = -1  # the size of a file whose web server does not say how much comes
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -54,16 +54,6 @@ def cache_folder(name: str) -> str:
 def is_url(place: str) -> bool:
     """Whether a place is a URL rather than a path."""
     return "://" in place
-
-
-def without_user(place: str) -> str:
-    """A place without the user and password of an http(s) URL; any other as it is."""
-    return USER.sub(r"\1", place)
-
-
-def told(place: str) -> str:
-    """A place as messages tell it: an http(s) URL without user, password and query, which may be keys; any other as it is."""
-    return without_user(place).partition("?")[0] if WEB.match(place) else place
 
 
 def absolute(place: str) -> str:
@@ -251,13 +241,19 @@ def _answered(look: Callable[[str], Any], path: str) -> Any:
         raise
 
 
+def size_told(info: Mapping[str, Any]) -> int:
+    """Bytes of a file of which fsspec tells, or UNTOLD."""
+    size = info.get("size")
+    return UNTOLD if size is None else int(size)
+
+
 def size_of(place: str) -> int | None:
-    """Bytes of a file; None where there is none. Raises StorageError, FileSystemMissingError, OSError."""
+    """Bytes of a file, or UNTOLD; None where there is none. Raises StorageError, FileSystemMissingError, OSError."""
     try:
         if is_url(place):
             fs, path = file_system(place)
             info = retry(f"look at {told(place)}", lambda: _answered(fs.info, path))
-            return int(info["size"]) if info["type"] == "file" else None
+            return size_told(info) if info["type"] == "file" else None
         found = retry(f"look at {place}", lambda: os.stat(place))
         return found.st_size if stat.S_ISREG(found.st_mode) else None
     except (FileNotFoundError, NotADirectoryError):

@@ -46,11 +46,19 @@ def held(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_at_a_time(path: str | os.PathLike[str]) -> Iterator[None]:
-    """One process of this node at a time, the others wait; the kernel lets go for a process that dies. Raises OSError."""
+def one_at_a_time(path: str | os.PathLike[str]) -> Iterator[bool]:
+    """One process of this node at a time, the others wait; the kernel lets go for a process that dies. Raises OSError.
+
+    Gives False where the file system has no locks and others may be at it too: what is made has to be whole or absent anyway.
+    """
     with open(path, "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            alone = False
+        else:
+            alone = True
+        yield alone
 
 
 def _is_at(file: TextIO, path: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mmref.errors import StorageError
+from mmref.storage.secrets import said
 
 T = TypeVar("T")
 
@@ -56,16 +57,16 @@ def retry(what: str, action: Callable[[], T]) -> T:
         except Exception as error:
             if _of_client(error) and type(error).__name__ in UNKNOWN:
                 raise StorageError(
-                    f"cannot {what}: {type(error).__name__}: {error}. Give this process the storage's credentials: for s3:// "
-                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+                    f"cannot {what}: {type(error).__name__}: {said(error)}. Give this process the storage's credentials: for "
+                    "s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
                 ) from error
             if not is_transient(error):
                 raise
             if time.monotonic() - began + delay > PATIENCE_S:
                 raise StorageError(
-                    f"cannot {what}: {type(error).__name__}: {error}. Tried for {time.monotonic() - began:.0f} s. Free "
+                    f"cannot {what}: {type(error).__name__}: {said(error)}. Tried for {time.monotonic() - began:.0f} s. Free "
                     "space or mend the storage, then start the same command: it resumes."
                 ) from error
-            log.warning("cannot %s: %s: %s; trying again in %.1f s", what, type(error).__name__, error, delay)
+            log.warning("cannot %s: %s: %s; trying again in %.1f s", what, type(error).__name__, said(error), delay)
         time.sleep(delay)
         delay = min(2 * delay, LONGEST_DELAY_S)

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mmref.errors import SourceError
-from mmref.storage.locations import endless, file_system, is_url, told
+from mmref.storage.locations import UNTOLD, endless, file_system, is_url
 from mmref.storage.retries import retry
+from mmref.storage.secrets import told
 
 LOCAL_BLOCK, REMOTE_BLOCK = 8 << 10, 4 << 20  # bytes; a request takes as long as some megabytes of a stream
 BLOCK = tarfile.BLOCKSIZE
@@ -53,9 +54,10 @@ def stamp_of(found: os.stat_result) -> str:
     return f"{found.st_size} {int(found.st_mtime)}"
 
 
-def size_in(stamp: str) -> str:
-    """The size alone, of what `tar_stamp` gave."""
-    return stamp.partition(" ")[0]
+def size_in(stamp: str) -> int:
+    """The size alone, of what `tar_stamp` gave, or UNTOLD."""
+    size = stamp.partition(" ")[0]
+    return int(size) if size.isdigit() else UNTOLD
 
 
 def _stamp_of_answer(info: dict[str, Any]) -> str:
@@ -201,7 +203,7 @@ class Tar:
             end = min(offset + wanted, self.size)
             if offset == 0 and BLOCK < end == self.size:  # less than all of it, to see whether parts are given
                 end -= BLOCK
-            data = retry(f"read {self.place}", lambda: self._fs.cat_file(self._inner, start=offset, end=end))
+            data = retry(f"read {told(self.place)}", lambda: self._fs.cat_file(self._inner, start=offset, end=end))
             if len(data) > end - offset:
                 self._take_whole(data)
                 return
@@ -217,7 +219,7 @@ class Tar:
         if kind:
             how = f"unpack it (`{UNPACK[kind]}`)" if kind in UNPACK else "make a tar of it"
             raise SourceError(
-                f"{self.place} is packed with {kind}, so no sample in it can be read alone: {how} and name the tar."
+                f"{told(self.place)} is packed with {kind}, so no sample in it can be read alone: {how} and name the tar."
             )
 
 

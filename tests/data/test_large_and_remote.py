@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -22,7 +24,8 @@ from mmref.data import columns, shard_checks
 from mmref.data.reader import Batch, StepReader, concatenate
 from mmref.data.sample_reader import INDEX_ARRAYS, Ends, SplitIndex
 from mmref.data.shard_set import ShardSet, train_index
-from mmref.errors import ConfigError, ShardSetError
+from mmref.errors import ConfigError, ShardSetError, StorageError
+from mmref.storage import locks
 from mmref.storage.cache import ShardCache
 from mmref.storage.parquet import parquet_batches
 from mmref.train.trainer import check_inputs
@@ -51,6 +54,32 @@ def test_a_mapped_index_is_the_one_in_memory(
         assert mapped.image_ids[-1] == plain.image_ids[-1] and mapped.keys[2:4] == plain.keys[2:4]
     assert same(StepReader(make_config()).read_step(3), batch)
     assert len([p for p in (tmp_path / "indexes").iterdir() if not p.name.startswith(".")]) == 1
+
+
+def test_a_cache_folder_that_is_of_no_use_is_not_laid_on_the_set(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "IN_MEMORY_ROWS", 5)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MMREF_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StorageError, match=r"file/indexes.* cannot be written: Not a directory.*MMREF_CACHE"):
+        ShardSet.open(str(tiny_set)).index("train")
+
+
+def test_without_locks_several_make_the_copy_and_one_stays(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refused)
+    monkeypatch.setattr(columns, "IN_MEMORY_ROWS", 5)
+    monkeypatch.setenv("MMREF_CACHE", str(tmp_path))
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: ShardSet.open(str(tiny_set)).index("train"), range(12)))
+    assert {index.image_ids[-1] for index in found} == {found[0].image_ids[-1]}
+    assert len([p for p in (tmp_path / "indexes").iterdir() if not p.name.startswith(".")]) == 1
+    assert not [p for p in (tmp_path / "indexes").iterdir() if p.is_dir() and p.name.startswith(".")]
 
 
 OPENING = """

@@ -115,6 +115,8 @@ def test_too_few_objects_says_the_numbers():
     for part in ("11 objects", "takes 12", "global_batch 48", "images_per_object 4", "at most 44"):
         assert part in str(raised.value)
     assert plan(COUNTS, objects_per_step=11).steps_per_epoch == 1
+    with pytest.raises(TooFewObjectsError, match="the split has no objects"):
+        plan([], objects_per_step=1)
 
 
 @settings(max_examples=12, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -253,6 +254,10 @@ def test_readers_travel_to_other_processes(make_config):
 def test_too_few_objects_and_a_missing_train_split_are_named(make_config, own_set):
     with pytest.raises(TooFewObjectsError, match="14 objects"):
         StepReader(make_config({"train.global_batch": 30}))
+    other = shutil.copytree(own_set, own_set.parent / "other")
+    drawn = {"data.mix": {str(other): 0.5}, "data.max_objects": 8, "train.global_batch": 28}
+    with pytest.raises(TooFewObjectsError, match=r": `data.max_objects` 8 draws them from all sets together; the split has"):
+        StepReader(make_config(drawn))
     manifest = own_set / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"train":', '"training":', 1))
     with pytest.raises(ShardSetError, match="no train split"):

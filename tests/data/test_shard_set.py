@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.ranges import range_server
 
 from mmref.data import sample_reader
 from mmref.data.sample_reader import SampleReader
@@ -26,6 +27,7 @@ from mmref.errors import SampleError, ShardSetError, StorageError
 from mmref.shards.build import BuildOptions, build_shards
 from mmref.shards.sources.table import TableSource
 from mmref.storage import retries
+from mmref.storage.cache import ShardCache
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +374,38 @@ def test_packed_set_is_unpacked_once_also_by_several_at_a_time(packed, built):
     before = {path: path.stat().st_mtime_ns for path in packed.rglob("*.tar")}
     ShardSet.open(str(packed))
     assert before == {path: path.stat().st_mtime_ns for path in packed.rglob("*.tar")}
+
+
+def test_tars_of_a_packed_set_stay_whatever_their_times(built, tmp_path):
+    """As they were built, and as copies that keep no times: nothing is written, also where nothing can be."""
+    for path in built.rglob("*.tar"):
+        assert path.stat().st_mtime_ns >= path.with_suffix(".tar.gz").stat().st_mtime_ns
+    shutil.copytree(built, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.tar"):
+        os.utime(path, (1, 1))
+    before = {path: path.stat().st_ino for path in (tmp_path / "copy").rglob("*.tar")}
+    assert ShardSet.open(str(tmp_path / "copy")).verify() == []
+    assert before == {path: path.stat().st_ino for path in (tmp_path / "copy").rglob("*.tar")}
+
+
+@pytest.mark.parametrize("server", [{}, {"ranges": False}, {"ranges": False, "length": False}], ids=str)
+def test_a_set_behind_a_web_server(built, tmp_path, server):
+    with range_server(built, **server) as url:
+        shards = ShardSet.open(url)
+        assert shards.verify() == []
+        index, own = shards.index("train"), ShardSet.open(str(built)).index("train")
+        reader = SampleReader(index, ShardCache(str(tmp_path), 10**9))
+        assert reader.read(3).image_bytes == SampleReader(own).read(3).image_bytes
+        path = built / "train" / "train-000000.tar"
+        whole = path.read_bytes()
+        try:
+            path.write_bytes(whole[:-512])
+            assert any("train-000000.tar" in problem for problem in ShardSet.open(url).verify())
+            path.unlink()
+            with pytest.raises(ShardSetError, match=r"missing_shard: http://.*/train-000000.tar does not exist"):
+                ShardSet.open(url).index("train")
+        finally:
+            path.write_bytes(whole)
 
 
 def test_shard_of_an_older_version_is_unpacked_again(packed):

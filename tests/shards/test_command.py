@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmref.errors import StorageError, UsageError
+from mmref.errors import SourceError, StorageError, UsageError
 from mmref.shards.command import build_parser, main
 from mmref.shards.source_options import parse_fractions
 
@@ -76,7 +76,17 @@ def test_defaults_of_one_source_do_not_leak_into_another():
     assert table.fractions == {"train": 0.7, "val": 0.1, "test": 0.2}
 
 
-@pytest.mark.parametrize("text", ["train", "train=a", "train=0.5,test=0.4", "train=1.5,test=-0.5"])
+@pytest.mark.parametrize(
+    "text",
+    ["train", "train=a", "train=0.5,test=0.4", "train=1.5,test=-0.5", "train=nan", "train=0.5,train=0.5", "val=0.5,dev=0.5"],
+)
 def test_fractions(text):
     with pytest.raises(UsageError, match="--fractions"):
         parse_fractions(text)
+
+
+def test_fractions_name_splits():
+    assert parse_fractions("Train=0.7,validation=0.1, test=0.2") == {"train": 0.7, "val": 0.1, "test": 0.2}
+    for name in ("../esc", "a/b", "", "."):
+        with pytest.raises(SourceError, match="cannot name a split"):
+            parse_fractions(f"{name}=0.5,train=0.5")

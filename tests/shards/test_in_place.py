@@ -25,7 +25,7 @@ from mmref.data.plan import Plan, windowed_order
 from mmref.data.reader import StepReader, concatenate
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
-from mmref.errors import ConfigError, ShardSetError, SourceError, StorageError
+from mmref.errors import ConfigError, SampleError, ShardSetError, SourceError, StorageError
 from mmref.retrieval.images import list_images, read_image_bytes
 from mmref.shards import in_place_rows
 from mmref.shards.build import BuildOptions, build_shards
@@ -147,6 +147,21 @@ def test_training_sees_the_samples_of_a_set_that_was_built(tmp_path: Path, index
 
 
 @pytest.mark.ray
+def test_many_tars_are_joined_before_they_are_mapped(tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has 65,530 maps, and a web dataset more tars."""
+    tars = write_downloads(tmp_path / "tars", 7, 3)
+    expected = metas(index(*tars))
+    written = (tmp_path / "set" / "train" / "train.index.parquet").read_bytes()
+    monkeypatch.setattr(in_place_rows, "MOST_MAPPED", 3)
+    for rows in (in_place_rows.SHARE_ROWS, 4):
+        monkeypatch.setattr(in_place_rows, "SHARE_ROWS", rows)
+        assert metas(index(*tars)) == expected
+    monkeypatch.setattr(in_place_rows, "SHARE_ROWS", 4_000_000)
+    index(*tars)
+    assert (tmp_path / "set" / "train" / "train.index.parquet").read_bytes() == written
+    assert not list((tmp_path / "set").rglob("*.joined"))
+
+
 def test_ray_workers_write_the_same_set(tmp_path: Path, index: Index) -> None:
     write_downloads(tmp_path / "tars", 5, 4)
     alone = index(tmp_path / "tars", fractions={"train": 0.5, "test": 0.5}).manifest
@@ -313,6 +328,10 @@ def test_places(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(SourceError, match=f"(?i){said}"):
             names(given)
+    (tmp_path / "{3F25}").mkdir()
+    shutil.copy(tmp_path / "a/00.tar", tmp_path / "{3F25}")
+    (tmp_path / "a/link.tar").symlink_to("00.tar")
+    assert names("{3F25}/00.tar") == ["{3F25}/00.tar"] and names("a", "a/link.tar") == ["a/00.tar", "a/01.tar"]
     for url, said in (("http://h/*.tar", "over http"), ("ftp://h/a.tar", "tars are not read from ftp"),
                       ("simplecache::http://h/a.tar", "tars are not read from")):  # fmt: skip
         with pytest.raises(SourceError, match=said):
@@ -425,6 +444,48 @@ def test_over_http(tmp_path: Path, index: Index, ranges: bool) -> None:
                 SampleReader(train).read(0)
         with pytest.raises(SourceError, match=r"00002.tar cannot be read"):
             index(f"{url}/{{00000..00002}}.tar")
+
+
+def test_over_http_without_a_length(tmp_path: Path, index: Index) -> None:
+    write_downloads(tmp_path / "tars", 2, 5)
+    pq.write_table(pa.table({"status": ["success", "failed_to_download"]}), tmp_path / "tars" / "00000.parquet")
+    with range_server(tmp_path / "tars", ranges=False, length=False) as url:
+        train = index(f"{url}/{{00000..00001}}.tar").index("train")
+        reader = SampleReader(train, ShardCache(str(tmp_path / "shards"), 10**9))
+        assert [reader.read(i).image_bytes for i in range(10)] == [picture(int(name[-9:])) for name in train.image_ids]
+
+
+def test_keys_in_urls_are_not_told(tmp_path: Path, index: Index, tiny_set: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """User, password and signature are in the manifest, which needs them, and in no message."""
+    write_downloads(tmp_path / "tars", 2, 3)
+    told: list[str] = []
+
+    def failing(error: type[Exception], action: Callable[[], object]) -> None:
+        with pytest.raises(error) as raised:
+            action()
+        told.append(str(raised.value))
+
+    with range_server(tmp_path / "tars") as url, caplog.at_level("DEBUG", "mmref"):
+        host, query = url.replace("http://", "http://bob:S3CRET@"), "?X-Amz-Signature=SIGNED"
+        shards = index(f"{host}/{{00000..00001}}.tar{query}")
+        train = shards.index("train")
+        failing(SourceError, lambda: index(f"{host}/none.tar{query}"))
+        tar = tmp_path / "tars" / "00000.tar"
+        before = tar.stat().st_mtime
+        tar.write_bytes(tar.read_bytes().replace(b"\xff\xd8\xff", b"non"))
+        os.utime(tar, (before, before))
+        values = {"train.global_batch": 2, "train.images_per_object": 1, "data.tokenizer": f"{tiny_set}/tokenizer"}
+        failing(SampleError, lambda: StepReader(tiny_config(Path(shards.root), values)).read_image(0))
+        os.utime(tar, (1, 1))
+        told += shards.verify()
+        failing(ShardSetError, lambda: ShardSet.open(shards.root).index("train"))
+        tar.unlink()
+        told += shards.verify()
+        failing(ShardSetError, lambda: ShardSet.open(shards.root).index("train"))
+        failing(StorageError, lambda: [SampleReader(train).read(i) for i in range(6)])
+    assert len(told) >= 7 and all("/00000.tar" in text or "/none.tar" in text for text in told)
+    for text in (*told, *train.image_ids, *(record.getMessage() for record in caplog.records)):
+        assert not any(secret in text for secret in ("bob", "S3CRET", "SIGNED")), text
 
 
 def test_on_s3_tars_and_set(tmp_path: Path, index: Index, s3_bucket: str) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import fsspec
 import pytest
+from support.ranges import range_server
 
 from mmref.data import sample_reader
 from mmref.data.sample_reader import SampleReader
 from mmref.data.shard_set import ShardSet
 from mmref.errors import ShardSetError, StorageError
-from mmref.storage import retries
+from mmref.storage import locks, retries
 from mmref.storage.cache import ShardCache
 
 
@@ -73,6 +76,53 @@ def test_what_a_crash_cut_short_is_not_used_and_goes(remote: list[str], tmp_path
     (cache.folder / f"{name}.part-999999999").write_bytes(b"half")
     assert content(cache.path(remote[0])) == bytes(1000)
     assert not list(cache.folder.glob("*.part-*"))
+
+
+def test_what_else_lies_in_the_folder_stays_and_does_not_count(remote: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    (folder / "project").mkdir(parents=True)
+    (folder / "model.ckpt").write_bytes(bytes(5_000))
+    cache = ShardCache(str(folder), 2_500)
+    for url in remote:
+        cache.path(url)
+    assert len(shards_in(folder)) == 2 and (folder / "model.ckpt").stat().st_size == 5_000 and (folder / "project").is_dir()
+
+
+def test_a_signed_url_has_one_copy_whoever_signs_it(tmp_path: Path) -> None:
+    name = "ä" * 60 + ".tar"
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / name).write_bytes(b"shard")
+    cache = ShardCache(str(tmp_path / "cache"), 10_000)
+    with range_server(tmp_path / "files") as url:
+        signed = [f"{url}/{quote(name)}?X-Amz-Algorithm=AWS4&X-Amz-Signature={letter * 300}" for letter in "ab"]
+        first, second = (cache.path(each) for each in signed)
+    assert content(first) == b"shard" and first == second and "Amz" not in first
+
+
+def test_a_server_that_tells_no_length(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for i in range(3):
+        (tmp_path / "files" / f"{i}.tar").write_bytes(bytes([i]) * 1000)
+    cache = ShardCache(str(tmp_path / "cache"), 2_500)
+    with range_server(tmp_path / "files", ranges=False, length=False) as url:
+        for i in range(3):
+            assert content(cache.path(f"{url}/{i}.tar")) == bytes([i]) * 1000
+        assert len(shards_in(cache.folder)) == 2
+        with pytest.raises(ShardSetError, match=r"1,000 bytes.*999.*data.cache_gb"):
+            ShardCache(str(tmp_path / "small"), 999).path(f"{url}/0.tar")
+    assert not list((tmp_path / "small").glob("*.part-*"))
+
+
+def test_a_file_system_without_locks(remote: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refused)
+    cache = ShardCache(str(tmp_path / "cache"), 10_000)
+    with ThreadPoolExecutor(4) as pool:
+        assert [content(path) for path in pool.map(cache.path, remote)] == [bytes([i]) * 1000 for i in range(6)]
+    with locks.one_at_a_time(tmp_path / "lock") as alone:
+        assert not alone
 
 
 def test_a_shard_larger_than_the_cache_is_a_named_error(remote: list[str], tmp_path: Path) -> None:

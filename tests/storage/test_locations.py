@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mmref.errors import FileSystemMissingError, StorageError
 from mmref.storage import retries
-from mmref.storage.locations import absolute, file_system, folder_name, from_text, join, read_bytes, size_of, to_text, told
+from mmref.storage.locations import absolute, file_system, folder_name, from_text, join, read_bytes, size_of, to_text
+from mmref.storage.secrets import told
 
 
 def test_places_mean_the_same_in_another_directory(tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ from mmref.shards.sources.image_columns import check_no_written_lists
 from mmref.storage.cells import Batch
 from mmref.storage.downloads import DEFAULT, Downloads
 from mmref.storage.fetch import is_web, locate, locate_inside, one_spelling, outside_most, read_location
-from mmref.storage.locations import USER, absolute, folder_name, is_url, join
+from mmref.storage.locations import absolute, folder_name, is_url, join
+from mmref.storage.secrets import USER
 from mmref.storage.tables import Table, read_table, table_files
 
 LOOKED_AT = 10_000  # rows of which links are followed before anything is begun: it takes a look at the disk for each

@@ -123,6 +123,15 @@ def image_format(data: bytes) -> str | None:
         return None
 
 
+def webp(rgb: NDArray[np.uint8], longest: int, quality: int) -> bytes:
+    """An image (H, W, 3) as WebP, whose longer side is at most `longest` pixels."""
+    height, width = rgb.shape[:2]
+    scale = min(1.0, longest / max(height, width))
+    small = resize_rgb(rgb, max(1, round(height * scale)), max(1, round(width * scale)))
+    _, data = cv2.imencode(".webp", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, quality])
+    return data.tobytes()
+
+
 def resize_rgb(rgb: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 -> (height, width, 3) uint8: averaged when it shrinks, bicubic when it grows."""
     if rgb.shape[:2] == (height, width):

@@ -12,7 +12,9 @@ fits an ear better than an ear with a hearing aid.
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-WORD = re.compile(r"\w+")
+JOINERS = "\u200c\u200d"  # within words of Indic and Persian script
+
+
+@functools.cache
+def _word() -> re.Pattern[str]:
+    """A word: letters, digits and the marks on them, which are no `\\w` but the vowels of Indic scripts and Thai."""
+    marks = "".join(mark for mark in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(mark)[0] == "M")
+    return re.compile(f"[\\w{marks}{JOINERS}]+")
 
 
 def same_words(caption: str) -> str:
@@ -57,7 +66,7 @@ def ambiguity(texts: Sequence[str], text: NDArray[Any], objects: NDArray[Any], i
 
 def _fitting(forms: list[str], same: NDArray[Any], own: NDArray[Any]) -> NDArray[np.int64]:
     """How many objects each form (f,) fits; 1 for those without words, and those that no query has."""
-    words = [set(WORD.findall(form)) for form in forms]
+    words = [set(_word().findall(form)) for form in forms]
     said_of: dict[str, set[int]] = {}
     for form, row in zip(same.tolist(), own.tolist()):
         for word in words[form]:

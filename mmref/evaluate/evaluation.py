@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,9 +16,10 @@ import numpy as np
 from mmref.cluster.resources import workers_that_fit
 from mmref.config import Config, config_hash, to_dict
 from mmref.config.packages import check_imports
-from mmref.data.sample_reader import SampleReader, sound
+from mmref.data.decode import decode_rgb, webp
+from mmref.data.sample_reader import RawSample, SampleReader, sound
 from mmref.data.shard_set import ShardSet
-from mmref.errors import RunDirectoryError, ShardSetError, StorageError
+from mmref.errors import RunDirectoryError, SampleError, ShardSetError, StorageError
 from mmref.evaluate import judged as judgements
 from mmref.evaluate.ambiguity import ambiguity
 from mmref.evaluate.bootstrap import bootstrap_ci, paired_difference
@@ -42,10 +45,12 @@ from mmref.run.checkpoints import CheckpointInfo, best_checkpoint, fetched
 from mmref.run.directory import BAD_SAMPLES, RunDir, read_jsonl
 from mmref.run.models import START, as_run, config_on, source_of, start_of_training
 from mmref.run.row_file import StoredReferences
+from mmref.storage.locations import is_url
 from mmref.storage.whole_folder import check_output, write_output
 from mmref.terminal.output import printable
 from mmref.terminal.progress import say
 
+TILE_PX, TILE_QUALITY, TILE_BYTES = 320, 85, 30_000  # of an image in a report; smaller files are shown as they are
 CAPTIONS = "captions"  # single ones: the queries of the protocol that every evaluation has
 START_METRICS = "start.json"  # of a run: what `evaluate_start` found before the training
 SHOWN = 10  # results of an example in the report
@@ -74,13 +79,19 @@ def reported_split(shards: ShardSet) -> str | None:
 
 def is_own(config: Config, root: str) -> bool:
     """Whether a shard set is the one that a run was trained on."""
-    return RunDir(root).path == RunDir(config.data.root).path
+    return _place(root) == _place(config.data.root)
+
+
+def _place(root: str) -> str:
+    """A set that was moved may be reached by a link that was left."""
+    path = RunDir(root).path
+    return path if is_url(path) else os.path.realpath(path)
 
 
 def view_of(config: Config, shards: ShardSet, split: str) -> str:
     """Name of what a run's files of an evaluation are of, "" for the reported split of the run's own set: of another set its
     name, of another split the split."""
-    other = [] if is_own(config, shards.root) else [shards.name]
+    other = [] if is_own(config, shards.root) else [f"set-{shards.name}" if shards.name in shards.splits else shards.name]
     return "-".join([*other, *([] if split == reported_split(shards) else [split])])
 
 
@@ -188,6 +199,7 @@ def evaluate_run(
     config.eval = replace(config.eval, **(changes or {}))
     if out:
         _check_copy(out)
+    kept = _can_keep(run, out)
     root = data or config.data.root
     shards = ShardSet.open(root)
     if split not in shards.splits:
@@ -223,12 +235,15 @@ def evaluate_run(
         metrics["start"] = start
     text = json.dumps(metrics, indent=1)
     view = view_of(config, shards, split)
-    run.write_text(metrics_path(view), text)
-    if own and not run.exists("metrics.json"):  # of a run that reported nothing so far, for `mmref export`
-        run.write_text("metrics.json", text)
     if out:
         _write_copy(out, text)
-    if report:
+    if kept:
+        run.write_text(metrics_path(view), text)
+        if own and not run.exists("metrics.json"):  # of a run that reported nothing so far, for `mmref export`
+            run.write_text("metrics.json", text)
+    else:
+        say(f"{run.path} cannot be written: the metrics are in {out} alone, and there is no report")
+    if report and kept:
         opening, further = evaluation.examples(config.eval.examples)
         page = render_report(
             metrics=metrics,
@@ -260,6 +275,18 @@ def changed_options(image_to_image: bool, same_camera: str | None, captions_as_o
     """Fields of `eval` that a caller asks for besides the run's config: `changes` of `evaluate_run`."""
     given = {"image_to_image": image_to_image, "same_camera": same_camera, "captions_as_one": captions_as_one}
     return {name: value for name, value in given.items() if value}
+
+
+def _can_keep(run: RunDir, out: str | None) -> bool:
+    """Whether metrics and report can be written into the run directory. Raises RunDirectoryError where they cannot, and the
+    metrics would have no other place."""
+    try:
+        run.check_writable()
+    except RunDirectoryError as error:
+        if not out:
+            raise RunDirectoryError(f"{error} With `--out FILE` the metrics alone are written, to that file.") from None
+        return False
+    return True
 
 
 def _check_copy(out: str) -> None:
@@ -443,10 +470,11 @@ class Evaluation:
         rows = f.image_rows[first].tolist()
         for at, row, record in zip(first, rows, reader.read_all(rows)):
             raw, found = sound(record), int(f.image_objects[at])
+            shown_image, ending = tile(raw)
             results.append(
                 {
-                    "image": raw.image_bytes,
-                    "ext": raw.image_ext,
+                    "image": shown_image,
+                    "ext": ending,
                     "object_id": f.index.object_ids[found],
                     "label": self._label(found),
                     "image_id": f.index.image_ids[row],
@@ -455,3 +483,11 @@ class Evaluation:
                 }
             )
         return results
+
+
+def tile(raw: RawSample) -> tuple[bytes, str]:
+    """An image as a report shows it, and its ending: a page has some hundred of them, so that photos are made small."""
+    if len(raw.image_bytes) > TILE_BYTES:
+        with contextlib.suppress(SampleError):
+            return webp(decode_rgb(raw.image_bytes), TILE_PX, TILE_QUALITY), "webp"
+    return raw.image_bytes, raw.image_ext

@@ -1,10 +1,13 @@
 """Figures of the reports: plain axes, and inline SVG in the colours of the page."""
 
+import contextlib
 import io
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.style
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -14,6 +17,13 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 INK, FAINT, PAGE = "#010101", "#020202", "#030303"
 CSS_COLOURS = {INK: "var(--ink)", FAINT: "var(--line)", PAGE: "var(--page)"}
 CSS_COLOURS |= {f"#0{i}0000": f"var(--series-{i})" for i in range(1, 6)}
+
+
+@contextlib.contextmanager
+def own_style(**more: Any) -> Iterator[None]:
+    """Draw as matplotlib does by itself, whatever the user's matplotlibrc says: of LaTeX for all texts, for one."""
+    with matplotlib.style.context(["default", more]):
+        yield
 
 
 def axes_of(x_label: str, y_label: str) -> tuple[Figure, Any]:

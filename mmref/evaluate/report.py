@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from mmref.evaluate.few_objects import few_objects
 from mmref.evaluate.metrics import FURTHER_METRICS, MAIN_METRICS
-from mmref.evaluate.plotting import FAINT, axes_of, legend, to_svg
+from mmref.evaluate.plotting import FAINT, axes_of, legend, own_style, to_svg
 from mmref.losses.objective import LOSSES, TOTAL
 
 _VAL_STYLES = (("#010000", "o", "-"), ("#020000", "s", "--"), ("#030000", "^", "-."), ("#040000", "D", ":"))
@@ -67,6 +67,7 @@ def rendered(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values)
 
 
+@own_style()
 def render_report(
     *,
     metrics: Mapping[str, Any],

@@ -23,7 +23,7 @@ from mmref.data.decode import calm_opencv
 from mmref.data.sample_reader import SampleReader, SplitIndex
 from mmref.data.shard_set import ShardSet, open_reader
 from mmref.data.tokens import load_tokens
-from mmref.errors import WorkerDiedError
+from mmref.errors import EvaluationError, WorkerDiedError
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.extras import missing
 from mmref.model.device import chosen_device
@@ -139,6 +139,10 @@ def embed_splits(
     shards = ShardSet.open(root)
     indices = {s: shards.index(s) for s in splits}
     queries = {s: read_queries(indices[s], open_reader(config, indices[s])) for s in splits}
+    for s in splits:
+        if not queries[s].texts:
+            first = f", the first: {queries[s].skipped[0]}" if queries[s].skipped else ""
+            raise EvaluationError(f"{root}: no sample of {s} has a caption that can be used{first}.")
     portions: list[Portion] = []
     for s in splits:
         for kind, count in (("image", len(indices[s])), ("text", len(queries[s].texts))):
@@ -152,7 +156,12 @@ def embed_splits(
         for portion, features, bad in _encoded(config, run, checkpoint, root, portions):
             parts.setdefault((portion.split, portion.kind), []).append((portion.start, features, bad))
             progress.add(len(portion))
-    return {s: collect(indices[s], queries[s], parts[s, "image"], parts[s, "text"]) for s in splits}
+    found = {s: collect(indices[s], queries[s], parts[s, "image"], parts[s, "text"]) for s in splits}
+    for s, of_split in found.items():
+        if not len(of_split.image):
+            bad = of_split.skipped[len(queries[s].skipped) :]
+            raise EvaluationError(f"{root}: none of the {len(bad):,} images of {s} can be used, the first: {bad[0]}.")
+    return found
 
 
 def _encoded(

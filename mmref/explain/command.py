@@ -42,6 +42,7 @@ def _explain(args: argparse.Namespace, model: str) -> None:
     from mmref.run.models import as_run
 
     run = ExplainedRun(as_run(model, args.data, args.run_dir), args.data, args.split, args.grid)
+    run.run.check_writable()
     queries, objects = args.query, args.object
     if not queries and not objects:
         queries = run.moved(args.examples - args.examples // 2)

@@ -17,7 +17,7 @@ from mmref.data.shard_set import ShardSet
 from mmref.data.tokens import load_tokens
 from mmref.errors import QueryError, SampleError, ShardSetError
 from mmref.evaluate.choose import trained_space
-from mmref.evaluate.evaluation import CAPTIONS, Evaluation, chosen_before, open_run, view_of
+from mmref.evaluate.evaluation import CAPTIONS, Evaluation, chosen_before, is_own, open_run, view_of
 from mmref.evaluate.features import Encoder, Floats, Queries, read_pixels, read_queries
 from mmref.evaluate.gains import gains
 from mmref.evaluate.protocols import Chosen
@@ -118,6 +118,7 @@ class ExplainedRun:
         self.shards, self.grid = ShardSet.open(data or self.config.data.root), grid
         if split not in self.shards.splits:
             raise ShardSetError(f"{self.shards.name} has no split `{split}`, only {self.shards.splits}.")
+        self.own = is_own(self.config, self.shards.root)
         self.split, self.view = split, view_of(self.config, self.shards, split)
         self.device = chosen_device()
         self.tokens = load_tokens(self.config)
@@ -310,7 +311,7 @@ class ExplainedRun:
         """An object's references (K, d), and whose they are: trained, or made of its features as `mmref references add` does."""
         if self.space is None:
             return None, ""
-        if object_id in self.reference_ids:
+        if self.own and object_id in self.reference_ids:  # in another set it is another object's
             return self.references[self.reference_ids.index(object_id)], object_id
         pixels, bad = read_pixels(reader, images, self.config.data)
         usable = self.encoder.images(pixels[[not b for b in bad]])
@@ -360,8 +361,10 @@ class ExplainedRun:
 
     @cached_property
     def _train_rows(self) -> dict[str, int]:
-        """Rows of the training objects by id; {} where the set at hand has none."""
-        return {i: row for row, i in enumerate(self.shards.index("train").object_ids)} if "train" in self.shards.splits else {}
+        """Rows of the training objects by id; {} where the set at hand is not the run's own, or has none."""
+        if not self.own or "train" not in self.shards.splits:
+            return {}
+        return {i: row for row, i in enumerate(self.shards.index("train").object_ids)}
 
     def _train_captions(self, object_id: str) -> list[str]:
         """Captions of a training object, [] where the set at hand does not have it."""

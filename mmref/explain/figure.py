@@ -8,10 +8,10 @@ import warnings
 from typing import Any
 
 import cv2
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from mmref.evaluate.plotting import own_style
 from mmref.explain.explained_run import MAPS, Explanation
 from mmref.explain.fonts import fonts_for
 
@@ -27,7 +27,7 @@ HEADS = {
 def draw(explanation: Explanation) -> bytes:
     """PNG: a row for each image, the image and one overlay for each feature that there is."""
     fonts, _ = fonts_for(written(explanation))
-    with mpl.rc_context({"font.family": fonts}), warnings.catch_warnings():
+    with own_style(**{"font.family": fonts}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # who writes the picture says so once
         return _drawn(explanation)
 

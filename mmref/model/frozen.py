@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from mmref.errors import StorageError
 from mmref.storage.locks import one_at_a_time
 
 log = logging.getLogger("mmref")
+OF_NO_EFFECT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}  # in a tower's config
 
 Run = Callable[[Tensor], Tensor]  # rows of the batch to compute (m,) -> their tokens (m, N, w)
 
@@ -69,7 +72,7 @@ class FrozenTokens:
         tensors = self.tower.state_dict()
         version = sum(t._version for t in tensors.values())
         if version != self._seen[0]:
-            self._seen = version, fingerprint(tensors)
+            self._seen = version, fingerprint(tensors, described(self.tower))
         name = f"{self._seen[1]}-{'bf16' if bf16 else 'fp32'}.sqlite"
         if name not in self._stores:
             self._stores[name] = TokenFile(os.path.join(self.folder, name), self.limit_gb)
@@ -81,9 +84,17 @@ def key_of(row: np.ndarray) -> bytes:
     return hashlib.sha256(f"{row.shape} {row.dtype} ".encode() + row.tobytes()).digest()
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """16 hex digits over the names and values of a tower's weights."""
-    digest = hashlib.sha256()
+def described(tower: nn.Module) -> str:
+    """What a tower computes with its weights, as far as its modules and their configs say it."""
+    configs: list[Any] = [getattr(module, "config", None) for module in tower.modules()]
+    found: dict[str, Any] = next((config.to_dict() for config in configs if hasattr(config, "to_dict")), {})
+    kept = {key: value for key, value in found.items() if key not in OF_NO_EFFECT}
+    return f"{tower!r} {json.dumps(kept, sort_keys=True, default=str)}"
+
+
+def fingerprint(tensors: dict[str, Tensor], computes: str = "") -> str:
+    """16 hex digits over the names and values of a tower's weights, and over what it `computes` with them."""
+    digest = hashlib.sha256(computes.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

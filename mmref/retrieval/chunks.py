@@ -18,13 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mmref.data.decode import calm_opencv, decoded, resize_rgb
+from mmref.data.decode import calm_opencv, decoded, webp
 from mmref.data.fit import Fit, Fitted
 from mmref.errors import ClusterTooSmallError, SampleError, StorageError
 from mmref.evaluate.refinement import ReferenceSpace, RefinementSettings
@@ -53,11 +52,7 @@ def chunk_size(images: int) -> int:
 
 def thumbnail(rgb: NDArray[np.uint8]) -> bytes:
     """WebP of an image (H, W, 3) whose longer side is at most THUMBNAIL_PX."""
-    height, width = rgb.shape[:2]
-    scale = min(1.0, THUMBNAIL_PX / max(height, width))
-    small = resize_rgb(rgb, max(1, round(height * scale)), max(1, round(width * scale)))
-    _, data = cv2.imencode(".webp", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, THUMBNAIL_QUALITY])
-    return data.tobytes()
+    return webp(rgb, THUMBNAIL_PX, THUMBNAIL_QUALITY)
 
 
 def code_arrays(space: ReferenceSpace | None, refinement: RefinementSettings, features: NDArray[np.float32]) -> Arrays:

@@ -142,15 +142,15 @@ def markdown(table: list[dict[str, Any]], baseline: str) -> str:
     metrics = [key for key in keys if not key.startswith(DIFFERENCES)]
     over = any(entry["at"] is not None for entry in table)
     loses = any(entry["name"] == baseline and entry.get("lost_R@1", {"mean": 0})["mean"] > 0 for entry in table)
-    lost = ["lost", f"of what {baseline} loses"] if loses else []
-    head = ["row", *(["at"] if over else []), *metrics, f"over {baseline}", "contribution", *lost, "step time"]
+    lost = ["lost", f"of what {_cell(baseline)} loses"] if loses else []
+    head = ["row", *(["at"] if over else []), *map(_cell, metrics), f"over {_cell(baseline)}", "contribution", *lost, "step time"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for entry in table:
-        cells = [entry["name"], *([str(entry["at"])] if over else [])]
+        cells = [_cell(entry["name"]), *([_cell(str(entry["at"]))] if over else [])]
         cells += [f"{entry[m]['mean']:.1f}{_bounds(entry[m], '{:.1f}')}" if m in entry else "" for m in metrics]
         cells.append(_signed_cells(entry, "delta"))
         contribution = _signed_cells(entry, "contribution")
-        cells.append(f"{contribution} over {entry['against']}" if contribution else "")
+        cells.append(f"{contribution} over {_cell(entry['against'])}" if contribution else "")
         if lost:
             cells.append(_signed_cells(entry, "lost", "{:.1f}"))
             cells.append(_signed_cells(entry, "lost_ratio", "{:.2f}"))
@@ -184,12 +184,17 @@ def table_csv(table: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
+def _cell(text: str) -> str:
+    """A text in a cell of a table in Markdown."""
+    return text.replace("|", "\\|")
+
+
 def plot(table: list[dict[str, Any]], baseline: str, over: str) -> bytes:
     """PNG of R@1: a point with its interval for each row, and its difference to the baseline; or a curve a row over the values
     of a field, and of its differences."""
-    import matplotlib as mpl
+    from mmref.evaluate.plotting import own_style
 
-    with mpl.rc_context({"text.parse_math": False}):  # a row may be called what it costs in $
+    with own_style(**{"text.parse_math": False}):  # a row may be called what it costs in $
         return _plot(table, baseline, over)
 
 

@@ -54,9 +54,10 @@ class Display:
     def table(self) -> Any:
         """Every trial so far as a table of rich: the running ones, then the others, best first."""
         from rich.table import Table
+        from rich.text import Text  # brackets of an error, as in `[/src/pair.cc:537]`, would be markup
 
         leader = best_of(list(self.log.trials.values()))
-        table = Table(title=self.summary(), title_justify="left", box=None, pad_edge=False, expand=True)
+        table = Table(title=Text(self.summary()), title_justify="left", box=None, pad_edge=False, expand=True)
         for name in ("trial", "status", "step", "score", "refinement", "seconds"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("values", overflow="ellipsis", no_wrap=True, ratio=1)
@@ -66,9 +67,9 @@ class Display:
                 trial.status,
                 f"{trial.steps}/{self.max_steps}",
                 "-" if trial.score is None else f"{trial.score:.2f}",
-                refinement_text(trial),
+                Text(refinement_text(trial)),
                 f"{trial.seconds:.0f}",
-                trial.error or _values(trial),
+                Text(trial.error or _values(trial)),
                 style="bold" if trial is leader else "red" if trial.error else "",
             )
         return table

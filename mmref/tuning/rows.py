@@ -86,10 +86,16 @@ class Training:
     def folder(self) -> str:
         """Its run directory below the ablation's: `full-seed0`, `full-0.2-seed0`."""
         parts = [self.row, *([] if self.point is None else [str(self.point)]), f"seed{self.seed}"]
-        return "-".join(re.sub(r"[^A-Za-z0-9.+]+", "-", part).strip("-") for part in parts)
+        return "-".join(_in_name(part) for part in parts)
 
     def __str__(self) -> str:
         return f"{self.row}{'' if self.point is None else f' at {self.point}'}, seed {self.seed}"
+
+
+def _in_name(part: str) -> str:
+    """A part of a folder's name; a minus before a number is what tells it from another."""
+    minus = "minus" if re.fullmatch(r"-[\d.].*", part) else ""
+    return minus + re.sub(r"[^A-Za-z0-9.+]+", "-", part).strip("-")
 
 
 def seed_of(folder: str) -> int | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 
 from mmref.config import Config, EvalConfig, check_config, from_dict, placed, to_dict, unknown_key
 from mmref.config.cast import UNIONS, cast_value
@@ -115,7 +116,13 @@ class Space:
             return placed(name, value, lambda place: absolute(expanded(place))) if isinstance(value, str) else value
 
         parameters = [replace(p, values=tuple(means(p.name, v) for v in p.values)) for p in self.parameters]
-        return replace(self, parameters=tuple(parameters))
+        if parameters == list(self.parameters):
+            return self
+        entries = parse_yaml(self.text, "the space", ConfigError)
+        for before, after in zip(self.parameters, parameters):
+            if before != after:
+                entries[before.name]["values"] = list(after.values)
+        return replace(self, parameters=tuple(parameters), text=yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
 
     def prepare(self, base: Config) -> Config:
         """The base config with this space's refinement grid beside its own, searched in training. Raises ConfigError where some

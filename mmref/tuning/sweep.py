@@ -64,7 +64,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
             )
         run.write_text("config.yaml", dump_yaml(base))
         run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
-        run.write_text("space.yaml", space.text)
+        run.write_text("space.yaml", (space if submitted() else space.with_absolute_paths()).text)
         run.write_text(DATA, data_fingerprint(base))
         return _run(base, prepared, space, options, run)
 

@@ -9,6 +9,7 @@ import jinja2
 
 import mmref.evaluate
 from mmref.config import Config
+from mmref.evaluate.plotting import own_style
 from mmref.tuning import sweep_figures
 from mmref.tuning.results import refinement_text, short, short_names, steps_text
 from mmref.tuning.space import Space
@@ -17,6 +18,7 @@ from mmref.tuning.trial_log import Trial, best_of, pareto_front, ranked
 GROUPS = {"references": "reference.", "loss weights and temperatures": "loss.", "other fields": ""}
 
 
+@own_style()
 def render_sweep(trials: list[Trial], space: Space, config: Config, title: str, final: list[dict[str, Any]] | None = None) -> str:
     """The report as HTML that loads nothing from anywhere.
 

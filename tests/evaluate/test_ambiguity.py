@@ -61,3 +61,9 @@ def test_a_caption_fits_whose_words_are_all_said_of_an_object():
 
 def test_captions_without_words_fit_their_own_object():
     assert found([("!?", 0), ("…", 1)])["guessing"] == 100
+
+
+def test_vowel_signs_are_parts_of_words():
+    """Indic scripts and Thai write vowels as marks, which are no letters."""
+    for captions in (["काली बिल्ली", "लाल किताब"], ["แมว ดำ", "หนังสือ แดง"]):
+        assert found(list(zip(captions, range(2))))["guessing"] == 100

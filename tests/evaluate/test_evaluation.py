@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.tiny_run import make_run, random_features
-from support.tiny_set import TinySource, build_tiny_set, tiny_config
+from support.tiny_set import TinySource, build_tiny_set, damage_image, replace_json, tiny_config
+from support.web_tars import picture
 
+from mmref.data.sample_reader import RawSample
 from mmref.data.shard_set import ShardSet
-from mmref.errors import StorageError
+from mmref.errors import EvaluationError, RunDirectoryError, StorageError
 from mmref.evaluate import evaluation as module
 from mmref.evaluate.evaluation import evaluate_run, reported_split, view_of
 from mmref.evaluate.split_features import SplitFeatures
+from mmref.run.directory import RunDir
 
 CHOSEN = {"kind": "sparse", "weight": 0.4, "top_r": 4, "tau": 0.05}
 
@@ -102,6 +107,60 @@ def test_sets_that_are_called_by_their_source_have_the_names_of_their_folders(ti
         (root / "manifest.json").write_text(json.dumps(manifest))
         views.append(view_of(config, ShardSet.open(str(root)), "test"))
     assert views == ["a", "b", "c", "d", "e", "birds"]
+    called_val = build_tiny_set(tmp_path / "val", TinySource("val"))
+    assert view_of(config, ShardSet.open(str(called_val)), "test") == "set-val"
+    assert view_of(config, ShardSet.open(str(tiny_set)), "val") == "val"
+
+
+def test_the_run_s_own_set_is_that_by_a_link_too(run_on, tiny_set, tmp_path):
+    """As where a set was moved to a larger disk."""
+    (tmp_path / "link").symlink_to(tiny_set)
+    path = run_on(tmp_path / "link")
+    evaluate_run(path, data=str(tiny_set), report=False)
+    assert Path(path, "metrics.json").exists() and not list(Path(path).glob("metrics-*.json"))
+
+
+def test_a_run_that_cannot_be_written_is_evaluated_into_a_copy(run_on, tiny_set, tmp_path, monkeypatch, capsys):
+    path = run_on(tiny_set)
+    before = Path(path, "metrics.json").read_bytes()
+
+    def refused(run: RunDir) -> None:
+        if run.path == path:
+            raise RunDirectoryError(f"run directory {path} cannot be written: Permission denied.")
+
+    monkeypatch.setattr(RunDir, "check_writable", refused)
+    metrics = evaluate_run(path, out=str(tmp_path / "mine.json"))
+    assert json.loads((tmp_path / "mine.json").read_text())["initial"] == metrics["initial"]
+    assert Path(path, "metrics.json").read_bytes() == before and not Path(path, "report.html").exists()
+    assert f"the metrics are in {tmp_path / 'mine.json'} alone" in capsys.readouterr().err
+    monkeypatch.setattr(module, "run_features", None)
+    with pytest.raises(RunDirectoryError, match=r"cannot be written.*--out FILE"):
+        evaluate_run(path)
+
+
+def test_photos_are_small_in_a_report():
+    photo = picture(0, side=400)
+    assert len(photo) > module.TILE_BYTES
+    shown, ending = module.tile(RawSample(photo, "jpg", {}))
+    assert Image.open(io.BytesIO(shown)).size == (320, 320) and ending == "webp" and len(shown) < len(photo)
+    for data in (picture(0, side=12), bytes(40_000)):  # one that cannot be decoded was told of before
+        assert module.tile(RawSample(data, "jpg", {})) == (data, "jpg")
+
+
+def test_a_split_without_captions_or_images_is_named(run_on, tiny_set, tmp_path, monkeypatch):
+    path = run_on(tiny_set)
+    monkeypatch.undo()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for kind, said in (("json", "no sample of val has a caption that can be used, the first: "),
+                       ("image", r"none of the \d+ images of val can be used, the first: ")):  # fmt: skip
+        other = build_tiny_set(tmp_path / kind, TinySource("other"))
+        for i in range(len(ShardSet.open(str(other)).index("val"))):
+            if kind == "image":
+                damage_image(other, i, "val")
+            else:
+                replace_json(other, i, "{}", "val")
+        with pytest.raises(EvaluationError, match=said):
+            evaluate_run(path, data=str(other), workers=0)
 
 
 def test_a_kind_whose_images_cannot_be_read_is_left_out(run_on, tiny_set, monkeypatch):

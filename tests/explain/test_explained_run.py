@@ -334,3 +334,14 @@ def test_another_set_has_pictures_and_a_section_of_its_own(run_dir, tmp_path, ca
     assert [p.name for p in (path / "explain-other").glob("*.png")] == ["1-query-blue-star.png"]
     own, others = (path / "report.html").read_text(), (path / "report-other.html").read_text()
     assert "“red circle”" in own and "“blue star”" not in own and "“blue star”" in others and "“red circle”" not in others
+
+
+def test_ids_of_another_set_are_no_trained_objects(run_dir, run, objects, tiny_set, tmp_path):
+    """Numbers of persons or classes are those of others there."""
+    other = ExplainedRun(str(run_dir), str(build_tiny_set(tmp_path / "other", TinySource("other"))), grid=1)
+    assert set(objects) <= set(other.reference_ids) | set(objects[:2]) and objects[-1] in other.shards.index("train").object_ids
+    assert "not trained" not in run.explain_object(objects[-1]).reference
+    assert other.explain_object(objects[-1]).reference.endswith("not trained: the mean of its features")
+    assert other._train_captions(objects[-1]) == [] != run._train_captions(objects[-1])
+    (tmp_path / "link").symlink_to(tiny_set)
+    assert "not trained" not in ExplainedRun(str(run_dir), str(tmp_path / "link"), grid=1).explain_object(objects[-1]).reference

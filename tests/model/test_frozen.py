@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from support.tiny_set import BERT
+from transformers import BertConfig, BertModel
 
 from mmref.config import config_hash
 from mmref.errors import ConfigError, StorageError
-from mmref.model.frozen import FrozenTokens, TokenFile
+from mmref.model.frozen import FrozenTokens, TokenFile, described
 from mmref.model.mmref import Masked, build_model
 from mmref.model.word_decoder import places_of
 
@@ -105,6 +106,14 @@ def test_other_weights_have_other_entries(cached, tmp_path):
     after = model(*batch).image
     assert not torch.allclose(before, after) and model.backbone.vision_model.calls == 2
     assert len(files(tmp_path)) == 3  # two states of the vision tower, one of the text tower
+
+
+def test_another_config_of_the_same_weights_has_other_entries():
+    def tower(**changes):
+        return described(BertModel(BertConfig(**{**BERT, "vocab_size": 80, **changes})))
+
+    assert tower() == tower() == tower(name_or_path="elsewhere")
+    assert len({tower(), tower(hidden_act="relu"), tower(layer_norm_eps=1e-5), tower(num_attention_heads=1)}) == 4
 
 
 def test_bf16_has_entries_of_its_own(cached, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
+import matplotlib as mpl
 import pytest
 
 from mmref.tuning.ablation_table import markdown, mean_interval, plot, ratio_interval, summarise, table_csv
@@ -100,6 +101,12 @@ def test_tables_and_plot(points: tuple) -> None:
     assert len(lines) == len(table) and float(lines[1]["delta_R@1 mean"]) == pytest.approx(3)
     assert lines[0]["delta_R@1 mean"] == "" and lines[0]["seeds"] == "0 1 2"
     assert plot(table, rows.baseline, rows.over).startswith(b"\x89PNG")
+    with mpl.rc_context({"text.usetex": True}):  # as a matplotlibrc may have it, where there is no LaTeX
+        assert plot(table, rows.baseline, rows.over).startswith(b"\x89PNG")
+    for entry in table:
+        entry["name"] += "|x"
+    cells = {line.replace("\\|", "").count("|") for line in markdown(table, "plain|x").splitlines()}
+    assert cells == {text.splitlines()[0].count("|")}
 
 
 def test_what_is_lost_over_the_values_of_a_field() -> None:

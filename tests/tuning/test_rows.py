@@ -66,6 +66,7 @@ def test_some_rows_bring_what_they_need(rows) -> None:  # type: ignore[no-untype
 def test_folders_are_plain_names() -> None:
     assert Training("+GF, refined / x", None, 0).folder == "+GF-refined-x-seed0"
     assert Training("full", 0.2, 3).folder == "full-0.2-seed3"
+    assert Training("full", -10, 3).folder == "full-minus10-seed3" != Training("full", 10, 3).folder
 
 
 @pytest.mark.parametrize("text, said", [

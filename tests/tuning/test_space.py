@@ -12,7 +12,7 @@ import yaml
 from mmref.config import Config
 from mmref.config.files import make_config
 from mmref.errors import ConfigError
-from mmref.tuning.space import read_space, with_values
+from mmref.tuning.space import parse_space, read_space, with_values
 
 
 def space_of(tmp_path: Path, **entries: Any):  # type: ignore[no-untyped-def]
@@ -187,3 +187,16 @@ def test_fine_tuning_is_searched(tmp_path: Path) -> None:
     assert {p.name: p.values for p in space_of(tmp_path, **entries).parameters} == {n: (v,) for n, v in fields.items()}
     with pytest.raises(ConfigError, match=r"`train.epochs` cannot be searched"):
         space_of(tmp_path, train__epochs={"type": "choice", "values": [1.0]})
+
+
+def test_relative_paths_of_a_space_mean_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    text = "train.start_from: {type: choice, values: ['', runs/a, user/model]}\nloss.w_guide: {type: uniform, low: 0, high: 1}"
+    whole = parse_space(text, "space.yaml").with_absolute_paths()
+    monkeypatch.chdir("/")
+    again = parse_space(whole.text, "space.yaml")
+    assert again.parameters == whole.parameters
+    assert again.parameters[0].values == ("", str(tmp_path / "runs" / "a"), "user/model")
+    plain = parse_space("loss.w_guide: {type: uniform, low: 0, high: 1}  # as it stands", "space.yaml")
+    assert plain.with_absolute_paths() is plain

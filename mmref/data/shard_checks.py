@@ -211,8 +211,13 @@ def verify_shard(root: str, index: SplitIndex, number: int, shard: dict[str, Any
 def _row_problems(index: SplitIndex, number: int, rows: NDArray[np.int64]) -> list[str]:
     """What index rows say of their samples, held against the json of these, of which the manifest has a checksum."""
     ordered = rows[np.argsort(index.json_offset[rows], kind="stable")].tolist()
-    with _whole_file(index.json_path(number)) as file:
-        wrong = [index.keys[i] for i in ordered if not _says(index, i, file)]
+    place = index.json_path(number)
+
+    def unlike() -> list[str]:
+        with _whole_file(place) as file:
+            return [index.keys[i] for i in ordered if not _says(index, i, file)]
+
+    wrong = retry(f"read {told(place)}", unlike)
     if not wrong:
         return []
     name = told(index.shard_paths[number])

@@ -119,9 +119,9 @@ def run_features(
     run: RunDir, config: Config, checkpoint: CheckpointInfo, root: str, splits: list[str]
 ) -> tuple[dict[str, SplitFeatures], ReferenceSpace | None]:
     """Features of splits of the shard set `root` by name, and the references of the checkpoint; None where it has none."""
-    features = embed_splits(config, run, checkpoint, root, splits)
-    with fetched(run, checkpoint, "references") as folder:
-        return features, trained_space(config, StoredReferences(folder, checkpoint.meta))
+    with fetched(run, checkpoint, "references") as folder:  # a training that goes on may replace the checkpoint meanwhile
+        space = trained_space(config, StoredReferences(folder, checkpoint.meta))
+    return embed_splits(config, run, checkpoint, root, splits), space
 
 
 def chosen_evaluation(

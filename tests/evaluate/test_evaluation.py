@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,23 @@ def test_a_copy_that_cannot_be_written_is_named_before_anything_is_computed(run_
     for out, message in [(tmp_path, "it is a folder"), (f"{computed}/below.json", "Not a directory|File exists")]:
         with pytest.raises(StorageError, match=f"--out .* cannot be written: .*({message})"):
             evaluate_run(path, out=str(out))
+
+
+def test_a_checkpoint_that_goes_while_images_are_encoded_is_enough(run_on, tiny_set, tmp_path, monkeypatch):
+    """As where a training that goes on finds a better one."""
+    path = run_on(tiny_set)
+    monkeypatch.undo()
+    run, config, checkpoint = module.open_run(path)
+
+    def references() -> np.ndarray:
+        _, space = module.run_features(run, config, checkpoint, str(tiny_set), [])
+        return space.similarities(np.eye(space.dim, dtype=np.float32))
+
+    def replaced(*_: object) -> dict[str, SplitFeatures]:
+        shutil.rmtree(Path(path, checkpoint.folder))
+        return {}
+
+    monkeypatch.setattr(module, "embed_splits", lambda *_: {})
+    expected = references()
+    monkeypatch.setattr(module, "embed_splits", replaced)
+    np.testing.assert_array_equal(references(), expected)

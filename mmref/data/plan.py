@@ -293,10 +293,12 @@ def windowed_order(shard: NDArray[np.int32], window: int, seed: int) -> Windowed
 
 
 def _part_of(config: Config, number: int) -> str:
-    """Which of several sets is too small, and whether its objects were drawn; empty of a single one that is whole."""
+    """Which of several sets is too small, and whether its objects were drawn; empty of a single one."""
     data = config.data
-    drawn = f"`data.max_objects` {data.max_objects} draws them from all sets together; " if data.max_objects and data.mix else ""
-    return f"{[data.root, *data.mix][number]}: {drawn}" if data.mix else ""
+    if not data.mix:
+        return ""
+    drawn = f"`data.max_objects` {data.max_objects} draws them from all sets together; " if data.max_objects else ""
+    return f"{[data.root, *data.mix][number]}: {drawn}"
 
 
 def build_plan(config: Config, index: SplitIndex) -> Plan | MixedPlan:

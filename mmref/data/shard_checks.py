@@ -115,7 +115,7 @@ def _listed(folders: set[str]) -> dict[str, int]:
     for folder in folders:
         fs, inner = file_system(folder)
         found = retry(f"list {folder}", functools.partial(fs.find, inner, detail=True))
-        sizes |= {f"{folder}/{name.rsplit('/', 1)[-1]}": size_told(entry) for name, entry in found.items()}
+        sizes |= {f"{folder}/{name.rsplit('/', 1)[-1]}": size_told(entry["size"]) for name, entry in found.items()}
     return sizes
 
 

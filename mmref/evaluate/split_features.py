@@ -139,12 +139,11 @@ def embed_splits(
     shards = ShardSet.open(root)
     indices = {s: shards.index(s) for s in splits}
     queries = {s: read_queries(indices[s], open_reader(config, indices[s])) for s in splits}
+    portions: list[Portion] = []
     for s in splits:
         if not queries[s].texts:
             first = f", the first: {queries[s].skipped[0]}" if queries[s].skipped else ""
             raise EvaluationError(f"{root}: no sample of {s} has a caption that can be used{first}.")
-    portions: list[Portion] = []
-    for s in splits:
         for kind, count in (("image", len(indices[s])), ("text", len(queries[s].texts))):
             for start in range(0, count, config.eval.batch):
                 stop = min(start + config.eval.batch, count)

@@ -92,7 +92,7 @@ def described(tower: nn.Module) -> str:
     return f"{tower!r} {json.dumps(kept, sort_keys=True, default=str)}"
 
 
-def fingerprint(tensors: dict[str, Tensor], computes: str = "") -> str:
+def fingerprint(tensors: dict[str, Tensor], computes: str) -> str:
     """16 hex digits over the names and values of a tower's weights, and over what it `computes` with them."""
     digest = hashlib.sha256(computes.encode())
     for name, tensor in sorted(tensors.items()):

@@ -87,7 +87,7 @@ def _tables(parts: Sequence[Path]) -> Iterator[tuple[pa.Table, int | None]]:
         rows = pa.concat_tables([_with_tar(*each) for each in some]).combine_chunks().sort_by("fraction")
         path = parts[first].with_suffix(".joined")
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
-            writer.write_table(rows.combine_chunks())
+            writer.write_table(rows)
         yield _mapped(path), None
 
 

@@ -29,7 +29,9 @@ def find_tars(given: Sequence[str]) -> list[str]:
     """
     by_file: dict[str, str] = {}  # a link is the tar that it leads to
     for text in given:
-        for place in _expand_braces(text):
+        # A path that is there is meant as it stands, as in `_tars_of`.
+        is_there = not is_url(text) and os.path.lexists(expanded(text))
+        for place in [text] if is_there else _expand_braces(text):
             for tar in _tars_of(place):
                 by_file.setdefault(tar if is_url(tar) else os.path.realpath(tar), tar)
     found = list(by_file.values())
@@ -43,7 +45,7 @@ def find_tars(given: Sequence[str]) -> list[str]:
 def _expand_braces(text: str) -> Iterator[str]:
     """`{000..999}` and `{a,b}`, as a shell expands them without quotes."""
     match = BRACES.search(text)
-    if match is None or os.path.lexists(expanded(text)):
+    if match is None:
         yield text
         return
     inner = match[1]

@@ -61,7 +61,7 @@ class ShardCache:
 
     def _fetch(self, url: str, target: Path) -> None:
         fs, inner = file_system(url)
-        size = size_told({"size": retry(f"look at {told(url)}", lambda: fs.size(inner))})
+        size = size_told(retry(f"look at {told(url)}", lambda: fs.size(inner)))
         self._check_fits(url, size)
         part = target.with_name(f"{target.name}.part-{os.getpid()}")
         if size != UNTOLD:

@@ -11,7 +11,7 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +241,8 @@ def _answered(look: Callable[[str], Any], path: str) -> Any:
         raise
 
 
-def size_told(info: Mapping[str, Any]) -> int:
-    """Bytes of a file of which fsspec tells, or UNTOLD."""
-    size = info.get("size")
+def size_told(size: int | None) -> int:
+    """The size of a file as fsspec tells it, or UNTOLD."""
     return UNTOLD if size is None else int(size)
 
 
@@ -253,7 +252,7 @@ def size_of(place: str) -> int | None:
         if is_url(place):
             fs, path = file_system(place)
             info = retry(f"look at {told(place)}", lambda: _answered(fs.info, path))
-            return size_told(info) if info["type"] == "file" else None
+            return size_told(info["size"]) if info["type"] == "file" else None
         found = retry(f"look at {place}", lambda: os.stat(place))
         return found.st_size if stat.S_ISREG(found.st_mode) else None
     except (FileNotFoundError, NotADirectoryError):

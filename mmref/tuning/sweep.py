@@ -56,7 +56,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
         )
     if not submitted():  # whose copy of the working directory does not last
         # Paths are made absolute, so that best.yaml and a sweep that goes on mean the same in any directory.
-        base, prepared = with_absolute_paths(base), with_absolute_paths(prepared)
+        base, prepared, space = with_absolute_paths(base), with_absolute_paths(prepared), space.with_absolute_paths()
     with run.held():
         if read_jsonl(run, LOG):
             raise RunDirectoryError(
@@ -64,7 +64,7 @@ def sweep(base: Config, space: Space, options: Options) -> Config:
             )
         run.write_text("config.yaml", dump_yaml(base))
         run.write_text("sweep.json", json.dumps(dataclasses.asdict(options), indent=1))
-        run.write_text("space.yaml", (space if submitted() else space.with_absolute_paths()).text)
+        run.write_text("space.yaml", space.text)
         run.write_text(DATA, data_fingerprint(base))
         return _run(base, prepared, space, options, run)
 
@@ -92,6 +92,8 @@ def resume(run_dir: str, retry_failed: bool = False, **changes: int | str | None
     if (begun := len({line["trial"] for line in read_jsonl(run, LOG)})) > options.trials:
         raise ConfigError(f"`--trials {options.trials}` is fewer than the {begun} that {run.path} has begun already.")
     space = parse_space(run.read_text("space.yaml"), run.join("space.yaml"))
+    if not submitted():
+        space = space.with_absolute_paths()  # earlier versions wrote it as it was given
     check_options(options, space)
     own = run.read_config()
     prepared = prepare(own, space, options, run)
@@ -152,8 +154,6 @@ def _run(own: Config, base: Config, space: Space, options: Options, run: RunDir)
         base: what `prepare` made of it.
     """
     config = with_absolute_paths(with_values(of_a_trial(base, options), {"train.keep_checkpoints": 1}))
-    if not submitted():
-        space = space.with_absolute_paths()
     steps = config.train.max_steps
     first = space.default_point(config) if options.searcher != "grid" else None
     propose = proposer(space, options.searcher, config.train.seed, first, options.pareto, options.trials)
